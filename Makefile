@@ -1,0 +1,41 @@
+# make demo   set everything up, build the small real MoE model, convert it at half budget, chat, print the table
+# make test   set everything up and run every test
+#
+# VENV=...        where the virtual environment goes (.venv)
+# PYTHON=...      the Python to make it from (python3)
+# CMAKE_ARGS=...  options of upstream's build, e.g. -DGGML_CUDA=ON
+
+VENV   ?= .venv
+PYTHON ?= python3
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+SOURCES := pyproject.toml $(wildcard allocmoe_edge/*.py convert/*.py native/* native/patches/*)
+
+.PHONY: demo test clean
+demo: $(VENV)/.installed
+	$(VENV)/bin/python bench/demo.py
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+$(VENV)/bin/python:
+	@for tool in $(PYTHON) cmake gcc g++; do command -v $$tool >/dev/null || \
+		{ echo "missing: $$tool. On Debian: apt install python3-venv cmake g++" >&2; exit 1; }; done
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "missing: python3-venv. On Debian: apt install python3-venv" >&2; exit 1; }
+
+# llama-cpp-python's Python part only: its own libraries would never be loaded. --no-cache-dir keeps that wheel
+# without libraries out of pip's cache, where other projects would find it.
+$(VENV)/.llama-cpp-python: native/upstream.json | $(VENV)/bin/python
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(PIP) install --no-cache-dir llama-cpp-python==0.3.36
+	@touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
+	$(PIP) install ".[bench]"
+	@touch $@
+
+$(VENV)/.installed-test: $(SOURCES) $(VENV)/.llama-cpp-python
+	$(PIP) install ".[test]"
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf build $(VENV)

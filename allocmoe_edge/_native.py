@@ -1,0 +1,106 @@
+"""Loads our build of llama.cpp, makes llama_cpp use it, and binds what llama_cpp does not: allocmoe_* and gguf_*.
+
+Importing this module is what decides which libllama the process runs, so it must come before `llama_cpp`.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import cffi
+
+
+
+def _find_build() -> Path:
+    """The folder that holds lib/, include/ and upstream/: this package's, or its installed copy's when this one is
+    the source tree (an editable install, or Python started in a checkout)."""
+    here = Path(__file__).resolve().parent
+    for folder in (here, *(Path(entry) / here.name for entry in sys.path)):
+        if (folder / "lib").is_dir():
+            return folder
+    raise ImportError(f"allocmoe_edge: its native libraries are not in {here}: install the package (pip install .)")
+
+
+BUILD_DIR = _find_build()
+
+_GGUF_CDEF = """
+struct gguf_init_params { bool no_alloc; void ** ctx; };
+typedef struct gguf_context gguf_context;
+gguf_context * gguf_init_from_file(const char * fname, struct gguf_init_params params);
+void         gguf_free(gguf_context * ctx);
+const char * gguf_type_name(int type);
+size_t       gguf_get_data_offset(const gguf_context * ctx);
+int64_t      gguf_get_n_kv(const gguf_context * ctx);
+int64_t      gguf_find_key(const gguf_context * ctx, const char * key);
+const char * gguf_get_key(const gguf_context * ctx, int64_t key_id);
+int          gguf_get_kv_type(const gguf_context * ctx, int64_t key_id);
+int          gguf_get_arr_type(const gguf_context * ctx, int64_t key_id);
+const char * gguf_get_val_str(const gguf_context * ctx, int64_t key_id);
+const void * gguf_get_val_data(const gguf_context * ctx, int64_t key_id);
+size_t       gguf_get_arr_n(const gguf_context * ctx, int64_t key_id);
+const void * gguf_get_arr_data(const gguf_context * ctx, int64_t key_id);
+const char * gguf_get_arr_str(const gguf_context * ctx, int64_t key_id, size_t i);
+int64_t      gguf_get_n_tensors(const gguf_context * ctx);
+size_t       gguf_get_tensor_offset(const gguf_context * ctx, int64_t tensor_id);
+const char * gguf_get_tensor_name(const gguf_context * ctx, int64_t tensor_id);
+size_t       gguf_get_tensor_size(const gguf_context * ctx, int64_t tensor_id);
+int64_t      gguf_remove_key(gguf_context * ctx, const char * key);
+void         gguf_set_val_u32(gguf_context * ctx, const char * key, uint32_t val);
+void         gguf_set_val_str(gguf_context * ctx, const char * key, const char * val);
+void         gguf_set_arr_data(gguf_context * ctx, const char * key, int type, const void * data, size_t n);
+bool         gguf_write_to_file(const gguf_context * ctx, const char * fname, bool only_meta);
+
+size_t ggml_backend_reg_count(void);
+void   ggml_backend_load_all_from_path(const char * dir_path);
+"""
+
+
+def _library_path(directory: Path, name: str) -> Path:
+    for file in (f"lib{name}.so", f"lib{name}.dylib", f"{name}.dll", f"lib{name}.dll"):
+        if (directory / file).exists():
+            return directory / file
+    raise ImportError(f"allocmoe_edge: no library '{name}' in {directory}")
+
+
+def _allocmoe_cdef() -> str:
+    header = (BUILD_DIR / "include" / "allocmoe.h").read_text()
+    body = header.split("// [cffi begin]")[1].split("// [cffi end]")[0]
+    return "struct llama_context;\n" + re.sub(r"//[^\n]*|LLAMA_API ", "", body)
+
+
+def _import_llama_cpp(lib_dir: Path):
+    loaded_before = "llama_cpp.llama_cpp" in sys.modules
+    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(lib_dir))
+    os.environ.setdefault("MTMD_CPP_LIB", str(lib_dir))
+    import llama_cpp
+
+    raw = llama_cpp.llama_cpp
+    if not hasattr(raw._lib, "allocmoe_plan_version"):
+        raise ImportError(
+            f"llama_cpp has loaded the libraries in {raw._base_path}, which are not allocmoe-edge's: "
+            + (
+                "import allocmoe_edge before llama_cpp"
+                if loaded_before
+                else "unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
+            )
+        )
+    return llama_cpp, Path(raw._base_path)
+
+
+llama_cpp, LIB_DIR = _import_llama_cpp(BUILD_DIR / "lib")
+
+ffi = cffi.FFI()
+ffi.cdef(_allocmoe_cdef() + _GGUF_CDEF)
+libllama = ffi.dlopen(str(_library_path(LIB_DIR, "llama")))
+libggml = ffi.dlopen(str(_library_path(LIB_DIR, "ggml")))
+libggml_base = ffi.dlopen(str(_library_path(LIB_DIR, "ggml-base")))
+
+# a portable build (GGML_BACKEND_DL) picks its backends at run time, and looks for them beside the executable
+if libggml.ggml_backend_reg_count() == 0:
+    libggml.ggml_backend_load_all_from_path(str(LIB_DIR).encode())
+
+
+def context_pointer(llm) -> "ffi.CData":
+    """`struct llama_context *` of a `llama_cpp.Llama`, for the allocmoe_* functions."""
+    return ffi.cast("struct llama_context *", llm.ctx)

@@ -1,0 +1,199 @@
+"""Metadata and tensor table of a GGUF file, read and rewritten by ggml's own gguf functions (ggml/include/gguf.h).
+
+Tensor data is never touched or loaded, so that opening a 40 GB file costs milliseconds.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Optional, Union
+
+import numpy as np
+
+from ._native import ffi, libggml_base as gguf
+
+_STRING, _ARRAY = 8, 9
+# enum gguf_type
+_DTYPES = {
+    0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32,
+    7: np.bool_, 10: np.uint64, 11: np.int64, 12: np.float64,
+}  # fmt: skip
+_TYPE_IDS = {np.dtype(dtype): type_id for type_id, dtype in _DTYPES.items()}
+
+
+# LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS: above them llama.cpp aborts the process
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024
+
+
+class GGUFError(ValueError):
+    """The file is no GGUF file, is damaged, or lacks what is needed from it."""
+
+
+class Tensor(NamedTuple):
+    name: str
+    offset: int  # bytes from the start of the tensor data
+    n_bytes: int
+
+
+class GGUFFile:
+    """An open GGUF file's metadata. Use as a context manager.
+
+    Raises:
+        GGUFError: the file does not exist, is not GGUF, or is shorter than its own table of tensors says.
+    """
+
+    def __init__(self, path: Union[str, os.PathLike]):
+        self.path = Path(path)
+        self._ctx = None
+        if not self.path.is_file():
+            raise GGUFError(f"{self.path}: no such file")
+        with open(self.path, "rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise GGUFError(f"{self.path}: not a GGUF file (it starts with {magic!r}, not with b'GGUF')")
+        params = ffi.new("struct gguf_init_params *", {"no_alloc": True})
+        ctx = gguf.gguf_init_from_file(os.fsencode(self.path), params[0])
+        if ctx == ffi.NULL:
+            raise GGUFError(f"{self.path}: damaged or truncated GGUF file: its metadata cannot be read")
+        self._ctx = ffi.gc(ctx, gguf.gguf_free)
+        self.tensors = [
+            Tensor(
+                _text(gguf.gguf_get_tensor_name(ctx, i)),
+                gguf.gguf_get_tensor_offset(ctx, i),
+                gguf.gguf_get_tensor_size(ctx, i),
+            )
+            for i in range(gguf.gguf_get_n_tensors(ctx))
+        ]
+        self.data_offset = gguf.gguf_get_data_offset(ctx)
+        wanted = self.data_offset + max((t.offset + t.n_bytes for t in self.tensors), default=0)
+        found = self.path.stat().st_size
+        if found < wanted:
+            self.close()
+            raise GGUFError(f"{self.path}: truncated: {found} bytes, but its tensors end at byte {wanted}")
+
+    def __enter__(self) -> "GGUFFile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._ctx is not None:
+            ffi.release(self._ctx)
+            self._ctx = None
+
+    def keys(self) -> Iterator[str]:
+        return (_text(gguf.gguf_get_key(self._ctx, i)) for i in range(gguf.gguf_get_n_kv(self._ctx)))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Value of `key`: int, float, bool, str, list of str, or a numpy array with the file's own dtype."""
+        i = gguf.gguf_find_key(self._ctx, key.encode())
+        if i < 0:
+            return default
+        type_id = gguf.gguf_get_kv_type(self._ctx, i)
+        if type_id == _STRING:
+            return _text(gguf.gguf_get_val_str(self._ctx, i))
+        if type_id != _ARRAY:
+            return _array(gguf.gguf_get_val_data(self._ctx, i), type_id, 1)[0].item()
+        n = gguf.gguf_get_arr_n(self._ctx, i)
+        type_id = gguf.gguf_get_arr_type(self._ctx, i)
+        if type_id == _STRING:
+            return [_text(gguf.gguf_get_arr_str(self._ctx, i, j)) for j in range(n)]
+        return _array(gguf.gguf_get_arr_data(self._ctx, i), type_id, n)
+
+    def need(self, key: str) -> Any:
+        """Like `get`, but a missing key is a GGUFError."""
+        value = self.get(key)
+        if value is None:
+            raise GGUFError(f"{self.path}: the key {key} is missing")
+        return value
+
+    def set(self, key: str, value: Union[int, str, np.ndarray, None]) -> None:
+        """Sets `key` in memory: an int as uint32, a str, an array with its dtype; None removes it."""
+        name = key.encode()
+        if value is None:
+            gguf.gguf_remove_key(self._ctx, name)
+        elif isinstance(value, str):
+            gguf.gguf_set_val_str(self._ctx, name, value.encode())
+        elif isinstance(value, int):
+            gguf.gguf_set_val_u32(self._ctx, name, value)
+        else:
+            data = np.ascontiguousarray(value)
+            gguf.gguf_set_arr_data(
+                self._ctx, name, _TYPE_IDS[data.dtype], ffi.from_buffer(data), data.size
+            )
+
+    def write_metadata(self, path: Union[str, os.PathLike]) -> None:
+        """Writes header, metadata and tensor table, padded to where the tensor data starts, to a new file.
+
+        Raises:
+            OSError: the file could not be written in full.
+        """
+        if not gguf.gguf_write_to_file(self._ctx, os.fsencode(path), True):
+            raise OSError(f"{path}: could not write the GGUF metadata")
+
+
+def split_paths(path: Path, n_split: int) -> list:
+    """Every file of a split model (NAME-00001-of-0000N.gguf), given its first one."""
+    prefix, mark, _ = path.name.rpartition(f"-00001-of-{n_split:05d}.gguf")
+    if not mark:
+        raise GGUFError(f"{path}: one of {n_split} files of a split model, but not named like the first of them")
+    return [path.with_name(f"{prefix}-{i:05d}-of-{n_split:05d}.gguf") for i in range(1, n_split + 1)]
+
+
+def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
+    """The model's own experts per token in each layer, 0 where a layer has no experts that a plan could count.
+
+    Layers whose experts are given by the token id (hash-routed) count as having none.
+
+    Returns:
+        ints, length block_count, or None if the model has no experts at all.
+
+    Raises:
+        GGUFError: the keys that describe the model's experts are missing or contradict each other.
+    """
+    arch = file.need("general.architecture")
+    if not isinstance(arch, str):
+        raise GGUFError(f"{file.path}: general.architecture is {arch!r}, wanted a string")
+    n_expert = _bounded(file, f"{arch}.expert_count", 0, _MAX_EXPERTS, default=0)
+    if n_expert == 0:
+        return None
+    n_layer = _bounded(file, f"{arch}.block_count", 1, _MAX_LAYERS)
+    used = file.need(f"{arch}.expert_used_count")
+    used = [int(k) for k in used] if isinstance(used, np.ndarray) else [used] * n_layer
+    if len(used) < n_layer:
+        raise GGUFError(f"{file.path}: {arch}.expert_used_count has {len(used)} entries for {n_layer} layers")
+    for il, k in enumerate(used[:n_layer]):
+        if not isinstance(k, int) or not 0 <= k <= n_expert:
+            raise GGUFError(f"{file.path}: {arch}.expert_used_count is {k} in layer {il}, wanted 0 to {n_expert}")
+
+    names = {tensor.name for tensor in file.tensors}
+    n_split = _bounded(file, "split.count", 0, 65535, default=0)
+    if n_split > 1:
+        for shard in split_paths(file.path, n_split)[1:]:
+            with GGUFFile(shard) as other:
+                names.update(tensor.name for tensor in other.tensors)
+
+    def routed(il: int) -> bool:
+        return (
+            f"blk.{il}.ffn_gate_inp.weight" in names
+            and f"blk.{il}.ffn_down_exps.weight" in names
+            and f"blk.{il}.ffn_gate_tid2eid.weight" not in names
+        )
+
+    return tuple(used[il] if routed(il) else 0 for il in range(n_layer))
+
+
+def _bounded(file: GGUFFile, key: str, low: int, high: int, default: Optional[int] = None) -> int:
+    value = file.need(key) if default is None else file.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise GGUFError(f"{file.path}: {key} is {value!r}, wanted an integer from {low} to {high}")
+    return value
+
+
+def _text(pointer) -> str:
+    return ffi.string(pointer).decode("utf-8", errors="replace")
+
+
+def _array(pointer, type_id: int, n: int) -> np.ndarray:
+    dtype = np.dtype(_DTYPES[type_id])
+    return np.frombuffer(ffi.buffer(pointer, n * dtype.itemsize), dtype=dtype).copy() if n else np.empty(0, dtype)

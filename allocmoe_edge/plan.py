@@ -1,0 +1,225 @@
+"""The plan: how many routed experts each layer spends on a token.
+
+A `Plan` is checked once, when it is made, and cannot change afterwards, so code that holds one
+need not check again. `parse_budget` turns what a user typed into the plan's total.
+"""
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
+
+TOKEN_RULES = ("off",)
+
+
+class PlanError(ValueError):
+    """A plan, or what a plan is to be made from, is malformed; the message says where."""
+
+
+def integer_tuple(name, values):
+    """`values`, any iterable of integers, as a tuple of Python ints.
+
+    name: how the error calls it. Raises PlanError for anything else, bools and whole floats
+    included: in metadata they mean that the wrong array was read.
+    """
+    # bytes and dicts iterate as integers, sets in no order: none of them is a list of layers.
+    if isinstance(values, (str, bytes, bytearray, dict, set, frozenset)):
+        raise PlanError(f"{name}: found {type(values).__name__}, want a sequence of integers, one per layer")
+    try:
+        values = tuple(values)
+    except TypeError:
+        raise PlanError(f"{name}: found {values!r}, want a sequence of integers, one per layer") from None
+    for layer, v in enumerate(values):
+        if isinstance(v, bool) or not isinstance(v, Integral):
+            raise PlanError(f"{name}, layer {layer}: found {v!r} ({type(v).__name__}), want an integer")
+    return tuple(int(v) for v in values)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Planned experts per token for every layer of one model.
+
+    expert_used_count: k_l, one integer per layer (length block_count), 1 <= k_l <= K_l; 0 where
+        the layer has no routed experts. Any integer sequence or 1-D integer array is accepted
+        and kept as a tuple of ints.
+    expert_used_count_full: the model's own K_l, same length, 0 for such layers.
+    token_rule: how a layer shares its k_l among the tokens, one of TOKEN_RULES ("off": every
+        token gets its top k_l).
+
+    Raises PlanError, naming the layer, the value found and the value wanted.
+    """
+
+    expert_used_count: tuple[int, ...]
+    expert_used_count_full: tuple[int, ...]
+    token_rule: str = "off"
+
+    def __post_init__(self):
+        planned = integer_tuple("expert_used_count", self.expert_used_count)
+        full = integer_tuple("expert_used_count_full", self.expert_used_count_full)
+        # Full first: a model without routed experts should hear that, not a complaint about k.
+        for layer, K in enumerate(full):
+            if K < 0:
+                raise PlanError(f"expert_used_count_full, layer {layer}: found {K}, want 0 (no routed experts) or up")
+        if not any(full):
+            raise PlanError(
+                f"expert_used_count_full: found 0 in all {len(full)} layers, want at least one layer with routed experts"
+            )
+        if len(planned) != len(full):
+            raise PlanError(
+                f"expert_used_count: found {len(planned)} layers, want {len(full)}, as in expert_used_count_full"
+            )
+        for layer, (k, K) in enumerate(zip(planned, full)):
+            if K == 0 and k != 0:
+                raise PlanError(f"expert_used_count, layer {layer}: found {k}, want 0: the layer has no routed experts")
+            if K > 0 and not 1 <= k <= K:
+                raise PlanError(f"expert_used_count, layer {layer}: found {k}, want 1 to {K}, the model's own count")
+        if not isinstance(self.token_rule, str) or self.token_rule not in TOKEN_RULES:
+            raise PlanError(f"token_rule: found {self.token_rule!r}, want one of: {', '.join(TOKEN_RULES)}")
+        # The fields are frozen; this is the one place that may set them.
+        object.__setattr__(self, "expert_used_count", planned)
+        object.__setattr__(self, "expert_used_count_full", full)
+
+    @classmethod
+    def full(cls, expert_used_count_full):
+        """The plan that spends what the model was trained to spend."""
+        full = integer_tuple("expert_used_count_full", expert_used_count_full)
+        return cls(full, full)
+
+    @classmethod
+    def uniform(cls, expert_used_count_full, budget_total):
+        """The plan of exactly `budget_total` activations that treats all layers alike.
+
+        Each layer's fair share is the same fraction of its K_l, but at least 1; k_l is that share
+        rounded up or down. Where shares are not whole, the extra experts are spread evenly over
+        the depth (running totals are rounded half up, as in Bresenham's line), so the same input
+        always gives the same plan.
+
+        budget_total: int, from the number of layers with routed experts to the sum of K_l.
+        Raises PlanError.
+        """
+        everything = cls.full(expert_used_count_full)
+        full, layers = everything.expert_used_count, everything.moe_layers
+        if isinstance(budget_total, bool) or not isinstance(budget_total, Integral):
+            raise PlanError(f"budget_total: found {budget_total!r} ({type(budget_total).__name__}), want an integer")
+        if not len(layers) <= budget_total <= sum(full):
+            raise PlanError(
+                f"budget_total: found {budget_total}, want {len(layers)} (one expert in each layer"
+                f" with routed experts) to {sum(full)} (all of them)"
+            )
+        # A layer whose share is below 1 gets 1, which lowers the share of the others, until no
+        # more fall below. Fractions: the running totals must end on budget_total exactly.
+        above_one = set(layers)
+        while True:
+            share = Fraction(int(budget_total) - (len(layers) - len(above_one)), sum(full[i] for i in above_one))
+            below = {i for i in above_one if share * full[i] < 1}
+            if not below:
+                break
+            above_one -= below
+        planned, running = [0] * len(full), Fraction(1, 2)
+        for i in layers:
+            upto = running + (share * full[i] if i in above_one else 1)
+            planned[i] = math.floor(upto) - math.floor(running)
+            running = upto
+        return cls(planned, full)
+
+    @property
+    def n_layer(self):
+        """Layers of the model (block_count), those without routed experts included."""
+        return len(self.expert_used_count_full)
+
+    @property
+    def moe_layers(self):
+        """Indices of the layers with routed experts, ascending."""
+        return tuple(i for i, K in enumerate(self.expert_used_count_full) if K > 0)
+
+    @property
+    def budget_total(self):
+        """Planned expert activations per token, summed over the layers."""
+        return sum(self.expert_used_count)
+
+    @property
+    def budget_full(self):
+        """The model's own expert activations per token, summed over the layers."""
+        return sum(self.expert_used_count_full)
+
+    @property
+    def budget(self):
+        """budget_total as a fraction of budget_full, in (0, 1]."""
+        return self.budget_total / self.budget_full
+
+    @property
+    def mean(self):
+        """Mean k_l over the layers with routed experts."""
+        return self.budget_total / len(self.moe_layers)
+
+    @property
+    def mean_full(self):
+        """Mean K_l over the layers with routed experts."""
+        return self.budget_full / len(self.moe_layers)
+
+    def __str__(self):
+        return (
+            f"budget {self.budget:.2f}: {self.budget_total} of {self.budget_full} expert activations per token,"
+            f" mean {self.mean:.1f} of {self.mean_full:.1f}, token rule {self.token_rule}"
+        )
+
+
+def parse_budget(budget, budget_full, n_moe_layers):
+    """The total of expert activations per token, B, that `budget` asks for.
+
+    budget: a float f in (0, 1] is a share of the model's own activations, B = floor(f *
+        budget_full + 0.5); an int is B itself. As a string: "0.5" and "50%" are shares, digits
+        alone are B. So 1.0 is the full model and 1 is a single activation.
+    budget_full: sum of K_l. n_moe_layers: layers with routed experts; each needs one activation.
+
+    Returns an int from n_moe_layers to budget_full. Raises PlanError with the allowed range.
+    """
+    for name, v in (("budget_full", budget_full), ("n_moe_layers", n_moe_layers)):
+        if isinstance(v, bool) or not isinstance(v, Integral):
+            raise PlanError(f"{name}: found {v!r} ({type(v).__name__}), want an integer")
+    if not 1 <= n_moe_layers <= budget_full:
+        raise PlanError(
+            f"n_moe_layers: found {n_moe_layers}, want 1 to {budget_full} (budget_full): each such layer has an expert"
+        )
+    # Rounded up, so that the number we print is itself accepted.
+    lowest = math.ceil(Fraction(int(n_moe_layers), int(budget_full)) * 10**4) / 10**4
+    want = (
+        f"want a share from {lowest:g} to 1.0, or a whole number of expert activations per token"
+        f" from {n_moe_layers} (one per layer with routed experts) to {budget_full}"
+    )
+    value = _number(budget)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise PlanError(f"budget: found {budget!r}, {want}")
+    if isinstance(value, Integral):
+        total = int(value)
+        if total == 1 < n_moe_layers:
+            want += "; for the full model write 1.0 or 100%, a whole 1 means one activation in all"
+    else:
+        share = float(value)
+        if not 0 < share <= 1:  # also catches NaN
+            hint = "; a total is written without a decimal point" if share > 1 and "%" not in str(budget) else ""
+            raise PlanError(f"budget: found {budget!r}, {want}{hint}")
+        total = math.floor(share * int(budget_full) + 0.5)
+    if not n_moe_layers <= total <= budget_full:
+        got = "" if isinstance(value, Integral) else f" (= {total} activations)"
+        raise PlanError(f"budget: found {budget!r}{got}, {want}")
+    return total
+
+
+def _number(budget):
+    """A string as int or float, None where it is neither; anything else unchanged."""
+    if not isinstance(budget, str):
+        return budget
+    # Our own grammar: int() and float() also take "1_0", "nan", and digits of other scripts. A
+    # limit on whole digits, because int() refuses thousands of them with an error of its own.
+    match = re.fullmatch(r"\s*([0-9]{1,18})?(\.[0-9]*)?\s*(%)?\s*", budget)
+    if not match or not re.search("[0-9]", budget):
+        return None
+    whole, decimals, percent = match.groups()
+    number = (whole or "") + (decimals or "")
+    if percent:
+        # By the exponent and not by / 100: "29.3%" and "0.293" must be the same float.
+        return float(number + "e-2")
+    return int(number) if decimals is None else float(number)

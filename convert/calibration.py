@@ -1,0 +1,103 @@
+"""Calibration text: from a file, or written by the model itself, cut into windows for profile and held-out check."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from allocmoe_edge import Llama
+from allocmoe_edge._native import llama_cpp
+from allocmoe_edge.metadata import Calibration
+from allocmoe_edge.perplexity import bos_token, windows
+
+from . import ConvertError
+
+# a text is read up to this size: more than any profile needs, and quick to tokenize
+_MAX_BYTES = 8 << 20
+# one window in HELD_OUT is kept out of the profile, for the check against uniform k
+HELD_OUT = 5
+
+
+class CalibrationText(NamedTuple):
+    """profile, held_out: int32 windows, shape [n, n_ctx]; they share no token."""
+
+    profile: np.ndarray
+    held_out: np.ndarray
+    source: Calibration
+
+
+def from_file(llm: Llama, path: Path, n_tokens: int) -> CalibrationText:
+    """Windows spread evenly over a UTF-8 text file.
+
+    Args:
+        n_tokens: tokens for the profile; a quarter as many again are held out.
+
+    Raises:
+        ConvertError: the file cannot be read, is not text, or holds fewer than two windows.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES)
+    except OSError as error:
+        raise ConvertError(f"calibration text {path}: {error.strerror}") from None
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # a character cut in two by the limit is no fault of the file
+        if error.start < len(data) - 4:
+            raise ConvertError(f"calibration text {path}: not UTF-8 text (byte {error.start})") from None
+        data = data[: error.start]
+    tokens = np.array(llm.tokenize(data, add_bos=False, special=False), np.int32)
+    return _split(llm, tokens, n_tokens, f"file {path.name}")
+
+
+def self_generated(llm: Llama, n_tokens: int, seed: int) -> CalibrationText:
+    """Text that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text."""
+    bos = bos_token(llm)
+    start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
+    needed = _n_windows(llm, n_tokens) * (llm.n_ctx() - (bos is not None))
+    tokens: list = []
+    document = 0
+    with tqdm(total=needed, desc="calibration text", unit="tok", disable=None, leave=False) as bar:
+        while len(tokens) < needed:
+            llm.set_seed(seed + document)
+            document += 1
+            length = 0
+            for token in llm.generate([start], temp=1.0, top_k=0, top_p=0.95, min_p=0.0, repeat_penalty=1.0):
+                if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+                    break
+                tokens.append(token)
+                length += 1
+                bar.update()
+                if len(tokens) >= needed or length >= llm.n_ctx() - 2:
+                    break
+            if document > 64 and len(tokens) < document:
+                raise ConvertError("the model writes no text of its own: give calibration text with --calib")
+    return _split(llm, np.array(tokens, np.int32), n_tokens, f"self-generated, seed {seed}")
+
+
+def _n_windows(llm: Llama, n_tokens: int) -> int:
+    profile = max(1, n_tokens // llm.n_ctx())
+    return profile + max(1, profile // (HELD_OUT - 1))
+
+
+def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, source: str) -> CalibrationText:
+    cut = windows(tokens, llm.n_ctx(), bos_token(llm))
+    if len(cut) < 2:
+        raise ConvertError(
+            f"calibration text ({source}): {len(tokens)} tokens, want at least {2 * llm.n_ctx()} "
+            f"(two windows of {llm.n_ctx()}, one to profile and one to check)"
+        )
+    wanted = min(_n_windows(llm, n_tokens), len(cut))
+    cut = cut[np.linspace(0, len(cut) - 1, wanted).astype(int)]
+    held_out = np.zeros(len(cut), bool)
+    held_out[HELD_OUT - 1 :: HELD_OUT] = True
+    if not held_out.any():
+        held_out[-1] = True
+    profile = cut[~held_out]
+    digest = hashlib.sha256(profile.tobytes()).hexdigest()
+    return CalibrationText(profile, cut[held_out], Calibration(source, profile.size, digest))

@@ -1,0 +1,54 @@
+"""Small GGUF files made to order, for tests of what reads them. No weights that compute anything."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+def write_gguf(path: Path, *, n_layer=3, expert_count=8, expert_used_count=4, dense_layers=(0,), keys=()) -> Path:
+    """A GGUF with the metadata and tensor names of a deepseek-like MoE model.
+
+    keys: (name, value) pairs: int -> uint32, str, numpy array of int32 / float64 / float32.
+    """
+    writer = gguf.GGUFWriter(str(path), "deepseek")
+    writer.add_block_count(n_layer)
+    if expert_count:
+        writer.add_expert_count(expert_count)
+        if expert_used_count is not None:
+            writer.add_expert_used_count(expert_used_count)
+    types = {np.dtype(np.int32): gguf.GGUFValueType.INT32, np.dtype(np.float32): gguf.GGUFValueType.FLOAT32,
+             np.dtype(np.float64): gguf.GGUFValueType.FLOAT64}  # fmt: skip
+    for name, value in keys:
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        else:
+            writer.add_key_value(name, value.tolist(), gguf.GGUFValueType.ARRAY, sub_type=types[value.dtype])
+    writer.add_tensor("token_embd.weight", np.arange(64, dtype=np.float32).reshape(2, 32))
+    for il in range(n_layer):
+        if expert_count and il not in dense_layers:
+            writer.add_tensor(f"blk.{il}.ffn_gate_inp.weight", np.ones((expert_count, 32), np.float32))
+            writer.add_tensor(f"blk.{il}.ffn_down_exps.weight", np.ones((expert_count, 4, 32), np.float32))
+        else:
+            writer.add_tensor(f"blk.{il}.ffn_down.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def plan_keys(counts=(0, 2, 3), **changes) -> list:
+    """The allocmoe.* keys of a valid plan for `write_gguf`'s model, with changes; None drops a key."""
+    keys = {
+        "version": 1,
+        "expert_used_count": np.array(counts, np.int32),
+        "token_rule": "off",
+        "allocation": "alloc-l",
+        "sensitivity": np.array([9.0, 8, 7, 6, 5, 4, 3, 2]),
+        "cost": np.ones(3),
+        **changes,
+    }
+    return [(f"allocmoe.{name}", value) for name, value in keys.items() if value is not None]

@@ -1,0 +1,134 @@
+"""What was built: which libraries are loaded, and that every struct has the layout that ctypes declares."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import llama_cpp
+import pytest
+
+import allocmoe_edge
+from allocmoe_edge._native import BUILD_DIR, LIB_DIR
+
+INCLUDE = BUILD_DIR / "include"
+
+
+def python(code: str, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd="/")
+
+
+def clean_env() -> dict:
+    return {k: v for k, v in os.environ.items() if k not in ("LLAMA_CPP_LIB_PATH", "MTMD_CPP_LIB")}
+
+
+def test_llama_cpp_runs_our_library():
+    assert hasattr(llama_cpp.llama_cpp._lib, "allocmoe_plan_version")
+    assert llama_cpp.llama_cpp._base_path == LIB_DIR
+
+
+def test_only_our_libraries_are_mapped():
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs /proc/self/maps, which only Linux has")
+    with open("/proc/self/maps") as maps:
+        mapped = {line.split()[-1] for line in maps if "libllama" in line or "libggml" in line}
+    assert mapped and all(os.path.dirname(path) == str(LIB_DIR) for path in mapped)
+
+
+def test_llama_cpp_imported_first_with_other_libraries(tmp_path):
+    """Our libraries without our functions stand in for stock ones: the same files, the one symbol renamed."""
+    for library in LIB_DIR.iterdir():
+        data = library.read_bytes().replace(b"allocmoe_plan_version", b"otherwise_named_symbl")
+        (tmp_path / library.name).write_bytes(data)
+    code = "import llama_cpp, allocmoe_edge"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**clean_env(), "LLAMA_CPP_LIB_PATH": str(tmp_path)},
+    )
+    assert done.returncode != 0
+    assert "import allocmoe_edge before llama_cpp" in done.stderr
+    assert str(tmp_path) in done.stderr
+
+
+def test_our_libraries_are_found_without_any_variable():
+    done = subprocess.run(
+        [sys.executable, "-c", "import allocmoe_edge; print(allocmoe_edge._native.LIB_DIR)"],
+        capture_output=True,
+        text=True,
+        env=clean_env(),
+    )
+    assert done.stdout.strip() == str(LIB_DIR), done.stderr
+
+
+def test_multimodal_library_loads():
+    from llama_cpp import mtmd_cpp
+
+    assert mtmd_cpp.mtmd_default_marker() == b"<__media__>"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF headers")
+def test_libraries_find_each_other_by_relative_rpath():
+    for library in LIB_DIR.glob("*.so"):
+        dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+        rpath = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "RUNPATH" in line or "RPATH" in line]
+        assert rpath in ([], ["$ORIGIN"]), f"{library.name}: {rpath}"
+        assert not library.is_symlink()
+
+
+def test_upstream_converter_is_installed():
+    upstream = BUILD_DIR / "upstream"
+    done = subprocess.run(
+        [sys.executable, "-c", "import gguf; print(gguf.__file__)"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(upstream / "gguf-py")},
+    )
+    assert done.stdout.strip().startswith(str(upstream)), done.stderr
+    assert (upstream / "convert_hf_to_gguf.py").is_file()
+    assert (upstream / "conversion" / "__init__.py").is_file()
+
+
+# an anonymous union in C, a named member in ctypes: one of its members stands for it
+ANONYMOUS = {"llama_model_kv_override.value": "val_i64"}
+# llama-cpp-python 0.3.36 has not followed a field that llama.h added at the end of it (optimizer_type). It is the
+# argument of llama_opt_init, training, which nothing here calls.
+KNOWN_MISMATCHES = {"llama_opt_params": (40, 48)}
+
+
+def structs():
+    from llama_cpp import mtmd_cpp
+
+    for module in (llama_cpp.llama_cpp, mtmd_cpp):
+        for name, value in vars(module).items():
+            # not every one has fields: opaque handles cross as pointers only
+            if isinstance(value, type) and issubclass(value, ctypes.Structure) and getattr(value, "_fields_", None):
+                yield name, value
+
+
+def test_structs_have_the_layout_that_ctypes_declares(tmp_path):
+    """sizeof and offsetof of every struct that llama_cpp mirrors, as the C compiler sees them in our headers."""
+    declared, lines = {}, []
+    for name, struct in structs():
+        declared[name] = ctypes.sizeof(struct)
+        lines.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
+        for field in struct._fields_:
+            member = f"{name}.{field[0]}"
+            declared[member] = getattr(struct, field[0]).offset
+            in_c = ANONYMOUS.get(member, field[0])
+            lines.append(f'printf("{member} %zu\\n", offsetof(struct {name}, {in_c}));')
+    assert len(declared) > 100
+    source = tmp_path / "layout.c"
+    headers = ("stddef.h", "stdio.h", "llama.h", "mtmd.h", "mtmd-helper.h")
+    source.write_text("".join(f"#include <{h}>\n" for h in headers) + "int main(void) {" + "".join(lines) + "}")
+    subprocess.run(["cc", "-I", INCLUDE, source, "-o", tmp_path / "layout"], check=True)
+    compiled = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
+    in_c = {name: int(value) for name, value in (line.split() for line in compiled.splitlines())}
+    assert {name: (declared[name], in_c[name]) for name in declared if declared[name] != in_c[name]} == KNOWN_MISMATCHES
+
+
+def test_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert allocmoe_edge.__version__ == version("allocmoe-edge")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.perplexity import bos_token, perplexity, windows
-from allocmoe_convert import cli as convert
+from allocmoe_edge.convert import cli as convert
 
 import testbed
 

@@ -12,7 +12,7 @@ import pytest
 from allocmoe_edge import Llama, Plan, metadata
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.perplexity import negative_log_likelihood, perplexity
-from allocmoe_convert import cli, sensitivity
+from allocmoe_edge.convert import cli, sensitivity
 
 from gguf_factory import plan_keys, write_gguf
 
@@ -21,7 +21,7 @@ QUICK = ["--ctx-size", "48", "--calib-tokens", "48"]
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "allocmoe_convert.cli", *map(str, args)]
+    command = [sys.executable, "-m", "allocmoe_edge.convert.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
@@ -69,7 +69,7 @@ def test_sensitivity_is_the_isolated_profile(converted, testbed_path):
     """Cells of S measured again by hand: layer l at k, layers before it at 12, layers after it at 1."""
     profile = metadata.read(converted[0]).profile
     llm = Llama(str(testbed_path), n_ctx=48, n_batch=48, n_threads=os.cpu_count(), verbose=False)
-    from allocmoe_convert.calibration import self_generated
+    from allocmoe_edge.convert.calibration import self_generated
 
     text = self_generated(llm, 48, 0)
     assert text.source == profile.calibration
@@ -125,7 +125,7 @@ def test_sensitivity_of_a_small_model(tmp_path):
 
 
 def test_calibration_from_a_file(testbed_path, tmp_path):
-    from allocmoe_convert.calibration import from_file
+    from allocmoe_edge.convert.calibration import from_file
 
     llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, verbose=False)
     (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. Café. " * 40)
@@ -210,7 +210,7 @@ def test_disk_full_while_writing(converted, tmp_path):
 
 
 def test_disk_too_small_is_seen_before_the_work(testbed_path, tmp_path, monkeypatch, capsys):
-    from allocmoe_convert import output
+    from allocmoe_edge.convert import output
 
     class Usage:
         free = 1_000_000
@@ -248,7 +248,7 @@ def test_interrupt_leaves_nothing(testbed_path, tmp_path):
     import signal
     import time
 
-    command = [sys.executable, "-m", "allocmoe_convert.cli", str(testbed_path), *QUICK, "-o", str(tmp_path / "o.gguf")]
+    command = [sys.executable, "-m", "allocmoe_edge.convert.cli", str(testbed_path), *QUICK, "-o", str(tmp_path / "o.gguf")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while "passes" not in process.stderr.readline():
         pass

@@ -10,7 +10,7 @@ import pytest
 
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError, metadata
 from allocmoe_edge.gguf_file import GGUFFile
-from allocmoe_convert import output
+from allocmoe_edge.convert import output
 
 from gguf_factory import plan_keys, write_gguf
 

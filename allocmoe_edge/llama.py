@@ -6,13 +6,14 @@ import contextlib
 import inspect
 import sys
 import warnings
+from dataclasses import replace
 from typing import Dict, Optional, Sequence, Union
 
 import numpy as np
 
 from ._native import context_pointer, ffi, libllama, llama_cpp
 from . import metadata
-from .plan import Plan, PlanError, integer_tuple
+from .plan import TOKEN_RULES, Plan, PlanError, integer_tuple
 
 Budget = Union[float, int, str]
 
@@ -25,6 +26,8 @@ class Llama(llama_cpp.Llama):
         budget: None for the plan in the file (the model's own expert counts if it has none). A float in
             (0, 1] or a string like "50%" is a share of the model's own activations, an int is a total of
             expert activations per token; either is planned anew from the sensitivities in the file.
+        token_rule: how a layer's activations are shared among the tokens, "threshold", "batch" or "off" (see `Plan`);
+            None for the rule in the file.
         **kwargs: see `llama_cpp.Llama`.
 
     Raises:
@@ -33,13 +36,17 @@ class Llama(llama_cpp.Llama):
         ValueError: anything `llama_cpp.Llama` refuses.
     """
 
-    def __init__(self, model_path: str, *, budget: Optional[Budget] = None, **kwargs):
+    def __init__(
+        self, model_path: str, *, budget: Optional[Budget] = None, token_rule: Optional[str] = None, **kwargs
+    ):
         self._stack = contextlib.ExitStack()  # what __del__ closes, also where the next line raises
         # before native code sees the file: it would abort the process, or say no more than "failed"
         self._stored = metadata.read(model_path)
         super().__init__(model_path, **kwargs)
-        if budget is not None:
-            plan = self.set_budget(budget)
+        self._asked = self._stored.plan
+        self._warn_if_degraded()
+        if budget is not None or token_rule is not None:
+            plan = self.set_budget(budget, token_rule=token_rule)
             if self.verbose:  # the plan in the file has been logged by the native side
                 print(f"allocmoe: {plan}", file=sys.stderr)
 
@@ -49,36 +56,44 @@ class Llama(llama_cpp.Llama):
         full = self._expert_used_count(libllama.allocmoe_get_full)
         if not any(full):
             return None
-        return Plan(self._expert_used_count(libllama.allocmoe_get_plan), full)
+        counts = self._expert_used_count(libllama.allocmoe_get_plan)
+        if libllama.allocmoe_get_token_rule(context_pointer(self)) == libllama.ALLOCMOE_RULE_OFF:
+            return Plan(counts, full)
+        return replace(self._asked, expert_used_count=counts, expert_used_count_full=full)
 
-    def set_budget(self, budget: Optional[Budget]) -> Plan:
+    def set_budget(
+        self, budget: Optional[Budget] = None, *, token_rule: Optional[str] = None, strict: bool = False
+    ) -> Plan:
         """Changes the budget of the live model; takes effect with the next token.
 
         The cached prompt is dropped where the plan changes, so that what follows depends on the new plan only.
 
         Args:
-            budget: as in the constructor; None goes back to what the file says.
+            budget, token_rule: as in the constructor; None goes back to what the file says.
+            strict: under "threshold", cap activations so that no layer's running mean rises above its plan.
 
         Returns:
             The plan now in force.
 
         Raises:
-            PlanError: a dense model, a budget out of range, or a file without sensitivities to plan from.
+            PlanError: a dense model, a budget out of range, or a file without what is needed to plan.
         """
         full = self._expert_used_count(libllama.allocmoe_get_full)
         if not any(full):
             raise PlanError(f"{self.model_path}: a dense model: it has no experts to budget")
-        if budget is None:
-            self.set_plan(self._stored.plan)
-        elif self._stored.profile is not None:
-            self.set_plan(self._stored.profile.plan(budget, full))
-        elif metadata.parse_budget(budget, sum(full), sum(k > 0 for k in full)) == sum(full):
-            self.set_plan(None)
-        else:
-            raise PlanError(
-                f"{self.model_path}: budget={budget!r} needs the sensitivities that allocmoe-convert stores in the "
-                "file; convert it first, or pass a plan of your own to set_plan"
-            )
+        profile, plan = self._stored.profile, self._stored.plan
+        if budget is not None:
+            if profile is None and metadata.parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
+                raise PlanError(
+                    f"{self.model_path}: budget={budget!r} needs the sensitivities that allocmoe-convert stores in the "
+                    "file; convert it first, or pass a plan of your own to set_plan"
+                )
+            plan = profile.plan(budget, full, token_rule, strict) if profile else None
+        elif plan is not None and (token_rule is not None or strict):
+            if profile is None:
+                raise PlanError(f"{self.model_path}: no profile in the file to set a token rule from")
+            plan = profile.with_token_rule(plan, token_rule, strict)
+        self.set_plan(plan)
         return self.plan
 
     def set_plan(self, plan: Union[Plan, Sequence[int], None]) -> None:
@@ -90,19 +105,50 @@ class Llama(llama_cpp.Llama):
         Raises:
             PlanError: the plan does not fit the model.
         """
-        before = self._expert_used_count(libllama.allocmoe_get_plan)
         if plan is None:
-            libllama.allocmoe_clear_plan(context_pointer(self))
+            if libllama.allocmoe_has_plan(context_pointer(self)):
+                libllama.allocmoe_clear_plan(context_pointer(self))
+                self._drop_cache()
+            self._asked = None
+            return
+        full = self._expert_used_count(libllama.allocmoe_get_full)
+        if not isinstance(plan, Plan):
+            plan = Plan(integer_tuple("expert_used_count", plan), full)
+        # a plan made for the file's counts, on a model whose counts were overridden: no layer above its own
+        if len(plan.expert_used_count) == len(full):
+            counts = tuple(map(min, plan.expert_used_count, full))
+            plan = replace(plan, expert_used_count=counts, expert_used_count_full=full)
         else:
-            counts = plan.expert_used_count if isinstance(plan, Plan) else plan
-            full = self._expert_used_count(libllama.allocmoe_get_full)
-            counts = Plan(integer_tuple("expert_used_count", counts), full).expert_used_count
-            status = libllama.allocmoe_set_plan(context_pointer(self), list(counts), len(counts))
-            if status != libllama.ALLOCMOE_OK:
-                raise PlanError(f"the native library refused the plan (status {status})")
-        if self._expert_used_count(libllama.allocmoe_get_plan) != before:
-            self.reset()
-            self._ctx.kv_cache_clear()
+            raise PlanError(f"the plan has {len(plan.expert_used_count)} layers, the model has {len(full)}")
+        if self._set_native_plan(plan):
+            self._drop_cache()
+        self._asked = plan
+        self._warn_if_degraded()
+
+    def _set_native_plan(self, plan: Plan, record: bool = False) -> bool:
+        """Hands the plan to the native side; returns whether that changed anything."""
+        threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
+        rule = ffi.new("struct allocmoe_rule *")
+        rule.token_rule = TOKEN_RULES.index(plan.token_rule)
+        rule.k_base, rule.strict, rule.record, rule.threshold = plan.k_base, plan.strict, record, threshold
+        counts = list(plan.expert_used_count)
+        status = libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule)
+        if status < 0:
+            raise PlanError(f"the native library refused the plan (status {status})")
+        return status == libllama.ALLOCMOE_CHANGED
+
+    def _drop_cache(self) -> None:
+        self.reset()
+        self._ctx.kv_cache_clear()
+
+    def _warn_if_degraded(self) -> None:
+        asked = self._asked.token_rule if self._asked else "off"
+        if TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))] != asked:
+            warnings.warn(
+                f"token rule {asked!r} is off: only the CPU backend can leave out single experts of a token; every "
+                "token gets its layer's planned number of experts",
+                stacklevel=3,
+            )
 
     def expert_stats(self, reset: bool = False) -> Dict[str, Dict[str, np.ndarray]]:
         """Expert activations so far, for prompt ("prefill") and generated ("decode") tokens apart.
@@ -138,32 +184,28 @@ class Llama(llama_cpp.Llama):
     def save_state(self):
         """As in `llama_cpp.Llama`; the state remembers the plan that it was made with."""
         state = super().save_state()
-        state.expert_used_count = self._expert_used_count(libllama.allocmoe_get_plan)
+        state.plan = self.plan
         return state
 
     def load_state(self, state) -> None:
         """As in `llama_cpp.Llama`; warns if the state was made with another plan than the one in force."""
-        now = self._expert_used_count(libllama.allocmoe_get_plan)
-        then = getattr(state, "expert_used_count", now)
-        if tuple(then) != now:
+        then = getattr(state, "plan", self.plan)
+        if then != self.plan:
             warnings.warn(
-                f"this state was saved with {sum(then)} expert activations per token in another plan, "
-                f"the plan in force has {sum(now)}: its cached tokens are kept as they were computed",
+                f"this state was saved under another plan ({then}) than the one in force ({self.plan}): "
+                "its cached tokens are kept as they were computed",
                 stacklevel=2,
             )
         super().load_state(state)
 
     def __getstate__(self):
-        state = super().__getstate__()
-        if libllama.allocmoe_has_plan(context_pointer(self)):
-            state["expert_used_count"] = self._expert_used_count(libllama.allocmoe_get_plan)
-        return state
+        return {**super().__getstate__(), "plan": self._asked}
 
     def __setstate__(self, state):
         state = dict(state)
-        counts = state.pop("expert_used_count", None)
+        plan = state.pop("plan")
         self.__init__(**state)
-        self.set_plan(counts)
+        self.set_plan(plan)
 
     def _expert_used_count(self, getter) -> tuple:
         n_layer = libllama.allocmoe_n_layer(context_pointer(self))
@@ -173,11 +215,11 @@ class Llama(llama_cpp.Llama):
 
 
 def _signature() -> inspect.Signature:
-    """llama_cpp.Llama's own signature with `budget`, for help() and tools that read it."""
+    """llama_cpp.Llama's own signature and our arguments, for help() and tools that read it."""
     parameters = dict(inspect.signature(llama_cpp.Llama.__init__).parameters)
     extra = parameters.pop("kwargs")
-    budget = inspect.signature(Llama.__init__).parameters["budget"]
-    return inspect.Signature([*parameters.values(), budget, extra])
+    ours = inspect.signature(Llama.__init__).parameters
+    return inspect.Signature([*parameters.values(), ours["budget"], ours["token_rule"], extra])
 
 
 Llama.__init__.__signature__ = _signature()

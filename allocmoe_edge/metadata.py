@@ -5,10 +5,13 @@
 | allocmoe.version | uint32 | version of these keys, 1 |
 | allocmoe.expert_used_count | int32[block_count] | planned experts per token, 0 where a layer routes none |
 | allocmoe.budget_total | uint32 | their sum |
-| allocmoe.token_rule | string | how a layer's activations are shared among tokens: off (top-k) |
+| allocmoe.token_rule | string | how a layer's activations are shared among tokens: off (top-k), batch, threshold |
+| allocmoe.k_base | uint32 | experts that every token keeps under batch and threshold |
+| allocmoe.threshold | float32[block_count] | for threshold: the routing score from which a candidate is activated |
 | allocmoe.allocation | string | how the plan was made: alloc-l, or uniform where Alloc-L lost on held-out text |
 | allocmoe.sensitivity | float64[sum of K_l] | S[l,k], k = 1..K_l, rows of the layers with experts in order |
 | allocmoe.sensitivity.metric, .mode | string | what S holds (perplexity), how it was measured (isolated) |
+| allocmoe.threshold_table | float32[sum of K_l] | t[l,k], the threshold at which the mean is k; rows as above |
 | allocmoe.cost | float64[block_count] | cost of one activation in each layer |
 | allocmoe.calibration.source, .sha256 | string | the calibration text, by name and by hash of its token ids |
 | allocmoe.calibration.n_tokens | uint32 | its length in tokens |
@@ -19,7 +22,7 @@ The model's own expert_used_count stays as it is, so that stock llama.cpp loads 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
@@ -45,6 +48,8 @@ class Profile:
 
     sensitivity: one float64 array of shape [K_l] per layer, empty where the layer routes no experts.
     cost: cost of one activation per layer, length block_count.
+    threshold_table: one float32 array of shape [K_l] per layer: the routing score from which candidates beyond the
+        k_base best are activated so that the mean is k = 1..K_l; None if it was not calibrated.
     """
 
     sensitivity: tuple
@@ -53,9 +58,30 @@ class Profile:
     allocation: str = "alloc-l"
     metric: str = "perplexity"
     mode: str = "isolated"
+    threshold_table: Optional[tuple] = None
+    k_base: int = 1
 
-    def plan(self, budget, full: tuple) -> Plan:
-        """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full."""
+    def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
+        """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full.
+
+        token_rule: None for "threshold" where there is a table, else "off".
+        """
+        return self.with_token_rule(self._allocate(budget, full), token_rule, strict)
+
+    def with_token_rule(self, plan: Plan, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
+        """The same experts per layer under a token rule; None as in `plan`."""
+        token_rule = token_rule or ("threshold" if self.threshold_table else "off")
+        threshold = None
+        if token_rule == "threshold":
+            if self.threshold_table is None:
+                raise PlanError("token_rule 'threshold' needs a threshold table, and the file has none: convert it again")
+            # layers without experts have no row, and nothing reads their entry
+            threshold = [
+                float(row[k - 1]) if k else 0.0 for row, k in zip(self.threshold_table, plan.expert_used_count)
+            ]
+        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict)
+
+    def _allocate(self, budget, full: tuple) -> Plan:
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
         if self.allocation == "uniform":
             return Plan.uniform(full, total)
@@ -98,7 +124,11 @@ def read(path) -> ModelPlan:
             raise PlanError(f"{path}: has a plan (allocmoe.*) but the model has no experts")
         try:
             planned = _array(file, "allocmoe.expert_used_count", np.int32, len(full))
-            plan = Plan(planned, full, file.get("allocmoe.token_rule", "off"))
+            rule = file.get("allocmoe.token_rule", "off")
+            threshold = None
+            if rule == "threshold":
+                threshold = _array(file, "allocmoe.threshold", np.float32, len(full)).tolist()
+            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold)
         except PlanError as error:
             raise PlanError(f"{path}: allocmoe.{error}") from None
         return ModelPlan(full, plan, _read_profile(file, full))
@@ -112,10 +142,16 @@ def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
     file.set("allocmoe.expert_used_count", np.array(plan.expert_used_count, np.int32))
     file.set("allocmoe.budget_total", plan.budget_total)
     file.set("allocmoe.token_rule", plan.token_rule)
+    file.set("allocmoe.k_base", plan.k_base)
+    if plan.threshold is not None:
+        file.set("allocmoe.threshold", np.array(plan.threshold, np.float32))
     if profile is None:
         return
     file.set("allocmoe.allocation", profile.allocation)
     file.set("allocmoe.sensitivity", np.concatenate([np.asarray(row, np.float64) for row in profile.sensitivity]))
+    if profile.threshold_table is not None:
+        rows = [np.asarray(row, np.float32) for row in profile.threshold_table]
+        file.set("allocmoe.threshold_table", np.concatenate(rows))
     file.set("allocmoe.sensitivity.metric", profile.metric)
     file.set("allocmoe.sensitivity.mode", profile.mode)
     file.set("allocmoe.cost", np.array(profile.cost, np.float64))
@@ -144,6 +180,12 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
             raise PlanError("sensitivity: found NaN or infinity, want finite numbers")
         if not (np.isfinite(cost).all() and (cost > 0).all()):
             raise PlanError("cost: found an entry that is not a positive number")
+        table = None
+        if file.get("allocmoe.threshold_table") is not None:
+            table = _array(file, "allocmoe.threshold_table", np.float32, sum(full))
+            if np.isnan(table).any():
+                raise PlanError("threshold_table: found NaN, want numbers")
+            table = tuple(np.split(table, np.cumsum(full)[:-1]))
         allocation = file.get("allocmoe.allocation", "alloc-l")
         if allocation not in ALLOCATIONS:
             raise PlanError(f"allocation: found {allocation!r}, want one of: {', '.join(ALLOCATIONS)}")
@@ -160,4 +202,6 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
         allocation=allocation,
         metric=str(file.get("allocmoe.sensitivity.metric", "perplexity")),
         mode=str(file.get("allocmoe.sensitivity.mode", "isolated")),
+        threshold_table=table,
+        k_base=int(file.get("allocmoe.k_base", 1)),
     )

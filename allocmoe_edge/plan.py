@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
 
-TOKEN_RULES = ("off",)
+TOKEN_RULES = ("off", "batch", "threshold")
 
 
 class PlanError(ValueError):
@@ -45,8 +45,16 @@ class Plan:
         the layer has no routed experts. Any integer sequence or 1-D integer array is accepted
         and kept as a tuple of ints.
     expert_used_count_full: the model's own K_l, same length, 0 for such layers.
-    token_rule: how a layer shares its k_l among the tokens, one of TOKEN_RULES ("off": every
-        token gets its top k_l).
+    token_rule: how a layer shares its k_l among the tokens (Alloc-T). "off": every token gets its
+        top k_l. "batch": every token keeps its top k_base, and the best-scored other candidates
+        of the whole micro-batch are activated, k_l times its tokens in all. "threshold": every
+        token keeps its top k_base and every other candidate (up to rank K_l) whose routing score
+        is at least the layer's threshold; k_l is then the mean over text like the calibration's.
+    k_base: experts that every token keeps under "batch" and "threshold". Where k_l <= k_base, the
+        layer is plain top-k_l.
+    threshold: one float per layer, for "threshold" only; unused in layers without routed experts.
+    strict: for "threshold": activations are capped so that no layer's running mean rises above
+        k_l; what a token gets then depends on the tokens before it.
 
     Raises PlanError, naming the layer, the value found and the value wanted.
     """
@@ -54,6 +62,9 @@ class Plan:
     expert_used_count: tuple[int, ...]
     expert_used_count_full: tuple[int, ...]
     token_rule: str = "off"
+    k_base: int = 1
+    threshold: tuple[float, ...] | None = None
+    strict: bool = False
 
     def __post_init__(self):
         planned = integer_tuple("expert_used_count", self.expert_used_count)
@@ -77,6 +88,21 @@ class Plan:
                 raise PlanError(f"expert_used_count, layer {layer}: found {k}, want 1 to {K}, the model's own count")
         if not isinstance(self.token_rule, str) or self.token_rule not in TOKEN_RULES:
             raise PlanError(f"token_rule: found {self.token_rule!r}, want one of: {', '.join(TOKEN_RULES)}")
+        if isinstance(self.k_base, bool) or not isinstance(self.k_base, Integral) or self.k_base < 1:
+            raise PlanError(f"k_base: found {self.k_base!r}, want an integer of at least 1")
+        if (self.threshold is not None) != (self.token_rule == "threshold"):
+            want = "one per layer" if self.token_rule == "threshold" else f"none with token_rule {self.token_rule!r}"
+            raise PlanError(f"threshold: found {'none' if self.threshold is None else 'some'}, want {want}")
+        if self.threshold is not None:
+            threshold = tuple(float(t) for t in self.threshold)
+            if len(threshold) != len(full):
+                raise PlanError(f"threshold: found {len(threshold)} layers, want {len(full)}")
+            for layer, t in enumerate(threshold):
+                if math.isnan(t):
+                    raise PlanError(f"threshold, layer {layer}: found NaN, want a number")
+            object.__setattr__(self, "threshold", threshold)
+        if self.strict and self.token_rule != "threshold":
+            raise PlanError(f"strict: needs token_rule 'threshold', found {self.token_rule!r}")
         # The fields are frozen; this is the one place that may set them.
         object.__setattr__(self, "expert_used_count", planned)
         object.__setattr__(self, "expert_used_count_full", full)

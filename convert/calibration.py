@@ -30,11 +30,12 @@ class CalibrationText(NamedTuple):
     source: Calibration
 
 
-def from_file(llm: Llama, path: Path, n_tokens: int) -> CalibrationText:
+def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int) -> CalibrationText:
     """Windows spread evenly over a UTF-8 text file.
 
     Args:
         n_tokens: tokens for the profile; a quarter as many again are held out.
+        n_ctx: tokens in a window, at most the context of `llm`.
 
     Raises:
         ConvertError: the file cannot be read, is not text, or holds fewer than two windows.
@@ -52,14 +53,14 @@ def from_file(llm: Llama, path: Path, n_tokens: int) -> CalibrationText:
             raise ConvertError(f"calibration text {path}: not UTF-8 text (byte {error.start})") from None
         data = data[: error.start]
     tokens = np.array(llm.tokenize(data, add_bos=False, special=False), np.int32)
-    return _split(llm, tokens, n_tokens, f"file {path.name}")
+    return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}")
 
 
-def self_generated(llm: Llama, n_tokens: int, seed: int) -> CalibrationText:
+def self_generated(llm: Llama, n_tokens: int, n_ctx: int, seed: int) -> CalibrationText:
     """Text that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text."""
     bos = bos_token(llm)
     start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
-    needed = _n_windows(llm, n_tokens) * (llm.n_ctx() - (bos is not None))
+    needed = _n_windows(n_tokens, n_ctx) * (n_ctx - (bos is not None))
     tokens: list = []
     document = 0
     with tqdm(total=needed, desc="calibration text", unit="tok", disable=None, leave=False) as bar:
@@ -73,26 +74,26 @@ def self_generated(llm: Llama, n_tokens: int, seed: int) -> CalibrationText:
                 tokens.append(token)
                 length += 1
                 bar.update()
-                if len(tokens) >= needed or length >= llm.n_ctx() - 2:
+                if len(tokens) >= needed or length >= n_ctx - 2:
                     break
             if document > 64 and len(tokens) < document:
                 raise ConvertError("the model writes no text of its own: give calibration text with --calib")
-    return _split(llm, np.array(tokens, np.int32), n_tokens, f"self-generated, seed {seed}")
+    return _split(llm, np.array(tokens, np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}")
 
 
-def _n_windows(llm: Llama, n_tokens: int) -> int:
-    profile = max(1, n_tokens // llm.n_ctx())
+def _n_windows(n_tokens: int, n_ctx: int) -> int:
+    profile = max(1, n_tokens // n_ctx)
     return profile + max(1, profile // (HELD_OUT - 1))
 
 
-def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, source: str) -> CalibrationText:
-    cut = windows(tokens, llm.n_ctx(), bos_token(llm))
+def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: str) -> CalibrationText:
+    cut = windows(tokens, n_ctx, bos_token(llm))
     if len(cut) < 2:
         raise ConvertError(
-            f"calibration text ({source}): {len(tokens)} tokens, want at least {2 * llm.n_ctx()} "
-            f"(two windows of {llm.n_ctx()}, one to profile and one to check)"
+            f"calibration text ({source}): {len(tokens)} tokens, want at least {2 * n_ctx} "
+            f"(two windows of {n_ctx}, one to profile and one to check)"
         )
-    wanted = min(_n_windows(llm, n_tokens), len(cut))
+    wanted = min(_n_windows(n_tokens, n_ctx), len(cut))
     cut = cut[np.linspace(0, len(cut) - 1, wanted).astype(int)]
     held_out = np.zeros(len(cut), bool)
     held_out[HELD_OUT - 1 :: HELD_OUT] = True

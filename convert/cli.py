@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Optional, Sequence
 
-from allocmoe_edge import GGUFError, Llama, Plan, PlanError, __version__, metadata, parse_budget
+from allocmoe_edge import GGUFError, Llama, PlanError, __version__, metadata, parse_budget
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.perplexity import perplexity
+from allocmoe_edge.plan import TOKEN_RULES
 
-from . import ConvertError, calibration, output, sensitivity
+from . import ConvertError, calibration, output, sensitivity, thresholds
 
 _DESCRIPTION = """\
 Works out where a Mixture-of-Experts model needs its experts, and writes a copy of the model that spends a given
@@ -47,6 +48,15 @@ def parser() -> argparse.ArgumentParser:
         help="expert activations to spend: a share of the model's own (0.5, 50%%) or a total per token over all "
         "layers (96). Default: 0.5",
     )
+    p.add_argument(
+        "--token-rule",
+        choices=TOKEN_RULES[::-1],
+        help="how a layer's activations are shared among tokens. threshold: a token gets more where its routing scores "
+        "are high and less where they are low, from thresholds calibrated on the same text; batch: the same by ranking "
+        "each micro-batch, which does nothing for single tokens; off: the same number for all. Default: threshold, "
+        "where the model runs on the CPU",
+    )
+    p.add_argument("--k-base", type=_positive, default=1, metavar="N", help="experts that every token keeps. Default: 1")
     p.add_argument("--calib", type=Path, metavar="FILE", help="calibration text, UTF-8. Default: the model writes its own")
     p.add_argument(
         "--calib-tokens",
@@ -97,7 +107,7 @@ def convert(args: argparse.Namespace) -> None:
 
     if model.profile is not None and args.calib is None and not args.reprofile:
         _say(f"planning from the sensitivities in {args.model} (measured on {model.profile.calibration.source})")
-        profile, plan = model.profile, model.profile.plan(total, model.full)
+        profile, plan = model.profile, model.profile.plan(total, model.full, args.token_rule)
     else:
         profile, plan = measure(args, model.full, total)
 
@@ -126,10 +136,10 @@ def measure(args: argparse.Namespace, full: tuple, total: int) -> tuple:
     llm.set_plan(None)
 
     if args.calib is not None:
-        text = calibration.from_file(llm, args.calib, args.calib_tokens)
+        text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size)
     else:
         _say("the model writes its own calibration text (--calib FILE gives it one)")
-        text = calibration.self_generated(llm, args.calib_tokens, args.seed)
+        text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed)
 
     passes = sensitivity.n_passes(full)
     _say(f"profiling on {text.profile.size} tokens ({text.source.source}): {passes} passes")
@@ -137,26 +147,43 @@ def measure(args: argparse.Namespace, full: tuple, total: int) -> tuple:
     rows = sensitivity.isolated(llm, full, text.profile)
     _say(f"profiled in {time.monotonic() - start:.0f} s")
 
-    profile = metadata.Profile(rows, (1.0,) * len(full), text.source)
-    plan = profile.plan(total, full)
-    return _checked(llm, profile, plan, text.held_out)
+    profile = metadata.Profile(rows, (1.0,) * len(full), text.source, k_base=args.k_base)
+    return choose(llm, profile, total, full, text, args.token_rule)
 
 
-def _checked(llm: Llama, profile: metadata.Profile, plan: Plan, held_out) -> tuple:
-    """The plan, unless uniform k with as many activations does better on text that the profile has not seen."""
-    uniform = Plan.uniform(plan.expert_used_count_full, plan.budget_total)
-    found = {}
-    for name, candidate in (("full", None), ("plan", plan), ("uniform", uniform)):
-        llm.set_plan(candidate)
-        found[name] = perplexity(llm, held_out)
-    _say("perplexity on held-out text: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
-    if found["plan"] > found["uniform"]:
+def choose(
+    llm: Llama, profile: metadata.Profile, total: int, full: tuple, text: calibration.CalibrationText, token_rule: Optional[str]
+) -> tuple:
+    """The best of Alloc-L's plan and uniform k, with and without thresholds, on text that the profile has not seen."""
+    llm.set_plan(None)
+    found = {"full budget": (perplexity(llm, text.held_out), None, None)}
+    for allocation in ("alloc-l", "uniform"):
+        candidate = replace(profile, allocation=allocation)
+        plan = replace(candidate.plan(total, full, "off"), k_base=profile.k_base)
+        rules = [token_rule] if token_rule else ["off"]
+        if token_rule in (None, "threshold"):
+            table = thresholds.calibrate(llm, plan, text.profile)
+            if table is not None:
+                candidate = replace(candidate, threshold_table=table)
+                rules = [token_rule] if token_rule else ["off", "threshold"]
+        for rule in rules:
+            plan = candidate.with_token_rule(plan, rule)
+            llm.set_plan(plan)
+            llm.expert_stats(reset=True)
+            value = perplexity(llm, text.held_out)
+            spent = llm.expert_stats()["prefill"]["mean"].sum()
+            found[f"{allocation}, token rule {rule}: {spent:.0f} of {total} activations"] = (value, candidate, plan)
+    _say("perplexity on held-out text:")
+    for name, (value, *_) in found.items():
+        _say(f"  {value:10.2f}  {name}")
+    del found["full budget"]
+    _, best, plan = min(found.values(), key=lambda entry: entry[0])
+    if best.allocation == "uniform":
         _say(
-            "the plan loses to uniform k on held-out text, so the uniform plan is written; more calibration text "
+            "Alloc-L's plan loses to uniform k on held-out text, so the uniform plan is written; more calibration text "
             "(--calib, --calib-tokens) gives a better profile"
         )
-        return replace(profile, allocation="uniform"), uniform
-    return profile, plan
+    return best, plan
 
 
 def _refuse_split(path: Path) -> None:

@@ -1,12 +1,16 @@
 // What the patched llama.cpp files see of allocmoe-edge: three small structs and the functions that the hooks call.
 #pragma once
 
+#include "allocmoe-token-rule.h"
+
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <memory>
-#include <string>
 #include <vector>
 
+struct ggml_context;
+struct ggml_tensor;
 struct gguf_context;
 struct llama_cparams;
 struct llama_hparams;
@@ -16,28 +20,52 @@ struct llama_ubatch;
 // Immutable once made: contexts share it, and graphs are reused as long as the pointer is the same.
 struct allocmoe_plan {
     std::vector<int32_t> expert_used_count; // [block_count], 0: the layer is left as the model has it
-    std::string          token_rule;
+
+    int32_t            token_rule = ALLOCMOE_RULE_OFF;
+    int32_t            k_base     = 1;
+    bool               strict     = false;
+    bool               record     = false;
+    std::vector<float> threshold; // [block_count], for ALLOCMOE_RULE_THRESHOLD
+
+    bool operator==(const allocmoe_plan & other) const;
 };
 
-struct allocmoe_counts {
-    std::vector<int64_t> activations; // [block_count]
-    std::vector<int64_t> tokens;      // [block_count]
+// What a context has spent so far.
+struct allocmoe_usage {
+    struct phase {
+        std::vector<int64_t> activations; // [block_count]
+        std::vector<int64_t> tokens;      // [block_count]
+    };
+    std::array<phase, 2> phases; // by ALLOCMOE_PHASE_*
+    std::vector<double>  credit; // [block_count], activations left over under a strict threshold
+
+    std::vector<std::vector<float>> scores; // [block_count], recorded
 };
 
 // member of llama_cparams
 struct allocmoe_cparams {
     std::shared_ptr<const allocmoe_plan> plan; // nullptr: the model's own expert counts
-    std::shared_ptr<std::array<allocmoe_counts, 2>> counts; // by ALLOCMOE_PHASE_*
+    std::shared_ptr<allocmoe_usage>      usage;
 };
 
-// member of llm_graph_result: what one run of the graph activates
+// member of llm_graph_result: the layers that the graph routes
 struct allocmoe_graph {
     struct layer {
         int     il;
-        int64_t n_expert_used;
         int64_t n_tokens;
+        int64_t activations; // by one run of the graph; written by the token rule's node where there is one
+
+        allocmoe_token_rule_params      params;
+        bool                            record;
+        std::shared_ptr<allocmoe_usage> usage;
+
+        ggml_tensor * selected; // expert ids by rank
+        ggml_tensor * routed;   // the same with -1 where the token rule skips, or nullptr
     };
-    std::vector<layer> layers;
+    std::deque<layer> layers; // nodes point into it
+
+    // the ids that MUL_MAT_ID is to use for these ids
+    ggml_tensor * routed(ggml_tensor * ids) const;
 };
 
 // The plan in the model's metadata, nullptr if there is none. Throws std::runtime_error if it is invalid.
@@ -46,8 +74,19 @@ std::shared_ptr<const allocmoe_plan> allocmoe_load_plan(const gguf_context * met
 // Puts the model's plan into a new context and logs it.
 void allocmoe_init_context(llama_cparams & cparams, const llama_model & model);
 
-// The number of experts that build_moe_ffn is to use in layer il, given the architecture's own choice.
+// The number of experts that build_moe_ffn is to rank for each token of layer il, given the architecture's own choice:
+// the planned count, or all of them where a token rule picks among them.
 int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph & graph, int il, int64_t n_expert_used, int64_t n_tokens);
+
+// Applies the layer's token rule, if it has one, to the experts ranked by `scores`: from then on graph.routed(selected) has
+// -1 for what is skipped. Returns the weights with `skipped` (0, or -infinity ahead of a softmax) in those places.
+ggml_tensor * allocmoe_build_token_rule(
+        ggml_context   * ctx,
+        allocmoe_graph & graph,
+        ggml_tensor    * scores,   // [n_expert, n_tokens]
+        ggml_tensor    * selected, // [n_expert_used, n_tokens]
+        ggml_tensor    * weights,  // [1, n_expert_used, n_tokens]
+        float            skipped);
 
 // Adds what one run of the graph activated.
 void allocmoe_count(const llama_cparams & cparams, const allocmoe_graph & graph, const llama_ubatch & ubatch);

@@ -8,10 +8,14 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include "ggml-backend.h"
 #include "gguf.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <stdexcept>
+#include <string>
 
 // the friend that llama_context grants us
 struct allocmoe_access {
@@ -51,9 +55,62 @@ static bool out_of_range(const llama_hparams & hparams, const std::vector<int32_
     return std::any_of(k.begin(), k.end(), [&](int32_t x) { return x < 0 || x > (int32_t) hparams.n_expert; });
 }
 
+static const char * const token_rule_names[] = { "off", "batch", "threshold" };
+
+static bool token_rule_out_of_range(const allocmoe_plan & plan) {
+    const bool bad_threshold = std::any_of(plan.threshold.begin(), plan.threshold.end(), [](float t) { return std::isnan(t); });
+    return plan.token_rule < ALLOCMOE_RULE_OFF || plan.token_rule > ALLOCMOE_RULE_THRESHOLD || plan.k_base < 1 || bad_threshold;
+}
+
+bool allocmoe_plan::operator==(const allocmoe_plan & other) const {
+    return expert_used_count == other.expert_used_count && token_rule == other.token_rule && k_base == other.k_base &&
+           strict == other.strict && record == other.record && threshold == other.threshold;
+}
+
+// Why the model cannot skip single experts of a token, nullptr if it can. What can are the plain and the repacked
+// MUL_MAT_ID of ggml's CPU backend; other backends would take -1 for an expert.
+static const char * token_rule_obstacle(const llama_model & model) {
+    if (model.arch == LLM_ARCH_GROVEMOE) {
+        return "the architecture derives further experts from the chosen ones";
+    }
+    if (!model.devices.empty()) {
+        return "only the CPU backend can leave out single experts, and the model uses another device";
+    }
+    for (const auto & layer : model.layers) {
+        for (const auto * tensor : { layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps, layer.ffn_gate_up_exps }) {
+            if (!tensor || !tensor->buffer) {
+                continue;
+            }
+            const std::string name = ggml_backend_buft_name(ggml_backend_buffer_get_type(tensor->buffer));
+            if (name != "CPU" && name != "CPU_Mapped" && name != "CPU_REPACK") {
+                return "its experts are stored in a layout that cannot leave out single ones";
+            }
+        }
+    }
+    return nullptr;
+}
+
+// Top-k in place of a token rule that the model cannot run, with a warning.
+static void degrade_token_rule(allocmoe_plan & plan, const llama_model & model) {
+    const char * obstacle = plan.token_rule == ALLOCMOE_RULE_OFF ? nullptr : token_rule_obstacle(model);
+    if (obstacle) {
+        LLAMA_LOG_WARN("allocmoe: token rule %s is off: %s\n", token_rule_names[plan.token_rule], obstacle);
+        plan.token_rule = ALLOCMOE_RULE_OFF;
+    }
+}
+
 //
 // hooks
 //
+
+template <typename T>
+static const T * gguf_array(const gguf_context * meta, const char * key, gguf_type type, size_t n, const char * type_name) {
+    const int64_t i = gguf_find_key(meta, key);
+    if (i < 0 || gguf_get_kv_type(meta, i) != GGUF_TYPE_ARRAY || gguf_get_arr_type(meta, i) != type || gguf_get_arr_n(meta, i) != n) {
+        throw std::runtime_error(format("%s is missing or not an array of %zu %s", key, n, type_name));
+    }
+    return (const T *) gguf_get_arr_data(meta, i);
+}
 
 std::shared_ptr<const allocmoe_plan> allocmoe_load_plan(const gguf_context * meta, const llama_hparams & hparams) {
     const int64_t i_version = meta ? gguf_find_key(meta, "allocmoe.version") : -1;
@@ -65,48 +122,70 @@ std::shared_ptr<const allocmoe_plan> allocmoe_load_plan(const gguf_context * met
         throw std::runtime_error(format("allocmoe.version is not %d: made by another version of allocmoe-edge", ALLOCMOE_PLAN_VERSION));
     }
 
-    const int64_t i_k = gguf_find_key(meta, "allocmoe.expert_used_count");
-    if (i_k < 0 || gguf_get_kv_type(meta, i_k) != GGUF_TYPE_ARRAY || gguf_get_arr_type(meta, i_k) != GGUF_TYPE_INT32) {
-        throw std::runtime_error("allocmoe.expert_used_count is missing or not an array of int32");
-    }
-    if (gguf_get_arr_n(meta, i_k) != hparams.n_layer_all) {
-        throw std::runtime_error(format("allocmoe.expert_used_count has %zu entries, the model has %u layers",
-                    gguf_get_arr_n(meta, i_k), hparams.n_layer_all));
-    }
-
     auto plan = std::make_shared<allocmoe_plan>();
 
-    const auto * k = (const int32_t *) gguf_get_arr_data(meta, i_k);
-    plan->expert_used_count.assign(k, k + hparams.n_layer_all);
+    const uint32_t n_layer = hparams.n_layer_all;
+    const auto * k = gguf_array<int32_t>(meta, "allocmoe.expert_used_count", GGUF_TYPE_INT32, n_layer, "int32");
+    plan->expert_used_count.assign(k, k + n_layer);
     if (out_of_range(hparams, plan->expert_used_count)) {
         throw std::runtime_error(format("allocmoe.expert_used_count has an entry outside 0..%u", hparams.n_expert));
     }
 
     const int64_t i_rule = gguf_find_key(meta, "allocmoe.token_rule");
-    plan->token_rule = i_rule >= 0 && gguf_get_kv_type(meta, i_rule) == GGUF_TYPE_STRING ? gguf_get_val_str(meta, i_rule) : "off";
-    if (plan->token_rule != "off") {
-        throw std::runtime_error(format("allocmoe.token_rule '%s' is not known to this version of allocmoe-edge", plan->token_rule.c_str()));
+    if (i_rule >= 0) {
+        const char * name = gguf_get_kv_type(meta, i_rule) == GGUF_TYPE_STRING ? gguf_get_val_str(meta, i_rule) : "";
+        const auto * end  = std::end(token_rule_names);
+        const auto * it   = std::find_if(std::begin(token_rule_names), end, [&](const char * n) { return strcmp(n, name) == 0; });
+        if (it == end) {
+            throw std::runtime_error(format("allocmoe.token_rule '%s' is not known to this version of allocmoe-edge", name));
+        }
+        plan->token_rule = (int32_t) (it - std::begin(token_rule_names));
+    }
+
+    const int64_t i_base = gguf_find_key(meta, "allocmoe.k_base");
+    if (i_base >= 0) {
+        if (gguf_get_kv_type(meta, i_base) != GGUF_TYPE_UINT32 || gguf_get_val_u32(meta, i_base) < 1 || gguf_get_val_u32(meta, i_base) > hparams.n_expert) {
+            throw std::runtime_error(format("allocmoe.k_base is not a uint32 from 1 to %u", hparams.n_expert));
+        }
+        plan->k_base = gguf_get_val_u32(meta, i_base);
+    }
+
+    if (plan->token_rule == ALLOCMOE_RULE_THRESHOLD) {
+        const auto * threshold = gguf_array<float>(meta, "allocmoe.threshold", GGUF_TYPE_FLOAT32, n_layer, "float32");
+        plan->threshold.assign(threshold, threshold + n_layer);
+    }
+
+    if (token_rule_out_of_range(*plan)) {
+        throw std::runtime_error("allocmoe.threshold has an entry that is not a number");
     }
 
     return plan;
 }
 
 void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
-    allocmoe_counts zero;
-    zero.activations.resize(model.hparams.n_layer_all);
-    zero.tokens     .resize(model.hparams.n_layer_all);
+    const uint32_t n_layer = model.hparams.n_layer_all;
 
-    cparams.allocmoe.plan   = model.allocmoe;
-    cparams.allocmoe.counts = std::make_shared<std::array<allocmoe_counts, 2>>(std::array<allocmoe_counts, 2>{ zero, zero });
+    auto usage = std::make_shared<allocmoe_usage>();
+    for (auto & phase : usage->phases) {
+        phase.activations.resize(n_layer);
+        phase.tokens     .resize(n_layer);
+    }
+    usage->credit.resize(n_layer);
+    usage->scores.resize(n_layer);
+    cparams.allocmoe.usage = std::move(usage);
 
     if (!model.allocmoe) {
         return;
     }
 
+    auto plan = std::make_shared<allocmoe_plan>(*model.allocmoe);
+    degrade_token_rule(*plan, model);
+    cparams.allocmoe.plan = plan;
+
     int64_t total = 0;
     int64_t full  = 0;
     int64_t n_moe = 0;
-    const auto k     = effective_plan(model, model.allocmoe.get());
+    const auto k     = effective_plan(model, plan.get());
     const auto k_own = effective_plan(model, nullptr);
     for (size_t il = 0; il < k.size(); ++il) {
         total += k[il];
@@ -116,8 +195,17 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     if (n_moe > 0) {
         LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
                 (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe,
-                model.allocmoe->token_rule.c_str());
+                token_rule_names[plan->token_rule]);
     }
+}
+
+ggml_tensor * allocmoe_graph::routed(ggml_tensor * ids) const {
+    for (auto it = layers.rbegin(); it != layers.rend(); ++it) {
+        if (it->routed && it->selected == ids) {
+            return it->routed;
+        }
+    }
+    return ids;
 }
 
 int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph & graph, int il, int64_t n_expert_used, int64_t n_tokens) {
@@ -125,24 +213,108 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
     if (cparams.warmup || il < 0) {
         return n_expert_used;
     }
+    // an architecture may build a second set of experts on the first one's choice: one layer, counted once
+    const bool again = !graph.layers.empty() && graph.layers.back().il == il;
 
     const auto * plan = cparams.allocmoe.plan.get();
+    int64_t k = n_expert_used;
+    allocmoe_token_rule_params params = {};
     if (plan && il < (int) plan->expert_used_count.size() && plan->expert_used_count[il] > 0) {
-        n_expert_used = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
+        k = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
+
+        // with every candidate kept, or none to share, the rule is top-k
+        const bool shares = plan->k_base < k && k < n_expert_used;
+        if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || plan->record) && !again) {
+            params.rule      = plan->token_rule;
+            params.k_base    = std::min<int64_t>(plan->k_base, k);
+            params.k         = k;
+            params.threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
+            params.strict    = plan->strict;
+        }
     }
 
-    graph.layers.push_back({ il, n_expert_used, n_tokens });
+    if (!again) {
+        graph.layers.push_back({ il, n_tokens, k*n_tokens, params, plan && plan->record, cparams.allocmoe.usage, nullptr, nullptr });
+    }
 
-    return n_expert_used;
+    return params.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
+}
+
+// node: ids by rank, -1 where the token rule skips
+static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith != 0) {
+        return;
+    }
+    auto & layer = *(allocmoe_graph::layer *) userdata;
+
+    const ggml_tensor * ids    = dst->src[0];
+    const ggml_tensor * scores = dst->src[1];
+
+    const int64_t n_used   = dst->ne[0];
+    const int64_t n_tokens = dst->ne[1];
+
+    std::vector<float>   ranked(n_used*n_tokens);
+    std::vector<int32_t> n_kept(n_tokens);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const auto * id    = (const int32_t *) ((const char *) ids   ->data + t*ids   ->nb[1]);
+        const auto * score = (const float   *) ((const char *) scores->data + t*scores->nb[1]);
+        for (int64_t r = 0; r < n_used; ++r) {
+            ranked[t*n_used + r] = score[id[r]];
+        }
+    }
+
+    if (layer.record) {
+        auto & scores_il = layer.usage->scores[layer.il];
+        scores_il.insert(scores_il.end(), ranked.begin(), ranked.end());
+    }
+
+    layer.activations = allocmoe_apply_token_rule(layer.params, ranked.data(), n_used, n_tokens, n_kept.data(), layer.usage->credit[layer.il]);
+
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const auto * id  = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
+        auto       * out = (int32_t       *) ((char       *) dst->data + t*dst->nb[1]);
+        for (int64_t r = 0; r < n_used; ++r) {
+            out[r] = r < n_kept[t] ? id[r] : -1;
+        }
+    }
+}
+
+// node: weights, `skipped` where the ids are -1
+template <bool neg_inf>
+static void compute_weights(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
+    if (ith != 0) {
+        return;
+    }
+    const auto * weights = (const float   *) dst->src[0]->data;
+    const auto * routed  = (const int32_t *) dst->src[1]->data;
+    auto       * out     = (float         *) dst->data;
+    for (int64_t i = 0; i < ggml_nelements(dst); ++i) {
+        out[i] = routed[i] >= 0 ? weights[i] : neg_inf ? -INFINITY : 0.0f;
+    }
+}
+
+ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & graph, ggml_tensor * scores, ggml_tensor * selected, ggml_tensor * weights, float skipped) {
+    if (graph.layers.empty() || graph.layers.back().params.rule == ALLOCMOE_RULE_OFF || graph.layers.back().routed) {
+        return weights;
+    }
+    auto & layer = graph.layers.back();
+
+    ggml_tensor * args_routed[] = { selected, scores };
+    layer.selected = selected;
+    layer.routed   = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, 2, compute_routed, 1, &layer);
+
+    ggml_tensor * args_weights[] = { weights, layer.routed };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2,
+            skipped == 0.0f ? compute_weights<false> : compute_weights<true>, 1, nullptr);
 }
 
 void allocmoe_count(const llama_cparams & cparams, const allocmoe_graph & graph, const llama_ubatch & ubatch) {
     const bool decode = ubatch.n_tokens <= ubatch.n_seqs_unq;
 
-    auto & counts = (*cparams.allocmoe.counts)[decode ? ALLOCMOE_PHASE_DECODE : ALLOCMOE_PHASE_PREFILL];
+    auto & phase = cparams.allocmoe.usage->phases[decode ? ALLOCMOE_PHASE_DECODE : ALLOCMOE_PHASE_PREFILL];
     for (const auto & layer : graph.layers) {
-        counts.activations[layer.il] += layer.n_expert_used*layer.n_tokens;
-        counts.tokens     [layer.il] += layer.n_tokens;
+        phase.activations[layer.il] += layer.activations;
+        phase.tokens     [layer.il] += layer.n_tokens;
     }
 }
 
@@ -158,24 +330,38 @@ int32_t allocmoe_n_layer(const llama_context * ctx) {
     return allocmoe_access::model(ctx).hparams.n_layer_all;
 }
 
-int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer) {
-    const auto & hparams = allocmoe_access::model(ctx).hparams;
-    if (n_layer != (int32_t) hparams.n_layer_all) {
+int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer, const allocmoe_rule * rule) {
+    const auto & model = allocmoe_access::model(ctx);
+    if (n_layer != (int32_t) model.hparams.n_layer_all) {
         return ALLOCMOE_ERR_N_LAYER;
     }
 
     auto plan = std::make_shared<allocmoe_plan>();
     plan->expert_used_count.assign(expert_used_count, expert_used_count + n_layer);
-    plan->token_rule = "off";
-    if (out_of_range(hparams, plan->expert_used_count)) {
+    if (out_of_range(model.hparams, plan->expert_used_count)) {
         return ALLOCMOE_ERR_K;
     }
 
-    const auto & cur = allocmoe_access::cparams(ctx).allocmoe.plan;
-    if (!cur || cur->expert_used_count != plan->expert_used_count) {
-        allocmoe_access::set_plan(ctx, std::move(plan));
+    if (rule) {
+        plan->token_rule = rule->token_rule;
+        plan->k_base     = rule->k_base;
+        plan->strict     = rule->strict;
+        plan->record     = rule->record;
+        if (rule->threshold) {
+            plan->threshold.assign(rule->threshold, rule->threshold + n_layer);
+        }
+        if (token_rule_out_of_range(*plan) || (plan->token_rule == ALLOCMOE_RULE_THRESHOLD && !rule->threshold)) {
+            return ALLOCMOE_ERR_RULE;
+        }
+        degrade_token_rule(*plan, model);
     }
-    return ALLOCMOE_OK;
+
+    const auto & cur = allocmoe_access::cparams(ctx).allocmoe.plan;
+    if (cur && *cur == *plan) {
+        return ALLOCMOE_OK;
+    }
+    allocmoe_access::set_plan(ctx, std::move(plan));
+    return ALLOCMOE_CHANGED;
 }
 
 void allocmoe_clear_plan(llama_context * ctx) {
@@ -212,15 +398,45 @@ int32_t allocmoe_get_counts(const llama_context * ctx, int32_t phase, int64_t * 
     if (phase != ALLOCMOE_PHASE_PREFILL && phase != ALLOCMOE_PHASE_DECODE) {
         return ALLOCMOE_ERR_PHASE;
     }
-    const auto & counts = (*allocmoe_access::cparams(ctx).allocmoe.counts)[phase];
+    const auto & counts = allocmoe_access::cparams(ctx).allocmoe.usage->phases[phase];
     std::copy(counts.activations.begin(), counts.activations.end(), activations);
     std::copy(counts.tokens.begin(),      counts.tokens.end(),      tokens);
     return ALLOCMOE_OK;
 }
 
 void allocmoe_reset_counts(llama_context * ctx) {
-    for (auto & counts : *allocmoe_access::cparams(ctx).allocmoe.counts) {
-        std::fill(counts.activations.begin(), counts.activations.end(), 0);
-        std::fill(counts.tokens     .begin(), counts.tokens     .end(), 0);
+    auto & usage = *allocmoe_access::cparams(ctx).allocmoe.usage;
+    for (auto & phase : usage.phases) {
+        std::fill(phase.activations.begin(), phase.activations.end(), 0);
+        std::fill(phase.tokens     .begin(), phase.tokens     .end(), 0);
     }
+    std::fill(usage.credit.begin(), usage.credit.end(), 0.0);
+}
+
+int32_t allocmoe_get_token_rule(const llama_context * ctx) {
+    const auto * plan = allocmoe_access::cparams(ctx).allocmoe.plan.get();
+    return plan ? plan->token_rule : ALLOCMOE_RULE_OFF;
+}
+
+int64_t allocmoe_take_scores(llama_context * ctx, int32_t il, float * scores, int64_t n_max) {
+    auto & recorded = allocmoe_access::cparams(ctx).allocmoe.usage->scores;
+    if (il < 0 || il >= (int32_t) recorded.size()) {
+        return 0;
+    }
+    const int64_t n = recorded[il].size();
+    if (scores) {
+        std::copy_n(recorded[il].begin(), std::min(n, n_max), scores);
+        recorded[il].clear();
+    }
+    return n;
+}
+
+void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit) {
+    allocmoe_token_rule_params params = {};
+    params.rule      = rule->token_rule;
+    params.k_base    = rule->k_base;
+    params.k         = k;
+    params.threshold = rule->threshold ? rule->threshold[0] : 0.0f;
+    params.strict    = rule->strict;
+    allocmoe_apply_token_rule(params, scores, n_used, n_tokens, n_kept, *credit);
 }

@@ -16,9 +16,26 @@ extern "C" {
 // Return values of the functions below that return int32_t.
 enum {
     ALLOCMOE_OK            =  0,
+    ALLOCMOE_CHANGED       =  1, // by allocmoe_set_plan: the plan is another one than before
     ALLOCMOE_ERR_N_LAYER   = -1, // n_layer is not the model's block count
     ALLOCMOE_ERR_K         = -2, // an entry is below 0 or above the number of experts
     ALLOCMOE_ERR_PHASE     = -3, // unknown phase
+    ALLOCMOE_ERR_RULE      = -4, // unknown token rule, k_base below 1, or a threshold missing or not a number
+};
+
+// How a layer's planned activations are shared among tokens. k is the layer's planned count.
+enum {
+    ALLOCMOE_RULE_OFF       = 0, // every token its k best experts
+    ALLOCMOE_RULE_BATCH     = 1, // k_base each, and the best-scored rest of the whole micro-batch, k*n_tokens in all
+    ALLOCMOE_RULE_THRESHOLD = 2, // k_base each, and every other expert with a score of at least the layer's threshold
+};
+
+struct allocmoe_rule {
+    int32_t token_rule;      // ALLOCMOE_RULE_*
+    int32_t k_base;          // experts that every token keeps, at least 1
+    bool    strict;          // threshold: the running mean never rises above k
+    bool    record;          // keep the scores of all ranks for allocmoe_take_scores; for calibration
+    const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD; copied
 };
 
 enum {
@@ -34,8 +51,12 @@ LLAMA_API int32_t allocmoe_n_layer(const struct llama_context * ctx);
 
 // Experts used per token in each layer from the next decode on. 0 leaves a layer as the model has it;
 // an entry above the model's own count is lowered to it. Setting the plan that is already set changes
-// nothing: the graphs built for it stay valid.
-LLAMA_API int32_t allocmoe_set_plan(struct llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer);
+// nothing: the graphs built for it stay valid. rule may be NULL for ALLOCMOE_RULE_OFF; one that the model's backends
+// cannot run becomes ALLOCMOE_RULE_OFF, with a warning in the log.
+LLAMA_API int32_t allocmoe_set_plan(struct llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer, const struct allocmoe_rule * rule);
+
+// The token rule in force.
+LLAMA_API int32_t allocmoe_get_token_rule(const struct llama_context * ctx);
 
 // Back to the model's own expert counts.
 LLAMA_API void allocmoe_clear_plan(struct llama_context * ctx);
@@ -53,6 +74,14 @@ LLAMA_API int32_t allocmoe_get_full(const struct llama_context * ctx, int32_t * 
 LLAMA_API int32_t allocmoe_get_counts(const struct llama_context * ctx, int32_t phase, int64_t * activations, int64_t * tokens, int32_t n_layer);
 
 LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
+
+// The scores that layer il has recorded since the last call, [n_tokens][n_used], each row falling: copies at most n_max
+// floats to scores and forgets them, or with scores NULL only returns how many there are.
+LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, float * scores, int64_t n_max);
+
+// The token rule by itself, as the graph runs it: how many of its n_used experts, ranked by falling score, each token
+// keeps. scores: [n_tokens][n_used]. credit: the activations left over so far under a strict rule, updated.
+LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit);
 
 // [cffi end]
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -16,12 +17,13 @@ from allocmoe_edge.convert import cli, sensitivity
 
 from gguf_factory import plan_keys, write_gguf
 
-# small enough to profile all 30 x 12 cells in a minute
-QUICK = ["--ctx-size", "48", "--calib-tokens", "48"]
+COMMAND = [shutil.which("allocmoe-convert", path=os.path.dirname(sys.executable))]
+# small enough to profile 30 layers x 12 experts in a minute or two
+QUICK = ["--ctx-size", "32", "--calib-tokens", "32"]
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "allocmoe_edge.convert.cli", *map(str, args)]
+    command = [*COMMAND, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
@@ -68,10 +70,10 @@ def test_other_keys_are_kept(converted, testbed_path):
 def test_sensitivity_is_the_isolated_profile(converted, testbed_path):
     """Cells of S measured again by hand: layer l at k, layers before it at 12, layers after it at 1."""
     profile = metadata.read(converted[0]).profile
-    llm = Llama(str(testbed_path), n_ctx=48, n_batch=48, n_threads=os.cpu_count(), verbose=False)
+    llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, n_threads=os.cpu_count(), verbose=False)
     from allocmoe_edge.convert.calibration import self_generated
 
-    text = self_generated(llm, 48, 0)
+    text = self_generated(llm, 32, 32, 0)
     assert text.source == profile.calibration
     for layer, k in ((0, 1), (0, 12), (1, 1), (14, 5), (29, 1), (29, 12)):
         llm.set_plan([12] * layer + [k] + [1] * (29 - layer))
@@ -81,10 +83,12 @@ def test_sensitivity_is_the_isolated_profile(converted, testbed_path):
 
 def test_plan_is_optimal_for_the_stored_sensitivities(converted):
     model = metadata.read(converted[0])
+    assert model.plan == model.profile.plan(180, model.full, model.plan.token_rule)
     if model.profile.allocation == "uniform":
-        assert model.plan == Plan.uniform(model.full, 180)
-    else:
-        assert model.plan == model.profile.plan(180, model.full)
+        assert model.plan.expert_used_count == Plan.uniform(model.full, 180).expert_used_count
+    chosen = f"{model.profile.allocation}, token rule {model.plan.token_rule}:"
+    values = {line.split(None, 1)[1]: float(line.split()[0]) for line in converted[1].stderr.splitlines() if " activations" in line}
+    assert len(values) == 4 and min(values, key=values.get).startswith(chosen)
 
 
 def test_replanning_needs_no_profile(converted, tmp_path):
@@ -100,7 +104,7 @@ def test_the_result_runs(converted):
     answer = llm.create_chat_completion([{"role": "user", "content": "Say hello."}], max_tokens=8)
     assert answer["usage"]["completion_tokens"] > 0
     mean = llm.expert_stats()["decode"]["mean"]
-    assert mean.sum() == pytest.approx(180)
+    assert 30 <= mean.sum() <= 360
 
 
 def test_sensitivity_of_a_small_model(tmp_path):
@@ -129,7 +133,7 @@ def test_calibration_from_a_file(testbed_path, tmp_path):
 
     llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, verbose=False)
     (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. Café. " * 40)
-    text = from_file(llm, tmp_path / "book.txt", 96)
+    text = from_file(llm, tmp_path / "book.txt", 96, 32)
     assert text.profile.shape[1] == 32 and len(text.profile) >= 3 and len(text.held_out) >= 1
     nll = negative_log_likelihood(llm, text.profile)
     assert nll.shape == (len(text.profile), 31) and (nll > 0).all()
@@ -217,7 +221,7 @@ def test_disk_too_small_is_seen_before_the_work(testbed_path, tmp_path, monkeypa
 
     monkeypatch.setattr(output.shutil, "disk_usage", lambda folder: Usage)
     assert cli.main([str(testbed_path), "-o", str(tmp_path / "o.gguf")]) == 1
-    assert "0.0 GB free, 0.1 GB needed" in capsys.readouterr().err
+    assert "0.0 GB free, 0.2 GB needed" in capsys.readouterr().err
 
 
 def test_stored_plan_is_damaged(tmp_path):
@@ -236,7 +240,7 @@ def test_calibration_file_is_not_text(testbed_path, tmp_path):
 
 def test_too_little_calibration_text(testbed_path, tmp_path):
     (tmp_path / "x.txt").write_text("Too short.")
-    refused(testbed_path, *QUICK, "--calib", tmp_path / "x.txt", "-o", tmp_path / "o.gguf", expect="want at least 96")
+    refused(testbed_path, *QUICK, "--calib", tmp_path / "x.txt", "-o", tmp_path / "o.gguf", expect="want at least 64")
 
 
 def test_model_that_llama_cpp_cannot_load(tmp_path):
@@ -248,7 +252,7 @@ def test_interrupt_leaves_nothing(testbed_path, tmp_path):
     import signal
     import time
 
-    command = [sys.executable, "-m", "allocmoe_edge.convert.cli", str(testbed_path), *QUICK, "-o", str(tmp_path / "o.gguf")]
+    command = [*COMMAND, str(testbed_path), *QUICK, "-o", str(tmp_path / "o.gguf")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while "passes" not in process.stderr.readline():
         pass

@@ -196,10 +196,10 @@ def test_load_logs_one_line(planned_path, capfd):
 # what llama_cpp.Llama does
 
 
-def test_signature_is_llama_cpps_with_budget():
+def test_signature_is_llama_cpps_and_ours():
     ours = inspect.signature(Llama.__init__).parameters
     theirs = inspect.signature(llama_cpp.Llama.__init__).parameters
-    assert set(ours) - set(theirs) == {"budget"}
+    assert set(ours) - set(theirs) == {"budget", "token_rule"}
     assert set(theirs) <= set(ours)
     assert ours["budget"].default is None
 
@@ -254,7 +254,7 @@ def test_state_of_another_plan_says_so(llm):
     llm.eval([1, 2, 3])
     state = llm.save_state()
     llm.set_budget(0.2)
-    with pytest.warns(UserWarning, match="180 expert activations.*72"):
+    with pytest.warns(UserWarning, match="180 of 360.*72 of 360"):
         llm.load_state(pickle.loads(pickle.dumps(state)))
 
 
@@ -299,9 +299,9 @@ def test_native_api_refuses_wrong_arguments(llm):
     ctx = context_pointer(llm)
     before = llm.plan
     assert libllama.allocmoe_n_layer(ctx) == 30
-    assert libllama.allocmoe_set_plan(ctx, [6] * 29, 29) == libllama.ALLOCMOE_ERR_N_LAYER
-    assert libllama.allocmoe_set_plan(ctx, [-1] * 30, 30) == libllama.ALLOCMOE_ERR_K
-    assert libllama.allocmoe_set_plan(ctx, [1000] * 30, 30) == libllama.ALLOCMOE_ERR_K
+    assert libllama.allocmoe_set_plan(ctx, [6] * 29, 29, ffi.NULL) == libllama.ALLOCMOE_ERR_N_LAYER
+    assert libllama.allocmoe_set_plan(ctx, [-1] * 30, 30, ffi.NULL) == libllama.ALLOCMOE_ERR_K
+    assert libllama.allocmoe_set_plan(ctx, [1000] * 30, 30, ffi.NULL) == libllama.ALLOCMOE_ERR_K
     out = ffi.new("int64_t[30]")
     assert libllama.allocmoe_get_counts(ctx, 7, out, out, 30) == libllama.ALLOCMOE_ERR_PHASE
     assert libllama.allocmoe_get_counts(ctx, 0, out, out, 29) == libllama.ALLOCMOE_ERR_N_LAYER

@@ -1,0 +1,67 @@
+"""Calibrates the token rule "threshold": per layer and k, the routing score from which candidates are activated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Optional
+
+import numpy as np
+
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge._native import context_pointer, ffi, libllama
+from allocmoe_edge.perplexity import negative_log_likelihood
+
+
+def table_row(scores: np.ndarray, k_base: int) -> np.ndarray:
+    """Thresholds at which the tokens activate k = 1..K experts in the mean, every token's k_base best included.
+
+    Args:
+        scores: float32, shape [n_tokens, K], each row falling: the routing scores of the K best experts.
+
+    Returns:
+        float32, shape [K]: infinity up to k_base, -infinity for K; between them, the score of the last candidate
+        that the budget buys.
+    """
+    n_tokens, n_used = scores.shape
+    row = np.full(n_used, np.inf, np.float32)
+    row[-1] = -np.inf
+    pool = np.sort(scores[:, k_base:].ravel())[::-1]
+    for k in range(k_base + 1, n_used):
+        row[k - 1] = pool[(k - k_base) * n_tokens - 1]
+    return row
+
+
+def calibrate(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Optional[tuple]:
+    """The threshold table of a model, from the scores at the planned operating point.
+
+    That is: under `plan` with the token rule "batch", which for long windows activates the same experts as the
+    thresholds that come out of it.
+
+    Args:
+        token_windows: int32, shape [n_windows, n_ctx].
+
+    Returns:
+        One float32 array of shape [K_l] per layer, empty where K_l is 0; None where the model's backend cannot skip
+        single experts, and so has no use for thresholds.
+    """
+    llm._set_native_plan(replace(plan, token_rule="batch", threshold=None, strict=False), record=True)
+    context = context_pointer(llm)
+    if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
+        return None
+    scores: list = [[] for _ in plan.expert_used_count_full]
+
+    def take() -> None:
+        for il, n_used in enumerate(plan.expert_used_count_full):
+            n = libllama.allocmoe_take_scores(context, il, ffi.NULL, 0)
+            recorded = np.empty(n, np.float32)
+            libllama.allocmoe_take_scores(context, il, ffi.from_buffer("float *", recorded), n)
+            if n_used:
+                scores[il].append(recorded.reshape(-1, n_used))
+
+    take()  # what was recorded before is none of this text
+    scores = [[] for _ in scores]
+    negative_log_likelihood(llm, token_windows, progress=take)
+    return tuple(
+        table_row(np.concatenate(rows), plan.k_base) if n_used else np.empty(0, np.float32)
+        for rows, n_used in zip(scores, plan.expert_used_count_full)
+    )

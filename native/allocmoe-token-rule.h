@@ -1,0 +1,25 @@
+// Token rules (Alloc-T): which of a layer's candidate experts each token of a micro-batch activates.
+#pragma once
+
+#include "allocmoe.h"
+
+#include <cstdint>
+
+struct allocmoe_token_rule_params {
+    int32_t rule;      // ALLOCMOE_RULE_*
+    int32_t k_base;    // experts that every token keeps
+    int32_t k;         // planned mean
+    float   threshold;
+    bool    strict;    // threshold: never let the running mean rise above k
+};
+
+// How many experts each token keeps: its first n_kept[t] of n_used, which are sorted by falling score.
+// scores: [n_tokens][n_used]. A NaN counts as -infinity. credit: activations left over so far, for `strict`.
+// Returns the sum of n_kept.
+int64_t allocmoe_apply_token_rule(
+        const allocmoe_token_rule_params & params,
+        const float * scores,
+        int64_t       n_used,
+        int64_t       n_tokens,
+        int32_t     * n_kept,
+        double      & credit);

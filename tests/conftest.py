@@ -25,3 +25,20 @@ def testbed_path() -> Path:
     if not path.exists():
         testbed.build(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def planned_path(testbed_path, tmp_path_factory) -> Path:
+    """The testbed with a made-up but valid profile: deeper layers suffer more. Its plan is the one for half budget."""
+    import numpy as np
+
+    from allocmoe_edge import metadata
+    from allocmoe_edge.convert import output
+
+    full = metadata.read(testbed_path).full
+    rows = tuple(np.linspace(2.0, 1.0, k) * (il + 1) if k else np.empty(0) for il, k in enumerate(full))
+    calibration = metadata.Calibration("made up for a test", 1, "0" * 64)
+    profile = metadata.Profile(rows, (1.0,) * len(full), calibration)
+    path = tmp_path_factory.mktemp("planned") / "planned.gguf"
+    output.write_planned(testbed_path, path, profile.plan(0.5, full), profile)
+    return path

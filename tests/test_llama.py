@@ -10,23 +10,10 @@ import pytest
 
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError, metadata
 from allocmoe_edge.gguf_file import GGUFFile
-from allocmoe_edge.convert import output
 
 from gguf_factory import plan_keys, write_gguf
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
-
-
-@pytest.fixture(scope="module")
-def planned_path(testbed_path, tmp_path_factory):
-    """The testbed with a made-up but valid profile: deeper layers suffer more. Its plan is the one for half budget."""
-    full = metadata.read(testbed_path).full
-    rows = tuple(np.linspace(2.0, 1.0, k) * (il + 1) if k else np.empty(0) for il, k in enumerate(full))
-    calibration = metadata.Calibration("made up for a test", 1, "0" * 64)
-    profile = metadata.Profile(rows, (1.0,) * len(full), calibration)
-    path = tmp_path_factory.mktemp("planned") / "planned.gguf"
-    output.write_planned(testbed_path, path, profile.plan(0.5, full), profile)
-    return path
 
 
 @pytest.fixture(scope="module")

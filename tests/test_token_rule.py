@@ -264,3 +264,10 @@ def test_generation_under_a_threshold_stays_finite(llm, planned):
 def test_malformed_rule_is_refused(changes, message):
     with pytest.raises(PlanError, match=message):
         Plan([6] * 30, [12] * 30, **changes)
+
+
+def test_rules_have_the_same_numbers_on_both_sides():
+    from allocmoe_edge.plan import TOKEN_RULES
+
+    numbers = [getattr(libllama, f"ALLOCMOE_RULE_{name.upper()}") for name in TOKEN_RULES]
+    assert numbers == list(range(len(TOKEN_RULES)))

@@ -1,0 +1,91 @@
+"""native/prepare.py: the pin, and patches that apply exactly or not at all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).resolve().parent.parent / "native"
+PIN = json.loads((NATIVE / "upstream.json").read_text())
+
+
+def prepare(native: Path, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(native / "prepare.py")]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+
+
+@pytest.fixture(scope="module")
+def archive() -> Path:
+    """The pinned archive: where the build keeps it, fetched by pip if it is not there any more."""
+    if "ALLOCMOE_UPSTREAM_ARCHIVE" in os.environ:
+        return Path(os.environ["ALLOCMOE_UPSTREAM_ARCHIVE"])
+    done = prepare(NATIVE)
+    assert done.returncode == 0, done.stderr
+    cache = Path(done.stdout.split()[-1]).parents[2]
+    return cache / f"{PIN['name'].replace('-', '_')}-{PIN['version']}.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def env(archive, tmp_path_factory) -> dict:
+    return {"ALLOCMOE_UPSTREAM_ARCHIVE": str(archive), "ALLOCMOE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture()
+def native(tmp_path) -> Path:
+    """A copy of native/ to spoil."""
+    return Path(shutil.copytree(NATIVE, tmp_path / "native"))
+
+
+def test_second_run_writes_nothing(env):
+    first = prepare(NATIVE, **env)
+    assert first.returncode == 0, first.stderr
+    tree = Path(first.stdout.split()[-1])
+    assert "allocmoe_plan" in (tree / "src" / "llama-model.h").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tree / "src").iterdir()}
+    assert prepare(NATIVE, **env).stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tree / "src").iterdir()} == before
+
+
+def test_removed_patch_is_taken_back(env, native):
+    tree = Path(prepare(native, **env).stdout.split()[-1])
+    patch = sorted((native / "patches").iterdir())[0]
+    patch.unlink()
+    assert prepare(native, **env).returncode == 0
+    assert "allocmoe" not in (tree / "src" / "llama-model.h").read_text()
+    assert prepare(NATIVE, **env).returncode == 0
+    assert "allocmoe" in (tree / "src" / "llama-model.h").read_text()
+
+
+def test_patch_that_does_not_apply_is_fatal(env, native):
+    patch = native / "patches" / "01-load-plan-with-model.patch"
+    spoiled = patch.read_text().replace("    llama_hparams hparams = {};", "    llama_hparams hparams = {0};")
+    assert spoiled != patch.read_text()
+    patch.write_text(spoiled)
+    done = prepare(native, **env)
+    assert done.returncode != 0
+    assert "01-load-plan-with-model.patch does not apply" in done.stderr
+    assert f"{PIN['name']}=={PIN['version']}" in done.stderr
+
+
+def test_patch_off_by_some_lines_is_fatal(env, native):
+    """Zero fuzz: the right lines in the wrong place are the wrong lines."""
+    patch = native / "patches" / "01-load-plan-with-model.patch"
+    patch.write_text(patch.read_text().replace("@@ -635,6 +635,8 @@", "@@ -600,6 +600,8 @@"))
+    assert prepare(native, **env).returncode != 0
+
+
+def test_archive_with_another_hash_is_refused(env, tmp_path):
+    (tmp_path / "other.tar.gz").write_bytes(b"not the archive")
+    done = prepare(NATIVE, **{**env, "ALLOCMOE_UPSTREAM_ARCHIVE": str(tmp_path / "other.tar.gz")})
+    assert done.returncode != 0
+    assert PIN["sha256"] in done.stderr and "other.tar.gz" in done.stderr
+
+
+def test_missing_local_archive_is_named(env, tmp_path):
+    done = prepare(NATIVE, **{**env, "ALLOCMOE_UPSTREAM_ARCHIVE": str(tmp_path / "none.tar.gz")})
+    assert done.returncode != 0
+    assert "ALLOCMOE_UPSTREAM_ARCHIVE: no such file" in done.stderr

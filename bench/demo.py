@@ -37,10 +37,10 @@ def reference_text() -> bytes:
     return "\n\n".join(topics[name] for name in sorted(topics)).encode()
 
 
-def chat(llm: Llama) -> None:
-    print(f"\n> {QUESTION}")
+def chat(llm: Llama, name: str) -> None:
+    print(f"\n> {QUESTION}   [{name}]")
     messages = [{"role": "user", "content": QUESTION}]
-    for chunk in llm.create_chat_completion(messages, max_tokens=96, temperature=0.0, stream=True):
+    for chunk in llm.create_chat_completion(messages, max_tokens=64, temperature=0.0, repeat_penalty=1.1, stream=True):
         print(chunk["choices"][0]["delta"].get("content", ""), end="", flush=True)
     print("\n")
 
@@ -83,14 +83,16 @@ def main() -> None:
         sys.exit(1)
 
     llm = Llama(str(planned), n_ctx=1024, n_threads=N_THREADS, verbose=False)
-    chat(llm)
-
     plan = llm.plan
     plans = {
         "full budget": Plan.full(plan.expert_used_count_full),
         "uniform k": Plan.uniform(plan.expert_used_count_full, plan.budget_total),
         "the plan": plan,
     }
+    for name in ("full budget", "the plan"):
+        llm.set_plan(plans[name])
+        chat(llm, name)
+
     tokens = llm.tokenize(reference_text()[:80_000], add_bos=False)
     held = windows(tokens[:PPL_TOKENS], 512, bos_token(llm))
     found = {}

@@ -22,7 +22,7 @@ transformers = pytest.importorskip(
 pytest.importorskip("tokenizers", reason="the tiny models need a tokenizer")
 
 import tiny_models  # noqa: E402  (imports follow the skips)
-from allocmoe_edge import Llama  # noqa: E402
+from allocmoe_edge import Llama, Plan  # noqa: E402
 from tiny_models import TINY_MODELS, TinyModel  # noqa: E402
 
 # Errors and differences below are max |a - b| over all logits of all tokens, divided by the
@@ -90,9 +90,9 @@ class Reference:
             return self.model(torch.tensor([TOKENS])).logits[0].numpy()
 
 
-def runtime_logits(llm: Llama, plan: Sequence[int] | None, n_batch: int) -> np.ndarray:
+def runtime_logits(llm: Llama, plan: Plan | Sequence[int] | None, n_batch: int) -> np.ndarray:
     """Logits of TOKENS at `plan`, evaluated n_batch tokens at a time."""
-    llm.set_plan(None if plan is None else list(plan))
+    llm.set_plan(plan)
     llm.reset()
     for start in range(0, len(TOKENS), n_batch):
         llm.eval(TOKENS[start : start + n_batch])
@@ -210,3 +210,23 @@ def test_reference_is_stable(reference, expected):
     }
     reference.model.load_state_dict(original)
     assert max(moved.values()) < MIN_DIFFERENCE / 2, moved
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_skipping_is_like_not_choosing(k, reference, llm):
+    """A token rule that skips every candidate beyond rank k gives plain top-k: weights, bias and groups included.
+
+    The skipping graph runs all 4 ranks with id -1 for the rest, so that this holds only if those slots add nothing and
+    the weights are renormalised over the kept ones exactly where the model does so.
+    """
+    spec = reference.spec
+    plain = runtime_logits(llm, spec.plan(k, k, k, k), n_batch=len(TOKENS))
+    # the planned count lies between k_base and the model's own, so that the rule is at work; no score reaches infinity
+    full = llm.plan.expert_used_count_full
+    planned = spec.plan(*[k + 1] * len(full))
+    rule = Plan(planned, full, token_rule="threshold", k_base=k, threshold=[np.inf] * len(full))
+    for n_batch in (len(TOKENS), 1):
+        assert distance(runtime_logits(llm, rule, n_batch), plain) < MAX_ERROR
+    llm.expert_stats(reset=True)
+    runtime_logits(llm, rule, n_batch=len(TOKENS))
+    assert llm.expert_stats()["prefill"]["mean"].tolist() == spec.plan(k, k, k, k)

@@ -50,6 +50,7 @@ class Profile:
     cost: cost of one activation per layer, length block_count.
     threshold_table: one float32 array of shape [K_l] per layer: the routing score from which candidates beyond the
         k_base best are activated so that the mean is k = 1..K_l; None if it was not calibrated.
+    token_rule: the rule to plan with unless another is asked for.
     """
 
     sensitivity: tuple
@@ -60,17 +61,18 @@ class Profile:
     mode: str = "isolated"
     threshold_table: Optional[tuple] = None
     k_base: int = 1
+    token_rule: str = "off"
 
     def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
         """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full.
 
-        token_rule: None for "threshold" where there is a table, else "off".
+        token_rule: None for the profile's own.
         """
         return self.with_token_rule(self._allocate(budget, full), token_rule, strict)
 
     def with_token_rule(self, plan: Plan, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
         """The same experts per layer under a token rule; None as in `plan`."""
-        token_rule = token_rule or ("threshold" if self.threshold_table else "off")
+        token_rule = token_rule or self.token_rule
         threshold = None
         if token_rule == "threshold":
             if self.threshold_table is None:
@@ -204,4 +206,5 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
         mode=str(file.get("allocmoe.sensitivity.mode", "isolated")),
         threshold_table=table,
         k_base=int(file.get("allocmoe.k_base", 1)),
+        token_rule=file.get("allocmoe.token_rule", "off"),
     )

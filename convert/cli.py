@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
         choices=TOKEN_RULES[::-1],
         help="how a layer's activations are shared among tokens. threshold: a token gets more where its routing scores "
         "are high and less where they are low, from thresholds calibrated on the same text; batch: the same by ranking "
-        "each micro-batch, which does nothing for single tokens; off: the same number for all. Default: threshold, "
-        "where the model runs on the CPU",
+        "each micro-batch, which does nothing for single tokens; off: the same number for all. Default: "
+        "threshold or off, whichever does better on held-out text",
     )
     p.add_argument("--k-base", type=_positive, default=1, metavar="N", help="experts that every token keeps. Default: 1")
     p.add_argument("--calib", type=Path, metavar="FILE", help="calibration text, UTF-8. Default: the model writes its own")
@@ -159,7 +159,7 @@ def choose(
     found = {"full budget": (perplexity(llm, text.held_out), None, None)}
     for allocation in ("alloc-l", "uniform"):
         candidate = replace(profile, allocation=allocation)
-        plan = replace(candidate.plan(total, full, "off"), k_base=profile.k_base)
+        plan = candidate.plan(total, full, "off")
         rules = [token_rule] if token_rule else ["off"]
         if token_rule in (None, "threshold"):
             table = thresholds.calibrate(llm, plan, text.profile)
@@ -167,7 +167,8 @@ def choose(
                 candidate = replace(candidate, threshold_table=table)
                 rules = [token_rule] if token_rule else ["off", "threshold"]
         for rule in rules:
-            plan = candidate.with_token_rule(plan, rule)
+            candidate = replace(candidate, token_rule=rule)
+            plan = candidate.with_token_rule(plan)
             llm.set_plan(plan)
             llm.expert_stats(reset=True)
             value = perplexity(llm, text.held_out)

@@ -83,7 +83,7 @@ def test_sensitivity_is_the_isolated_profile(converted, testbed_path):
 
 def test_plan_is_optimal_for_the_stored_sensitivities(converted):
     model = metadata.read(converted[0])
-    assert model.plan == model.profile.plan(180, model.full, model.plan.token_rule)
+    assert model.plan == model.profile.plan(180, model.full)
     if model.profile.allocation == "uniform":
         assert model.plan.expert_used_count == Plan.uniform(model.full, 180).expert_used_count
     chosen = f"{model.profile.allocation}, token rule {model.plan.token_rule}:"

@@ -1,11 +1,14 @@
 """allocmoe-convert: the command as a user runs it, and one test per way it refuses."""
 
+import functools
 import hashlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -249,11 +252,10 @@ def test_model_that_llama_cpp_cannot_load(tmp_path):
 
 
 def test_interrupt_leaves_nothing(testbed_path, tmp_path):
-    import signal
-    import time
-
     command = [*COMMAND, str(testbed_path), *QUICK, "-o", str(tmp_path / "o.gguf")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a test run in the background of a shell has SIGINT ignored, and children inherit that
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     while "passes" not in process.stderr.readline():
         pass
     time.sleep(1)

@@ -11,7 +11,6 @@ from pathlib import Path
 import cffi
 
 
-
 def _find_build() -> Path:
     """The folder that holds lib/, include/ and upstream/: this package's, or its installed copy's when this one is
     the source tree (an editable install, or Python started in a checkout)."""
@@ -72,7 +71,7 @@ def _allocmoe_cdef() -> str:
 def _import_llama_cpp(lib_dir: Path):
     loaded_before = "llama_cpp.llama_cpp" in sys.modules
     os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(lib_dir))
-    os.environ.setdefault("MTMD_CPP_LIB", str(lib_dir))
+    os.environ.setdefault("MTMD_CPP_LIB", os.environ["LLAMA_CPP_LIB_PATH"])
     import llama_cpp
 
     raw = llama_cpp.llama_cpp

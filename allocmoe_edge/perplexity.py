@@ -42,8 +42,7 @@ def negative_log_likelihood(llm, token_windows: np.ndarray, progress: Optional[C
     """
     out = np.empty((token_windows.shape[0], token_windows.shape[1] - 1))
     for i, window in enumerate(token_windows):
-        llm.reset()
-        llm._ctx.kv_cache_clear()
+        llm._drop_cache()
         row = 0
         for start in range(0, len(window), llm.n_batch):
             batch = window[start : start + llm.n_batch]

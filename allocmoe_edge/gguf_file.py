@@ -70,6 +70,15 @@ class GGUFFile:
             self.close()
             raise GGUFError(f"{self.path}: truncated: {found} bytes, but its tensors end at byte {wanted}")
 
+    @classmethod
+    def empty(cls, path: Union[str, os.PathLike]) -> "GGUFFile":
+        """Metadata in memory, without a key or a tensor, that is to become the file `path`."""
+        file = cls.__new__(cls)
+        file.path, file.tensors = Path(path), []
+        file._ctx = ffi.gc(gguf.gguf_init_empty(), gguf.gguf_free)
+        file.data_offset = 0
+        return file
+
     def __enter__(self) -> "GGUFFile":
         return self
 
@@ -138,6 +147,13 @@ def split_paths(path: Path, n_split: int) -> list:
     if not mark:
         raise GGUFError(f"{path}: one of {n_split} files of a split model, but not named like the first of them")
     return [path.with_name(f"{prefix}-{i:05d}-of-{n_split:05d}.gguf") for i in range(1, n_split + 1)]
+
+
+def model_paths(path: Union[str, os.PathLike]) -> list:
+    """The files of the model that starts with `path`: the path alone, or all shards of a split model."""
+    with GGUFFile(path) as file:
+        n_split = _bounded(file, "split.count", 0, 65535, default=0)
+        return split_paths(file.path, n_split) if n_split > 1 else [file.path]
 
 
 def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:

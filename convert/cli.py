@@ -90,7 +90,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"allocmoe-convert: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nallocmoe-convert: interrupted, nothing was written", file=sys.stderr)
+        print("\nallocmoe-convert: interrupted, no output was written", file=sys.stderr)
+        kept = _checkpoint_path(args.output)
+        if kept.exists():
+            print(f"  what was measured is in {kept}: the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 
@@ -101,101 +104,24 @@ def convert(args: argparse.Namespace) -> None:
     model = metadata.read(args.model)
     if model.full is None or not any(model.full):
         raise ConvertError(f"{args.model}: a dense model: it has no experts to allocate")
-    total = parse_budget(args.budget, sum(model.full), sum(k > 0 for k in model.full))
+    total = parse_budget(args.budget or "0.5", sum(model.full), sum(k > 0 for k in model.full))
     output.check_target(args.model, args.output, args.force)
     _refuse_split(args.model)
 
-    if model.profile is not None and args.calib is None and not args.reprofile:
-        _say(f"planning from the sensitivities in {args.model} (measured on {model.profile.calibration.source})")
-        profile, plan = model.profile, model.profile.plan(total, model.full, args.token_rule)
+    targets = args.max_ppl_increase is not None or args.target_tps is not None
+    stored = None if args.calib or args.reprofile else model.profile
+    if stored is not None and not targets and args.cost in (None, stored.cost_unit):
+        _say(f"planning from the sensitivities in {args.model} (measured on {stored.calibration.source})")
+        profile = replace(stored, held_out=None)
+        plan = profile.plan(total, model.full, args.token_rule)
     else:
-        profile, plan = measure(args, model.full, total)
+        profile, plan = measure(args, model.full, total, stored)
 
-    output.write_planned(args.model, args.output, plan, profile)
+    if args.plan_only:
+        output.write_side_file(args.output, model, plan, profile)
+    else:
+        output.write_planned(args.model, args.output, plan, profile)
+    _checkpoint_path(args.output).unlink(missing_ok=True)
     print(f"wrote {args.output}")
     print(f"  {plan}" + (" (uniform)" if profile.allocation == "uniform" else ""))
     print(f"  experts per layer: {' '.join(map(str, plan.expert_used_count))}")
-
-
-def measure(args: argparse.Namespace, full: tuple, total: int) -> tuple:
-    """Profile and plan of a model that carries neither: (Profile, Plan)."""
-    try:
-        llm = Llama(
-            str(args.model),
-            n_ctx=args.ctx_size,
-            n_batch=args.ctx_size,
-            n_ubatch=min(args.ctx_size, 512),
-            n_threads=args.threads,
-            n_threads_batch=args.threads,
-            n_gpu_layers=args.n_gpu_layers,
-            seed=args.seed,
-            verbose=False,
-        )
-    except ValueError as error:
-        raise ConvertError(f"{args.model}: llama.cpp cannot load it: {error}") from None
-    llm.set_plan(None)
-
-    if args.calib is not None:
-        text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size)
-    else:
-        _say("the model writes its own calibration text (--calib FILE gives it one)")
-        text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed)
-
-    passes = sensitivity.n_passes(full)
-    _say(f"profiling on {text.profile.size} tokens ({text.source.source}): {passes} passes")
-    start = time.monotonic()
-    rows = sensitivity.isolated(llm, full, text.profile)
-    _say(f"profiled in {time.monotonic() - start:.0f} s")
-
-    profile = metadata.Profile(rows, (1.0,) * len(full), text.source, k_base=args.k_base)
-    return choose(llm, profile, total, full, text, args.token_rule)
-
-
-def choose(
-    llm: Llama, profile: metadata.Profile, total: int, full: tuple, text: calibration.CalibrationText, token_rule: Optional[str]
-) -> tuple:
-    """The best of Alloc-L's plan and uniform k, with and without thresholds, on text that the profile has not seen."""
-    llm.set_plan(None)
-    found = {"full budget": (perplexity(llm, text.held_out), None, None)}
-    for allocation in ("alloc-l", "uniform"):
-        candidate = replace(profile, allocation=allocation)
-        plan = candidate.plan(total, full, "off")
-        rules = [token_rule] if token_rule else ["off"]
-        if token_rule in (None, "threshold"):
-            table = thresholds.calibrate(llm, plan, text.profile)
-            if table is not None:
-                candidate = replace(candidate, threshold_table=table)
-                rules = [token_rule] if token_rule else ["off", "threshold"]
-        for rule in rules:
-            candidate = replace(candidate, token_rule=rule)
-            plan = candidate.with_token_rule(plan)
-            llm.set_plan(plan)
-            llm.expert_stats(reset=True)
-            value = perplexity(llm, text.held_out)
-            spent = llm.expert_stats()["prefill"]["mean"].sum()
-            found[f"{allocation}, token rule {rule}: {spent:.0f} of {total} activations"] = (value, candidate, plan)
-    _say("perplexity on held-out text:")
-    for name, (value, *_) in found.items():
-        _say(f"  {value:10.2f}  {name}")
-    del found["full budget"]
-    _, best, plan = min(found.values(), key=lambda entry: entry[0])
-    if best.allocation == "uniform":
-        _say(
-            "Alloc-L's plan loses to uniform k on held-out text, so the uniform plan is written; more calibration text "
-            "(--calib, --calib-tokens) gives a better profile"
-        )
-    return best, plan
-
-
-def _refuse_split(path: Path) -> None:
-    with GGUFFile(path) as file:
-        if file.get("split.count", 1) > 1:
-            raise ConvertError(f"{path}: a split model; merge its files first (llama-gguf-split --merge)")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

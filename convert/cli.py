@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from allocmoe_edge import GGUFError, Llama, PlanError, __version__, metadata, parse_budget
-from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.perplexity import perplexity
 from allocmoe_edge.plan import TOKEN_RULES
 
-from . import ConvertError, calibration, output, sensitivity, thresholds
+from . import ConvertError, calibration, output, sensitivity, source, thresholds
 
 _DESCRIPTION = """\
 Works out where a Mixture-of-Experts model needs its experts, and writes a copy of the model that spends a given
@@ -30,7 +29,9 @@ examples:
   allocmoe-convert model.gguf --budget 0.5 --calib book.txt --calib-tokens 16384 -o model-half.gguf
       calibrated on a text of yours: better if it resembles what the model will read
   allocmoe-convert model-half.gguf --budget 0.35 -o model-third.gguf
-      another budget, from the sensitivities stored in model-half.gguf: takes no new profile"""
+      another budget, from the sensitivities stored in model-half.gguf: takes no new profile
+  allocmoe-convert my-model/ --quantize Q4_K_M --budget 0.5 -o model-half.gguf
+      from a Hugging Face folder, quantised on the way; a repository's id (org/name) does as well"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,8 +41,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("model", type=Path, help="the model: a GGUF file, of any quantisation")
-    p.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
+    p.add_argument(
+        "model",
+        type=Path,
+        help="the model: a GGUF file of any quantisation, the first file of a split one, a Hugging Face folder, or the id "
+        "of a repository there (org/name)",
+    )
+    p.add_argument("-o", "--output", type=Path, required=True, help="the file to write; of a split model, its files, named after this")
     p.add_argument(
         "--budget",
         default="0.5",
@@ -71,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="replace the output if it exists")
     p.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores")
     p.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers to put on the GPU, -1 for all. Default: 0")
+    source.add_arguments(p)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -96,32 +103,30 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    if args.model.is_dir():
-        raise ConvertError(f"{args.model}: is a folder; this version converts GGUF files")
-    model = metadata.read(args.model)
-    if model.full is None or not any(model.full):
-        raise ConvertError(f"{args.model}: a dense model: it has no experts to allocate")
-    total = parse_budget(args.budget, sum(model.full), sum(k > 0 for k in model.full))
-    output.check_target(args.model, args.output, args.force)
-    _refuse_split(args.model)
+    with source.as_gguf(args) as gguf:
+        model = metadata.read(gguf.path)
+        if model.full is None or not any(model.full):
+            raise ConvertError(f"{args.model}: a dense model: it has no experts to allocate")
+        total = parse_budget(args.budget, sum(model.full), sum(k > 0 for k in model.full))
 
-    if model.profile is not None and args.calib is None and not args.reprofile:
-        _say(f"planning from the sensitivities in {args.model} (measured on {model.profile.calibration.source})")
-        profile, plan = model.profile, model.profile.plan(total, model.full, args.token_rule)
-    else:
-        profile, plan = measure(args, model.full, total)
+        # sensitivities are those of the weights that they were measured on
+        if model.profile is not None and args.calib is None and not args.reprofile and args.quantize is None:
+            _say(f"planning from the sensitivities in {args.model} (measured on {model.profile.calibration.source})")
+            profile, plan = model.profile, model.profile.plan(total, model.full, args.token_rule)
+        else:
+            profile, plan = measure(args, gguf.path, model.full, total)
 
-    output.write_planned(args.model, args.output, plan, profile)
-    print(f"wrote {args.output}")
+        written = output.write_planned(gguf.path, args.output, plan, profile, consume=gguf.temporary)
+    print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if written[1:] else ""))
     print(f"  {plan}" + (" (uniform)" if profile.allocation == "uniform" else ""))
     print(f"  experts per layer: {' '.join(map(str, plan.expert_used_count))}")
 
 
-def measure(args: argparse.Namespace, full: tuple, total: int) -> tuple:
+def measure(args: argparse.Namespace, path: Path, full: tuple, total: int) -> tuple:
     """Profile and plan of a model that carries neither: (Profile, Plan)."""
     try:
         llm = Llama(
-            str(args.model),
+            str(path),
             n_ctx=args.ctx_size,
             n_batch=args.ctx_size,
             n_ubatch=min(args.ctx_size, 512),
@@ -185,12 +190,6 @@ def choose(
             "(--calib, --calib-tokens) gives a better profile"
         )
     return best, plan
-
-
-def _refuse_split(path: Path) -> None:
-    with GGUFFile(path) as file:
-        if file.get("split.count", 1) > 1:
-            raise ConvertError(f"{path}: a split model; merge its files first (llama-gguf-split --merge)")
 
 
 def _say(line: str) -> None:

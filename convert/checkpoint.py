@@ -9,9 +9,10 @@ from typing import Dict, Optional, Union
 
 import numpy as np
 
-from allocmoe_edge.gguf_file import GGUFFile, model_paths
+from allocmoe_edge.gguf_file import GGUFFile
 
 from . import ConvertError
+from .output import shards
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -19,7 +20,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 def fingerprint(model: Path) -> str:
     """Hash of a model's metadata and of samples from its tensor data: quick for any size, blind to name and date."""
     digest = hashlib.sha256()
-    for path in model_paths(model):
+    for path in shards(model):
         with GGUFFile(path) as file:
             data_offset = file.data_offset
         size = path.stat().st_size
@@ -38,6 +39,8 @@ class Checkpoint:
     A name says all that its result depends on beside the model (text, layer, k, ...), so that whatever still fits after a
     change of options is used and the rest is not. The first line names the model; the file of another model is
     started anew.
+
+    Use as a context manager: a file without results is removed at the end, any other is left for the next run.
 
     Raises:
         ConvertError: the file cannot be read or written, or is not such a file.
@@ -75,9 +78,6 @@ class Checkpoint:
             if entry and "name" in entry:
                 self._results[entry["name"]] = entry.get("result")
 
-    def __len__(self) -> int:
-        return len(self._results)
-
     def get(self, name: str) -> Optional[object]:
         return self._results.get(name)
 
@@ -92,9 +92,12 @@ class Checkpoint:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
-    def close(self, remove: bool = False) -> None:
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._file.close()
-        if remove or not self._results:
+        if not self._results:
             self.path.unlink(missing_ok=True)
 
 

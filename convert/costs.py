@@ -11,6 +11,8 @@ from tqdm import tqdm
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
 
+from . import ConvertError
+
 _TOKENS, _REPEATS = 12, 7
 
 
@@ -47,17 +49,17 @@ def measure(llm: Llama, full: tuple, tokens: np.ndarray) -> Costs:
     classes = [layers for layers in layer_classes(llm, full) if any(full[il] > 1 for il in layers)]
     everything = [il for layers in classes for il in layers]
     if not everything:
-        return Costs(_decode_ms(llm, Plan.full(full), tokens), tuple(0.0 for _ in full))
+        return Costs(decode_ms(llm, Plan.full(full), tokens), tuple(0.0 for _ in full))
     groups = classes if len(classes) == 1 else [*classes, everything]
     plans = [Plan([1 if k and il in group else k for il, k in enumerate(full)], full) for group in groups]
     saved = np.empty((_REPEATS, len(plans)))
     whole = np.empty(_REPEATS)
     with tqdm(total=_REPEATS * (len(plans) + 1), desc="decode cost", unit="run", disable=None, leave=False) as bar:
         for repeat in range(_REPEATS):
-            whole[repeat] = _decode_ms(llm, Plan.full(full), tokens)
+            whole[repeat] = decode_ms(llm, Plan.full(full), tokens)
             bar.update()
             for i, plan in enumerate(plans):
-                saved[repeat, i] = whole[repeat] - _decode_ms(llm, plan, tokens)
+                saved[repeat, i] = whole[repeat] - decode_ms(llm, plan, tokens)
                 bar.update()
     per_class = np.median(saved, axis=0)
     weight = np.array([_bytes(llm, group, full) for group in groups])
@@ -75,6 +77,25 @@ def measure(llm: Llama, full: tuple, tokens: np.ndarray) -> Costs:
     return Costs(max(fixed, 0.0), tuple(activation_ms))
 
 
+def largest_total(costs: Costs, full: tuple, tokens_per_second: float) -> int:
+    """The most expert activations per token, spent alike in all layers, with which a token takes no longer.
+
+    Raises:
+        ConvertError: not even one expert in each layer is fast enough.
+    """
+    allowed = 1000 / tokens_per_second - costs.fixed_ms
+    least, most = sum(k > 0 for k in full), sum(full)
+    everything = costs.decode_ms(full) - costs.fixed_ms
+    total = most if allowed >= everything else int(allowed / everything * most)
+    if total < least:
+        fastest = 1000 / (costs.fixed_ms + everything * least / most)
+        raise ConvertError(
+            f"--target-tps {tokens_per_second:g}: out of reach: with one expert in each layer this machine decodes "
+            f"{fastest:.1f} tokens/s, at full budget {1000 / costs.decode_ms(full):.1f}"
+        )
+    return total
+
+
 def _bytes(llm: Llama, layers: list, full: tuple) -> float:
     """Bytes of the experts that a token no longer reads with these layers at one expert."""
     n_bytes = ffi.new("int64_t *")
@@ -85,7 +106,7 @@ def _bytes(llm: Llama, layers: list, full: tuple) -> float:
     return float(total)
 
 
-def _decode_ms(llm: Llama, plan: Plan, tokens: np.ndarray) -> float:
+def decode_ms(llm: Llama, plan: Plan, tokens: np.ndarray) -> float:
     """Median time of a decoded token, the first one, which builds the graph, not counted."""
     llm._set_native_plan(plan)
     llm._drop_cache()

@@ -51,7 +51,9 @@ def n_passes(full: tuple, mode: str) -> int:
     return len(set(cells(full, mode).values()) | {tuple(full)})
 
 
-def measure(llm: Llama, full: tuple, token_windows: np.ndarray, mode: str, metric: str, checkpoint: Checkpoint) -> tuple:
+def measure(
+    llm: Llama, full: tuple, token_windows: np.ndarray, mode: str, metric: str, checkpoint: Checkpoint
+) -> tuple:
     """The sensitivities of a model.
 
     Args:
@@ -61,12 +63,13 @@ def measure(llm: Llama, full: tuple, token_windows: np.ndarray, mode: str, metri
         checkpoint: has what was measured before, and takes what is measured.
 
     Returns:
-        One float64 array of shape [K_l] per layer, empty where K_l is 0. The plan of `llm` is left as it was set last.
+        (sensitivities, reused): one float64 array of shape [K_l] per layer, empty where K_l is 0; how many of the cells
+        had been measured before. The plan of `llm` is left as it was set last.
     """
     wanted = cells(full, mode)
     plans = sorted(set(wanted.values()) - {tuple(full)}, reverse=True)
     starts = _can_start_late(llm, full, token_windows[0])
-    nll, kl, errors = {}, {}, [np.zeros(k + 1) for k in full]
+    nll, kl, errors, reused = {}, {}, [np.zeros(k + 1) for k in full], 0
     total = len(token_windows) * (len(plans) + 1)
     with tqdm(total=total, desc="sensitivity", unit="pass", disable=None, smoothing=0.05) as bar:
         for window in token_windows:
@@ -78,6 +81,7 @@ def measure(llm: Llama, full: tuple, token_windows: np.ndarray, mode: str, metri
                 stored = {"nll": reference.nll.mean(), "errors": [row.tolist() for row in recorded]}
                 checkpoint.put(f"{name} full", stored)
             bar.update(1 + len(plans) - len(missing))
+            reused += len(plans) - len(missing)
             for counts in missing:
                 changed = next(il for il, (k, own) in enumerate(zip(counts, full)) if k != own)
                 llm._set_native_plan(Plan(counts, full), start_layer=changed if starts else 0)
@@ -93,8 +97,10 @@ def measure(llm: Llama, full: tuple, token_windows: np.ndarray, mode: str, metri
     kl[tuple(full)] = 0.0
     damage = {cell: kl[counts] if metric == "kl" else np.exp(nll[counts]) for cell, counts in wanted.items()}
     if mode == "fast":
-        return tuple(_from_errors(damage, il, row) if k else np.empty(0) for il, (k, row) in enumerate(zip(full, errors)))
-    return tuple(np.array([damage[il, k] for k in range(1, own + 1)]) for il, own in enumerate(full))
+        rows = [_from_errors(damage, il, row) if k else np.empty(0) for il, (k, row) in enumerate(zip(full, errors))]
+    else:
+        rows = [np.array([damage[il, k] for k in range(1, own + 1)]) for il, own in enumerate(full)]
+    return tuple(rows), reused
 
 
 def _cell_name(window: str, counts: tuple) -> str:

@@ -152,8 +152,8 @@ class Llama(llama_cpp.Llama):
         asked = self._asked.token_rule if self._asked else "off"
         if TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))] != asked:
             warnings.warn(
-                f"token rule {asked!r} is off: only the CPU backend can leave out single experts of a token; every "
-                "token gets its layer's planned number of experts",
+                f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
+                "of a token; every token gets its layer's planned number of experts",
                 stacklevel=3,
             )
 

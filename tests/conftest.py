@@ -42,3 +42,13 @@ def planned_path(testbed_path, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("planned") / "planned.gguf"
     output.write_planned(testbed_path, path, profile.plan(0.5, full), profile)
     return path
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Tiny random models by name, as Hugging Face folders and as GGUF files (see tiny_models.py)."""
+    for package in ("torch", "transformers", "tokenizers"):
+        pytest.importorskip(package, reason="the tiny models are made and converted with it")
+    import tiny_models
+
+    return tiny_models.build(tmp_path_factory.mktemp("tiny_models"))

@@ -44,11 +44,16 @@ int64_t      gguf_get_n_tensors(const gguf_context * ctx);
 size_t       gguf_get_tensor_offset(const gguf_context * ctx, int64_t tensor_id);
 const char * gguf_get_tensor_name(const gguf_context * ctx, int64_t tensor_id);
 size_t       gguf_get_tensor_size(const gguf_context * ctx, int64_t tensor_id);
+int          gguf_get_tensor_type(const gguf_context * ctx, int64_t tensor_id);
 int64_t      gguf_remove_key(gguf_context * ctx, const char * key);
 void         gguf_set_val_u32(gguf_context * ctx, const char * key, uint32_t val);
 void         gguf_set_val_str(gguf_context * ctx, const char * key, const char * val);
 void         gguf_set_arr_data(gguf_context * ctx, const char * key, int type, const void * data, size_t n);
 bool         gguf_write_to_file(const gguf_context * ctx, const char * fname, bool only_meta);
+
+const char * ggml_type_name(int type);
+size_t       ggml_type_size(int type);
+int64_t      ggml_blck_size(int type);
 
 size_t ggml_backend_reg_count(void);
 void   ggml_backend_load_all_from_path(const char * dir_path);

@@ -32,6 +32,8 @@ class Tensor(NamedTuple):
     name: str
     offset: int  # bytes from the start of the tensor data
     n_bytes: int
+    n_elements: int
+    type_name: str  # ggml's: F16, Q4_K, ...
 
 
 class GGUFFile:
@@ -55,14 +57,7 @@ class GGUFFile:
         if ctx == ffi.NULL:
             raise GGUFError(f"{self.path}: damaged or truncated GGUF file: its metadata cannot be read")
         self._ctx = ffi.gc(ctx, gguf.gguf_free)
-        self.tensors = [
-            Tensor(
-                _text(gguf.gguf_get_tensor_name(ctx, i)),
-                gguf.gguf_get_tensor_offset(ctx, i),
-                gguf.gguf_get_tensor_size(ctx, i),
-            )
-            for i in range(gguf.gguf_get_n_tensors(ctx))
-        ]
+        self.tensors = [_tensor(ctx, i) for i in range(gguf.gguf_get_n_tensors(ctx))]
         self.data_offset = gguf.gguf_get_data_offset(ctx)
         wanted = self.data_offset + max((t.offset + t.n_bytes for t in self.tensors), default=0)
         found = self.path.stat().st_size
@@ -140,6 +135,13 @@ def split_paths(path: Path, n_split: int) -> list:
     return [path.with_name(f"{prefix}-{i:05d}-of-{n_split:05d}.gguf") for i in range(1, n_split + 1)]
 
 
+def model_paths(path: Union[str, os.PathLike]) -> list:
+    """The files of the model that starts with `path`: the path alone, or all shards of a split model."""
+    with GGUFFile(path) as file:
+        n_split = _bounded(file, "split.count", 0, 65535, default=0)
+        return split_paths(file.path, n_split) if n_split > 1 else [file.path]
+
+
 def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     """The model's own experts per token in each layer, 0 where a layer has no experts that a plan could count.
 
@@ -188,6 +190,17 @@ def _bounded(file: GGUFFile, key: str, low: int, high: int, default: Optional[in
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise GGUFError(f"{file.path}: {key} is {value!r}, wanted an integer from {low} to {high}")
     return value
+
+
+def _tensor(ctx, i: int) -> Tensor:
+    type_id, n_bytes = gguf.gguf_get_tensor_type(ctx, i), gguf.gguf_get_tensor_size(ctx, i)
+    return Tensor(
+        _text(gguf.gguf_get_tensor_name(ctx, i)),
+        gguf.gguf_get_tensor_offset(ctx, i),
+        n_bytes,
+        n_bytes // gguf.ggml_type_size(type_id) * gguf.ggml_blck_size(type_id),
+        _text(gguf.ggml_type_name(type_id)).upper(),
+    )
 
 
 def _text(pointer) -> str:

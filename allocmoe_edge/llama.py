@@ -125,12 +125,15 @@ class Llama(llama_cpp.Llama):
         self._asked = plan
         self._warn_if_degraded()
 
-    def _set_native_plan(self, plan: Plan, record: bool = False) -> bool:
-        """Hands the plan to the native side; returns whether that changed anything."""
+    def _set_native_plan(
+        self, plan: Plan, *, record: bool = False, keep_outputs: bool = False, start_layer: int = 0
+    ) -> bool:
+        """Hands the plan to the native side; returns whether that changed anything. For the rest see allocmoe.h."""
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
         rule = ffi.new("struct allocmoe_rule *")
         rule.token_rule = TOKEN_RULES.index(plan.token_rule)
-        rule.k_base, rule.strict, rule.record, rule.threshold = plan.k_base, plan.strict, record, threshold
+        rule.k_base, rule.strict, rule.threshold = plan.k_base, plan.strict, threshold
+        rule.record, rule.keep_outputs, rule.start_layer = record, keep_outputs, start_layer
         counts = list(plan.expert_used_count)
         status = libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule)
         if status < 0:

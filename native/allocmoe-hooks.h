@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+struct ggml_cgraph;
 struct ggml_context;
 struct ggml_tensor;
 struct gguf_context;
@@ -24,7 +25,9 @@ struct allocmoe_plan {
     int32_t            token_rule = ALLOCMOE_RULE_OFF;
     int32_t            k_base     = 1;
     bool               strict     = false;
-    bool               record     = false;
+    bool               record       = false;
+    bool               keep_outputs = false;
+    int32_t            start_layer  = 0;
     std::vector<float> threshold; // [block_count], for ALLOCMOE_RULE_THRESHOLD
 
     bool operator==(const allocmoe_plan & other) const;
@@ -39,7 +42,13 @@ struct allocmoe_usage {
     std::array<phase, 2> phases; // by ALLOCMOE_PHASE_*
     std::vector<double>  credit; // [block_count], activations left over under a strict threshold
 
-    std::vector<std::vector<float>> scores; // [block_count], recorded
+    struct record {
+        std::vector<float>   scores;  // [n_tokens][n_used]
+        std::vector<int32_t> experts; // [n_tokens][n_used]
+        std::vector<double>  errors;  // [n_used + 1]
+    };
+    std::vector<record>             records;       // [block_count]
+    std::vector<std::vector<float>> layer_outputs; // [block_count], of the last micro-batch that kept them
 };
 
 // member of llama_cparams
@@ -60,7 +69,11 @@ struct allocmoe_graph {
         std::shared_ptr<allocmoe_usage> usage;
 
         ggml_tensor * selected; // expert ids by rank
-        ggml_tensor * routed;   // the same with -1 where the token rule skips, or nullptr
+        ggml_tensor * scores;   // what they were ranked by, of all experts
+        ggml_tensor * routed;   // the ids with -1 where the token rule skips, or nullptr
+
+        bool recorded     = false;
+        bool renormalised = false; // the weights of the experts that are used add up to a constant
     };
     std::deque<layer> layers; // nodes point into it
 
@@ -87,6 +100,18 @@ ggml_tensor * allocmoe_build_token_rule(
         ggml_tensor    * selected, // [n_expert_used, n_tokens]
         ggml_tensor    * weights,  // [1, n_expert_used, n_tokens]
         float            skipped);
+
+// Where the plan records: hands the weighted experts on, and records scores, ids and errors as they pass.
+ggml_tensor * allocmoe_build_record(
+        ggml_context   * ctx,
+        allocmoe_graph & graph,
+        ggml_tensor    * experts, // [n_embd, n_expert_used, n_tokens]
+        ggml_tensor    * weights, // [1, n_expert_used, n_tokens]
+        bool             renormalised);
+
+// Where the plan keeps the layers' outputs: adds nodes for that. Where it starts at a later layer whose input has been
+// kept: removes what only leads there.
+void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf);
 
 // Adds what one run of the graph activated.
 void allocmoe_count(const llama_cparams & cparams, const allocmoe_graph & graph, const llama_ubatch & ubatch);

@@ -64,7 +64,8 @@ static bool token_rule_out_of_range(const allocmoe_plan & plan) {
 
 bool allocmoe_plan::operator==(const allocmoe_plan & other) const {
     return expert_used_count == other.expert_used_count && token_rule == other.token_rule && k_base == other.k_base &&
-           strict == other.strict && record == other.record && threshold == other.threshold;
+           strict == other.strict && record == other.record && keep_outputs == other.keep_outputs &&
+           start_layer == other.start_layer && threshold == other.threshold;
 }
 
 // Why the model cannot skip single experts of a token, nullptr if it can. What can are the plain and the repacked
@@ -171,7 +172,8 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         phase.tokens     .resize(n_layer);
     }
     usage->credit.resize(n_layer);
-    usage->scores.resize(n_layer);
+    usage->records.resize(n_layer);
+    usage->layer_outputs.resize(n_layer);
     cparams.allocmoe.usage = std::move(usage);
 
     if (!model.allocmoe) {
@@ -196,125 +198,6 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
                 (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe,
                 token_rule_names[plan->token_rule]);
-    }
-}
-
-ggml_tensor * allocmoe_graph::routed(ggml_tensor * ids) const {
-    for (auto it = layers.rbegin(); it != layers.rend(); ++it) {
-        if (it->routed && it->selected == ids) {
-            return it->routed;
-        }
-    }
-    return ids;
-}
-
-int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph & graph, int il, int64_t n_expert_used, int64_t n_tokens) {
-    // a warm-up run is there to touch every expert
-    if (cparams.warmup || il < 0) {
-        return n_expert_used;
-    }
-    // an architecture may build a second set of experts on the first one's choice: one layer, counted once
-    const bool again = !graph.layers.empty() && graph.layers.back().il == il;
-
-    const auto * plan = cparams.allocmoe.plan.get();
-    int64_t k = n_expert_used;
-    allocmoe_token_rule_params params = {};
-    if (plan && il < (int) plan->expert_used_count.size() && plan->expert_used_count[il] > 0) {
-        k = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
-
-        // with every candidate kept, or none to share, the rule is top-k
-        const bool shares = plan->k_base < k && k < n_expert_used;
-        if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || plan->record) && !again) {
-            params.rule      = plan->token_rule;
-            params.k_base    = std::min<int64_t>(plan->k_base, k);
-            params.k         = k;
-            params.threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
-            params.strict    = plan->strict;
-        }
-    }
-
-    if (!again) {
-        graph.layers.push_back({ il, n_tokens, k*n_tokens, params, plan && plan->record, cparams.allocmoe.usage, nullptr, nullptr });
-    }
-
-    return params.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
-}
-
-// node: ids by rank, -1 where the token rule skips
-static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
-    if (ith != 0) {
-        return;
-    }
-    auto & layer = *(allocmoe_graph::layer *) userdata;
-
-    const ggml_tensor * ids    = dst->src[0];
-    const ggml_tensor * scores = dst->src[1];
-
-    const int64_t n_used   = dst->ne[0];
-    const int64_t n_tokens = dst->ne[1];
-
-    std::vector<float>   ranked(n_used*n_tokens);
-    std::vector<int32_t> n_kept(n_tokens);
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const auto * id    = (const int32_t *) ((const char *) ids   ->data + t*ids   ->nb[1]);
-        const auto * score = (const float   *) ((const char *) scores->data + t*scores->nb[1]);
-        for (int64_t r = 0; r < n_used; ++r) {
-            ranked[t*n_used + r] = score[id[r]];
-        }
-    }
-
-    if (layer.record) {
-        auto & scores_il = layer.usage->scores[layer.il];
-        scores_il.insert(scores_il.end(), ranked.begin(), ranked.end());
-    }
-
-    layer.activations = allocmoe_apply_token_rule(layer.params, ranked.data(), n_used, n_tokens, n_kept.data(), layer.usage->credit[layer.il]);
-
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const auto * id  = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
-        auto       * out = (int32_t       *) ((char       *) dst->data + t*dst->nb[1]);
-        for (int64_t r = 0; r < n_used; ++r) {
-            out[r] = r < n_kept[t] ? id[r] : -1;
-        }
-    }
-}
-
-// node: weights, `skipped` where the ids are -1
-template <bool neg_inf>
-static void compute_weights(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
-    if (ith != 0) {
-        return;
-    }
-    const auto * weights = (const float   *) dst->src[0]->data;
-    const auto * routed  = (const int32_t *) dst->src[1]->data;
-    auto       * out     = (float         *) dst->data;
-    for (int64_t i = 0; i < ggml_nelements(dst); ++i) {
-        out[i] = routed[i] >= 0 ? weights[i] : neg_inf ? -INFINITY : 0.0f;
-    }
-}
-
-ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & graph, ggml_tensor * scores, ggml_tensor * selected, ggml_tensor * weights, float skipped) {
-    if (graph.layers.empty() || graph.layers.back().params.rule == ALLOCMOE_RULE_OFF || graph.layers.back().routed) {
-        return weights;
-    }
-    auto & layer = graph.layers.back();
-
-    ggml_tensor * args_routed[] = { selected, scores };
-    layer.selected = selected;
-    layer.routed   = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, 2, compute_routed, 1, &layer);
-
-    ggml_tensor * args_weights[] = { weights, layer.routed };
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2,
-            skipped == 0.0f ? compute_weights<false> : compute_weights<true>, 1, nullptr);
-}
-
-void allocmoe_count(const llama_cparams & cparams, const allocmoe_graph & graph, const llama_ubatch & ubatch) {
-    const bool decode = ubatch.n_tokens <= ubatch.n_seqs_unq;
-
-    auto & phase = cparams.allocmoe.usage->phases[decode ? ALLOCMOE_PHASE_DECODE : ALLOCMOE_PHASE_PREFILL];
-    for (const auto & layer : graph.layers) {
-        phase.activations[layer.il] += layer.activations;
-        phase.tokens     [layer.il] += layer.n_tokens;
     }
 }
 
@@ -347,8 +230,13 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
         plan->k_base     = rule->k_base;
         plan->strict     = rule->strict;
         plan->record     = rule->record;
+        plan->keep_outputs = rule->keep_outputs;
+        plan->start_layer  = rule->start_layer;
         if (rule->threshold) {
             plan->threshold.assign(rule->threshold, rule->threshold + n_layer);
+        }
+        if (rule->start_layer < 0 || rule->start_layer >= n_layer) {
+            return ALLOCMOE_ERR_N_LAYER;
         }
         if (token_rule_out_of_range(*plan) || (plan->token_rule == ALLOCMOE_RULE_THRESHOLD && !rule->threshold)) {
             return ALLOCMOE_ERR_RULE;
@@ -418,17 +306,53 @@ int32_t allocmoe_get_token_rule(const llama_context * ctx) {
     return plan ? plan->token_rule : ALLOCMOE_RULE_OFF;
 }
 
-int64_t allocmoe_take_scores(llama_context * ctx, int32_t il, float * scores, int64_t n_max) {
-    auto & recorded = allocmoe_access::cparams(ctx).allocmoe.usage->scores;
-    if (il < 0 || il >= (int32_t) recorded.size()) {
+template <typename T>
+static int64_t take(llama_context * ctx, int32_t il, std::vector<T> allocmoe_usage::record::* member, T * values, int64_t n_max) {
+    auto & records = allocmoe_access::cparams(ctx).allocmoe.usage->records;
+    if (il < 0 || il >= (int32_t) records.size()) {
         return 0;
     }
-    const int64_t n = recorded[il].size();
-    if (scores) {
-        std::copy_n(recorded[il].begin(), std::min(n, n_max), scores);
-        recorded[il].clear();
+    auto & recorded = records[il].*member;
+    const int64_t n = recorded.size();
+    if (values) {
+        std::copy_n(recorded.begin(), std::min(n, n_max), values);
+        recorded.clear();
     }
     return n;
+}
+
+int64_t allocmoe_take_scores(llama_context * ctx, int32_t il, float * scores, int64_t n_max) {
+    return take(ctx, il, &allocmoe_usage::record::scores, scores, n_max);
+}
+
+int64_t allocmoe_take_experts(llama_context * ctx, int32_t il, int32_t * experts, int64_t n_max) {
+    return take(ctx, il, &allocmoe_usage::record::experts, experts, n_max);
+}
+
+int64_t allocmoe_take_errors(llama_context * ctx, int32_t il, double * errors, int64_t n_max) {
+    return take(ctx, il, &allocmoe_usage::record::errors, errors, n_max);
+}
+
+int64_t allocmoe_n_kept_output(const llama_context * ctx, int32_t il) {
+    const auto & kept = allocmoe_access::cparams(ctx).allocmoe.usage->layer_outputs;
+    return il < 0 || il >= (int32_t) kept.size() ? 0 : kept[il].size();
+}
+
+const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, int64_t * n_bytes) {
+    const auto & model = allocmoe_access::model(ctx);
+    *n_bytes = 0;
+    if (il < 0 || il >= (int32_t) model.layers.size()) {
+        return "";
+    }
+    const auto & layer  = model.layers[il];
+    const char * buffer = "";
+    for (const auto * tensor : { layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps, layer.ffn_gate_up_exps }) {
+        if (tensor) {
+            *n_bytes += ggml_nbytes(tensor)/tensor->ne[2];
+            buffer    = tensor->buffer ? ggml_backend_buft_name(ggml_backend_buffer_get_type(tensor->buffer)) : "";
+        }
+    }
+    return buffer;
 }
 
 void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit) {

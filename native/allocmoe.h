@@ -34,7 +34,9 @@ struct allocmoe_rule {
     int32_t token_rule;      // ALLOCMOE_RULE_*
     int32_t k_base;          // experts that every token keeps, at least 1
     bool    strict;          // threshold: the running mean never rises above k
-    bool    record;          // keep the scores of all ranks for allocmoe_take_scores; for calibration
+    bool    record;          // keep scores, ids and errors of all ranks for allocmoe_take_*; for calibration
+    bool    keep_outputs;    // keep the output of every layer, of the last micro-batch
+    int32_t start_layer;     // run layers from this one on, on the output kept of the layer before; whole where there is none
     const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD; copied
 };
 
@@ -78,6 +80,17 @@ LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 // The scores that layer il has recorded since the last call, [n_tokens][n_used], each row falling: copies at most n_max
 // floats to scores and forgets them, or with scores NULL only returns how many there are.
 LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, float * scores, int64_t n_max);
+
+// The same for the ids of those experts, and for the squared error that fewer experts would have made: n_used + 1 sums over
+// tokens of |output - output with the k best experts|^2, k = 0..n_used, renormalised where the model renormalises.
+LLAMA_API int64_t allocmoe_take_experts(struct llama_context * ctx, int32_t il, int32_t * experts, int64_t n_max);
+LLAMA_API int64_t allocmoe_take_errors(struct llama_context * ctx, int32_t il, double * errors, int64_t n_max);
+
+// Floats kept of layer il's output, 0 if there are none.
+LLAMA_API int64_t allocmoe_n_kept_output(const struct llama_context * ctx, int32_t il);
+
+// Where layer il's experts are: the name of the buffer type, and the bytes of one expert.
+LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ctx, int32_t il, int64_t * n_bytes);
 
 // The token rule by itself, as the graph runs it: how many of its n_used experts, ranked by falling score, each token
 // keeps. scores: [n_tokens][n_used]. credit: the activations left over so far under a strict rule, updated.

@@ -1,0 +1,258 @@
+// The hooks that shape and follow a graph: experts per layer and token, and what calibration records.
+#include "allocmoe.h"
+#include "allocmoe-hooks.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+ggml_tensor * allocmoe_graph::routed(ggml_tensor * ids) const {
+    for (auto it = layers.rbegin(); it != layers.rend(); ++it) {
+        if (it->routed && it->selected == ids) {
+            return it->routed;
+        }
+    }
+    return ids;
+}
+
+int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph & graph, int il, int64_t n_expert_used, int64_t n_tokens) {
+    // a warm-up run is there to touch every expert
+    if (cparams.warmup || il < 0) {
+        return n_expert_used;
+    }
+    // an architecture may build a second set of experts on the first one's choice: one layer, counted once
+    const bool again = !graph.layers.empty() && graph.layers.back().il == il;
+
+    const auto * plan = cparams.allocmoe.plan.get();
+    int64_t k = n_expert_used;
+    allocmoe_token_rule_params params = {};
+    if (plan && il < (int) plan->expert_used_count.size() && plan->expert_used_count[il] > 0) {
+        k = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
+
+        // with every candidate kept, or none to share, the rule is top-k
+        const bool shares = plan->k_base < k && k < n_expert_used;
+        if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || plan->record) && !again) {
+            params.rule      = plan->token_rule;
+            params.k_base    = std::min<int64_t>(plan->k_base, k);
+            params.k         = k;
+            params.threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
+            params.strict    = plan->strict;
+        }
+    }
+
+    if (!again) {
+        graph.layers.push_back({ il, n_tokens, k*n_tokens, params, plan && plan->record, cparams.allocmoe.usage, nullptr, nullptr, nullptr });
+    }
+
+    return params.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
+}
+
+// node: ids by rank, -1 where the token rule skips
+static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith != 0) {
+        return;
+    }
+    auto & layer = *(allocmoe_graph::layer *) userdata;
+
+    const ggml_tensor * ids    = dst->src[0];
+    const ggml_tensor * scores = dst->src[1];
+
+    const int64_t n_used   = dst->ne[0];
+    const int64_t n_tokens = dst->ne[1];
+
+    std::vector<float>   ranked(n_used*n_tokens);
+    std::vector<int32_t> n_kept(n_tokens);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const auto * id    = (const int32_t *) ((const char *) ids   ->data + t*ids   ->nb[1]);
+        const auto * score = (const float   *) ((const char *) scores->data + t*scores->nb[1]);
+        for (int64_t r = 0; r < n_used; ++r) {
+            ranked[t*n_used + r] = score[id[r]];
+        }
+    }
+
+    layer.activations = allocmoe_apply_token_rule(layer.params, ranked.data(), n_used, n_tokens, n_kept.data(), layer.usage->credit[layer.il]);
+
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const auto * id  = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
+        auto       * out = (int32_t       *) ((char       *) dst->data + t*dst->nb[1]);
+        for (int64_t r = 0; r < n_used; ++r) {
+            out[r] = r < n_kept[t] ? id[r] : -1;
+        }
+    }
+}
+
+// node: weights, `skipped` where the ids are -1
+template <bool neg_inf>
+static void compute_weights(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
+    if (ith != 0) {
+        return;
+    }
+    const auto * weights = (const float   *) dst->src[0]->data;
+    const auto * routed  = (const int32_t *) dst->src[1]->data;
+    auto       * out     = (float         *) dst->data;
+    for (int64_t i = 0; i < ggml_nelements(dst); ++i) {
+        out[i] = routed[i] >= 0 ? weights[i] : neg_inf ? -INFINITY : 0.0f;
+    }
+}
+
+ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & graph, ggml_tensor * scores, ggml_tensor * selected, ggml_tensor * weights, float skipped) {
+    if (graph.layers.empty() || graph.layers.back().selected) {
+        return weights; // experts that are given, or a second set on the first one's choice
+    }
+    auto & layer = graph.layers.back();
+    layer.selected = selected;
+    layer.scores   = scores;
+    if (layer.params.rule == ALLOCMOE_RULE_OFF) {
+        return weights;
+    }
+
+    ggml_tensor * args_routed[] = { selected, scores };
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, 2, compute_routed, 1, &layer);
+
+    ggml_tensor * args_weights[] = { weights, layer.routed };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2,
+            skipped == 0.0f ? compute_weights<false> : compute_weights<true>, 1, nullptr);
+}
+
+// node: the weighted experts as they are; on the way, scores, ids and errors are recorded
+static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith != 0) {
+        return;
+    }
+    const auto & layer   = *(const allocmoe_graph::layer *) userdata;
+    auto       & record = layer.usage->records[layer.il];
+
+    const ggml_tensor * weights = dst->src[1];
+    const ggml_tensor * ids     = dst->src[2];
+    const ggml_tensor * scores  = dst->src[3];
+
+    const int64_t n_embd   = dst->ne[0];
+    const int64_t n_used   = dst->ne[1];
+    const int64_t n_tokens = dst->ne[2];
+
+    record.errors.resize(n_used + 1);
+    std::vector<float> sums((n_used + 1)*n_embd); // outputs with the first k experts, not renormalised
+    std::vector<float> weight(n_used + 1);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const auto * id    = (const int32_t *) ((const char *) ids   ->data + t*ids   ->nb[1]);
+        const auto * score = (const float   *) ((const char *) scores->data + t*scores->nb[1]);
+        for (int64_t r = 0; r < n_used; ++r) {
+            record.experts.push_back(id[r]);
+            record.scores .push_back(score[id[r]]);
+            const auto * row = (const float *) ((const char *) dst->data + t*dst->nb[2] + r*dst->nb[1]);
+            for (int64_t i = 0; i < n_embd; ++i) {
+                sums[(r + 1)*n_embd + i] = sums[r*n_embd + i] + row[i];
+            }
+            weight[r + 1] = weight[r] + *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]);
+        }
+        const float * all = &sums[n_used*n_embd];
+        for (int64_t k = 0; k <= n_used; ++k) {
+            const float scale = layer.renormalised && weight[k] > 0.0f ? weight[n_used]/weight[k] : 1.0f;
+            double error = 0.0;
+            for (int64_t i = 0; i < n_embd; ++i) {
+                const float d = all[i] - scale*sums[k*n_embd + i];
+                error += d*d;
+            }
+            record.errors[k] += error;
+        }
+    }
+}
+
+ggml_tensor * allocmoe_build_record(ggml_context * ctx, allocmoe_graph & graph, ggml_tensor * experts, ggml_tensor * weights, bool renormalised) {
+    if (graph.layers.empty() || !graph.layers.back().record || graph.layers.back().recorded || !graph.layers.back().selected) {
+        return experts;
+    }
+    auto & layer = graph.layers.back();
+    layer.recorded     = true;
+    layer.renormalised = renormalised;
+
+    ggml_tensor * args[] = { weights, layer.selected, layer.scores };
+    return ggml_custom_inplace(ctx, experts, args, 3, compute_record, 1, &layer);
+}
+
+// node: keeps its argument
+static void compute_keep(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith == 0) {
+        const auto * values = (const float *) dst->src[0]->data;
+        ((std::vector<float> *) userdata)->assign(values, values + ggml_nelements(dst->src[0]));
+    }
+}
+
+// node: what was kept
+static void compute_kept(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith == 0) {
+        const auto & kept = *(const std::vector<float> *) userdata;
+        std::copy(kept.begin(), kept.end(), (float *) dst->data);
+    }
+}
+
+// The layer that a node is the output of, -1 if it is none. Nearly every architecture names it so.
+static int layer_of_output(const ggml_tensor * node) {
+    int il = -1;
+    const bool named = sscanf(node->name, "l_out-%d", &il) == 1;
+    return named && node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) ? il : -1;
+}
+
+void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf) {
+    const auto * plan = cparams.allocmoe.plan.get();
+    if (!plan || !(plan->keep_outputs || plan->start_layer > 0)) {
+        return;
+    }
+    auto & kept = cparams.allocmoe.usage->layer_outputs;
+
+    std::vector<ggml_tensor *> nodes;
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        nodes.push_back(ggml_graph_node(gf, i));
+    }
+
+    const int   il    = plan->start_layer - 1;
+    const auto  first = std::find_if(nodes.begin(), nodes.end(), [&](ggml_tensor * node) {
+        return il >= 0 && layer_of_output(node) == il && ggml_nelements(node) == (int64_t) kept[il].size();
+    });
+
+    ggml_graph_clear(gf);
+    // inputs are set whether a node reads them or not, so all of them need memory
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->flags & GGML_TENSOR_FLAG_INPUT) {
+            ggml_build_forward_expand(gf, t);
+        }
+    }
+
+    if (first != nodes.end()) {
+        ggml_tensor * output = *first;
+        ggml_tensor * start  = ggml_custom_4d(ctx, GGML_TYPE_F32, output->ne[0], output->ne[1], output->ne[2], output->ne[3], nullptr, 0,
+                compute_kept, 1, &kept[il]);
+        for (auto it = first + 1; it != nodes.end(); ++it) {
+            std::replace(std::begin((*it)->src), std::end((*it)->src), output, start);
+            if ((*it)->view_src == output) {
+                (*it)->view_src = start;
+            }
+        }
+        nodes.erase(nodes.begin(), first + 1);
+        // layers that do not run activate nothing
+        while (!graph.layers.empty() && graph.layers.front().il <= il) {
+            graph.layers.pop_front();
+        }
+    }
+
+    for (ggml_tensor * node : nodes) {
+        ggml_build_forward_expand(gf, node);
+        const int layer = plan->keep_outputs ? layer_of_output(node) : -1;
+        if (layer >= 0 && layer < (int) kept.size()) {
+            ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &node, 1, compute_keep, 1, &kept[layer]));
+        }
+    }
+}
+
+void allocmoe_count(const llama_cparams & cparams, const allocmoe_graph & graph, const llama_ubatch & ubatch) {
+    const bool decode = ubatch.n_tokens <= ubatch.n_seqs_unq;
+
+    auto & phase = cparams.allocmoe.usage->phases[decode ? ALLOCMOE_PHASE_DECODE : ALLOCMOE_PHASE_PREFILL];
+    for (const auto & layer : graph.layers) {
+        phase.activations[layer.il] += layer.activations;
+        phase.tokens     [layer.il] += layer.n_tokens;
+    }
+}

@@ -1,6 +1,11 @@
 """Local routing consistency against brute force: small routings, every possible answer tried."""
 
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -108,7 +113,8 @@ def test_layers_are_kept_apart_and_averaged():
     found = routing.consistency(layers, 8, (4, 16), (1, 2), progress=lambda: seen.append(1))
     assert [row["layer"] for row in found["layers"]] == [0, 2] and len(seen) == 2
     for key in ("srp", "size_ratio", "sch"):
-        np.testing.assert_allclose(found["mean"][key], np.mean([row[key] for row in found["layers"]], axis=0), rtol=1e-12)
+        expected = np.mean([row[key] for row in found["layers"]], axis=0)
+        np.testing.assert_allclose(found["mean"][key], expected, rtol=1e-12)
     alone = routing.consistency([layers[2]], 8, (4, 16), (1, 2))
     assert alone["layers"][0] == {**found["layers"][1], "layer": 0}
     assert alone["model_srp"] == alone["mean"]["srp"]  # one layer is the whole model
@@ -119,3 +125,45 @@ def test_layers_are_kept_apart_and_averaged():
 def test_impossible_ids_are_refused(ids):
     with pytest.raises(ValueError, match="experts: found"):
         routing.activations(np.array(ids, np.int32), 8)
+
+
+# --- what a model chooses
+
+
+def test_recorded_experts_are_those_of_transformers(tmp_path):
+    """A tiny OLMoE: per layer and token the top 4 of 8 router logits, in order, in another implementation."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", minversion="5")
+    import tiny_models
+    from allocmoe_edge import Llama
+    from test_transformers_parity import TOKENS
+
+    built = tiny_models.build(tmp_path, ["olmoe"])["olmoe"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(built.hf_path, dtype=torch.float32).eval()
+    windows = np.array([TOKENS, TOKENS[::-1]], np.int32)
+    with torch.inference_mode():
+        logits = model(torch.tensor(windows.astype(np.int64)), output_router_logits=True).router_logits
+    expected = [torch.topk(layer, 4).indices.numpy().reshape(2, len(TOKENS), 4) for layer in logits]
+
+    # micro-batches shorter than a window: what each records is put together
+    llm = Llama(str(built.gguf_path), n_ctx=len(TOKENS), n_batch=len(TOKENS), n_ubatch=7, n_threads=2, verbose=False)
+    found = routing.record(llm, windows)
+    assert len(found) == len(expected) == tiny_models.N_LAYERS
+    for ids, reference in zip(found, expected):
+        np.testing.assert_array_equal(ids, reference)
+
+
+def test_routing_command(planned_path, tmp_path):
+    """The testbed uses all of its experts for every token: perfectly consistent, whatever its plan is."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 20)
+    command = shutil.which("allocmoe-inspect", path=os.path.dirname(sys.executable))
+    options = ["--routing", text, "--tokens", "64", "--ctx-size", "32", "--threads", "2", "--plot", tmp_path / "p.html"]
+    done = subprocess.run([command, planned_path, "--json", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["routing"]
+    assert (found["source"], found["n_tokens"], found["n_ctx"]) == ("text.txt", 64, 32)
+    assert found["segment_lengths"] == [4, 16] and len(found["layers"]) == 30
+    assert found["mean"]["srp"] == found["mean"]["size_ratio"] == found["model_srp"] == [1, 1]
+    assert np.all(np.array(found["mean"]["sch"]) == 1)
+    assert "Local routing consistency" in (tmp_path / "p.html").read_text()

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("file", type=Path, help="a GGUF file: a model, planned or not (the first file of a split one), or a plan alone")
+    p.add_argument("file", type=Path, help="a GGUF file: a model (the first file of a split one), or a plan alone")
     p.add_argument("--json", action="store_true", help="everything known about the file, as JSON")
     p.add_argument(
         "--plot",
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--budgets",
         type=lambda value: value.split(","),
         metavar="LIST",
-        help="for --measure-curve: shares or totals, as allocmoe-convert takes them. Default: 25%%,37.5%%,50%%,75%%,100%%",
+        help="for --measure-curve, shares or totals as for allocmoe-convert. Default: 25%%,37.5%%,50%%,75%%,100%%",
     )
     run.add_argument(
         "--routing",
@@ -62,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="tokens of TEXT to use. Default: 4096")
     run.add_argument("--ctx-size", type=_positive, default=512, metavar="N", help="tokens per window. Default: 512")
-    run.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores")
-    run.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers to put on the GPU, -1 for all. Default: 0")
+    run.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all")
+    run.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1: all. Default: 0")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 

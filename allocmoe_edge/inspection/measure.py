@@ -60,8 +60,11 @@ def add(report: dict, args: argparse.Namespace) -> None:
         }
     if args.routing:
         text = read_windows(llm, args.routing, args.tokens, args.ctx_size)
-        with tqdm(total=len(text), desc="routing", unit="window", disable=None, leave=False) as bar:
-            experts = routing.record(llm, text, progress=bar.update)
+        try:
+            with tqdm(total=len(text), desc="routing", unit="window", disable=None, leave=False) as bar:
+                experts = routing.record(llm, text, progress=bar.update)
+        except ValueError as error:
+            raise InspectError(f"{args.file}: this model's routing cannot be recorded: {error}") from None
         if experts is None:
             raise InspectError(f"{args.file}: routing can only be recorded where the model is on the CPU alone")
         with tqdm(total=sum(k > 0 for k in full), desc="consistency", unit="layer", disable=None, leave=False) as bar:
@@ -82,8 +85,8 @@ def measured_curve(llm: Llama, token_windows: np.ndarray, totals: list, full: tu
         as it was set last.
     """
     profile = llm._stored.profile
-    points = []
-    with tqdm(total=2 * len(totals) * len(token_windows), desc="perplexity", unit="window", disable=None, leave=False) as bar:
+    points, n_runs = [], 2 * len(totals) * len(token_windows)
+    with tqdm(total=n_runs, desc="perplexity", unit="window", disable=None, leave=False) as bar:
 
         def perplexity(plan: Plan) -> float:
             llm.set_plan(plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -24,6 +25,25 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 h1 { font-size: 1.4rem } svg { width: 100%; height: auto } table { border-collapse: collapse; margin-bottom: 2rem }
 th { text-align: left; font-weight: 600; padding: .15rem 1.5rem .15rem 0; vertical-align: top; white-space: nowrap }
 td { padding: .15rem 0 }"""
+
+
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<table>
+{rows}
+</table>
+{svg}
+</body>
+</html>
+"""
 
 
 def check_target(target: Path) -> None:
@@ -59,10 +79,15 @@ def write(report: dict, target: Path) -> None:
     with warnings.catch_warnings():
         # a name in a script that the font lacks: boxes in the title, which is no news to the user's terminal
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(data, format="png" if kind == "png" else "svg", dpi=_DPI, metadata=None if kind == "png" else {"Date": None})
+        if kind == "png":
+            figure.savefig(data, format="png", dpi=_DPI)
+        else:
+            figure.savefig(data, format="svg", metadata={"Date": None})
     content = data.getvalue()
-    if kind == "html":
-        content = page(report, content.decode()).encode()
+    if kind != "png":
+        # matplotlib repeats texts in comments, and control characters in a name would not be XML
+        svg = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", "?", content.decode())
+        content = (page(report, svg) if kind == "html" else svg).encode()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)
@@ -156,7 +181,7 @@ def _sensitivity(ax, report: dict) -> None:
 
 
 def _layers(ax, report: dict) -> None:
-    planned, full = report["plan"]["experts_per_token"], report["model"]["experts_per_token"]
+    planned, full = report["plan"]["experts_per_token"], report["plan"]["experts_per_token_full"]
     layers = np.arange(len(full))
     ax.bar(layers, full, width=0.8, color=_FULL, label="the model's own K")
     ax.bar(layers, planned, width=0.8, color=_PLAN, label="planned k")
@@ -175,16 +200,17 @@ def _curve(ax, report: dict) -> None:
         if measured["points"][0]["plan"] is not None:
             ax.plot(budgets, [point["plan"] for point in measured["points"]], "o-", color=_PLAN, label="the plan")
         ax.set_ylabel("perplexity")
-        ax.set_title(f"Perplexity on {measured['n_tokens']:,} tokens of {measured['source']}", loc="left", parse_math=False)
+        title = f"Perplexity on {measured['n_tokens']:,} tokens of {measured['source']}"
     lines = list(ax.get_lines())
     if predicted:
         # beside a measured curve the prediction gets an axis of its own: the two are not in the same unit
         own = ax.twinx() if measured else ax
         budgets = [100 * point["budget"] for point in predicted]
-        style = {"linewidth": 1, "alpha": 0.75} if measured else {"marker": "."}
-        mark = " (predicted)" if measured else ""
-        own.plot(budgets, [point["damage_uniform"] for point in predicted], ":", color=_OTHER, label="uniform k" + mark, **style)
-        own.plot(budgets, [point["damage"] for point in predicted], ":" if measured else "-", color=_PLAN, label="the plan" + mark, **style)
+        mark, style = "", {"marker": "."}
+        if measured:
+            mark, style = " (predicted)", {"linewidth": 1, "alpha": 0.75, "linestyle": ":"}
+        for key, label, colour in (("damage_uniform", "uniform k", _OTHER), ("damage", "the plan", _PLAN)):
+            own.plot(budgets, [point[key] for point in predicted], color=colour, label=label + mark, **style)
         metric = report["profile"]["metric"]
         own.set_ylabel(f"predicted: {metric}" if measured else metric, parse_math=False)
         lines += own.get_lines()
@@ -194,9 +220,11 @@ def _curve(ax, report: dict) -> None:
             top, low = 1.5 * max(usual), min(0.0, min(point["damage"] for point in predicted))
             own.set_ylim(low - 0.05 * (top - low), min(own.get_ylim()[1], top))
         if not measured:
-            ax.set_title(f"Predicted damage: {metric} beyond k = K, summed over the layers", loc="left", parse_math=False)
+            title = f"Predicted damage: {metric} beyond k = K, summed over the layers"
+    ax.set_title(title, loc="left", parse_math=False)
     if report["plan"]:
-        lines.append(ax.axvline(100 * report["plan"]["budget"], color="#555555", linewidth=1, zorder=0, label="this file"))
+        here = 100 * report["plan"]["budget"]
+        lines.append(ax.axvline(here, color="#555555", linewidth=1, zorder=0, label="this file"))
     ax.legend(handles=lines, loc="upper right", frameon=False)
     ax.set_xlabel("budget, % of the model's own expert activations")
 
@@ -233,9 +261,9 @@ def page(report: dict, svg: str) -> str:
     """One HTML page that fetches nothing: the figure and the report's key facts as a table."""
     from .text import facts
 
-    rows = "\n".join(f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>" for label, value in facts(report))
-    title = html.escape(_title(report))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>\n'
-        f"</head>\n<body>\n<h1>{title}</h1>\n<table>\n{rows}\n</table>\n{svg[svg.index('<svg') :]}\n</body>\n</html>\n"
+    rows = "\n".join(
+        f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>" for label, value in facts(report)
+    )
+    return _PAGE.format(
+        title=html.escape(_title(report)), style=_STYLE, rows=rows, svg=svg[svg.index("<svg") :].rstrip()
     )

@@ -39,9 +39,10 @@ def build(path, curve: bool = True) -> dict:
         - model: name, architecture, context_length, parameters, layers, moe_layers, experts, experts_per_token (one
           per layer, 0 where none are routed), shared_experts; types: {"experts", "other"}, each a dict from the
           tensor type to its tensors, parameters and bytes.
-        - plan: budget, budget_total, budget_full, experts_per_token (one per layer), token_rule, k_base, threshold
-          (one per layer, None where none decides), bytes_per_token (see `bytes_per_token`), cost_share (of the stored
-          costs at full budget; None where every activation costs the same).
+        - plan: budget, budget_total, budget_full, experts_per_token and experts_per_token_full (one per layer),
+          token_rule, k_base, threshold (one per layer, None where none decides), bytes_per_token (see
+          `bytes_per_token`), cost_share (of the stored costs at full budget; None where every activation costs the
+          same).
         - profile: allocation, metric, mode, calibration (source, n_tokens, sha256), cost (one per layer), sensitivity
           and threshold_table (one list of K_l numbers per layer, entry k-1 for k experts; None where no threshold
           decides: a layer at its base takes none of the further experts, one at K_l all of them).
@@ -160,7 +161,7 @@ def bytes_per_token(read: dict, planned, full) -> dict:
     }
 
 
-def _plan(plan: Plan, profile: Optional[metadata.Profile], read: dict) -> dict:
+def _plan(plan: Plan, profile: Optional[metadata.Profile], read: Optional[dict]) -> dict:
     counts, full = plan.expert_used_count, plan.expert_used_count_full
     share = None
     if profile is not None and any(c != 1 for c in profile.cost):
@@ -170,10 +171,11 @@ def _plan(plan: Plan, profile: Optional[metadata.Profile], read: dict) -> dict:
         "budget_total": plan.budget_total,
         "budget_full": plan.budget_full,
         "experts_per_token": list(counts),
+        "experts_per_token_full": list(full),
         "token_rule": plan.token_rule,
         "k_base": plan.k_base,
         "threshold": plan.threshold and _finite(plan.threshold),
-        "bytes_per_token": bytes_per_token(read, counts, full),
+        "bytes_per_token": read and bytes_per_token(read, counts, full),
         "cost_share": share,
     }
 

@@ -124,6 +124,9 @@ def record(llm, token_windows: np.ndarray, progress=None) -> list:
     Returns:
         Per layer int32, shape [n_windows, n_ctx, K_l], best first; None for layers without routed experts. None
         altogether where the model's backend cannot record.
+
+    Raises:
+        ValueError: a layer did not record every token.
     """
     full = llm._expert_used_count(libllama.allocmoe_get_full)
     context = context_pointer(llm)
@@ -138,7 +141,7 @@ def record(llm, token_windows: np.ndarray, progress=None) -> list:
             ids = np.empty(n, np.int32)
             libllama.allocmoe_take_experts(context, il, ffi.from_buffer("int32_t *", ids), n)
             if n_used:
-                recorded[il].append(ids.reshape(-1, n_used))
+                recorded[il].append(ids)
 
     take()  # what was recorded before is none of this text
     recorded = [[] for _ in full]
@@ -149,10 +152,16 @@ def record(llm, token_windows: np.ndarray, progress=None) -> list:
             progress()
 
     negative_log_likelihood(llm, token_windows, progress=after_window)
-    return [np.stack(rows) if k else None for rows, k in zip(recorded, full)]
+    for il, (rows, k) in enumerate(zip(recorded, full)):
+        for ids in rows:
+            if ids.size != token_windows.shape[1] * k:
+                raise ValueError(f"layer {il} recorded {ids.size} experts, want {token_windows.shape[1]} tokens x {k}")
+    return [np.stack(rows).reshape(*token_windows.shape, k) if k else None for rows, k in zip(recorded, full)]
 
 
-def consistency(experts: list, n_expert: int, segment_lengths=SEGMENT_LENGTHS, cache_ratios=CACHE_RATIOS, progress=None) -> dict:
+def consistency(
+    experts: list, n_expert: int, segment_lengths=SEGMENT_LENGTHS, cache_ratios=CACHE_RATIOS, progress=None
+) -> dict:
     """SRP and SCH of every layer, and their means.
 
     Args:

@@ -75,8 +75,8 @@ def _model(report: dict) -> Iterator:
         shared = f", and {model['shared_experts']} shared" if model["shared_experts"] else ""
         yield "layers", f"{model['layers']}, {share}: {used} of {model['experts']} per token{shared}"
     for part, types in model["types"].items():
-        if types:
-            total = sum(entry["bytes"] for entry in types.values())
+        total = sum(entry["bytes"] for entry in types.values())
+        if total:
             bits = 8 * total / sum(entry["parameters"] for entry in types.values())
             mix = ", ".join(f"{name} {entry['bytes'] / total:.0%}" for name, entry in types.items())
             label = part if full else "tensors"
@@ -89,14 +89,17 @@ def _plan(report: dict) -> Iterator:
         if report["model"] and report["model"]["moe_layers"]:
             yield "plan", "none: the model runs at full budget (allocmoe-convert makes a plan)"
         return
-    obj = Plan(plan["experts_per_token"], report["model"]["experts_per_token"])
+    obj = Plan(plan["experts_per_token"], plan["experts_per_token_full"])
     yield (
         "budget",
         f"{obj.budget:.2f}: {obj.budget_total} of {obj.budget_full} expert activations per token, mean {obj.mean:.1f} "
         f"of {obj.mean_full:.1f}",
     )
     rule = plan["token_rule"]
-    yield "token rule", "off: every token gets its layer's number" if rule == "off" else f"{rule}, every token keeps {plan['k_base']}"
+    if rule == "off":
+        yield "token rule", "off: every token gets its layer's number"
+    else:
+        yield "token rule", f"{rule}: every token keeps {plan['k_base']}, more by their scores"
     read = plan["bytes_per_token"]
     if read and read["experts_full"]:
         whole = read["experts_full"] + read["other"]
@@ -108,18 +111,18 @@ def _plan(report: dict) -> Iterator:
     if plan["cost_share"] is not None:
         yield "cost", f"{plan['cost_share']:.1%} of the experts' at full budget, by the costs in the file"
     if profile:
-        how = "uniform: Alloc-L lost on held-out text" if profile["allocation"] == "uniform" else "Alloc-L"
-        calibration = profile["calibration"]
-        yield "allocation", how
-        yield "profile", f"{profile['metric']}, {profile['mode']}; {calibration['source']}, {calibration['n_tokens']:,} tokens"
+        uniform = profile["allocation"] == "uniform"
+        text = profile["calibration"]
+        yield "allocation", "uniform: Alloc-L lost on held-out text" if uniform else "Alloc-L"
+        yield "profile", f"{profile['metric']}, {profile['mode']}; {text['source']}, {text['n_tokens']:,} tokens"
         yield "sensitivity", _sensitivity(profile)
     held_out = report["held_out"]
     if held_out:
         yield (
             "held out",
             f"perplexity on {held_out['n_tokens']:,} tokens: full {held_out['full']:.2f}, uniform "
-            f"{held_out['uniform']:.2f}, plan {held_out['plan']:.2f}; KL from full: uniform {held_out['kl_uniform']:.4f}, "
-            f"plan {held_out['kl_plan']:.4f} nats",
+            f"{held_out['uniform']:.2f}, plan {held_out['plan']:.2f}; divergence from full (KL, nats): uniform "
+            f"{held_out['kl_uniform']:.4f}, plan {held_out['kl_plan']:.4f}",
         )
 
 
@@ -130,15 +133,12 @@ def _sensitivity(profile: dict) -> str:
     top, low = (", ".join(map(str, layers)) for layers in (order[:n], order[-n:]))
     if len(order) == 1:
         return f"{_signed(damage[order[0]])} at 1 expert"
-    return (
-        f"at 1 expert most in layers {top} (up to {_signed(damage[order[0]])}), least in {low}; below: {profile['metric']} "
-        "beyond the layer's at its own count"
-    )
+    return f"at 1 expert most in layers {top} (up to {_signed(damage[order[0]])}), least in {low}"
 
 
 def bars(report: dict, width: int, unicode: bool) -> list:
     """A line per layer with experts: k of K as a bar, and what the profile says the plan costs there."""
-    planned, full = report["plan"]["experts_per_token"], report["model"]["experts_per_token"]
+    planned, full = report["plan"]["experts_per_token"], report["plan"]["experts_per_token_full"]
     rows = report["profile"] and report["profile"]["sensitivity"]
     on, off = ("█", "░") if unicode else ("#", ".")
     digits = len(str(max(full)))
@@ -162,6 +162,10 @@ def bars(report: dict, width: int, unicode: bool) -> list:
         if notes:
             line += f"  {_signed(rows[il][k - 1] - rows[il][-1]):>8}  {_signed(rows[il][0] - rows[il][-1]):>8}"
         lines.append(line.rstrip())
+    if notes:
+        lines.append("")
+        metric = report["profile"]["metric"]
+        lines += textwrap.wrap(f"at k, at 1: {metric} beyond the layer's at its own number of experts", width)
     return lines
 
 
@@ -187,8 +191,9 @@ def _routing(report: dict) -> Iterator:
     for i, m in enumerate(routing["segment_lengths"]):
         hits = "".join(f"  {rate:>8.1%}" for rate in mean["sch"][i])
         yield f"  {m:>7}  {mean['srp'][i]:>6.1%}  {mean['size_ratio'][i]:>5.2f}x{hits}"
-    yield "  SRP: how well one set of experts serves a segment of so many tokens (F1), and its size in experts per token"
-    yield "  SCH: hit rate of a cache of so many times the experts per token that sees that many tokens ahead"
+    yield ""
+    yield "SRP", "how well one set of experts serves a segment of that many tokens (F1); size: that set's, in K"
+    yield "SCH", "hit rate of a cache of 1, 1.5, ... times K experts that sees that many tokens ahead"
 
 
 def _count(n: int) -> str:

@@ -65,6 +65,15 @@ class GGUFFile:
             self.close()
             raise GGUFError(f"{self.path}: truncated: {found} bytes, but its tensors end at byte {wanted}")
 
+    @classmethod
+    def empty(cls, path: Union[str, os.PathLike]) -> "GGUFFile":
+        """Metadata in memory, without a key or a tensor, that is to become the file `path`."""
+        file = cls.__new__(cls)
+        file.path, file.tensors = Path(path), []
+        file._ctx = ffi.gc(gguf.gguf_init_empty(), gguf.gguf_free)
+        file.data_offset = 0
+        return file
+
     def __enter__(self) -> "GGUFFile":
         return self
 

@@ -28,6 +28,8 @@ class Llama(llama_cpp.Llama):
             expert activations per token; either is planned anew from the sensitivities in the file.
         token_rule: how a layer's activations are shared among the tokens, "threshold", "batch" or "off" (see `Plan`);
             None for the rule in the file.
+        plan_path: a file written by `allocmoe-convert --plan-only`, whose plan and sensitivities are used instead of
+            the model file's.
         **kwargs: see `llama_cpp.Llama`.
 
     Raises:
@@ -37,18 +39,33 @@ class Llama(llama_cpp.Llama):
     """
 
     def __init__(
-        self, model_path: str, *, budget: Optional[Budget] = None, token_rule: Optional[str] = None, **kwargs
+        self,
+        model_path: str,
+        *,
+        budget: Optional[Budget] = None,
+        token_rule: Optional[str] = None,
+        plan_path: Optional[str] = None,
+        **kwargs,
     ):
         self._stack = contextlib.ExitStack()  # what __del__ closes, also where the next line raises
         # before native code sees the file: it would abort the process, or say no more than "failed"
         self._stored = metadata.read(model_path)
+        if self._stored.side_file:
+            raise PlanError(f"{model_path}: has a plan and no model: pass it as plan_path, beside the model's own file")
+        self._plan_path = plan_path
+        if plan_path is not None:
+            self._stored = metadata.read_for(plan_path, self._stored)
         super().__init__(model_path, **kwargs)
         self._asked = self._stored.plan
-        self._warn_if_degraded()
+        if plan_path is not None:
+            self.set_plan(self._asked)
+        else:
+            self._warn_if_degraded()
         if budget is not None or token_rule is not None:
-            plan = self.set_budget(budget, token_rule=token_rule)
-            if self.verbose:  # the plan in the file has been logged by the native side
-                print(f"allocmoe: {plan}", file=sys.stderr)
+            self.set_budget(budget, token_rule=token_rule)
+        if self.verbose and (self._asked is not self._stored.plan or plan_path is not None):
+            # the plan in the model's file has been logged by the native side
+            print(f"allocmoe: {self.plan}", file=sys.stderr)
 
     @property
     def plan(self) -> Optional[Plan]:
@@ -202,7 +219,7 @@ class Llama(llama_cpp.Llama):
         super().load_state(state)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "plan": self._asked}
+        return {**super().__getstate__(), "plan_path": self._plan_path, "plan": self._asked}
 
     def __setstate__(self, state):
         state = dict(state)
@@ -222,7 +239,7 @@ def _signature() -> inspect.Signature:
     parameters = dict(inspect.signature(llama_cpp.Llama.__init__).parameters)
     extra = parameters.pop("kwargs")
     ours = inspect.signature(Llama.__init__).parameters
-    return inspect.Signature([*parameters.values(), ours["budget"], ours["token_rule"], extra])
+    return inspect.Signature([*parameters.values(), ours["budget"], ours["token_rule"], ours["plan_path"], extra])
 
 
 Llama.__init__.__signature__ = _signature()

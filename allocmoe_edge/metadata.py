@@ -10,14 +10,26 @@
 | allocmoe.threshold | float32[block_count] | for threshold: the routing score from which a candidate is activated |
 | allocmoe.allocation | string | how the plan was made: alloc-l, or uniform where Alloc-L lost on held-out text |
 | allocmoe.sensitivity | float64[sum of K_l] | S[l,k], k = 1..K_l, rows of the layers with experts in order |
-| allocmoe.sensitivity.metric, .mode | string | what S holds (perplexity), how it was measured (isolated) |
+| allocmoe.sensitivity.metric, .mode | string | what S holds (kl, perplexity), how it was measured (fast, single, isolated) |
 | allocmoe.threshold_table | float32[sum of K_l] | t[l,k], the threshold at which the mean is k; rows as above |
 | allocmoe.cost | float64[block_count] | cost of one activation in each layer |
+| allocmoe.cost.unit | string | of those costs: activations (all 1), or ms of decoding on the machine that converted |
 | allocmoe.calibration.source, .sha256 | string | the calibration text, by name and by hash of its token ids |
 | allocmoe.calibration.n_tokens | uint32 | its length in tokens |
+| allocmoe.held_out.n_tokens | uint32 | tokens of the text that the plan was checked on, none of them in the calibration text |
+| allocmoe.held_out.perplexity | float64[3] | on that text: of the full model, of uniform k at this budget, of the plan |
+| allocmoe.held_out.kl | float64[2] | divergence from the full model in nats per token: of uniform k, of the plan |
 
 Only the first two are needed to run a plan; the rest lets another budget be planned without profiling again.
 The model's own expert_used_count stays as it is, so that stock llama.cpp loads the file at full budget.
+
+A side file is a GGUF file of these keys and no tensors, for models that nobody wants to copy. It also has:
+
+| key | type | meaning |
+| --- | --- | --- |
+| general.type | string | allocmoe-plan |
+| allocmoe.model.name, .architecture | string | the model that it was made for |
+| allocmoe.model.expert_used_count | int32[block_count] | the model's own experts per token, which the plan's must fit |
 """
 
 from __future__ import annotations
@@ -32,6 +44,7 @@ from .plan import Plan, PlanError, parse_budget
 from .planner import allocate
 
 VERSION = 1
+SIDE_FILE = "allocmoe-plan"
 ALLOCATIONS = ("alloc-l", "uniform")
 
 
@@ -43,11 +56,24 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """The plan on text that it was not made from: perplexities, and divergences (KL) from the full model in nats."""
+
+    n_tokens: int
+    full: float
+    uniform: float
+    plan: float
+    kl_uniform: float
+    kl_plan: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """What was measured on a model, enough to plan any budget.
 
     sensitivity: one float64 array of shape [K_l] per layer, empty where the layer routes no experts.
-    cost: cost of one activation per layer, length block_count.
+    cost: cost of one activation per layer, length block_count, in `cost_unit` ("activations" or "ms").
+    held_out: how the plan in the file did; None where it was not checked, or was planned anew since.
     threshold_table: one float32 array of shape [K_l] per layer: the routing score from which candidates beyond the
         k_base best are activated so that the mean is k = 1..K_l; None if it was not calibrated.
     token_rule: the rule to plan with unless another is asked for.
@@ -57,11 +83,13 @@ class Profile:
     cost: tuple
     calibration: Calibration
     allocation: str = "alloc-l"
-    metric: str = "perplexity"
-    mode: str = "isolated"
+    metric: str = "kl"
+    mode: str = "fast"
     threshold_table: Optional[tuple] = None
     k_base: int = 1
     token_rule: str = "off"
+    cost_unit: str = "activations"
+    held_out: Optional[HeldOut] = None
 
     def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
         """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full.
@@ -101,11 +129,16 @@ class ModelPlan:
 
     full: the model's own K_l per layer; None for a dense model.
     plan, profile: from the allocmoe.* keys; None where the file has none.
+    name, architecture: of the model.
+    side_file: the file has a plan for a model, and no model.
     """
 
     full: Optional[tuple]
     plan: Optional[Plan] = None
     profile: Optional[Profile] = field(default=None, repr=False)
+    name: str = ""
+    architecture: str = ""
+    side_file: bool = False
 
 
 def read(path) -> ModelPlan:
@@ -116,10 +149,19 @@ def read(path) -> ModelPlan:
         PlanError: allocmoe.* keys that this version does not know or that do not fit the model.
     """
     with GGUFFile(path) as file:
-        full = expert_used_count_full(file)
+        side_file = file.get("general.type") == SIDE_FILE
+        if side_file:
+            own = file.get("allocmoe.model.expert_used_count")
+            if not isinstance(own, np.ndarray) or own.dtype != np.int32:
+                raise PlanError(f"{path}: allocmoe.model.expert_used_count is missing or not an array of int32")
+            full = Plan.full(own).expert_used_count
+            identity = {key: str(file.get(f"allocmoe.model.{key}", "")) for key in ("name", "architecture")}
+        else:
+            full = expert_used_count_full(file)
+            identity = {key: str(file.get(f"general.{key}", "")) for key in ("name", "architecture")}
         version = file.get("allocmoe.version")
-        if version is None:
-            return ModelPlan(full)
+        if version is None and not side_file:
+            return ModelPlan(full, **identity)
         if version != VERSION:
             raise PlanError(f"{path}: allocmoe.version is {version!r}, this allocmoe-edge reads version {VERSION}")
         if full is None:
@@ -133,7 +175,37 @@ def read(path) -> ModelPlan:
             plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold)
         except PlanError as error:
             raise PlanError(f"{path}: allocmoe.{error}") from None
-        return ModelPlan(full, plan, _read_profile(file, full))
+        return ModelPlan(full, plan, _read_profile(file, full), **identity, side_file=side_file)
+
+
+def read_for(path, model: ModelPlan) -> ModelPlan:
+    """`model` with the plan in the side file `path` (or in another copy of the model) instead of its own.
+
+    Raises:
+        GGUFError, PlanError: as `read`, and where the plan was made for another model.
+    """
+    found = read(path)
+    if found.plan is None:
+        raise PlanError(f"{path}: has no plan; allocmoe-convert --plan-only writes one")
+    if found.architecture != model.architecture or found.full != model.full:
+        made_for = f"{found.architecture}, experts per token {found.full}"
+        raise PlanError(f"{path}: was made for another model ({made_for}) than this ({model.architecture}, {model.full})")
+    return replace(model, plan=found.plan, profile=found.profile)
+
+
+def write_side_file(path, model: ModelPlan, plan: Plan, profile: Optional[Profile]) -> None:
+    """Writes the plan without the model.
+
+    Raises:
+        OSError: the file could not be written in full.
+    """
+    with GGUFFile.empty(path) as file:
+        file.set("general.type", SIDE_FILE)
+        write(file, plan, profile)
+        file.set("allocmoe.model.name", model.name)
+        file.set("allocmoe.model.architecture", model.architecture)
+        file.set("allocmoe.model.expert_used_count", np.array(model.full, np.int32))
+        file.write_metadata(path)
 
 
 def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
@@ -157,9 +229,15 @@ def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
     file.set("allocmoe.sensitivity.metric", profile.metric)
     file.set("allocmoe.sensitivity.mode", profile.mode)
     file.set("allocmoe.cost", np.array(profile.cost, np.float64))
+    file.set("allocmoe.cost.unit", profile.cost_unit)
     file.set("allocmoe.calibration.source", profile.calibration.source)
     file.set("allocmoe.calibration.n_tokens", profile.calibration.n_tokens)
     file.set("allocmoe.calibration.sha256", profile.calibration.sha256)
+    if profile.held_out is not None:
+        held_out = profile.held_out
+        file.set("allocmoe.held_out.n_tokens", held_out.n_tokens)
+        file.set("allocmoe.held_out.perplexity", np.array([held_out.full, held_out.uniform, held_out.plan]))
+        file.set("allocmoe.held_out.kl", np.array([held_out.kl_uniform, held_out.kl_plan]))
 
 
 def _array(file: GGUFFile, key: str, dtype, n: int) -> np.ndarray:
@@ -191,6 +269,13 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
         allocation = file.get("allocmoe.allocation", "alloc-l")
         if allocation not in ALLOCATIONS:
             raise PlanError(f"allocation: found {allocation!r}, want one of: {', '.join(ALLOCATIONS)}")
+        held_out = None
+        if file.get("allocmoe.held_out.n_tokens") is not None:
+            held_out = HeldOut(
+                int(file.get("allocmoe.held_out.n_tokens")),
+                *_array(file, "allocmoe.held_out.perplexity", np.float64, 3).tolist(),
+                *_array(file, "allocmoe.held_out.kl", np.float64, 2).tolist(),
+            )
     except PlanError as error:
         raise PlanError(f"{file.path}: allocmoe.{error}") from None
     return Profile(
@@ -207,4 +292,6 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
         threshold_table=table,
         k_base=int(file.get("allocmoe.k_base", 1)),
         token_rule=file.get("allocmoe.token_rule", "off"),
+        cost_unit=str(file.get("allocmoe.cost.unit", "activations")),
+        held_out=held_out,
     )

@@ -1,8 +1,8 @@
-"""Perplexity of a text under the plan in force, computed by the runtime itself."""
+"""Perplexity of a text under the plan in force, and divergence from the full model, computed by the runtime itself."""
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional, Tuple
 
 import numpy as np
 
@@ -42,16 +42,8 @@ def negative_log_likelihood(llm, token_windows: np.ndarray, progress: Optional[C
     """
     out = np.empty((token_windows.shape[0], token_windows.shape[1] - 1))
     for i, window in enumerate(token_windows):
-        llm._drop_cache()
-        row = 0
-        for start in range(0, len(window), llm.n_batch):
-            batch = window[start : start + llm.n_batch]
-            llm._batch.set_batch(batch=batch.tolist(), n_past=start, logits_all=True)
-            llm._ctx.decode(llm._batch)
-            logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm.n_vocab()))
-            targets = window[start + 1 : start + len(batch) + 1]
-            out[i, row : row + len(targets)] = _nll(logits[: len(targets)], targets)
-            row += len(targets)
+        for rows, logits, targets in _run(llm, window):
+            out[i, rows] = _log_sum_exp(logits) - logits[np.arange(len(targets)), targets]
         if progress is not None:
             progress()
     llm._ctx.kv_cache_clear()
@@ -69,11 +61,70 @@ def bos_token(llm) -> Optional[int]:
     return llm.token_bos() if add and llm.token_bos() >= 0 else None
 
 
-def _nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    nll = np.empty(len(targets))
-    for start in range(0, len(targets), _ROWS):
+class Reference:
+    """The model's next-token distributions over one window, for other plans to be measured against.
+
+    Made by running `llm`, under the plan in force, over `window` (int32, shape [n]). It holds n - 1 distributions in
+    float32, 4 bytes x n x n_vocab.
+
+    Attributes:
+        nll: float64, shape [n - 1]: negative log-likelihood of each token but the first, in nats.
+    """
+
+    def __init__(self, llm, window: np.ndarray):
+        self._window = window
+        self.nll = np.empty(len(window) - 1)
+        self._negative_entropy = np.empty(len(window) - 1)
+        self._probabilities = np.empty((len(window) - 1, llm.n_vocab()), np.float32)
+        for rows, logits, targets in _run(llm, window):
+            log_sum = _log_sum_exp(logits)
+            self.nll[rows] = log_sum - logits[np.arange(len(targets)), targets]
+            p = self._probabilities[rows]
+            np.exp(np.subtract(logits, log_sum[:, None], out=p, casting="same_kind"), out=p)
+            self._negative_entropy[rows] = _dot(p, logits) - log_sum
+
+    def compare(self, llm) -> Tuple[np.ndarray, np.ndarray]:
+        """Runs `llm` over the same window under the plan that is now in force.
+
+        Returns:
+            (nll, kl), float64, shape [n - 1], in nats: negative log-likelihood, and the Kullback-Leibler divergence
+            sum of p log(p/q), p the reference and q this run. Unlike perplexity it does not depend on how well the
+            model predicts the text, only on how much the plan changes it, which makes it far less noisy.
+        """
+        nll, kl = np.empty_like(self.nll), np.empty_like(self.nll)
+        for rows, logits, targets in _run(llm, self._window):
+            log_sum = _log_sum_exp(logits)
+            nll[rows] = log_sum - logits[np.arange(len(targets)), targets]
+            kl[rows] = self._negative_entropy[rows] - (_dot(self._probabilities[rows], logits) - log_sum)
+        return nll, kl
+
+
+def _run(llm, window: np.ndarray) -> Iterator[Tuple[slice, np.ndarray, np.ndarray]]:
+    """Evaluates a window from an empty cache: rows of the result, their logits [n, n_vocab], the tokens they predict."""
+    llm._drop_cache()
+    for start in range(0, len(window), llm.n_batch):
+        batch = window[start : start + llm.n_batch]
+        llm._batch.set_batch(batch=batch.tolist(), n_past=start, logits_all=True)
+        llm._ctx.decode(llm._batch)
+        logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm.n_vocab()))
+        targets = window[start + 1 : start + len(batch) + 1]
+        yield slice(start, start + len(targets)), logits[: len(targets)], targets
+
+
+def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """float64, shape [n]."""
+    out = np.empty(len(logits))
+    for start in range(0, len(logits), _ROWS):
         rows = logits[start : start + _ROWS]
         top = rows.max(axis=1, keepdims=True)
-        log_sum = np.log(np.exp(rows - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
-        nll[start : start + _ROWS] = log_sum - rows[np.arange(len(rows)), targets[start : start + _ROWS]]
-    return nll
+        out[start : start + _ROWS] = np.log(np.exp(rows - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
+    return out
+
+
+def _dot(p: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Sum of p * logits in each row, in float64: differences of such sums are small against the sums."""
+    out = np.empty(len(p))
+    for start in range(0, len(p), _ROWS):
+        rows = slice(start, start + _ROWS)
+        out[rows] = (p[rows] * logits[rows]).sum(axis=1, dtype=np.float64)
+    return out

@@ -15,6 +15,7 @@ from allocmoe_edge.metadata import Calibration
 from allocmoe_edge.perplexity import bos_token, windows
 
 from . import ConvertError
+from .checkpoint import Checkpoint
 
 # a text is read up to this size: more than any profile needs, and quick to tokenize
 _MAX_BYTES = 8 << 20
@@ -56,8 +57,11 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int) -> CalibrationT
     return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}")
 
 
-def self_generated(llm: Llama, n_tokens: int, n_ctx: int, seed: int) -> CalibrationText:
-    """Text that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text."""
+def self_generated(llm: Llama, n_tokens: int, n_ctx: int, seed: int, checkpoint: Checkpoint) -> CalibrationText:
+    """Text that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text.
+
+    checkpoint: has the documents that were written before, and takes the new ones.
+    """
     bos = bos_token(llm)
     start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
     needed = _n_windows(n_tokens, n_ctx) * (n_ctx - (bos is not None))
@@ -65,20 +69,31 @@ def self_generated(llm: Llama, n_tokens: int, n_ctx: int, seed: int) -> Calibrat
     document = 0
     with tqdm(total=needed, desc="calibration text", unit="tok", disable=None, leave=False) as bar:
         while len(tokens) < needed:
-            llm.set_seed(seed + document)
+            name = f"document {document} of seed {seed}, up to {n_ctx - 2} tokens"
+            written = checkpoint.get(name)
+            if written is None:
+                written = _document(llm, start, n_ctx - 2, seed + document, bar)
+                checkpoint.put(name, written)
+            else:
+                bar.update(len(written))
+            tokens += written
             document += 1
-            length = 0
-            for token in llm.generate([start], temp=1.0, top_k=0, top_p=0.95, min_p=0.0, repeat_penalty=1.0):
-                if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
-                    break
-                tokens.append(token)
-                length += 1
-                bar.update()
-                if len(tokens) >= needed or length >= n_ctx - 2:
-                    break
             if document > 64 and len(tokens) < document:
                 raise ConvertError("the model writes no text of its own: give calibration text with --calib")
-    return _split(llm, np.array(tokens, np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}")
+    return _split(llm, np.array(tokens[:needed], np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}")
+
+
+def _document(llm: Llama, start: int, n_max: int, seed: int, bar: tqdm) -> list:
+    llm.set_seed(seed)
+    tokens: list = []
+    for token in llm.generate([start], temp=1.0, top_k=0, top_p=0.95, min_p=0.0, repeat_penalty=1.0):
+        if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+            break
+        tokens.append(int(token))
+        bar.update()
+        if len(tokens) >= n_max:
+            break
+    return tokens
 
 
 def _n_windows(n_tokens: int, n_ctx: int) -> int:

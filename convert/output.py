@@ -1,71 +1,221 @@
-"""Writes the planned file: new metadata, then the source's tensor data byte for byte, never a half-written file."""
+"""Writes the planned file: new metadata, the tensor data byte for byte as it was, never a half-written file."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Optional
 
 from allocmoe_edge import GGUFError, Plan
 from allocmoe_edge import metadata
-from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.gguf_file import GGUFFile, split_paths
 
 from . import ConvertError
 
 # room for our keys, generously: tens of kilobytes
-_METADATA_SLACK = 16 << 20
+METADATA_SLACK = 16 << 20
+_BLOCK = 16 << 20
 
 
-def check_target(source: Path, target: Path, force: bool) -> None:
-    """Refuses, before any work is done, a target that could not be written at the end.
+def shards(path: Path) -> list:
+    """The files of a GGUF model: the one file, or every file of a split one of which `path` is the first.
 
     Raises:
-        ConvertError: the target is the source, exists (without force), its folder is missing or cannot be
-            written, or the disk is too full.
+        GGUFError: not a GGUF file, or another file of a split model than its first.
+    """
+    with GGUFFile(path) as file:
+        n_split = int(file.get("split.count", 1))
+        number = int(file.get("split.no", 0))
+    if n_split <= 1:
+        return [path]
+    if number > 0:
+        first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name)
+        raise GGUFError(f"{path}: file {number + 1} of {n_split} of a split model: give the first one, {first}")
+    return split_paths(path, n_split)
+
+
+def target_paths(target: Path, n_split: int) -> list:
+    """The files that a model of n_split files is written to: out.gguf for one, out-00001-of-0000N.gguf ... for N."""
+    if n_split == 1:
+        return [target]
+    prefix = target.name
+    for end in (".gguf", f"-00001-of-{n_split:05d}"):
+        prefix = prefix[: -len(end)] if prefix.endswith(end) else prefix
+    return split_paths(target.with_name(f"{prefix}-00001-of-{n_split:05d}.gguf"), n_split)
+
+
+def check_target(sources: list, target: Path, force: bool) -> None:
+    """Refuses, before any work is done, a target that could not be written at the end.
+
+    Args:
+        sources: the files of the input, as from `shards`; empty if the model is made from something else.
+
+    Raises:
+        ConvertError: the target is the source, exists (without force), or its folder is missing or cannot be written.
     """
     folder = target.parent
     if not folder.is_dir():
         raise ConvertError(f"{target}: no such folder: {folder}")
-    if target.exists():
-        if target.is_dir():
-            raise ConvertError(f"{target}: is a folder, want the name of a file")
-        if target.samefile(source):
-            raise ConvertError(f"{target}: is the input itself; give the output another name")
+    for path in target_paths(target, max(1, len(sources))):
+        if not path.exists():
+            continue
+        if path.is_dir():
+            raise ConvertError(f"{path}: is a folder, want the name of a file")
+        if sources and path.samefile(sources[0]):
+            raise ConvertError(f"{path}: is the input itself; give the output another name")
         if not force:
-            raise ConvertError(f"{target}: exists; --force replaces it")
+            raise ConvertError(f"{path}: exists; --force replaces it")
     if not os.access(folder, os.W_OK):
         raise ConvertError(f"{folder}: no permission to write there")
-    needed = source.stat().st_size + _METADATA_SLACK
+
+
+def check_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raises ConvertError if less than `needed` bytes are free where `folder` is (or will be)."""
+    while not folder.exists():
+        folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ConvertError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {target.name}")
+        raise ConvertError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {purpose}")
 
 
-def write_planned(source: Path, target: Path, plan: Plan, profile: Optional[metadata.Profile]) -> None:
-    """Copies `source` to `target` with the plan in its metadata.
+def copy_size(sources: list, target: Path) -> int:
+    """Bytes that a planned copy of `sources` takes beside `target`: the first file, and the others if links do not do."""
+    linked = sources[1:] if sources[0].stat().st_dev == target.parent.stat().st_dev else []
+    return sum(path.stat().st_size for path in sources if path not in linked) + METADATA_SLACK
 
-    The copy is made under a temporary name in the target's folder and renamed when it is complete and on disk.
+
+def hidden(target: Path, what: str) -> Path:
+    """A temporary name beside `target`, this process's own."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{what}")
+
+
+def write_planned(
+    source: Path, target: Path, plan: Plan, profile: Optional[metadata.Profile], consume: bool = False
+) -> list:
+    """Writes `source` with the plan in its metadata to `target`.
+
+    Of a split source the first file is rewritten, as target-00001-of-0000N.gguf; the others are hard links to the
+    source's files where the file system can, else copies. Everything is made under temporary names in the target's
+    folder and renamed when it is complete and on disk.
+
+    Args:
+        consume: `source` is a temporary file of one part, which is changed in place and renamed instead of copied.
+
+    Returns:
+        the paths that were written.
 
     Raises:
-        ConvertError: the copy could not be completed (disk full, quota, ...); nothing is left behind.
+        ConvertError: the files could not be completed (disk full, quota, ...); nothing is left behind.
         GGUFError: the source cannot be read.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    sources = shards(source)
+    targets = target_paths(target, len(sources))
+    partial = [hidden(path, "partial") for path in targets]
     try:
-        with GGUFFile(source) as file:
-            metadata.write(file, plan, profile)
-            file.write_metadata(partial)
-            with open(source, "rb") as data, open(partial, "ab") as copy:
-                data.seek(file.data_offset)
-                shutil.copyfileobj(data, copy, 16 << 20)
-                copy.flush()
-                os.fsync(copy.fileno())
-        with GGUFFile(partial) as check:
+        for from_, to in zip(sources[1:], partial[1:]):
+            _link_or_copy(from_, to)
+        if consume:
+            os.replace(source, partial[0])
+            _plan_in_place(partial[0], plan, profile)
+        else:
+            _plan_copy(source, partial[0], plan, profile)
+        with GGUFFile(partial[0]) as check:
             if check.get("allocmoe.version") != metadata.VERSION:
-                raise GGUFError(f"{partial}: the plan is not in the file that was written")
+                raise GGUFError(f"{partial[0]}: the plan is not in the file that was written")
+        _rename_all(partial, targets)
+    except OSError as error:
+        raise ConvertError(f"{target}: could not be written: {error.strerror or error}") from error
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return targets
+
+
+def write_side_file(target: Path, model: metadata.ModelPlan, plan: Plan, profile: Optional[metadata.Profile]) -> Path:
+    """Writes the plan without the model to `target`, and returns it.
+
+    Raises:
+        ConvertError: the file could not be completed; nothing is left behind.
+    """
+    partial = hidden(target, "partial")
+    try:
+        metadata.write_side_file(partial, model, plan, profile)
         os.replace(partial, target)
     except OSError as error:
         raise ConvertError(f"{target}: could not be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+    return target
+
+
+def _plan_copy(source: Path, target: Path, plan: Plan, profile: Optional[metadata.Profile]) -> None:
+    with GGUFFile(source) as file:
+        metadata.write(file, plan, profile)
+        file.write_metadata(target)
+        with open(source, "rb") as data, open(target, "ab") as copy:
+            data.seek(file.data_offset)
+            shutil.copyfileobj(data, copy, _BLOCK)
+            copy.flush()
+            os.fsync(copy.fileno())
+
+
+def _plan_in_place(path: Path, plan: Plan, profile: Optional[metadata.Profile]) -> None:
+    """Moves the tensor data to where the new metadata ends: no second copy of the model on the disk."""
+    header = hidden(path, "header")
+    try:
+        with GGUFFile(path) as file:
+            metadata.write(file, plan, profile)
+            file.write_metadata(header)
+            start = file.data_offset
+        added = header.stat().st_size - start
+        with open(path, "r+b") as data:
+            size = data.seek(0, os.SEEK_END)
+            blocks = range(start, size, _BLOCK)
+            # in the order in which nothing is overwritten before it has been moved
+            for begin in reversed(blocks) if added > 0 else blocks:
+                data.seek(begin)
+                block = data.read(min(_BLOCK, size - begin))
+                data.seek(begin + added)
+                data.write(block)
+            data.truncate(size + added)
+            data.seek(0)
+            data.write(header.read_bytes())
+            data.flush()
+            os.fsync(data.fileno())
+    finally:
+        header.unlink(missing_ok=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        # resolved: a link in a download cache is no file to link to
+        os.link(source.resolve(), target)
+    except OSError:
+        with open(source, "rb") as data, open(target, "wb") as copy:
+            shutil.copyfileobj(data, copy, _BLOCK)
+            copy.flush()
+            os.fsync(copy.fileno())
+
+
+def _rename_all(partial: list, targets: list) -> None:
+    """Renames all or none; files that had the names before are kept until all have succeeded. The first comes last."""
+    if len(targets) == 1:
+        os.replace(partial[0], targets[0])
+        return
+    renames = [(path, target, hidden(target, "old")) for path, target in zip(partial, targets)][::-1]
+    try:
+        for path, target, old in renames:
+            if target.exists():
+                os.replace(target, old)
+            os.replace(path, target)
+    except BaseException:
+        for path, target, old in renames:
+            if old.exists():
+                os.replace(old, target)
+            elif not path.exists():
+                target.unlink(missing_ok=True)
+        raise
+    for _, _, old in renames:
+        old.unlink(missing_ok=True)

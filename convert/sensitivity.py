@@ -1,46 +1,150 @@
-"""Alloc-L's isolated sensitivity profile (Liu et al., ACL 2026, arXiv 2604.08133), measured by the runtime itself."""
+"""Alloc-L's sensitivities S[l,k]: how much the model suffers with k experts in layer l, measured by the runtime itself.
+
+A *cell* is one run over a window of the calibration text with few experts in some layer. Three modes:
+
+- isolated: layer l at k, every layer before it at its own K_l, every layer after it at 1, so that later layers cannot
+  hide the damage (Liu et al., ACL 2026, arXiv 2604.08133). Sum over layers of (K_l - 1) cells a window.
+- single: layer l at k, every other layer at its own K_l. As many cells.
+- fast: layer l at half its experts, every other layer at its own K_l, one cell a layer. The other k follow from what
+  the layer's output loses with them, |y_K - y_k|^2, recorded for all k at once in the one run of the full model.
+
+In every mode a cell starts at layer l: what layers before it put out is the same as in the full model's run over the
+window, which is kept. Windows are the outer loop, so that a profile exists after the first and gets better with each.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Dict, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
-from allocmoe_edge import Llama
-from allocmoe_edge.perplexity import negative_log_likelihood
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge._native import context_pointer, ffi, libllama
+from allocmoe_edge.perplexity import Reference
+
+from .checkpoint import Checkpoint, window_name
+
+MODES = ("fast", "single", "isolated")
+METRICS = ("kl", "perplexity")
 
 
-def n_passes(full: tuple) -> int:
-    """Runs over the calibration text that `isolated` needs: sum over layers of (K_l - 1), plus one."""
-    return sum(k - 1 for k in full if k) + 1
+def cells(full: tuple, mode: str) -> Dict[Tuple[int, int], tuple]:
+    """Experts in every layer for each cell that the mode needs, by (layer, k), the full model itself included."""
+    layers = [il for il, k in enumerate(full) if k]
+    found = {}
+    for position, il in enumerate(layers):
+        half = max(1, full[il] // 2)
+        for k in {half, full[il]} if mode == "fast" else range(1, full[il] + 1):
+            counts = list(full)
+            counts[il] = k
+            if mode == "isolated":
+                for later in layers[position + 1 :]:
+                    counts[later] = 1
+            found[il, k] = tuple(counts)
+    return found
 
 
-def isolated(llm: Llama, full: tuple, token_windows: np.ndarray) -> tuple:
-    """S[l,k]: perplexity with layer l at k experts, every layer before it at its own K, every layer after it at 1.
+def n_passes(full: tuple, mode: str) -> int:
+    """Runs over the calibration text that the mode needs, the full model's included; most of them are not whole."""
+    return len(set(cells(full, mode).values()) | {tuple(full)})
 
-    Layer l at K and layer l+1 at 1 are the same model, so that each layer but the first reuses one run.
+
+def measure(
+    llm: Llama, full: tuple, token_windows: np.ndarray, mode: str, metric: str, checkpoint: Checkpoint
+) -> tuple:
+    """The sensitivities of a model.
 
     Args:
         full: K_l per layer, 0 where a layer routes no experts.
-        token_windows: int32, shape [n_windows, n_ctx].
+        token_windows: int32, shape [n_windows, n_ctx]; n_ctx is at most the micro-batch of `llm`.
+        metric: "perplexity" of the text, or "kl", the mean divergence from the full model per token, in nats.
+        checkpoint: has what was measured before, and takes what is measured.
 
     Returns:
-        One float64 array of shape [K_l] per layer, empty where K_l is 0. The plan of `llm` is left as it was set last.
+        (sensitivities, reused): one float64 array of shape [K_l] per layer, empty where K_l is 0; how many of the cells
+        had been measured before. The plan of `llm` is left as it was set last.
     """
-    layers = [il for il, k in enumerate(full) if k]
-    rows = [np.empty(k) for k in full]
-    with tqdm(total=n_passes(full), desc="sensitivity", unit="pass", disable=None, smoothing=0.05) as bar:
-        before = None
-        for position, il in enumerate(layers):
-            for k in range(1, full[il] + 1):
-                if k == 1 and before is not None:
-                    rows[il][0] = before
-                    continue
-                counts = list(full)
-                for later in layers[position + 1 :]:
-                    counts[later] = 1
-                counts[il] = k
-                llm.set_plan(counts)
-                rows[il][k - 1] = np.exp(negative_log_likelihood(llm, token_windows).mean())
+    wanted = cells(full, mode)
+    plans = sorted(set(wanted.values()) - {tuple(full)}, reverse=True)
+    starts = _can_start_late(llm, full, token_windows[0])
+    nll, kl, errors, reused = {}, {}, [np.zeros(k + 1) for k in full], 0
+    total = len(token_windows) * (len(plans) + 1)
+    with tqdm(total=total, desc="sensitivity", unit="pass", disable=None, smoothing=0.05) as bar:
+        for window in token_windows:
+            name = window_name(window)
+            stored = checkpoint.get(f"{name} full")
+            missing = [counts for counts in plans if checkpoint.get(_cell_name(name, counts)) is None]
+            if stored is None or missing:
+                reference, recorded = _reference(llm, full, window)
+                stored = {"nll": reference.nll.mean(), "errors": [row.tolist() for row in recorded]}
+                checkpoint.put(f"{name} full", stored)
+            bar.update(1 + len(plans) - len(missing))
+            reused += len(plans) - len(missing)
+            for counts in missing:
+                changed = next(il for il, (k, own) in enumerate(zip(counts, full)) if k != own)
+                llm._set_native_plan(Plan(counts, full), start_layer=changed if starts else 0)
+                cell = [float(values.mean()) for values in reference.compare(llm)]
+                checkpoint.put(_cell_name(name, counts), cell)
                 bar.update()
-            before = rows[il][-1]
-    return tuple(rows)
+            for counts in plans:
+                cell = checkpoint.get(_cell_name(name, counts))
+                nll[counts] = nll.get(counts, 0.0) + cell[0] / len(token_windows)
+                kl[counts] = kl.get(counts, 0.0) + cell[1] / len(token_windows)
+            nll[tuple(full)] = nll.get(tuple(full), 0.0) + stored["nll"] / len(token_windows)
+            errors = [a + b for a, b in zip(errors, stored["errors"])]
+    kl[tuple(full)] = 0.0
+    damage = {cell: kl[counts] if metric == "kl" else np.exp(nll[counts]) for cell, counts in wanted.items()}
+    if mode == "fast":
+        rows = [_from_errors(damage, il, row) if k else np.empty(0) for il, (k, row) in enumerate(zip(full, errors))]
+    else:
+        rows = [np.array([damage[il, k] for k in range(1, own + 1)]) for il, own in enumerate(full)]
+    return tuple(rows), reused
+
+
+def _cell_name(window: str, counts: tuple) -> str:
+    return f"{window} {' '.join(map(str, counts))}"
+
+
+def _reference(llm: Llama, full: tuple, window: np.ndarray) -> tuple:
+    """The full model's run over a window, and for each layer the squared error with k = 0..K_l experts, summed."""
+    context = context_pointer(llm)
+    libllama.allocmoe_clear_records(context)
+    # the rule "batch" keeps everything at full budget, and has the native side rank all K_l
+    llm._set_native_plan(replace(Plan.full(full), token_rule="batch"), record=True, keep_outputs=True)
+    reference = Reference(llm, window)
+    errors = [np.zeros(k + 1) for k in full]
+    for il, row in enumerate(errors):
+        libllama.allocmoe_take_errors(context, il, ffi.from_buffer("double *", row), row.size)
+    libllama.allocmoe_clear_records(context)
+    return reference, errors
+
+
+def _from_errors(damage: dict, il: int, errors: np.ndarray) -> np.ndarray:
+    """S[l, 1..K_l] in proportion to the errors, through the measured cell at half of the layer's experts."""
+    own = len(errors) - 1
+    half = max(1, own // 2)
+    rise = damage[il, half] - damage[il, own]
+    share = errors[1:] / errors[half] if errors[half] > 0 else np.zeros(own)
+    return damage[il, own] + rise * share
+
+
+def _can_start_late(llm: Llama, full: tuple, window: np.ndarray) -> bool:
+    """Whether a run that starts at a later layer gives what a whole run gives, on this model and backend.
+
+    It does not where a layer reads more of earlier layers than their output, as with a shared KV cache.
+    """
+    plan = Plan.full(full)
+    layers = plan.moe_layers
+    if layers[-1] == 0:
+        return False
+    _reference(llm, full, window)
+    llm._set_native_plan(plan)
+    whole = Reference(llm, window)
+    for start in {layers[len(layers) // 2], layers[-1]} - {0}:
+        llm._set_native_plan(plan, start_layer=start)
+        nll, kl = whole.compare(llm)
+        if np.abs(nll - whole.nll).max() > 1e-3 or np.abs(kl).max() > 1e-3:
+            return False
+    return True

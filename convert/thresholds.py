@@ -48,6 +48,7 @@ def calibrate(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Optional[tup
     context = context_pointer(llm)
     if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
         return None
+    libllama.allocmoe_clear_records(context)
     scores: list = [[] for _ in plan.expert_used_count_full]
 
     def take() -> None:
@@ -57,9 +58,8 @@ def calibrate(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Optional[tup
             libllama.allocmoe_take_scores(context, il, ffi.from_buffer("float *", recorded), n)
             if n_used:
                 scores[il].append(recorded.reshape(-1, n_used))
+        libllama.allocmoe_clear_records(context)
 
-    take()  # what was recorded before is none of this text
-    scores = [[] for _ in scores]
     negative_log_likelihood(llm, token_windows, progress=take)
     return tuple(
         table_row(np.concatenate(rows), plan.k_base) if n_used else np.empty(0, np.float32)

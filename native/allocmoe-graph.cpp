@@ -117,7 +117,8 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & gra
             skipped == 0.0f ? compute_weights<false> : compute_weights<true>, 1, nullptr);
 }
 
-// node: the weighted experts as they are; on the way, scores, ids and errors are recorded
+// node: the weighted experts as they are; on the way, scores, ids and errors are recorded. A copy, so that it can run on
+// the CPU between nodes that do not.
 static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
     if (ith != 0) {
         return;
@@ -125,6 +126,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
     const auto & layer   = *(const allocmoe_graph::layer *) userdata;
     auto       & record = layer.usage->records[layer.il];
 
+    const ggml_tensor * experts = dst->src[0];
     const ggml_tensor * weights = dst->src[1];
     const ggml_tensor * ids     = dst->src[2];
     const ggml_tensor * scores  = dst->src[3];
@@ -142,7 +144,8 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
         for (int64_t r = 0; r < n_used; ++r) {
             record.experts.push_back(id[r]);
             record.scores .push_back(score[id[r]]);
-            const auto * row = (const float *) ((const char *) dst->data + t*dst->nb[2] + r*dst->nb[1]);
+            const auto * row = (const float *) ((const char *) experts->data + t*experts->nb[2] + r*experts->nb[1]);
+            std::copy(row, row + n_embd, (float *) dst->data + (t*n_used + r)*n_embd);
             for (int64_t i = 0; i < n_embd; ++i) {
                 sums[(r + 1)*n_embd + i] = sums[r*n_embd + i] + row[i];
             }
@@ -169,8 +172,8 @@ ggml_tensor * allocmoe_build_record(ggml_context * ctx, allocmoe_graph & graph, 
     layer.recorded     = true;
     layer.renormalised = renormalised;
 
-    ggml_tensor * args[] = { weights, layer.selected, layer.scores };
-    return ggml_custom_inplace(ctx, experts, args, 3, compute_record, 1, &layer);
+    ggml_tensor * args[] = { experts, weights, layer.selected, layer.scores };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[1], experts->ne[2], 1, args, 4, compute_record, 1, &layer);
 }
 
 // node: keeps its argument

@@ -226,10 +226,10 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
     }
 
     if (rule) {
-        plan->token_rule = rule->token_rule;
-        plan->k_base     = rule->k_base;
-        plan->strict     = rule->strict;
-        plan->record     = rule->record;
+        plan->token_rule   = rule->token_rule;
+        plan->k_base       = rule->k_base;
+        plan->strict       = rule->strict;
+        plan->record       = rule->record;
         plan->keep_outputs = rule->keep_outputs;
         plan->start_layer  = rule->start_layer;
         if (rule->threshold) {
@@ -331,6 +331,12 @@ int64_t allocmoe_take_experts(llama_context * ctx, int32_t il, int32_t * experts
 
 int64_t allocmoe_take_errors(llama_context * ctx, int32_t il, double * errors, int64_t n_max) {
     return take(ctx, il, &allocmoe_usage::record::errors, errors, n_max);
+}
+
+void allocmoe_clear_records(llama_context * ctx) {
+    for (auto & record : allocmoe_access::cparams(ctx).allocmoe.usage->records) {
+        record = {};
+    }
 }
 
 int64_t allocmoe_n_kept_output(const llama_context * ctx, int32_t il) {

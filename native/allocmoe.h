@@ -86,6 +86,9 @@ LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, f
 LLAMA_API int64_t allocmoe_take_experts(struct llama_context * ctx, int32_t il, int32_t * experts, int64_t n_max);
 LLAMA_API int64_t allocmoe_take_errors(struct llama_context * ctx, int32_t il, double * errors, int64_t n_max);
 
+// Forgets what has been recorded in every layer.
+LLAMA_API void allocmoe_clear_records(struct llama_context * ctx);
+
 // Floats kept of layer il's output, 0 if there are none.
 LLAMA_API int64_t allocmoe_n_kept_output(const struct llama_context * ctx, int32_t il);
 

@@ -21,7 +21,7 @@ from allocmoe_edge.convert import cli, sensitivity
 from gguf_factory import plan_keys, write_gguf
 
 COMMAND = [shutil.which("allocmoe-convert", path=os.path.dirname(sys.executable))]
-# small enough to profile 30 layers x 12 experts in a minute or two
+# small enough to profile 30 layers in seconds
 QUICK = ["--ctx-size", "32", "--calib-tokens", "32"]
 
 
@@ -55,7 +55,9 @@ def test_plan_is_in_the_file(converted):
     assert all(len(row) == 12 and np.isfinite(row).all() for row in model.profile.sensitivity)
     assert model.profile.calibration.source == "self-generated, seed 0"
     assert "180 of 360" in done.stdout
-    assert "331 passes" in done.stderr
+    assert "31 passes" in done.stderr
+    held_out = model.profile.held_out
+    assert held_out.n_tokens == 32 and 1 < held_out.full < held_out.plan and 0 < held_out.kl_plan <= held_out.kl_uniform
 
 
 def test_tensors_are_byte_identical(converted, testbed_path):
@@ -70,34 +72,21 @@ def test_other_keys_are_kept(converted, testbed_path):
     assert added and all(key.startswith("allocmoe.") for key in added)
 
 
-def test_sensitivity_is_the_isolated_profile(converted, testbed_path):
-    """Cells of S measured again by hand: layer l at k, layers before it at 12, layers after it at 1."""
-    profile = metadata.read(converted[0]).profile
-    llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, n_threads=os.cpu_count(), verbose=False)
-    from allocmoe_edge.convert.calibration import self_generated
-
-    text = self_generated(llm, 32, 32, 0)
-    assert text.source == profile.calibration
-    for layer, k in ((0, 1), (0, 12), (1, 1), (14, 5), (29, 1), (29, 12)):
-        llm.set_plan([12] * layer + [k] + [1] * (29 - layer))
-        assert perplexity(llm, text.profile) == pytest.approx(profile.sensitivity[layer][k - 1], rel=1e-6)
-    assert profile.sensitivity[0][11] == profile.sensitivity[1][0]
-
-
 def test_plan_is_optimal_for_the_stored_sensitivities(converted):
     model = metadata.read(converted[0])
     assert model.plan == model.profile.plan(180, model.full)
     if model.profile.allocation == "uniform":
         assert model.plan.expert_used_count == Plan.uniform(model.full, 180).expert_used_count
-    chosen = f"{model.profile.allocation}, token rule {model.plan.token_rule}:"
-    values = {line.split(None, 1)[1]: float(line.split()[0]) for line in converted[1].stderr.splitlines() if " activations" in line}
-    assert len(values) == 4 and min(values, key=values.get).startswith(chosen)
+    chosen = f"{model.profile.allocation}, token rule {model.plan.token_rule}"
+    lines = [line.split(None, 3) for line in converted[1].stderr.splitlines() if "token rule" in line]
+    values = {name: float(kl) for _, kl, _, name in lines}
+    assert len(values) == 4 and values[chosen] == min(values.values())
 
 
 def test_replanning_needs_no_profile(converted, tmp_path):
     done = run(converted[0], "--budget", "33%", "-o", tmp_path / "third.gguf")
     assert done.returncode == 0, done.stderr
-    assert "planning from the sensitivities" in done.stderr and "passes" not in done.stderr
+    assert "using the sensitivities" in done.stderr and "passes" not in done.stderr
     assert metadata.read(tmp_path / "third.gguf").plan.budget_total == 119
     assert tensor_hashes(tmp_path / "third.gguf") == tensor_hashes(converted[0])
 
@@ -108,27 +97,6 @@ def test_the_result_runs(converted):
     assert answer["usage"]["completion_tokens"] > 0
     mean = llm.expert_stats()["decode"]["mean"]
     assert 30 <= mean.sum() <= 360
-
-
-def test_sensitivity_of_a_small_model(tmp_path):
-    """A plan for every cell, in the order that the formula asks for, whatever the layers' own counts are."""
-
-    class Recorder:
-        def __init__(self):
-            self.plans = []
-
-        def set_plan(self, counts):
-            self.plans.append(tuple(counts))
-
-    recorder = Recorder()
-    original, sensitivity.negative_log_likelihood = sensitivity.negative_log_likelihood, lambda llm, w: np.log(len(llm.plans))
-    try:
-        rows = sensitivity.isolated(recorder, (0, 2, 3), np.zeros((1, 4)))
-    finally:
-        sensitivity.negative_log_likelihood = original
-    assert recorder.plans == [(0, 1, 1), (0, 2, 1), (0, 2, 2), (0, 2, 3)]
-    assert [np.round(row).tolist() for row in rows] == [[], [1, 2], [2, 3, 4]]
-    assert sensitivity.n_passes((0, 2, 3)) == 4
 
 
 def test_calibration_from_a_file(testbed_path, tmp_path):
@@ -251,16 +219,118 @@ def test_model_that_llama_cpp_cannot_load(tmp_path):
     refused(write_gguf(tmp_path / "m.gguf"), "-o", tmp_path / "o.gguf", expect="llama.cpp cannot load it")
 
 
-def test_interrupt_leaves_nothing(testbed_path, tmp_path):
-    command = [*COMMAND, str(testbed_path), *QUICK, "-o", str(tmp_path / "o.gguf")]
+def test_interrupted_and_continued(testbed_path, tmp_path):
+    """Ctrl-C leaves what was measured and no output; the same command measures only the rest and comes to the same."""
+    command = [testbed_path, *QUICK, "--calib-tokens", "128", "--budget", "0.5", "-o", tmp_path / "o.gguf"]
     # a test run in the background of a shell has SIGINT ignored, and children inherit that
     default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
+    process = subprocess.Popen([*COMMAND, *map(str, command)], stderr=subprocess.PIPE, text=True, preexec_fn=default)
     while "passes" not in process.stderr.readline():
         pass
-    time.sleep(1)
+    kept = tmp_path / "o.gguf.profile"
+    while sum(" full" not in line for line in kept.read_text().splitlines()) < 20:
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "nothing was written" in rest and "Traceback" not in rest
-    assert list(tmp_path.iterdir()) == []
+    assert "no output was written" in rest and str(kept) in rest and "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == [kept]
+
+    with open(kept, "a") as file:
+        file.write('{"name": "cut short by a ki')
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    reused = int(done.stderr.split(" cells of it measured before")[0].split()[-1])
+    assert 10 <= reused <= 120
+    assert list(tmp_path.iterdir()) == [tmp_path / "o.gguf"]
+    fresh = run(*command[:-1], tmp_path / "fresh.gguf")
+    assert fresh.returncode == 0 and "measured before" not in fresh.stderr
+    again, first = (metadata.read(tmp_path / name).profile for name in ("o.gguf", "fresh.gguf"))
+    np.testing.assert_allclose(np.concatenate(again.sensitivity), np.concatenate(first.sensitivity), rtol=1e-9)
+
+
+def test_budget_in_milliseconds(testbed_path, tmp_path):
+    done = run(testbed_path, *QUICK, "--cost", "ms", "-o", tmp_path / "o.gguf")
+    assert done.returncode == 0, done.stderr
+    profile = metadata.read(tmp_path / "o.gguf").profile
+    # all layers are alike, so they cost the same, and the plan is the one that counts activations
+    assert profile.cost_unit == "ms" and len(set(profile.cost)) == 1 and 0 < profile.cost[0] < 100
+    assert metadata.read(tmp_path / "o.gguf").plan.budget_total == 180
+
+
+def test_target_tps(testbed_path, tmp_path):
+    refused(testbed_path, *QUICK, "--target-tps", "1e9", "-o", tmp_path / "o.gguf", expect="out of reach")
+    kept = tmp_path / "o.gguf.profile"
+    assert list(tmp_path.iterdir()) == [kept]  # the profile was not for nothing
+    done = run(testbed_path, *QUICK, "--target-tps", "0.001", "-o", tmp_path / "o.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr and metadata.read(tmp_path / "o.gguf").plan.budget_total == 360
+
+
+def test_max_ppl_increase(converted, tmp_path):
+    """From stored sensitivities: no profile, but the model is run on text."""
+    totals = []
+    for share in ("0%", "60%", "1000000%"):
+        done = run(converted[0], *QUICK, "--max-ppl-increase", share, "-o", tmp_path / "o.gguf", "--force")
+        assert done.returncode == 0, done.stderr
+        assert "using the sensitivities" in done.stderr and "profiling" not in done.stderr
+        totals.append(metadata.read(tmp_path / "o.gguf").plan.budget_total)
+    assert totals[0] > totals[1] > totals[2] == 30
+
+
+@pytest.mark.parametrize("pair", [("--budget=0.5", "--target-tps=9"), ("--target-tps=9", "--max-ppl-increase=3%")])
+def test_targets_exclude_each_other(testbed_path, tmp_path, pair):
+    refused(testbed_path, *pair, "-o", tmp_path / "o.gguf", expect="not allowed with", code=2)
+
+
+# the side file
+
+
+@pytest.fixture(scope="module")
+def side_file(planned_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("side") / "plan.gguf"
+    done = run(planned_path, "--budget", "0.4", "--plan-only", "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_side_file_is_the_plan_alone(side_file, planned_path):
+    assert side_file.stat().st_size < 20_000
+    found, source = metadata.read(side_file), metadata.read(planned_path)
+    assert found.side_file and found.full == source.full and found.architecture == source.architecture
+    assert found.plan == source.profile.plan(0.4, source.full)
+    np.testing.assert_array_equal(np.concatenate(found.profile.sensitivity), np.concatenate(source.profile.sensitivity))
+
+
+def test_side_file_runs_with_the_model(side_file, testbed_path, planned_path):
+    import pickle
+
+    llm = Llama(str(testbed_path), plan_path=str(side_file), n_ctx=64, verbose=False)
+    assert llm.plan.budget_total == 144
+    assert llm.set_budget(0.6).budget_total == 216
+    assert llm.set_budget().budget_total == 144
+    assert pickle.loads(pickle.dumps(llm)).plan == llm.plan
+    # it takes the place of a plan in the model's own file
+    llm = Llama(str(planned_path), plan_path=str(side_file), n_ctx=64, verbose=False)
+    assert llm.plan.budget_total == 144
+
+
+def test_side_file_is_planned_again_in_a_blink(side_file, tmp_path):
+    done = run(side_file, "--budget", "0.3", "--plan-only", "-o", tmp_path / "p.gguf")
+    assert done.returncode == 0, done.stderr
+    assert metadata.read(tmp_path / "p.gguf").plan.budget_total == 108
+    refused(side_file, "--budget", "0.3", "-o", tmp_path / "q.gguf", expect="--plan-only")
+    refused(side_file, "--target-tps", "3", "--plan-only", "-o", tmp_path / "q.gguf", expect="needs the model")
+
+
+def test_side_file_of_another_model_is_refused(side_file, tmp_path, testbed_path):
+    other = tmp_path / "other.gguf"
+    with GGUFFile(side_file) as file:
+        file.set("allocmoe.model.architecture", "mixtral")
+        file.write_metadata(other)
+    with pytest.raises(ValueError, match="another model"):
+        Llama(str(testbed_path), plan_path=str(other), verbose=False)
+    with pytest.raises(ValueError, match="has no plan"):
+        Llama(str(testbed_path), plan_path=str(testbed_path), verbose=False)
+    with pytest.raises(ValueError, match="plan_path"):
+        Llama(str(side_file), verbose=False)

@@ -1,0 +1,75 @@
+"""Runs a long native job in a process of its own, so that Ctrl-C stops it at once and a crash or the kernel's
+out-of-memory killer takes only that process down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+from tqdm import tqdm
+
+# what is kept of the output: enough for any traceback
+_LOG_BYTES = 1 << 16
+
+
+class ChildFailed(Exception):
+    """log: the end of what the process printed. out_of_memory: it was killed, or says that memory ran out."""
+
+    def __init__(self, returncode: int, log: str):
+        super().__init__(returncode)
+        self.log = log.strip()
+        killed = os.name == "posix" and returncode == -signal.SIGKILL
+        words = ("MemoryError", "bad_alloc", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+        self.out_of_memory = killed or any(word in self.log for word in words)
+        self.out_of_disk = any(word in self.log for word in ("No space left", "File too large", "iostream error"))
+
+    @property
+    def last_line(self) -> str:
+        return self.log.rpartition("\n")[2].strip() or "no message"
+
+
+def run(command: list, written: Path, expected: int, desc: str, env: Optional[dict] = None) -> str:
+    """Runs `command` to its end; on a terminal, shows how far the file that it writes has grown.
+
+    Args:
+        written: the file that the process writes.
+        expected: its estimated size in bytes.
+        env: variables to add to the environment.
+
+    Returns:
+        the end of what the process printed.
+
+    Raises:
+        ChildFailed: the process did not exit with status 0.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **(env or {})},
+        )
+        try:
+            with tqdm(total=expected, desc=desc, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                while process.poll() is None:
+                    try:
+                        process.wait(0.2)
+                    except subprocess.TimeoutExpired:
+                        size = written.stat().st_size if written.exists() else 0
+                        bar.total = max(expected, size)
+                        bar.update(size - bar.n)
+        finally:
+            # only if we are being stopped: it holds nothing that it would have to put in order
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+        text = log.read().decode("utf-8", errors="replace")
+    if process.returncode:
+        raise ChildFailed(process.returncode, text)
+    return text

@@ -1,0 +1,55 @@
+"""The process that converts a Hugging Face folder: upstream's convert_hf_to_gguf.py with what it lacks for us.
+
+    python upstream.py UPSTREAM_FOLDER PRE_TOKENIZER [options of convert_hf_to_gguf.py]
+
+PRE_TOKENIZER: the name to write for a tokenizer that upstream does not recognise, or an empty string. The last line
+that is printed is the error, if there is one. Imports nothing of this package, so that it needs no native library.
+"""
+
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    # this file's own folder must not stand in for modules of torch's or transformers'
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
+    upstream, pre_tokenizer, *options = sys.argv[1:]
+    sys.path[:0] = [upstream, str(Path(upstream) / "gguf-py")]
+
+    import convert_hf_to_gguf
+    from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, TextModel, get_model_architecture
+
+    architecture = get_model_architecture(ModelBase.load_hparams(Path(options[0]), False), ModelType.TEXT)
+    if architecture not in TEXT_MODEL_MAP:
+        sys.exit(
+            f"architecture {architecture} is not supported by llama.cpp's converter; "
+            f"the Mixture-of-Experts ones that are: {', '.join(moe_architectures())}"
+        )
+    if pre_tokenizer:
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: pre_tokenizer
+    sys.argv = [convert_hf_to_gguf.__file__, *options]
+    convert_hf_to_gguf.main()
+
+
+def moe_architectures() -> list:
+    """Names of the architectures whose GGUF form can have experts."""
+    import gguf
+    from conversion import ModelBase, ModelType, load_all_models
+
+    load_all_models()
+    experts = gguf.MODEL_TENSOR.FFN_DOWN_EXP
+    found = ModelBase._model_classes[ModelType.TEXT].items()
+    return sorted(name for name, model in found if experts in gguf.MODEL_TENSORS[model.model_arch])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")

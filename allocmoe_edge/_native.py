@@ -52,8 +52,9 @@ void         gguf_set_val_str(gguf_context * ctx, const char * key, const char *
 void         gguf_set_arr_data(gguf_context * ctx, const char * key, int type, const void * data, size_t n);
 bool         gguf_write_to_file(const gguf_context * ctx, const char * fname, bool only_meta);
 
-int64_t ggml_blck_size(int type);
-size_t  ggml_type_size(int type);
+const char * ggml_type_name(int type);
+size_t       ggml_type_size(int type);
+int64_t      ggml_blck_size(int type);
 
 size_t ggml_backend_reg_count(void);
 void   ggml_backend_load_all_from_path(const char * dir_path);

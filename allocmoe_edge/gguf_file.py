@@ -33,6 +33,7 @@ class Tensor(NamedTuple):
     offset: int  # bytes from the start of the tensor data
     n_bytes: int
     n_elements: int
+    type_name: str  # ggml's: F16, Q4_K, ...
 
 
 class GGUFFile:
@@ -143,6 +144,13 @@ def split_paths(path: Path, n_split: int) -> list:
     return [path.with_name(f"{prefix}-{i:05d}-of-{n_split:05d}.gguf") for i in range(1, n_split + 1)]
 
 
+def model_paths(path: Union[str, os.PathLike]) -> list:
+    """The files of the model that starts with `path`: the path alone, or all shards of a split model."""
+    with GGUFFile(path) as file:
+        n_split = _bounded(file, "split.count", 0, 65535, default=0)
+        return split_paths(file.path, n_split) if n_split > 1 else [file.path]
+
+
 def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     """The model's own experts per token in each layer, 0 where a layer has no experts that a plan could count.
 
@@ -204,6 +212,7 @@ def _tensor(ctx, i: int) -> Tensor:
         gguf.gguf_get_tensor_offset(ctx, i),
         n_bytes,
         n_bytes // gguf.ggml_type_size(type_id) * gguf.ggml_blck_size(type_id),
+        _text(gguf.ggml_type_name(type_id)).upper(),
     )
 
 

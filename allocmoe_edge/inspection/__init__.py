@@ -1,0 +1,5 @@
+"""allocmoe-inspect: shows what a GGUF file holds, what its plan buys, and how well a model suits expert offloading."""
+
+
+class InspectError(Exception):
+    """What was asked for cannot be shown, drawn or measured."""

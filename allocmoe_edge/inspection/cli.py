@@ -1,0 +1,114 @@
+"""The command allocmoe-inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Optional, Sequence
+
+from .. import GGUFError, PlanError, __version__
+
+from . import InspectError, report, text
+
+_DESCRIPTION = """\
+Shows what a GGUF file holds: the model, the plan for its expert activations, what the plan saves and what it was made
+from. Reads the metadata and the tensor table only, so that a file of any size takes a moment; --measure-curve and
+--routing run the model."""
+
+_EPILOG = """\
+examples:
+  allocmoe-inspect model-half.gguf
+  allocmoe-inspect model-half.gguf --json | jq .plan.bytes_per_token.share
+  allocmoe-inspect model-half.gguf --plot plan.html --measure-curve book.txt
+      sensitivities, experts per layer, and perplexity against budget as measured on a text
+  allocmoe-inspect model.gguf --routing book.txt
+      does the model suit expert offloading? how often neighbouring tokens use the same experts"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="allocmoe-inspect",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("file", type=Path, help="a GGUF file: a model (the first file of a split one), or a plan alone")
+    p.add_argument("--json", action="store_true", help="everything known about the file, as JSON")
+    p.add_argument(
+        "--plot",
+        type=Path,
+        metavar="OUT",
+        help="write figures to OUT.png, OUT.svg or OUT.html (one page without references to other files); needs the "
+        "extra 'plot'. Replaces OUT if it exists",
+    )
+    run = p.add_argument_group("measurements that run the model")
+    run.add_argument("--measure-curve", type=Path, metavar="TEXT", help="perplexity on a UTF-8 text at several budgets")
+    run.add_argument(
+        "--budgets",
+        type=lambda value: value.split(","),
+        metavar="LIST",
+        help="for --measure-curve, shares or totals as for allocmoe-convert. Default: 25%%,37.5%%,50%%,75%%,100%%",
+    )
+    run.add_argument(
+        "--routing",
+        type=Path,
+        metavar="TEXT",
+        help="local routing consistency (Liang et al., arXiv 2505.16056) at full budget on a UTF-8 text",
+    )
+    run.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="tokens of TEXT to use. Default: 4096")
+    run.add_argument("--ctx-size", type=_positive, default=512, metavar="N", help="tokens per window. Default: 512")
+    run.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all")
+    run.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1: all. Default: 0")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value}: want a whole number of at least 1")
+    return number
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        print(inspect(args), end="", flush=True)
+    except (InspectError, GGUFError, PlanError) as error:
+        print(f"allocmoe-inspect: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nallocmoe-inspect: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> str:
+    """Does what the arguments say; returns what is to be printed."""
+    if args.plot:
+        from . import plot
+
+        plot.check_target(args.plot)
+    found = report.build(args.file, curve=args.json or bool(args.plot))
+    if args.measure_curve or args.routing:
+        from . import measure
+
+        measure.add(found, args)
+    if args.plot:
+        plot.write(found, args.plot)
+    if args.json:
+        return json.dumps(found, indent=1, allow_nan=False) + "\n"
+    encoding = (sys.stdout.encoding or "ascii").lower()
+    shown = text.render(found, shutil.get_terminal_size().columns, encoding.replace("-", "") == "utf8")
+    return shown.encode(encoding, "replace").decode(encoding)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

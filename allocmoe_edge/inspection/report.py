@@ -1,0 +1,230 @@
+"""What a GGUF file holds, as one JSON-ready dict: the source of the text, the plots and --json."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections import defaultdict
+from typing import Any, Optional
+
+import numpy as np
+
+from .. import metadata
+from ..gguf_file import GGUFError, GGUFFile, model_paths
+from ..plan import Plan
+
+# version of the dict's keys: raised when one changes its meaning or goes
+FORMAT = 1
+_CURVE_POINTS = 25
+
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_(?:ch)?exps\.")
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+# a token takes one row of these: kilobytes, left out of what is read
+_ROW_LOOKUP = re.compile(r"(?:token_embd|per_layer_token_embd|position_embd|token_types)\.weight|.*_tid2eid\.weight")
+
+
+def build(path, curve: bool = True) -> dict:
+    """Everything known about a GGUF file: its metadata and tensor table are read, its tensors are not.
+
+    Args:
+        path: a model (the first file of a split one) or a plan alone (general.type is allocmoe-plan).
+        curve: work out predicted_curve too, which takes longer than all the rest.
+
+    Returns:
+        A dict of dicts, lists, str, int, float, bool and None. Parts that the file lacks are None:
+
+        - format: version of these keys.
+        - file: path, bytes (of all files of a split model), n_files, kind ("model" or "plan").
+        - model: name, architecture, context_length, parameters, layers, moe_layers, experts, experts_per_token (one
+          per layer, 0 where none are routed), shared_experts; types: {"experts", "other"}, each a dict from the
+          tensor type to its tensors, parameters and bytes.
+        - plan: budget, budget_total, budget_full, experts_per_token and experts_per_token_full (one per layer),
+          token_rule, k_base, threshold (one per layer, None where none decides), bytes_per_token (see
+          `bytes_per_token`), cost_share (of the stored costs at full budget; None where every activation costs the
+          same).
+        - profile: allocation, metric, mode, calibration (source, n_tokens, sha256), cost (one per layer), sensitivity
+          and threshold_table (one list of K_l numbers per layer, entry k-1 for k experts; None where no threshold
+          decides: a layer at its base takes none of the further experts, one at K_l all of them).
+        - held_out: what the converter measured on text that the profile had not seen.
+        - predicted_curve: see `predicted_curve`; None without `curve`.
+        - measured_curve, routing: None, until something is measured.
+
+    Raises:
+        GGUFError, PlanError: as `metadata.read`; and for descriptive keys of another type than they must have.
+    """
+    stored = metadata.read(path)
+    files = model_paths(path)
+    with GGUFFile(path) as file:
+        tensors = list(file.tensors)
+        for shard in files[1:]:
+            with GGUFFile(shard) as other:
+                tensors += other.tensors
+        model = _model(file, tensors, stored.full)
+        read = _bytes_read(file, tensors, model)
+    plan, profile = stored.plan, stored.profile
+    held_out = getattr(profile, "held_out", None)
+    return {
+        "format": FORMAT,
+        "file": {
+            "path": str(path),
+            "bytes": sum(os.path.getsize(shard) for shard in files),
+            "n_files": len(files),
+            "kind": "model",
+        },
+        "model": model,
+        "plan": plan and _plan(plan, profile, read),
+        "profile": profile and _profile(profile),
+        "held_out": held_out and dataclasses.asdict(held_out),
+        "predicted_curve": predicted_curve(profile, stored.full) if profile and curve else None,
+        "measured_curve": None,
+        "routing": None,
+    }
+
+
+def _model(file: GGUFFile, tensors: list, full: Optional[tuple]) -> dict:
+    arch = file.need("general.architecture")
+    types: dict = {"experts": defaultdict(lambda: [0, 0, 0]), "other": defaultdict(lambda: [0, 0, 0])}
+    for tensor in tensors:
+        entry = types["experts" if _EXPERTS.match(tensor.name) else "other"][tensor.type_name]
+        entry[0] += 1
+        entry[1] += tensor.n_elements
+        entry[2] += tensor.n_bytes
+    return {
+        "name": _checked(file, "general.name", str),
+        "architecture": arch,
+        "context_length": _checked(file, f"{arch}.context_length", int),
+        "parameters": sum(tensor.n_elements for tensor in tensors),
+        "layers": _checked(file, f"{arch}.block_count", int),
+        "moe_layers": sum(k > 0 for k in full or ()),
+        "experts": _checked(file, f"{arch}.expert_count", int) or 0,
+        "experts_per_token": list(full or ()),
+        "shared_experts": _checked(file, f"{arch}.expert_shared_count", int) or 0,
+        "types": {
+            part: {
+                name: dict(zip(("tensors", "parameters", "bytes"), entry))
+                for name, entry in sorted(entries.items(), key=lambda item: -item[1][2])
+            }
+            for part, entries in types.items()
+        },
+    }
+
+
+def _bytes_read(file: GGUFFile, tensors: list, model: dict) -> dict:
+    """What a decoded token reads: {"expert": bytes of one expert per layer, "other": bytes that every token reads}.
+
+    Layers that llama.cpp keeps for multi-token prediction are not run, so they count nothing. Experts that are given
+    by the token id are read whatever the plan, so they count as other.
+    """
+    arch, full = model["architecture"], model["experts_per_token"]
+    n_run = (model["layers"] or 0) - (_checked(file, f"{arch}.nextn_predict_layers", int) or 0)
+    own = file.get(f"{arch}.expert_used_count", 0)
+    tied = not any(tensor.name == "output.weight" for tensor in tensors)
+    expert, other = [0] * len(full), 0
+    for tensor in tensors:
+        block, experts = _BLOCK.match(tensor.name), _EXPERTS.match(tensor.name)
+        il = int(block[1]) if block else -1
+        if block and il >= n_run:
+            continue
+        if experts and il < len(full):
+            one = tensor.n_bytes // model["experts"]
+            if full[il]:
+                expert[il] += one
+            else:
+                other += one * int(own[il] if isinstance(own, np.ndarray) else own)
+        elif not _ROW_LOOKUP.fullmatch(tensor.name) or (tied and tensor.name == "token_embd.weight"):
+            other += tensor.n_bytes
+    return {"expert": expert, "other": other}
+
+
+def bytes_per_token(read: dict, planned, full) -> dict:
+    """Bytes of weights that one decoded token reads, under a plan and at full budget.
+
+    Args:
+        read: {"expert": bytes of one routed expert per layer, "other": bytes that every token reads}.
+        planned, full: k_l and K_l, length block_count.
+
+    Returns:
+        experts, experts_full, other: bytes; expert_share: experts / experts_full; share: the same with `other` on
+        both sides: where memory bandwidth is the limit, no plan makes a token faster than this share of its time at
+        full budget. The KV cache is not counted. Shares are None where nothing is read at full budget.
+    """
+    spent = sum(size * k for size, k in zip(read["expert"], planned))
+    whole = sum(size * k for size, k in zip(read["expert"], full))
+    other = read["other"]
+    return {
+        "experts": spent,
+        "experts_full": whole,
+        "other": other,
+        "expert_share": spent / whole if whole else None,
+        "share": (spent + other) / (whole + other) if whole + other else None,
+    }
+
+
+def _plan(plan: Plan, profile: Optional[metadata.Profile], read: Optional[dict]) -> dict:
+    counts, full = plan.expert_used_count, plan.expert_used_count_full
+    share = None
+    if profile is not None and any(c != 1 for c in profile.cost):
+        share = sum(c * k for c, k in zip(profile.cost, counts)) / sum(c * k for c, k in zip(profile.cost, full))
+    return {
+        "budget": plan.budget,
+        "budget_total": plan.budget_total,
+        "budget_full": plan.budget_full,
+        "experts_per_token": list(counts),
+        "experts_per_token_full": list(full),
+        "token_rule": plan.token_rule,
+        "k_base": plan.k_base,
+        "threshold": plan.threshold and _finite(plan.threshold),
+        "bytes_per_token": read and bytes_per_token(read, counts, full),
+        "cost_share": share,
+    }
+
+
+def _profile(profile: metadata.Profile) -> dict:
+    table = profile.threshold_table
+    return {
+        "allocation": profile.allocation,
+        "metric": profile.metric,
+        "mode": profile.mode,
+        "calibration": dataclasses.asdict(profile.calibration),
+        "cost": list(profile.cost),
+        "sensitivity": [np.asarray(row).tolist() for row in profile.sensitivity],
+        "threshold_table": table and [_finite(row) for row in table],
+    }
+
+
+def predicted_curve(profile: metadata.Profile, full: tuple) -> list:
+    """What the profile predicts for budgets from one expert a layer to all of them.
+
+    Returns:
+        Dicts of budget_total, budget, and damage: the sum over layers of S[l,k_l] - S[l,K_l], in the profile's
+        metric, of the plan for that budget (damage) and of uniform k (damage_uniform).
+    """
+
+    def damage(plan: Plan) -> float:
+        rows = zip(profile.sensitivity, plan.expert_used_count)
+        return float(sum(row[k - 1] - row[-1] for row, k in rows if k))
+
+    totals = np.unique(np.linspace(sum(k > 0 for k in full), sum(full), _CURVE_POINTS).round().astype(int)).tolist()
+    return [
+        {
+            "budget_total": total,
+            "budget": total / sum(full),
+            "damage": damage(profile.plan(total, full, "off")),
+            "damage_uniform": damage(Plan.uniform(full, total)),
+        }
+        for total in totals
+    ]
+
+
+def _finite(values) -> list:
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def _checked(file: GGUFFile, key: str, kind: type) -> Any:
+    """The value of an optional key, None if it is missing."""
+    value = file.get(key)
+    if value is not None and type(value) is not kind:
+        found = f"an array of {len(value)}" if hasattr(value, "__len__") and kind is not str else repr(value)
+        raise GGUFError(f"{file.path}: {key} is {found}, wanted {'a string' if kind is str else 'an integer'}")
+    return value

@@ -258,7 +258,7 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
         cost = _array(file, "allocmoe.cost", np.float64, len(full))
         if not np.isfinite(flat).all():
             raise PlanError("sensitivity: found NaN or infinity, want finite numbers")
-        if not (np.isfinite(cost).all() and (cost > 0).all()):
+        if not (np.isfinite(cost).all() and (cost[np.array(full) > 0] > 0).all()):
             raise PlanError("cost: found an entry that is not a positive number")
         table = None
         if file.get("allocmoe.threshold_table") is not None:

@@ -55,11 +55,19 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
 
 
 def choose(
-    llm: Llama, profile: Profile, total: int, full: tuple, text: CalibrationText, token_rule: Optional[str]
+    llm: Llama,
+    profile: Profile,
+    total: int,
+    full: tuple,
+    text: CalibrationText,
+    token_rule: Optional[str] = None,
+    max_increase: float = np.inf,
 ) -> Choice:
     """The plan of `total` activations with the least divergence from the full model on text the profile has not seen.
 
-    token_rule: None to try "off" and "threshold".
+    Args:
+        token_rule: None to try "off" and "threshold".
+        max_increase: of perplexity over the full model's; a plan within it goes before any that is not.
     """
     candidates = {}
     for allocation in ("alloc-l", "uniform"):
@@ -75,7 +83,8 @@ def choose(
             ruled = replace(candidate, token_rule=rule)
             candidates[f"{allocation}, token rule {rule}"] = (ruled, ruled.with_token_rule(plan))
     found = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
-    best = min(candidates, key=lambda name: found[name].kl)
+    limit = found["full"].perplexity * (1 + max_increase)
+    best = min(candidates, key=lambda name: (found[name].perplexity > limit, found[name].kl))
     uniform = next(found[name] for name in candidates if name.startswith("uniform"))
     held_out = HeldOut(
         int(text.held_out.size), found["full"].perplexity, uniform.perplexity, found[best].perplexity, uniform.kl, found[best].kl

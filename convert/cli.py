@@ -224,7 +224,8 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
         _say(f"looking for the smallest budget within {args.max_ppl_increase:.1%} of the full model's perplexity")
         total = choose.smallest_total(llm, profile, full, text, args.max_ppl_increase)
 
-    choice = choose.choose(llm, profile, total, full, text, args.token_rule)
+    limit = {} if args.max_ppl_increase is None else {"max_increase": args.max_ppl_increase}
+    choice = choose.choose(llm, profile, total, full, text, args.token_rule, **limit)
     _say("on held-out text:  perplexity  divergence (nats)  activations")
     for name, score in choice.found.items():
         _say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")

@@ -339,9 +339,16 @@ void allocmoe_clear_records(llama_context * ctx) {
     }
 }
 
-int64_t allocmoe_n_kept_output(const llama_context * ctx, int32_t il) {
-    const auto & kept = allocmoe_access::cparams(ctx).allocmoe.usage->layer_outputs;
-    return il < 0 || il >= (int32_t) kept.size() ? 0 : kept[il].size();
+int64_t allocmoe_get_kept_output(const llama_context * ctx, int32_t il, float * output, int64_t n_max) {
+    const auto & outputs = allocmoe_access::cparams(ctx).allocmoe.usage->layer_outputs;
+    if (il < 0 || il >= (int32_t) outputs.size()) {
+        return 0;
+    }
+    const int64_t n = outputs[il].size();
+    if (output) {
+        std::copy_n(outputs[il].begin(), std::min(n, n_max), output);
+    }
+    return n;
 }
 
 const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, int64_t * n_bytes) {

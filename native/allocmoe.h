@@ -89,8 +89,9 @@ LLAMA_API int64_t allocmoe_take_errors(struct llama_context * ctx, int32_t il, d
 // Forgets what has been recorded in every layer.
 LLAMA_API void allocmoe_clear_records(struct llama_context * ctx);
 
-// Floats kept of layer il's output, 0 if there are none.
-LLAMA_API int64_t allocmoe_n_kept_output(const struct llama_context * ctx, int32_t il);
+// What is kept of layer il's output, [n_tokens][n_embd]: copies at most n_max floats to output unless that is NULL, and
+// returns how many there are.
+LLAMA_API int64_t allocmoe_get_kept_output(const struct llama_context * ctx, int32_t il, float * output, int64_t n_max);
 
 // Where layer il's experts are: the name of the buffer type, and the bytes of one expert.
 LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ctx, int32_t il, int64_t * n_bytes);

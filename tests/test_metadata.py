@@ -41,6 +41,9 @@ def test_what_is_written_is_read_back(tmp_path):
     assert after.profile.plan(1.0, after.full).budget_total == 8
 
 
+HELD_OUT = {"held_out.n_tokens": 9, "held_out.perplexity": np.array([9.0, 12.0, 10.0])}
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [
@@ -63,6 +66,8 @@ def test_what_is_written_is_read_back(tmp_path):
         (plan_keys(cost=np.array([1.0, 0.0, 1.0])), "cost: found an entry that is not a positive number"),
         (plan_keys(cost=None), "cost: found nothing"),
         (plan_keys(allocation="magic"), "allocation: found 'magic'"),
+        (plan_keys(**{"held_out.n_tokens": 9}), "held_out.perplexity: found nothing"),
+        (plan_keys(**HELD_OUT, **{"held_out.kl": np.ones(3)}), "held_out.kl: found 3 entries, want 2"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -161,3 +166,32 @@ def test_layers_that_predict_further_tokens_have_no_budget(tmp_path):
     """As in GLM-4.5 and DeepSeek-V3: their experts are in the file, and llama.cpp does not load them."""
     path = write_gguf(tmp_path / "m.gguf", keys=[("deepseek.nextn_predict_layers", 1)])
     assert metadata.read(path).full == (0, 4, 0)
+
+
+def test_held_out_figures(tmp_path):
+    keys = plan_keys(**HELD_OUT, **{"held_out.kl": np.array([0.2, 0.1])})
+    found = metadata.read(write_gguf(tmp_path / "m.gguf", keys=keys)).profile.held_out
+    assert found == metadata.HeldOut(9, full=9.0, uniform=12.0, plan=10.0, kl_uniform=0.2, kl_plan=0.1)
+
+
+def test_cost_of_a_layer_without_experts_does_not_matter(tmp_path):
+    keys = plan_keys(cost=np.array([0.0, 0.5, 1.5]), **{"cost.unit": "ms"})
+    profile = metadata.read(write_gguf(tmp_path / "m.gguf", keys=keys)).profile
+    assert profile.cost == (0.0, 0.5, 1.5) and profile.cost_unit == "ms"
+    # half of 4 x 0.5 + 4 x 1.5 ms; S falls by 1 an expert in both layers, and the first one's cost less
+    assert profile.plan(0.5, (0, 4, 4)).expert_used_count == (0, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ([], "allocmoe.model.expert_used_count is missing"),
+        ([("allocmoe.model.expert_used_count", np.array([0, 4, 4], np.int32))], "allocmoe.version is None"),
+        ([("allocmoe.model.expert_used_count", np.array([0, 0, 0], np.int32)), *plan_keys()], "no routed experts|at least one layer"),
+        ([("allocmoe.model.expert_used_count", np.array([0, 1, 4], np.int32)), *plan_keys()], "layer 1: found 2"),
+    ],
+)
+def test_malformed_side_file_is_refused(tmp_path, keys, message):
+    path = write_gguf(tmp_path / "p.gguf", keys=[("general.type", "allocmoe-plan"), *keys])
+    with pytest.raises(PlanError, match=message):
+        metadata.read(path)

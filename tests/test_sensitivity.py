@@ -1,5 +1,7 @@
 """Sensitivities: which cells are measured, that they hold what they should, and that reuse changes nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -75,7 +77,7 @@ def test_reference_is_the_divergence(llm, full_logits_llm, text):
 
 def test_isolated_profile_measured_by_hand(llm, full_logits_llm, text, tmp_path):
     """Layer l at k, layers before it at 12, layers after it at 1, each from a whole run."""
-    with Checkpoint(tmp_path / "c", llm.model_path) as checkpoint:
+    with Checkpoint(tmp_path / "c", Path(llm.model_path)) as checkpoint:
         few = text[:, :16]
         rows, reused = sensitivity.measure(llm, FULL, few, "isolated", "perplexity", checkpoint)
         assert reused == 0
@@ -93,7 +95,7 @@ def test_isolated_profile_measured_by_hand(llm, full_logits_llm, text, tmp_path)
 
 def test_fast_profile(llm, full_logits_llm, text, tmp_path):
     """Measured at half; in proportion to the layer's own output error elsewhere; nothing lost at full."""
-    with Checkpoint(tmp_path / "c", llm.model_path) as checkpoint:
+    with Checkpoint(tmp_path / "c", Path(llm.model_path)) as checkpoint:
         rows, _ = sensitivity.measure(llm, FULL, text, "fast", "kl", checkpoint)
     for layer in (0, 13, 29):
         counts = (12,) * layer + (6,) + (12,) * (29 - layer)
@@ -104,13 +106,13 @@ def test_fast_profile(llm, full_logits_llm, text, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen3moe", "gpt-oss"])
-def test_errors_against_the_definition(name, tiny_gguf):
+def test_errors_against_the_definition(name, built):
     """|y_K - y_k|^2 of the last layer's MoE output, by what its MoE block adds under plans of K and k experts.
 
     In the last layer the output of the block changes nothing else before the final norm, so that the difference of two
     runs' hidden states is the difference of their MoE outputs. 1e-3: two float32 runs against sums of one.
     """
-    path = tiny_gguf(name)
+    path = built[name].gguf_path
     full = metadata.read(path).full
     llm = Llama(str(path), n_ctx=32, n_batch=32, n_ubatch=32, verbose=False)
     window = np.random.default_rng(1).integers(3, 200, 24).astype(np.int32)
@@ -128,15 +130,15 @@ def last_hidden(llm, counts, window) -> np.ndarray:
     llm._set_native_plan(Plan(counts, metadata.read(llm.model_path).full), keep_outputs=True)
     Reference(llm, window)
     il = len(counts) - 1
-    out = np.empty(libllama.allocmoe_n_kept_output(context_pointer(llm), il), np.float32)
+    out = np.empty(libllama.allocmoe_get_kept_output(context_pointer(llm), il, ffi.NULL, 0), np.float32)
     libllama.allocmoe_get_kept_output(context_pointer(llm), il, ffi.from_buffer("float *", out), out.size)
     return out
 
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen2moe", "qwen3moe", "mixtral", "deepseek2", "deepseek3", "gpt-oss", "granitemoe"])
-def test_late_start_is_the_whole_run(name, tiny_gguf):
+def test_late_start_is_the_whole_run(name, built):
     """Bit for bit, on every architecture, from every layer, with the layers before it as they were kept."""
-    path = tiny_gguf(name)
+    path = built[name].gguf_path
     full = metadata.read(path).full
     llm = Llama(str(path), n_ctx=32, n_batch=32, n_ubatch=32, logits_all=True, verbose=False)
     window = np.random.default_rng(2).integers(3, 200, 24).astype(np.int32)

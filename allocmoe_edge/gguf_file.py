@@ -184,9 +184,13 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
             with GGUFFile(shard) as other:
                 names.update(tensor.name for tensor in other.tensors)
 
+    # layers that predict further tokens come last; llama.cpp neither loads them nor runs them with the model
+    n_run = n_layer - _bounded(file, f"{arch}.nextn_predict_layers", 0, n_layer, default=0)
+
     def routed(il: int) -> bool:
         return (
-            f"blk.{il}.ffn_gate_inp.weight" in names
+            il < n_run
+            and f"blk.{il}.ffn_gate_inp.weight" in names
             and f"blk.{il}.ffn_down_exps.weight" in names
             and f"blk.{il}.ffn_gate_tid2eid.weight" not in names
         )

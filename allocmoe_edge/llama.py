@@ -27,7 +27,7 @@ class Llama(llama_cpp.Llama):
             (0, 1] or a string like "50%" is a share of the model's own activations, an int is a total of
             expert activations per token; either is planned anew from the sensitivities in the file.
         token_rule: how a layer's activations are shared among the tokens, "threshold", "batch" or "off" (see `Plan`);
-            None for the rule in the file.
+            None for the rule in the file. Any but "off" needs a file that allocmoe-convert made.
         plan_path: a file written by `allocmoe-convert --plan-only`, whose plan and sensitivities are used instead of
             the model file's.
         **kwargs: see `llama_cpp.Llama`.
@@ -93,12 +93,19 @@ class Llama(llama_cpp.Llama):
             The plan now in force.
 
         Raises:
-            PlanError: a dense model, a budget out of range, or a file without what is needed to plan.
+            PlanError: a dense model, a budget out of range, an unknown rule, `strict` under another rule than
+                "threshold", or a file without what is needed: a profile for any budget but the full one, for any
+                rule but "off" and for `strict`, thresholds for "threshold".
         """
         full = self._expert_used_count(libllama.allocmoe_get_full)
         if not any(full):
             raise PlanError(f"{self.model_path}: a dense model: it has no experts to budget")
         profile, plan = self._stored.profile, self._stored.plan
+        if profile is None and (strict or token_rule not in (None, "off")):
+            raise PlanError(
+                f"{self.model_path}: token_rule={token_rule!r}, strict={strict} needs the profile that allocmoe-convert "
+                "stores in the file; convert it first, or pass a Plan with a token rule to set_plan"
+            )
         if budget is not None:
             if profile is None and metadata.parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
                 raise PlanError(
@@ -106,10 +113,10 @@ class Llama(llama_cpp.Llama):
                     "file; convert it first, or pass a plan of your own to set_plan"
                 )
             plan = profile.plan(budget, full, token_rule, strict) if profile else None
-        elif plan is not None and (token_rule is not None or strict):
-            if profile is None:
-                raise PlanError(f"{self.model_path}: no profile in the file to set a token rule from")
+        elif profile is not None and (token_rule is not None or strict):
             plan = profile.with_token_rule(plan, token_rule, strict)
+        elif plan is not None and token_rule == "off":
+            plan = replace(plan, token_rule="off", threshold=None)
         self.set_plan(plan)
         return self.plan
 
@@ -165,8 +172,8 @@ class Llama(llama_cpp.Llama):
         asked = self._asked.token_rule if self._asked else "off"
         if TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))] != asked:
             warnings.warn(
-                f"token rule {asked!r} is off: only the CPU backend can leave out single experts of a token; every "
-                "token gets its layer's planned number of experts",
+                f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
+                "of a token; every token gets its layer's planned number of experts",
                 stacklevel=3,
             )
 

@@ -49,10 +49,10 @@ def download(repository: str) -> Path:
         ConvertError: no such repository, or a gated one; no network; a dense model; too little disk.
     """
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, utils
 
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        utils.disable_progress_bars()
     try:
         check_config(Path(huggingface_hub.hf_hub_download(repository, "config.json")), repository)
         files = huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS, dry_run=True)

@@ -75,10 +75,10 @@ def as_gguf(args: argparse.Namespace) -> Iterator[Source]:
         stack.enter_context(_unwind_on_sigterm())
         if args.imatrix is not None and args.quantize is None:
             raise ConvertError("--imatrix is for --quantize")
-        if args.model.is_file() or args.model.suffix == ".gguf":
-            yield _from_gguf(args, stack)
-        else:
+        if args.model.is_dir() or not (args.model.is_file() or args.model.suffix == ".gguf"):
             yield _from_huggingface(args, stack)
+        else:
+            yield _from_gguf(args, stack)
 
 
 def _from_gguf(args: argparse.Namespace, stack: ExitStack) -> Source:

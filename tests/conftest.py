@@ -27,18 +27,60 @@ def testbed_path() -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def planned_path(testbed_path, tmp_path_factory) -> Path:
-    """The testbed with a made-up but valid profile: deeper layers suffer more. Its plan is the one for half budget."""
+def plan_from_made_up_profile(source: Path, target: Path) -> Path:
+    """Writes `source` with a made-up but valid profile, in which deeper layers suffer more, and its plan for half budget."""
     import numpy as np
 
     from allocmoe_edge import metadata
     from allocmoe_edge.convert import output
 
-    full = metadata.read(testbed_path).full
+    full = metadata.read(source).full
     rows = tuple(np.linspace(2.0, 1.0, k) * (il + 1) if k else np.empty(0) for il, k in enumerate(full))
     calibration = metadata.Calibration("made up for a test", 1, "0" * 64)
     profile = metadata.Profile(rows, (1.0,) * len(full), calibration)
-    path = tmp_path_factory.mktemp("planned") / "planned.gguf"
-    output.write_planned(testbed_path, path, profile.plan(0.5, full), profile)
-    return path
+    output.write_planned(source, target, profile.plan(0.5, full), profile)
+    return target
+
+
+@pytest.fixture(scope="session")
+def planned_path(testbed_path, tmp_path_factory) -> Path:
+    return plan_from_made_up_profile(testbed_path, tmp_path_factory.mktemp("planned") / "planned.gguf")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """Tiny random models by name, as Hugging Face folders and as GGUF files (see tiny_models.py)."""
+    for package in ("torch", "transformers", "tokenizers"):
+        pytest.importorskip(package, reason="the tiny models are made and converted with it")
+    import tiny_models
+
+    return tiny_models.build(tmp_path_factory.mktemp("tiny_models"))
+
+
+@pytest.fixture(scope="session")
+def tiny(built):
+    """A tiny random Qwen2-MoE (4 layers, 4 of 8 experts, a shared one) as folder and as upstream's f32 GGUF."""
+    return built["qwen2moe"]
+
+
+@pytest.fixture(scope="session")
+def tiny_planned(tiny, tmp_path_factory) -> Path:
+    """The tiny model with sensitivities, so that converting it measures nothing."""
+    return plan_from_made_up_profile(tiny.gguf_path, tmp_path_factory.mktemp("planned") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_split(tiny_planned, tmp_path_factory) -> list:
+    """The same in three files."""
+    from gguf_factory import split_gguf
+
+    paths = split_gguf(tiny_planned, tmp_path_factory.mktemp("split") / "tiny", 30)
+    assert len(paths) == 3
+    return paths
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """An empty folder for the output, so that it shows what else was left there."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"

@@ -52,3 +52,39 @@ def plan_keys(counts=(0, 2, 3), **changes) -> list:
         **changes,
     }
     return [(f"allocmoe.{name}", value) for name, value in keys.items() if value is not None]
+
+
+def split_gguf(path: Path, prefix: Path, n_tensors: int) -> list:
+    """Writes the model again as prefix-00001-of-0000N.gguf ..., n_tensors in each; returns the paths."""
+    reader = gguf.GGUFReader(path)
+    arch = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(str(prefix) + ".gguf", arch, split_max_tensors=n_tensors)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value_type, *sub_type = field.types
+        writer.add_key_value(name, field.contents(), value_type, sub_type=sub_type[-1] if sub_type else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(prefix.parent.glob(f"{prefix.name}-*.gguf"))
+
+
+def write_imatrix(path: Path, sums: dict) -> Path:
+    """An importance matrix as llama-imatrix writes it. sums: (sums of squares, counts) by tensor name."""
+    writer = gguf.GGUFWriter(str(path), "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["made up"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, (in_sum2, counts) in sums.items():
+        writer.add_tensor(f"{name}.in_sum2", np.asarray(in_sum2, np.float32))
+        writer.add_tensor(f"{name}.counts", np.asarray(counts, np.float32).reshape(-1, 1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

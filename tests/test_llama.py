@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError, metadata
+from allocmoe_edge.convert import output
 from allocmoe_edge.gguf_file import GGUFFile
 
 from gguf_factory import plan_keys, write_gguf
@@ -73,6 +74,57 @@ def test_budget_without_sensitivities_is_refused(testbed_path):
     with pytest.raises(PlanError, match="allocmoe-convert"):
         llm.set_budget(0.5)
     assert llm.set_budget(1.0).budget == 1.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(token_rule="threshold"),
+        dict(token_rule="batch"),
+        dict(token_rule="no such rule"),
+        dict(budget=1.0, token_rule="batch"),
+        dict(strict=True),
+        dict(token_rule="off", strict=True),
+    ],
+    ids=str,
+)
+def test_token_rule_without_a_profile_is_refused(testbed_path, arguments):
+    """On a file that was never converted: an error that says what to do, where it used to be ignored."""
+    llm = Llama(str(testbed_path), n_ctx=64, verbose=False)
+    with pytest.raises(PlanError, match="allocmoe-convert"):
+        llm.set_budget(**arguments)
+    assert llm.plan == Plan.full([12] * 30)
+    assert llm.set_budget(token_rule="off") == llm.set_budget(1.0, token_rule="off") == llm.plan
+    if "strict" not in arguments:
+        with pytest.raises(PlanError, match="allocmoe-convert"):
+            Llama(str(testbed_path), n_ctx=64, verbose=False, **arguments)
+
+
+def test_rule_of_a_plan_without_a_profile_can_only_be_taken_off(testbed_path, tmp_path):
+    """A plan written by hand carries its rule; another one would have to be calibrated first."""
+    plan = Plan([6] * 30, [12] * 30, token_rule="threshold", threshold=[0.5] * 30)
+    path = tmp_path / "planned.gguf"
+    output.write_planned(testbed_path, path, plan, None)
+    llm = Llama(str(path), n_ctx=64, verbose=False)
+    assert llm.plan == plan
+    with pytest.raises(PlanError, match="allocmoe-convert"):
+        llm.set_budget(token_rule="batch")
+    assert llm.plan == plan
+    assert llm.set_budget(token_rule="off") == Plan([6] * 30, [12] * 30)
+    assert llm.set_budget() == plan
+
+
+def test_rule_that_the_profile_cannot_give_is_refused(llm, planned_path):
+    before = llm.plan
+    for arguments, message in (
+        (dict(token_rule="threshold"), "threshold table"),
+        (dict(strict=True), "strict"),
+        (dict(token_rule="batch", strict=True), "strict"),
+        (dict(token_rule="no such rule"), "want one of: off, batch, threshold"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            llm.set_budget(**arguments)
+        assert llm.plan == before
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,9 @@ def test_split_model_finds_experts_in_every_shard(tmp_path):
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(GGUFError, match="m-00002-of-00002.gguf: no such file"):
         metadata.read(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_layers_that_predict_further_tokens_have_no_budget(tmp_path):
+    """As in GLM-4.5 and DeepSeek-V3: their experts are in the file, and llama.cpp does not load them."""
+    path = write_gguf(tmp_path / "m.gguf", keys=[("deepseek.nextn_predict_layers", 1)])
+    assert metadata.read(path).full == (0, 4, 0)

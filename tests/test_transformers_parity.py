@@ -115,11 +115,6 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tiny_models.BuiltModel]:
-    return tiny_models.build(tmp_path_factory.mktemp("tiny_models"))
-
-
 @pytest.fixture(scope="module", params=TINY_MODELS)
 def reference(request, built) -> Reference:
     model = built[request.param]
@@ -180,6 +175,8 @@ def test_renormalisation_shows(reference, expected):
     """Had the runtime renormalised where the model does not, or the reverse, we would see it."""
 
     def flip(router, args, output):
+        if len(output) == 2:  # Llama 4: weights of all experts, zero where not chosen
+            return output[0] / output[0].sum(-1, keepdim=True), output[1]
         logits, weights, experts = output
         if reference.spec.renormalises:
             weights = logits.softmax(-1).gather(-1, experts)  # shares among all experts
@@ -230,3 +227,70 @@ def test_skipping_is_like_not_choosing(k, reference, llm):
     llm.expert_stats(reset=True)
     runtime_logits(llm, rule, n_batch=len(TOKENS))
     assert llm.expert_stats()["prefill"]["mean"].tolist() == spec.plan(k, k, k, k)
+
+
+class ReferenceRule:
+    """A token rule in transformers, as a hook on the routers: of each token's ranked experts, keep some.
+
+    Kept are every token's best and the `n_kept` best-scored others of all tokens, which is "batch"; given a range of
+    such numbers, the one with the widest gap between kept and skipped is taken, and the middle of the gap is the
+    threshold of a "threshold" rule that keeps the same.
+    """
+
+    def __init__(self, spec: TinyModel, n_kept: range) -> None:
+        self.spec, self.n_kept = spec, n_kept
+        self.threshold: list[float] = []  # by MoE layer, as they were met
+        self.activations: list[int] = []
+
+    def _scores(self, router, logits):
+        """What the experts were ranked by, from every expert's logit."""
+        if self.spec.scores == "sigmoid":
+            return logits.sigmoid() + router.e_score_correction_bias
+        return logits.softmax(-1) if self.spec.scores == "softmax" else logits
+
+    def __call__(self, router, args, output):
+        if len(output) == 2:  # Llama 4: weights of all experts, zero where not chosen
+            weights, logits = output
+            experts = logits.topk(router.top_k)[1]
+        else:
+            logits, weights, experts = output
+        scores = self._scores(router, logits).gather(-1, experts)
+        best = scores == scores.max(-1, keepdim=True)[0]
+        others = scores[~best].sort(descending=True)[0]
+        gap, n = max((float(others[n - 1] - others[n]), n) for n in self.n_kept)
+        assert gap > 1e-5  # 100 times the rounding of a score
+        self.threshold.append(float(others[n - 1] + others[n]) / 2)
+        keep = best | (scores > self.threshold[-1])
+        self.activations.append(int(keep.sum()))
+        if len(output) == 2:
+            return weights * torch.zeros_like(weights).scatter(-1, experts, keep.float()), logits
+        kept = weights * keep
+        if self.spec.renormalises:  # to the sum that the model gives a token's weights, its scale included
+            kept = kept * weights.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
+        return logits, kept, experts
+
+
+@pytest.mark.parametrize("rule", ["batch", "threshold"])
+def test_token_rule_matches(rule, reference, expected, llm):
+    """Which experts a token keeps, their weights, and everything computed from them.
+
+    Of the models here, DeepSeek-V3 has a selection bias and groups, Llama 4 weights the experts' input, GPT-OSS takes
+    its softmax over the kept experts only.
+    """
+    spec, n_tokens = reference.spec, len(TOKENS)
+    rule_there = ReferenceRule(spec, range(n_tokens, n_tokens + 1) if rule == "batch" else range(n_tokens, 2 * n_tokens))
+    hooks = [layer[-1].register_forward_hook(rule_there) for layer in reference.routers if layer]
+    wanted = reference.logits(spec.plan(4, 4, 4, 4))
+    for hook in hooks:
+        hook.remove()
+
+    full, two = llm.plan.expert_used_count_full, spec.plan(2, 2, 2, 2)
+    threshold = [0.0] * spec.leading_dense + rule_there.threshold if rule == "threshold" else None
+    plan = Plan(two, full, token_rule=rule, threshold=threshold)
+    for n_batch in (n_tokens, 1) if rule == "threshold" else (n_tokens,):
+        llm.expert_stats(reset=True)
+        got = runtime_logits(llm, plan, n_batch)
+        assert distance(got, wanted) < MAX_ERROR
+        spent = llm.expert_stats()["prefill" if n_batch > 1 else "decode"]["activations"]
+        assert spent[spec.leading_dense :].tolist() == rule_there.activations
+        assert distance(got, runtime_logits(llm, two, n_batch)) > MIN_DIFFERENCE

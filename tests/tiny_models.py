@@ -35,7 +35,8 @@ class TinyModel:
     """One architecture: `name`, its transformers classes, and what differs from COMMON.
 
     `renormalises`: the weights of a token's experts are scaled to a sum of 1 (or chosen to be so
-    by a softmax over the chosen experts alone).
+    by a softmax over the chosen experts alone). `scores`: what its experts are chosen by, "softmax" or
+    "sigmoid" of the router logits, or the "logits" themselves; a selection bias comes on top.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TinyModel:
     config: dict[str, Any]
     renormalises: bool
     leading_dense: int = 0
+    scores: str = "softmax"
 
     def plan(self, *counts: int) -> list[int]:
         """A plan of N_LAYERS entries from counts for the MoE layers; dense layers get 0.
@@ -171,6 +173,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             ),
             renormalises=True,
             leading_dense=1,
+            scores="sigmoid",
         ),
         TinyModel(
             "gpt-oss",
@@ -184,6 +187,7 @@ TINY_MODELS: dict[str, TinyModel] = {
                 rope_parameters=dict(rope_type="default", rope_theta=10000.0),
             ),
             renormalises=True,
+            scores="logits",
         ),
         TinyModel(
             "granitemoe",
@@ -198,6 +202,21 @@ TINY_MODELS: dict[str, TinyModel] = {
                 logits_scaling=2.0,
             ),
             renormalises=True,
+        ),
+        TinyModel(
+            "llama4",
+            "Llama4TextConfig",
+            "Llama4ForCausalLM",
+            # released with one expert a token; the weights act on the experts' input
+            dict(
+                intermediate_size=48,
+                intermediate_size_mlp=96,
+                head_dim=32,
+                num_local_experts=16,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+            ),
+            renormalises=False,
+            scores="logits",
         ),
     )
 }

@@ -1,0 +1,246 @@
+"""The command allocmoe-bench."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+
+from .. import GGUFError, Llama, Plan, PlanError, __version__, parse_budget
+from .._native import llama_cpp
+from ..plan import TOKEN_RULES
+from . import BenchError, machine, measure, report
+from .weights import WeightTraffic
+
+_DESCRIPTION = """\
+Measures what an activation budget buys on this machine: prefill and decode speed of a model at full budget and at each
+of the budgets given, in turns on one loaded model, so that what else the machine does hits them alike."""
+
+_EPILOG = """\
+how to read it:
+  x full        median over the rounds of this budget's speed into full budget's, which runs before and after it in
+                every round; quartiles in brackets. In the line of full budget itself: its first run against its last,
+                so the brackets show what the machine does to equal work. Differences within that mean nothing.
+  bytes allow   full budget's bytes of weights per token into this budget's: the limit where memory decides
+  GB/s          bytes of weights read per second of decode, and their share of the bandwidth measured beforehand
+  experts/token activations per token over all layers, as counted while measuring
+
+examples:
+  allocmoe-bench model-half.gguf
+      full budget against the file's own plan
+  allocmoe-bench model.gguf --budgets 0.67,0.5,0.33 --prompt 512 --depth 0,4096 --json bench.json --plot bench.png
+      any model, also one that was never converted: every layer then gets the same share"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="allocmoe-bench",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("model", type=Path, help="the model: a GGUF file with experts")
+    p.add_argument(
+        "--budgets",
+        type=_names,
+        metavar="LIST",
+        help="budgets to compare with full budget, each a share (0.5, 50%%) or a total of activations per token. "
+        "Default: the plan in the file, or 0.5 if it has none",
+    )
+    p.add_argument("--token-rule", choices=TOKEN_RULES, help="for the budgets. Default: the file's")
+    p.add_argument("--prompt", type=_lengths, default=[512], metavar="LIST", help="prompt lengths to time; 0 for none. Default: 512")
+    p.add_argument("--depth", type=_lengths, default=[0], metavar="LIST", help="tokens before those that are generated. Default: 0")
+    p.add_argument("--gen", type=_not_negative, default=32, metavar="N", help="tokens to generate; 0 for none. Default: 32")
+    p.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds. Default: 5")
+    p.add_argument("--text", type=Path, metavar="FILE", help="text to evaluate, UTF-8. Default: random tokens")
+    p.add_argument("--seed", type=int, default=0, help="of the random tokens. Default: 0")
+    cores = multiprocessing.cpu_count()
+    p.add_argument("--threads", type=_positive, default=cores, metavar="N", help="default: all cores")
+    p.add_argument("--ubatch", type=_positive, default=512, metavar="N", help="micro-batch, in tokens. Default: 512")
+    p.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers to put on the GPU, -1 for all. Default: 0")
+    p.add_argument("--flash-attn", action="store_true", help="use flash attention")
+    p.add_argument(
+        "--noise-limit", type=float, default=0.03, metavar="X",
+        help="warn where full budget against itself differs by more. Default: 0.03",
+    )  # fmt: skip
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything, every single run included")
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against budget (needs matplotlib)")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return p
+
+
+def _names(text: str) -> List[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _not_negative(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _not_negative(text):
+        raise argparse.ArgumentTypeError(f"{text}: want at least 1")
+    return int(text)
+
+
+def _lengths(text: str) -> List[int]:
+    return [_not_negative(part) for part in _names(text)]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        bench(args)
+    except (BenchError, GGUFError, PlanError, OSError) as error:
+        print(f"allocmoe-bench: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def bench(args: argparse.Namespace) -> None:
+    items = [measure.Item("prefill", n) for n in args.prompt if n]
+    items += [measure.Item("decode", n, args.gen) for n in args.depth if args.gen]
+    if not items:
+        raise BenchError("nothing to measure: want a prompt length above 0, or tokens to generate and a depth")
+    for path in filter(None, (args.json, args.csv, args.plot)):
+        if not path.resolve().parent.is_dir():
+            raise BenchError(f"{path}: no such folder")
+    if args.plot:
+        _need_matplotlib()
+    text = args.text.read_bytes() if args.text else None
+
+    n_ctx = max(item.context for item in items)
+    start = time.perf_counter()
+    try:
+        llm = Llama(
+            str(args.model), n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
+            n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn, verbose=False,
+        )  # fmt: skip
+    except ValueError as error:
+        if isinstance(error, (GGUFError, PlanError)):
+            raise
+        raise BenchError(f"{args.model}: llama.cpp cannot load it: {error}") from None
+    load_seconds = time.perf_counter() - start
+
+    plans = configurations(llm, args.budgets, args.token_rule)
+    tokens = _tokens(llm, text, n_ctx, args)
+    traffic = WeightTraffic(args.model)
+    bandwidth = machine.read_bandwidth(args.threads)
+    result_head = {
+        "allocmoe_edge": __version__,
+        "llama_cpp_python": llama_cpp.__version__,
+        "system_info": llama_cpp.llama_print_system_info().decode(),
+        "model": {"path": str(args.model), "name": llm.metadata.get("general.name"), "bytes": traffic.total},
+        "machine": machine.describe(),
+        "workload": {
+            "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
+            "flash_attn": args.flash_attn, "repeats": args.repeats,
+            "tokens": str(args.text) if args.text else f"random, seed {args.seed}",
+        },
+        "plans": {name: list(plan.expert_used_count) for name, plan in plans.items()},
+        "load_seconds": load_seconds,
+        "bandwidth_bytes_per_second": bandwidth,
+    }  # fmt: skip
+    print(_head(result_head), flush=True)
+
+    stolen = machine.stolen_time()
+    result = measure.run(llm, plans, items, args.repeats, tokens)
+    found = report.rows(result, plans, traffic, bandwidth)
+    complaints = report.warnings(found, args.noise_limit)
+    after = machine.stolen_time()
+    share = (after[0] - stolen[0]) / max(1, after[1] - stolen[1]) if stolen and after else None
+    peak = machine.peak_memory()
+    whole = {
+        **result_head,
+        "peak_memory_bytes": peak,
+        "stolen_cpu_share": share,
+        "order": {str(item): order for item, order in result.order.items()},
+        "results": found,
+        "warnings": complaints,
+    }
+    print("\n" + report.table(found) + "\n")
+    print(f"peak memory {report.gigabytes(peak)} (file: {report.gigabytes(traffic.total)}), energy "
+          + ("in the table" if found[0]["joules_per_token"] else "not available")
+          + ("" if share is None else f", CPU time taken by other virtual machines {share:.1%}"))  # fmt: skip
+    for complaint in complaints:
+        print(f"warning: {complaint}", file=sys.stderr)
+    if args.json:
+        report.write_json(args.json, whole)
+    if args.csv:
+        report.write_csv(args.csv, found)
+    if args.plot:
+        report.write_plot(args.plot, found, f"{args.model.name}, {result_head['machine']['cpu']}, {args.threads} threads")
+
+
+def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Optional[str]) -> Dict[str, Plan]:
+    """The plans to compare by name, "full" first.
+
+    Raises:
+        PlanError: a dense model, a budget out of range, or a token rule that the file cannot serve.
+    """
+    stored = llm._stored
+    if stored.full is None or not any(stored.full):
+        raise PlanError(f"{llm.model_path}: a dense model: it has no experts to budget")
+    llm.set_plan(None)
+    full = llm.plan.expert_used_count_full
+    plans = {"full": Plan.full(full)}
+    if budgets is None and stored.plan is not None:
+        plans[f"{stored.plan.budget:.2f} (file)"] = llm.set_budget(None, token_rule=token_rule)
+    for budget in budgets if budgets is not None else () if stored.plan else ("0.5",):
+        total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
+        if total == sum(full):
+            continue
+        if stored.profile is not None:
+            plans[budget] = llm.set_budget(total, token_rule=token_rule)
+            continue
+        plan = Plan.uniform(full, total)
+        if token_rule == "threshold":
+            raise PlanError(f"{llm.model_path}: token rule 'threshold' needs a threshold table: allocmoe-convert makes one")
+        llm.set_plan(replace(plan, token_rule=token_rule or "off"))
+        plans[budget] = llm.plan
+    return plans
+
+
+def _tokens(llm: Llama, text: Optional[bytes], n: int, args: argparse.Namespace) -> List[int]:
+    if text is None:
+        return np.random.default_rng(args.seed).integers(llm.n_vocab(), size=n).tolist()
+    tokens = llm.tokenize(text[: 16 * n], add_bos=True, special=False)
+    if len(tokens) < n:
+        raise BenchError(f"{args.text}: {len(tokens)} tokens, want {n}")
+    return tokens[:n]
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
+
+
+def _head(head: dict) -> str:
+    found, work = head["machine"], head["workload"]
+    load = "" if found["load_average"] is None else f", load average {found['load_average']:.1f} at the start"
+    return (
+        f"allocmoe-edge {head['allocmoe_edge']} on llama.cpp of llama-cpp-python {head['llama_cpp_python']}\n"
+        f"machine: {found['cpu']}, {found['logical_cpus']} logical CPUs, memory {report.gigabytes(found['memory_bytes'])}, "
+        f"reads {head['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s with {work['threads']} threads{load}\n"
+        f"model: {head['model']['path']} ({head['model']['name']}), {report.gigabytes(head['model']['bytes'])}, "
+        f"loaded in {head['load_seconds']:.1f} s\n"
+        f"workload: {work['threads']} threads, micro-batch {work['ubatch']}, GPU layers {work['n_gpu_layers']}, "
+        f"flash attention {'on' if work['flash_attn'] else 'off'}, {work['repeats']} rounds, tokens: {work['tokens']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What the figures were measured on: CPU, memory bandwidth, energy counters, load by others."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+
+_BANDWIDTH_BYTES = 1 << 30
+_BANDWIDTH_PASSES = 8
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe() -> dict:
+    """Hardware and system in words and numbers; load_average is that of the last minute, None where unknown."""
+    return {
+        "cpu": cpu_name(),
+        "logical_cpus": os.cpu_count(),
+        "memory_bytes": _memory("MemTotal"),
+        "system": platform.platform(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def read_bandwidth(n_threads: int) -> float:
+    """Bytes per second that n_threads threads read from memory together: the best of 8 passes.
+
+    Each thread sums its slice of one array of 1 GiB (a quarter of the free memory if that is less), far more than any
+    cache holds; NumPy's sum over float32 is vectorised and runs without Python's global lock.
+    """
+    size = min(_BANDWIDTH_BYTES, (_memory("MemAvailable") or 4 * _BANDWIDTH_BYTES) // 4)
+    slices = np.array_split(np.ones(size // 4, np.float32), n_threads)
+    barrier = threading.Barrier(n_threads + 1)
+
+    def read(part: np.ndarray) -> None:
+        for _ in range(_BANDWIDTH_PASSES):
+            barrier.wait()
+            part.sum()
+            barrier.wait()
+
+    threads = [threading.Thread(target=read, args=(part,), daemon=True) for part in slices]
+    for thread in threads:
+        thread.start()
+    seconds = []
+    for _ in range(_BANDWIDTH_PASSES):
+        barrier.wait()
+        start = time.perf_counter()
+        barrier.wait()
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds)
+
+
+def peak_memory() -> Optional[int]:
+    """Most memory that this process had resident so far, in bytes, mapped files included; None where unknown."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class EnergyCounter:
+    """The CPU packages' energy counters (RAPL), where the system has them and lets this user read them."""
+
+    def __init__(self, root: str = "/sys/class/powercap"):
+        self._zones = []
+        for zone in sorted(Path(root).glob("intel-rapl:*")):
+            if zone.name.count(":") != 1:  # intel-rapl:0:0 is a part of intel-rapl:0
+                continue
+            try:
+                self._zones.append((zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())))
+                int((zone / "energy_uj").read_text())
+            except (OSError, ValueError):
+                self._zones = []
+                return
+
+    @property
+    def available(self) -> bool:
+        return bool(self._zones)
+
+    def read(self) -> list:
+        return [int(path.read_text()) for path, _ in self._zones]
+
+    def joules(self, before: list, after: list) -> float:
+        """Energy between two `read`s less than one overflow (minutes at least) apart."""
+        pairs = zip(before, after, self._zones)
+        return sum(b - a if b >= a else b - a + wrap for a, b, (_, wrap) in pairs) * 1e-6
+
+
+def stolen_time() -> Optional[tuple]:
+    """(stolen, total) CPU time since boot in ticks: what other guests of a virtual machine's host took."""
+    try:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return None
+    return ticks[7], sum(ticks)
+
+
+def _memory(key: str) -> Optional[int]:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

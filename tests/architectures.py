@@ -1,0 +1,330 @@
+"""Every Mixture-of-Experts class of transformers that upstream's converter knows, as a tiny random model.
+
+The classes are found, not listed: the causal and image-text models of transformers whose configuration counts
+experts, as far as their name is among the architectures that upstream's converter has registered. Their configurations
+are made small by the names of their fields (SMALL); what a class needs beyond that is in PARTICULAR.
+
+Run as a script, this file is one of two processes, for ROOT/NAME of each NAME:
+
+    python architectures.py convert UPSTREAM_FOLDER ROOT NAME [NAME ...]    to ROOT/NAME.gguf
+    python architectures.py run ROOT NAME [NAME ...]                        at half budget, and again at full
+
+Either leaves an error in ROOT/NAME.error. The second prints the name that it is at, since llama.cpp can end the process.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# longer than the sliding window
+TOKENS = np.random.default_rng(0).integers(1, 320, 20).tolist()
+N_EXPERT, N_EXPERT_USED = 8, 4
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=320,
+    hidden_size=64,
+    d_model=64,
+    num_hidden_layers=4,
+    n_layers=4,
+    num_attention_heads=4,
+    n_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    intermediate_size_mlp=96,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    moe_shared_expert_intermediate_size=32,
+    shared_intermediate_size=32,
+    num_experts=N_EXPERT,
+    num_local_experts=N_EXPERT,
+    n_routed_experts=N_EXPERT,
+    moe_num_experts=N_EXPERT,
+    num_experts_per_tok=N_EXPERT_USED,
+    num_experts_per_token=N_EXPERT_USED,
+    moe_k=N_EXPERT_USED,
+    top_k_experts=N_EXPERT_USED,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    num_dense_layers=1,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    mamba_n_heads=8,
+    mamba_d_head=16,
+    mamba_d_state=16,
+    mamba_num_heads=8,
+    mamba_head_dim=16,
+    ssm_state_size=16,
+    sliding_window=16,
+    max_position_embeddings=256,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=None,
+    num_nextn_predict_layers=0,
+)
+
+
+# what a class needs beyond that, by its model_type
+PARTICULAR: dict[str, dict] = {
+    # its parts do not read rope_theta, which its own attention asks them for
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
+        ffn_config=dict(moe_num_experts=N_EXPERT, moe_top_k=N_EXPERT_USED, ffn_hidden_size=64),
+        max_seq_len=256,
+    ),
+    "dots3_note_text": dict(num_key_value_heads=4),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
+}
+
+
+# Keys of the released models' config.json that transformers' own class reads and does not write again
+AS_RELEASED: dict[str, dict] = {
+    "deepseek_v4": dict(num_hash_layers=1),
+    "mimo_v2_flash": dict(
+        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=2, topk_method="noaux_tc",
+        hybrid_layer_pattern=[0, 1, 1, 0],
+    ),  # fmt: skip
+    "minimax_m2": dict(rotary_dim=8),
+}
+SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
+SPECIAL_TOKENS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
+
+def registered(upstream: Path) -> set:
+    """Names of the architectures that upstream's converter has registered for text models."""
+    for node in ast.parse((upstream / "conversion" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "TEXT_MODEL_MAP":
+            return set(ast.literal_eval(node.value))
+    raise LookupError("TEXT_MODEL_MAP")
+
+
+def counts_experts(config: dict) -> bool:
+    return any(
+        counts_experts(value)
+        if isinstance(value, dict)
+        else isinstance(key, str) and "expert" in key and isinstance(value, int) and value > 1
+        for key, value in config.items()
+    )
+
+
+def find() -> dict:
+    """(configuration class, model class) by model_type, for every model class in transformers that counts experts.
+
+    One configuration for each model class; the text model's own where a multimodal one has it too.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    found: dict = {}
+    for models in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        for model_type, names in models.items():
+            config_name = CONFIG_MAPPING_NAMES.get(model_type)
+            name = names if isinstance(names, str) else names[0]
+            if config_name is None or (name in found and not model_type.endswith("_text")):
+                continue
+            try:
+                config = getattr(transformers, config_name)()
+            except Exception:
+                continue  # a configuration without defaults
+            if counts_experts(config.to_dict()):
+                found[name] = (model_type, config_name)
+    return {model_type: (config_name, name) for name, (model_type, config_name) in sorted(found.items())}
+
+
+def tiny_config(model_type: str, config_name: str):
+    import transformers
+
+    config_class = getattr(transformers, config_name)
+    return config_class(**{**small(config_class().to_dict()), **PARTICULAR.get(model_type, {})})
+
+
+def small(defaults: dict) -> dict:
+    """The values of SMALL for the fields that a configuration has, in its parts too."""
+    found = {}
+    for key, value in defaults.items():
+        if key in SMALL:
+            found[key] = SMALL[key]
+        elif isinstance(value, dict) and key.endswith("_config"):
+            # its own part only: what is common to all, such as the type, comes from the class
+            found[key] = small(value)
+    return found
+
+
+def sweep(upstream: Path, root: Path, found: dict) -> dict:
+    """Takes every model of `found` from folder to generation, under `root`.
+
+    Returns:
+        (result, detail) by model_type. result: "runs", or where it ended: "transformers" (the model is not made, or does
+        not run there), "converter", "llama.cpp". detail: the greatest difference of the logits from those of transformers,
+        over their standard deviation, or the error.
+    """
+    results, written = {}, []
+    for model_type, (config_name, model_name) in found.items():
+        try:
+            write_folder(model_type, config_name, model_name, root / model_type)
+            written.append(model_type)
+        except Exception as error:
+            results[model_type] = ("transformers", f"{type(error).__name__}: {error}")
+    for stage, function in (("converter", partial(convert, upstream)), ("llama.cpp", run)):
+        function(root, [name for name in written if name not in results])
+        for name in written:
+            error = root / f"{name}.error"
+            if error.exists() and name not in results:
+                results[name] = (stage, error.read_text())
+    for name in written:
+        if name not in results:
+            results[name] = ("runs", (root / f"{name}.txt").read_text())
+    return results
+
+
+def write_folder(model_type: str, config_name: str, model_name: str, path: Path) -> None:
+    """A Hugging Face folder with random weights. Raises whatever transformers raises."""
+    import torch
+    import transformers
+
+    config = tiny_config(model_type, config_name)
+    with torch.device("meta"):
+        n_weights = sum(p.numel() for p in getattr(transformers, model_name)(config).parameters())
+    if n_weights > 10_000_000:
+        raise ValueError(f"not tiny: {n_weights} weights; SMALL lacks a field")
+    torch.manual_seed(0)
+    model = getattr(transformers, model_name)(config).eval()
+    model.save_pretrained(path)
+    if model_type in AS_RELEASED:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, **AS_RELEASED[model_type]}))
+    (write_sentencepiece if model_type in SENTENCEPIECE else write_tokenizer)(path)
+    with torch.inference_mode():
+        np.save(f"{path}.npy", model(torch.tensor([TOKENS])).logits[0].float().numpy())
+
+
+def write_tokenizer(path: Path) -> None:
+    """The tiny models' byte-level BPE, with the special tokens that upstream looks up by name in some families."""
+    import tiny_models
+    from transformers import PreTrainedTokenizerFast
+
+    tiny_models._write_tokenizer(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer.add_tokens(SPECIAL_TOKENS, special_tokens=True)
+    assert len(tokenizer) <= SMALL["vocab_size"]
+    tokenizer.save_pretrained(path)
+
+
+def write_sentencepiece(path: Path) -> None:
+    import sentencepiece
+
+    text = path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(path / "tokenizer"), model_type="bpe", vocab_size=300, byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+
+
+def convert(upstream: Path, root: Path, names: list) -> None:
+    env = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2")
+    _script("convert", upstream, root, *names, env=env)
+
+
+def run(root: Path, names: list) -> None:
+    names = list(names)
+    while names:
+        done = _script("run", root, *names, env=dict(os.environ, GGML_NO_BACKTRACE="1"))
+        if done.returncode == 0:
+            break
+        at = [line[3:] for line in done.stdout.splitlines() if line.startswith("at ")][-1]
+        (root / f"{at}.error").write_text(f"llama.cpp ends the process: {done.stderr.strip()[-300:]}")
+        names = names[names.index(at) + 1 :]
+
+
+def _script(*args, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, __file__, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def _convert(upstream: str, root: str, *names: str) -> None:
+    sys.path.insert(0, upstream)
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    for name in names:
+        path = Path(root, name)
+        sys.argv = ["convert_hf_to_gguf.py", str(path), "--outfile", f"{path}.gguf", "--outtype", "f32"]
+        try:
+            convert_hf_to_gguf.main()
+        except BaseException as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            Path(f"{path}.error").write_text(f"{type(error).__name__}: {error} ({Path(at.filename).name}: {at.line})")
+            Path(f"{path}.gguf").unlink(missing_ok=True)
+
+
+def _run(root: str, *names: str) -> None:
+    from allocmoe_edge._native import llama_cpp
+
+    log: list = []
+
+    @llama_cpp.llama_log_callback
+    def keep(level, text, user_data):
+        if level == 3:  # GGML_LOG_LEVEL_ERROR
+            log.append(text.decode().strip())
+
+    llama_cpp.llama_log_set(keep, None)
+    for name in names:
+        print(f"at {name}", flush=True)
+        path = Path(root, name)
+        try:
+            Path(f"{path}.txt").write_text(_run_one(path))
+        except Exception as error:
+            Path(f"{path}.error").write_text(f"{type(error).__name__}: {error} {log[:1]}")
+        log.clear()
+
+
+def _run_one(path: Path) -> str:
+    from allocmoe_edge import Llama, Plan, metadata
+    from allocmoe_edge.convert import output
+
+    # half of the experts in every layer that has some: no layer stays at full count by chance
+    full = metadata.read(f"{path}.gguf").full
+    plan = Plan([k // 2 for k in full], full)
+    output.write_planned(Path(f"{path}.gguf"), Path(f"{path}-half.gguf"), plan, None)
+    llm = Llama(f"{path}-half.gguf", n_ctx=64, n_threads=2, logits_all=True, type_k=0, type_v=0, verbose=False)
+    generated = llm.generate(TOKENS, temp=0.0)
+    for _ in range(4):
+        next(generated)
+    spent = llm.expert_stats()["decode"]["mean"].tolist()
+    assert spent == list(plan.expert_used_count), f"spent {spent}, planned {plan.expert_used_count}"
+
+    llm.set_plan(None)
+    llm.reset()
+    llm.eval(TOKENS)
+    reference = np.load(f"{path}.npy")
+    distance = np.abs(llm.scores[: len(TOKENS)] - reference).max() / reference.std()
+    return f"{distance:.1e}"
+
+
+if __name__ == "__main__":
+    {"convert": _convert, "run": _run}[sys.argv[1]](*sys.argv[2:])

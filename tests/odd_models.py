@@ -1,0 +1,145 @@
+"""Tiny random models of architectures whose routing is out of the ordinary and which transformers cannot supply.
+
+GroveMoE is not in transformers; DeepSeek-V4 is, but upstream's converter reads only the released checkpoints' own tensor
+names and FP4 experts. So these are written as float32 GGUF files directly, after llama.cpp's loaders
+(src/models/grovemoe.cpp, deepseek4.cpp). There is no second implementation to compare with: tests compare the runtime
+with itself, at expert counts that the file or the model's own rules give.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+VOCAB_SIZE, N_EMBD, N_LAYER, N_HEAD, N_FF = 64, 64, 4, 4, 32
+N_EXPERT, N_EXPERT_USED = 8, 4
+SQRT_SOFTPLUS = 4  # gating function, llama-hparams.h
+
+
+class _Writer(gguf.GGUFWriter):
+    """A GGUF file with seeded random weights and a vocabulary that stands for nothing."""
+
+    def __init__(self, path: Path, arch: str, head_dim: int):
+        super().__init__(str(path), arch)
+        self.add_block_count(N_LAYER)
+        self.add_context_length(256)
+        self.add_embedding_length(N_EMBD)
+        self.add_head_count(N_HEAD)
+        self.add_key_length(head_dim)
+        self.add_value_length(head_dim)
+        self.add_layer_norm_rms_eps(1e-5)
+        self.add_expert_count(N_EXPERT)
+        self.add_expert_used_count(N_EXPERT_USED)
+        self.add_expert_feed_forward_length(N_FF)
+        self.add_vocab_size(VOCAB_SIZE)
+        self.add_tokenizer_model("gpt2")
+        self.add_tokenizer_pre("gpt-2")
+        self.add_token_list([f"t{i}" for i in range(VOCAB_SIZE)])
+        self.add_token_types([gguf.TokenType.NORMAL] * VOCAB_SIZE)
+        self.add_token_merges(["t 1"])
+        self.matrix("token_embd.weight", VOCAB_SIZE, N_EMBD, scale=8)  # unit size
+        self.matrix("output.weight", VOCAB_SIZE, N_EMBD)
+        self.ones("output_norm.weight", N_EMBD)
+
+    def matrix(self, name: str, *shape: int, scale: float = 1.5) -> None:
+        """A tensor with numpy's shape (llama.cpp's reversed), drawn by its name, scaled by its fan-in."""
+        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+        self.add_tensor(name, np.float32(scale * shape[-1] ** -0.5) * noise)
+
+    def ones(self, name: str, *shape: int) -> None:
+        self.add_tensor(name, np.ones(shape, np.float32))
+
+    def experts(self, il: int, suffix: str, n_expert: int) -> None:
+        self.matrix(f"blk.{il}.ffn_gate_{suffix}.weight", n_expert, N_FF, N_EMBD)
+        self.matrix(f"blk.{il}.ffn_up_{suffix}.weight", n_expert, N_FF, N_EMBD)
+        self.matrix(f"blk.{il}.ffn_down_{suffix}.weight", n_expert, N_EMBD, N_FF)
+
+    def finish(self) -> None:
+        self.write_header_to_file()
+        self.write_kv_data_to_file()
+        self.write_tensors_to_file()
+        self.close()
+
+
+def write_grovemoe(path: Path) -> Path:
+    """Each chosen expert brings in, beside itself, the adjugate expert of its group of two."""
+    head_dim = 32
+    w = _Writer(path, "grovemoe", head_dim)
+    w.add_head_count_kv(N_HEAD)
+    w.add_expert_chunk_feed_forward_length(N_FF)
+    w.add_experts_per_group(2)
+    w.add_expert_group_scale(0.5)
+    for il in range(N_LAYER):
+        for name in ("attn_norm", "ffn_norm"):
+            w.ones(f"blk.{il}.{name}.weight", N_EMBD)
+        for name in ("attn_q_norm", "attn_k_norm"):
+            w.ones(f"blk.{il}.{name}.weight", head_dim)
+        for name in ("attn_q", "attn_k", "attn_v"):
+            w.matrix(f"blk.{il}.{name}.weight", N_HEAD * head_dim, N_EMBD)
+        w.matrix(f"blk.{il}.attn_output.weight", N_EMBD, N_HEAD * head_dim)
+        w.matrix(f"blk.{il}.ffn_gate_inp.weight", N_EXPERT, N_EMBD)
+        w.experts(il, "exps", N_EXPERT)
+        w.experts(il, "chexps", N_EXPERT // 2)
+    w.finish()
+    return path
+
+
+def write_deepseek4(path: Path, n_hash_layers: int, table_seed: int = 0) -> Path:
+    """The first n_hash_layers layers take their experts from a table by token id, drawn with table_seed."""
+    head_dim, q_rank, o_groups, o_rank, hc = 64, 32, 2, 32, 4
+    w = _Writer(path, "deepseek4", head_dim)
+    w.add_head_count_kv(1)
+    w.add_rope_dimension_count(32)
+    w.add_q_lora_rank(q_rank)
+    w.add_sliding_window(128)
+    w.add_expert_shared_count(1)
+    w.add_expert_weights_scale(1.5)
+    w.add_expert_weights_norm(True)
+    w.add_uint32("deepseek4.expert_gating_func", SQRT_SOFTPLUS)
+    w.add_array("deepseek4.swiglu_clamp_exp", [10.0] * N_LAYER)
+    w.add_uint32("deepseek4.attention.indexer.head_count", 4)
+    w.add_uint32("deepseek4.attention.indexer.key_length", 64)
+    w.add_uint32("deepseek4.attention.indexer.top_k", 8)
+    w.add_uint32("deepseek4.attention.output_group_count", o_groups)
+    w.add_uint32("deepseek4.attention.output_lora_rank", o_rank)
+    w.add_array("deepseek4.attention.compress_ratios", [0] * N_LAYER)
+    w.add_float32("deepseek4.attention.compress_rope_freq_base", 10000.0)
+    w.add_uint32("deepseek4.hyper_connection.count", hc)
+    w.add_uint32("deepseek4.hyper_connection.sinkhorn_iterations", 4)
+    w.add_float32("deepseek4.hyper_connection.epsilon", 1e-6)
+    w.add_uint32("deepseek4.hash_layer_count", n_hash_layers)
+    w.add_uint32("deepseek4.embedding_length_out", hc * N_EMBD)
+
+    def hyper_connection(name: str, n_out: int, n_scale: int) -> None:
+        w.matrix(f"{name}_fn.weight", n_out, hc * N_EMBD)
+        w.matrix(f"{name}_base.weight", n_out)
+        w.ones(f"{name}_scale.weight", n_scale)
+
+    hyper_connection("output_hc", hc, 1)
+    table = np.random.default_rng(table_seed)
+    for il in range(N_LAYER):
+        blk = f"blk.{il}"
+        for name, n in (("attn_norm", N_EMBD), ("ffn_norm", N_EMBD), ("attn_q_a_norm", q_rank), ("attn_kv_a_norm", head_dim)):
+            w.ones(f"{blk}.{name}.weight", n)
+        w.matrix(f"{blk}.attn_sinks.weight", N_HEAD)
+        w.matrix(f"{blk}.attn_q_a.weight", q_rank, N_EMBD)
+        w.matrix(f"{blk}.attn_q_b.weight", N_HEAD * head_dim, q_rank)
+        w.matrix(f"{blk}.attn_kv.weight", head_dim, N_EMBD)
+        w.matrix(f"{blk}.attn_output_a.weight", o_groups * o_rank, N_HEAD * head_dim // o_groups)
+        w.matrix(f"{blk}.attn_output_b.weight", N_EMBD, o_groups * o_rank)
+        hyper_connection(f"{blk}.hc_attn", (2 + hc) * hc, 3)
+        hyper_connection(f"{blk}.hc_ffn", (2 + hc) * hc, 3)
+        w.matrix(f"{blk}.ffn_gate_inp.weight", N_EXPERT, N_EMBD)
+        if il < n_hash_layers:
+            ids = [table.permutation(N_EXPERT)[:N_EXPERT_USED] for _ in range(VOCAB_SIZE)]
+            w.add_tensor(f"{blk}.ffn_gate_tid2eid.weight", np.array(ids, np.int32))
+        else:
+            w.matrix(f"{blk}.exp_probs_b.bias", N_EXPERT)
+        w.experts(il, "exps", N_EXPERT)
+        for name, shape in (("gate", (N_FF, N_EMBD)), ("up", (N_FF, N_EMBD)), ("down", (N_EMBD, N_FF))):
+            w.matrix(f"{blk}.ffn_{name}_shexp.weight", *shape)
+    w.finish()
+    return path

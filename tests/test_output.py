@@ -1,0 +1,113 @@
+"""What is written: the plan in a copy or in place, split models, all of it or nothing."""
+
+import functools
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allocmoe_edge import GGUFError, Llama, Plan, metadata
+from allocmoe_edge.convert import ConvertError, output
+
+from gguf_factory import plan_keys, write_gguf
+from test_convert import refused, run, tensor_hashes
+
+
+def generate(path) -> list:
+    llm = Llama(str(path), n_ctx=64, n_threads=2, verbose=False)
+    tokens = llm.generate([1, 2, 3], temp=0.0)
+    return [next(tokens) for _ in range(4)]
+
+
+def test_plan_in_place_is_the_plan_in_a_copy(tmp_path, monkeypatch):
+    """Longer metadata and shorter, in blocks that do not divide the data."""
+    monkeypatch.setattr(output, "_BLOCK", 1000)
+    plain = write_gguf(tmp_path / "plain.gguf")
+    long = write_gguf(tmp_path / "long.gguf", keys=plan_keys(sensitivity=np.ones(8), note="x" * 5000))
+    for original in (plain, long):
+        used = Path(shutil.copy(original, tmp_path / "used.gguf"))
+        plan = Plan((0, 2, 3), (0, 4, 4))
+        output.write_planned(original, tmp_path / "copy.gguf", plan, None)
+        output.write_planned(used, tmp_path / "moved.gguf", plan, None, consume=True)
+        assert (tmp_path / "moved.gguf").read_bytes() == (tmp_path / "copy.gguf").read_bytes()
+        assert not used.exists()
+
+
+# splits
+
+
+def test_split(tiny_split, tiny_planned, out):
+    done = run(tiny_split[0], "--budget", "0.75", "-o", out / "m.gguf")
+    assert done.returncode == 0, done.stderr
+    written = sorted(out.iterdir())
+    assert [path.name for path in written] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    assert metadata.read(written[0]).plan.budget_total == 12
+    assert [path.stat().st_ino for path in written[1:]] == [path.stat().st_ino for path in tiny_split[1:]]
+    assert {k: v for path in written for k, v in tensor_hashes(path).items()} == tensor_hashes(tiny_planned)
+    assert generate(written[0]) == generate(tiny_split[0])
+
+
+def test_split_on_another_file_system(tiny_split, out):
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == tiny_split[0].stat().st_dev:
+        pytest.skip("needs a second file system, at /dev/shm")
+    there = [Path(shutil.copy(path, shm / f"allocmoe-test-{os.getpid()}{path.name[4:]}")) for path in tiny_split]
+    try:
+        done = run(there[0], "-o", out / "m.gguf")
+    finally:
+        for path in there:
+            path.unlink()
+    assert done.returncode == 0, done.stderr
+    assert [path.read_bytes() for path in sorted(out.iterdir())[1:]] == [path.read_bytes() for path in tiny_split[1:]]
+
+
+def test_split_replanned_onto_itself(tiny_split, out):
+    """--force over an earlier output whose files are links to the input's."""
+    for budget, total in (("0.5", 8), ("0.75", 12)):
+        done = run(tiny_split[0], "--budget", budget, "-o", out / "m-00001-of-00003.gguf", "--force")
+        assert done.returncode == 0, done.stderr
+        assert len(list(out.iterdir())) == 3
+        assert metadata.read(out / "m-00001-of-00003.gguf").plan.budget_total == total
+    refused(tiny_split[0], "-o", out / "m.gguf", expect="m-00001-of-00003.gguf: exists; --force")
+    refused(tiny_split[0], "-o", tiny_split[0].with_name("tiny.gguf"), "--force", expect="the input itself")
+
+
+def test_split_not_the_first_file(tiny_split, out):
+    refused(tiny_split[1], "-o", out / "m.gguf", expect="file 2 of 3 of a split model: give the first one, tiny-00001-of-00003.gguf")
+
+
+def test_split_with_a_file_missing(tiny_split, tmp_path, out):
+    for path in tiny_split[:2]:
+        shutil.copy(path, tmp_path)
+    refused(tmp_path / tiny_split[0].name, "-o", out / "m.gguf", expect="tiny-00003-of-00003.gguf: no such file")
+
+
+def test_split_disk_full(tiny_split, out):
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    refused(tiny_split[0], "-o", out / "m.gguf", expect="could not be written", preexec_fn=limit)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_split_is_renamed_entirely_or_not_at_all(tiny_split, out, monkeypatch, failing):
+    """Whichever of the six renames fails, what was there before is there again."""
+    before = {}
+    for path in output.target_paths(out / "m.gguf", 3):
+        path.write_text(f"precious {path.name}")
+        before[path.name] = path.read_text()
+    model = metadata.read(tiny_split[0])
+    rename, calls = os.replace, []
+
+    def replace(*args):
+        calls.append(args)
+        if len(calls) == failing + 1:
+            raise OSError(5, "Input/output error")
+        rename(*args)
+
+    monkeypatch.setattr(output.os, "replace", replace)
+    with pytest.raises(ConvertError, match="Input/output error"):
+        output.write_planned(tiny_split[0], out / "m.gguf", model.plan, model.profile)
+    assert {path.name: path.read_text() for path in out.iterdir()} == before

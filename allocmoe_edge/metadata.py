@@ -149,26 +149,30 @@ def read(path) -> ModelPlan:
         PlanError: allocmoe.* keys that this version does not know or that do not fit the model.
     """
     with GGUFFile(path) as file:
-        side_file = file.get("general.type") == SIDE_FILE
+        kind = file.get("general.type")
+        side_file = isinstance(kind, str) and kind == SIDE_FILE
         if side_file:
             own = file.get("allocmoe.model.expert_used_count")
             if not isinstance(own, np.ndarray) or own.dtype != np.int32:
                 raise PlanError(f"{path}: allocmoe.model.expert_used_count is missing or not an array of int32")
-            full = Plan.full(own).expert_used_count
-            identity = {key: str(file.get(f"allocmoe.model.{key}", "")) for key in ("name", "architecture")}
+            try:
+                full = Plan.full(own).expert_used_count
+                identity = {key: _value(file, f"allocmoe.model.{key}", str, "") for key in ("name", "architecture")}
+            except PlanError as error:
+                raise PlanError(f"{path}: allocmoe.model.{error}") from None
         else:
             full = expert_used_count_full(file)
             identity = {key: str(file.get(f"general.{key}", "")) for key in ("name", "architecture")}
         version = file.get("allocmoe.version")
         if version is None and not side_file:
             return ModelPlan(full, **identity)
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise PlanError(f"{path}: allocmoe.version is {version!r}, this allocmoe-edge reads version {VERSION}")
         if full is None:
             raise PlanError(f"{path}: has a plan (allocmoe.*) but the model has no experts")
         try:
             planned = _array(file, "allocmoe.expert_used_count", np.int32, len(full))
-            rule = file.get("allocmoe.token_rule", "off")
+            rule = _value(file, "allocmoe.token_rule", str, "off")
             threshold = None
             if rule == "threshold":
                 threshold = _array(file, "allocmoe.threshold", np.float32, len(full)).tolist()
@@ -250,6 +254,14 @@ def _array(file: GGUFFile, key: str, dtype, n: int) -> np.ndarray:
     return value
 
 
+def _value(file: GGUFFile, key: str, kind: type, default):
+    value = file.get(key, default)
+    if type(value) is not kind:
+        found = f"an array of {len(value)}" if isinstance(value, (list, np.ndarray)) else repr(value)
+        raise PlanError(f"{key[9:]}: found {found}, want {'a string' if kind is str else 'an integer'}")
+    return value
+
+
 def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
     if file.get("allocmoe.sensitivity") is None:
         return None
@@ -266,32 +278,34 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
             if np.isnan(table).any():
                 raise PlanError("threshold_table: found NaN, want numbers")
             table = tuple(np.split(table, np.cumsum(full)[:-1]))
-        allocation = file.get("allocmoe.allocation", "alloc-l")
+        allocation = _value(file, "allocmoe.allocation", str, "alloc-l")
         if allocation not in ALLOCATIONS:
             raise PlanError(f"allocation: found {allocation!r}, want one of: {', '.join(ALLOCATIONS)}")
         held_out = None
         if file.get("allocmoe.held_out.n_tokens") is not None:
-            held_out = HeldOut(
-                int(file.get("allocmoe.held_out.n_tokens")),
-                *_array(file, "allocmoe.held_out.perplexity", np.float64, 3).tolist(),
-                *_array(file, "allocmoe.held_out.kl", np.float64, 2).tolist(),
+            values = np.append(
+                _array(file, "allocmoe.held_out.perplexity", np.float64, 3),
+                _array(file, "allocmoe.held_out.kl", np.float64, 2),
             )
+            if not np.isfinite(values).all():
+                raise PlanError("held_out: found NaN or infinity, want finite numbers")
+            held_out = HeldOut(_value(file, "allocmoe.held_out.n_tokens", int, 0), *values.tolist())
+        return Profile(
+            sensitivity=tuple(np.split(flat, np.cumsum(full)[:-1])),
+            cost=tuple(cost.tolist()),
+            calibration=Calibration(
+                _value(file, "allocmoe.calibration.source", str, "unknown"),
+                _value(file, "allocmoe.calibration.n_tokens", int, 0),
+                _value(file, "allocmoe.calibration.sha256", str, ""),
+            ),
+            allocation=allocation,
+            metric=_value(file, "allocmoe.sensitivity.metric", str, "perplexity"),
+            mode=_value(file, "allocmoe.sensitivity.mode", str, "isolated"),
+            threshold_table=table,
+            k_base=_value(file, "allocmoe.k_base", int, 1),
+            token_rule=_value(file, "allocmoe.token_rule", str, "off"),
+            cost_unit=_value(file, "allocmoe.cost.unit", str, "activations"),
+            held_out=held_out,
+        )
     except PlanError as error:
         raise PlanError(f"{file.path}: allocmoe.{error}") from None
-    return Profile(
-        sensitivity=tuple(np.split(flat, np.cumsum(full)[:-1])),
-        cost=tuple(cost.tolist()),
-        calibration=Calibration(
-            str(file.get("allocmoe.calibration.source", "unknown")),
-            int(file.get("allocmoe.calibration.n_tokens", 0)),
-            str(file.get("allocmoe.calibration.sha256", "")),
-        ),
-        allocation=allocation,
-        metric=str(file.get("allocmoe.sensitivity.metric", "perplexity")),
-        mode=str(file.get("allocmoe.sensitivity.mode", "isolated")),
-        threshold_table=table,
-        k_base=int(file.get("allocmoe.k_base", 1)),
-        token_rule=file.get("allocmoe.token_rule", "off"),
-        cost_unit=str(file.get("allocmoe.cost.unit", "activations")),
-        held_out=held_out,
-    )

@@ -53,12 +53,14 @@ def test_json_says_what_the_metadata_says(planned_path):
     assert tuple(plan["experts_per_token"]) == model.plan.expert_used_count
     assert (plan["budget"], plan["budget_total"], plan["budget_full"]) == (0.5, 180, 360)
     assert tuple(plan["experts_per_token_full"]) == model.full
-    assert (plan["token_rule"], plan["k_base"], plan["threshold"], plan["cost_share"]) == ("off", 1, None, None)
+    assert (plan["token_rule"], plan["k_base"], plan["threshold"], plan["cost"]) == ("off", 1, None, None)
     for row, stored in zip(profile["sensitivity"], model.profile.sensitivity):
         np.testing.assert_array_equal(row, stored)
     assert profile["calibration"] == {"source": "made up for a test", "n_tokens": 1, "sha256": "0" * 64}
-    assert (profile["allocation"], profile["metric"], profile["mode"]) == ("alloc-l", "perplexity", "isolated")
+    for key in ("allocation", "metric", "mode", "cost_unit"):
+        assert profile[key] == getattr(model.profile, key)
     assert profile["cost"] == [1.0] * 30 and profile["threshold_table"] is None
+    assert found["held_out"] is None
     assert found["measured_curve"] is None and found["routing"] is None
 
 
@@ -148,9 +150,46 @@ def test_experts_given_by_the_token_id_are_read_whatever_the_plan(tmp_path):
 
 
 def test_share_of_the_cost_where_layers_cost_differently(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", keys=plan_keys(cost=np.array([7.0, 1.0, 3.0])))
-    assert report.build(path)["plan"]["cost_share"] == (2 * 1 + 3 * 3) / (4 * 1 + 4 * 3)
-    assert "cost" in run(path).stdout and "68.8%" in run(path).stdout
+    keys = [*plan_keys(cost=np.array([7.0, 1.0, 3.0])), ("allocmoe.cost.unit", "ms")]
+    path = write_gguf(tmp_path / "m.gguf", keys=keys)
+    spent, full = 2 * 1 + 3 * 3, 4 * 1 + 4 * 3
+    assert report.build(path)["plan"]["cost"] == {"unit": "ms", "spent": spent, "full": full, "share": spent / full}
+    assert "11 of 16 ms per token for experts (68.8%)" in run(path).stdout
+
+
+HELD_OUT = {
+    "held_out.n_tokens": 512,
+    "held_out.perplexity": np.array([10.5, 14.25, 12.0]),
+    "held_out.kl": np.array([0.5, 0.25]),
+}
+
+
+def test_held_out_figures(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", keys=plan_keys(**HELD_OUT))
+    assert report.build(path)["held_out"] == {
+        "n_tokens": 512, "full": 10.5, "uniform": 14.25, "plan": 12.0, "kl_uniform": 0.5, "kl_plan": 0.25
+    }  # fmt: skip
+    shown = " ".join(run(path).stdout.split())
+    assert "perplexity on 512 tokens: full 10.50, uniform 14.25, plan 12.00" in shown
+    assert "uniform 0.5000, plan 0.2500" in shown
+
+
+def test_plan_alone(planned_path, tmp_path, capfd, book):
+    """A side file says of the plan what the model's file says, of the model its name, and runs nothing."""
+    model = metadata.read(planned_path)
+    side = tmp_path / "plan.gguf"
+    metadata.write_side_file(side, model, model.plan, model.profile)
+    found, whole = strict_json(run(side, "--json").stdout), strict_json(run(planned_path, "--json").stdout)
+    assert found["file"]["kind"] == "plan"
+    assert found["model"] == {key: whole["model"][key] for key in ("name", "architecture")}
+    assert found["plan"] == {**whole["plan"], "bytes_per_token": None}
+    for part in ("profile", "held_out", "predicted_curve"):
+        assert found[part] == whole[part]
+    shown = run(side).stdout
+    assert "180 of 360" in shown and shown.count(" of 12  ") == 30 and "plan alone" in shown
+    assert inspect(capfd, side, "--plot", tmp_path / "p.html")[0] == 0
+    code, _, err = inspect(capfd, side, "--measure-curve", book)
+    assert code == 1 and "a plan alone" in err
 
 
 def test_predicted_curve(planned_path):
@@ -463,11 +502,17 @@ def test_every_truncation_is_one_line(tmp_path, capfd):
         plan_keys(k_base="one"),
         plan_keys(sensitivity="high"),
         plan_keys(cost=np.array([1.0, np.nan, 1.0])),
-        plan_keys(allocation=np.array([1], np.int32)),
+        plan_keys(version=np.array([1, 2], np.int32)),
+        plan_keys(token_rule=np.array([1, 2], np.int32)),
+        plan_keys(allocation=np.array([1, 2], np.int32)),
+        [("general.type", "allocmoe-plan")],
+        [("general.type", "allocmoe-plan"), *plan_keys(**{"model.expert_used_count": np.array([-1], np.int32)})],
+        plan_keys(**{"held_out.n_tokens": 5}),
+        plan_keys(**{**HELD_OUT, "held_out.n_tokens": "many"}),
+        plan_keys(**{**HELD_OUT, "held_out.perplexity": np.array([1.0, 2.0, np.nan])}),
         [*plan_keys(), ("allocmoe.calibration.n_tokens", "many")],
         [*plan_keys(), ("allocmoe.calibration.n_tokens", np.array([1, 2], np.int32))],
     ],
-    ids=lambda keys: keys[-1][0] + "-" + type(keys[-1][1]).__name__,
 )
 def test_wrong_types_are_one_line(tmp_path, capfd, keys):
     code, out, err = inspect(capfd, write_gguf(tmp_path / "m.gguf", keys=keys))

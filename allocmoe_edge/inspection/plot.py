@@ -127,7 +127,7 @@ def draw(report: dict):
 
 def _title(report: dict) -> str:
     model = report["model"]
-    name = (model and model["name"]) or Path(report["file"]["path"]).name
+    name = model["name"] or Path(report["file"]["path"]).name
     plan = report["plan"]
     spent = f": {plan['budget_total']} of {plan['budget_full']} expert activations per token" if plan else ""
     return name + spent

@@ -35,15 +35,15 @@ def build(path, curve: bool = True) -> dict:
         A dict of dicts, lists, str, int, float, bool and None. Parts that the file lacks are None:
 
         - format: version of these keys.
-        - file: path, bytes (of all files of a split model), n_files, kind ("model" or "plan").
+        - file: path, bytes (of all files of a split model), n_files, kind ("model", or "plan" for a plan alone).
         - model: name, architecture, context_length, parameters, layers, moe_layers, experts, experts_per_token (one
           per layer, 0 where none are routed), shared_experts; types: {"experts", "other"}, each a dict from the
-          tensor type to its tensors, parameters and bytes.
+          tensor type to its tensors, parameters and bytes. Of a plan alone, the first two.
         - plan: budget, budget_total, budget_full, experts_per_token and experts_per_token_full (one per layer),
           token_rule, k_base, threshold (one per layer, None where none decides), bytes_per_token (see
-          `bytes_per_token`), cost_share (of the stored costs at full budget; None where every activation costs the
-          same).
-        - profile: allocation, metric, mode, calibration (source, n_tokens, sha256), cost (one per layer), sensitivity
+          `bytes_per_token`; None for a plan alone), cost (unit, spent, full and share = spent / full of the stored
+          costs of all activations of a token; None where each costs 1).
+        - profile: allocation, metric, mode, calibration (source, n_tokens, sha256), cost and cost_unit, sensitivity
           and threshold_table (one list of K_l numbers per layer, entry k-1 for k experts; None where no threshold
           decides: a layer at its base takes none of the further experts, one at K_l all of them).
         - held_out: what the converter measured on text that the profile had not seen.
@@ -56,21 +56,24 @@ def build(path, curve: bool = True) -> dict:
     stored = metadata.read(path)
     files = model_paths(path)
     with GGUFFile(path) as file:
-        tensors = list(file.tensors)
-        for shard in files[1:]:
-            with GGUFFile(shard) as other:
-                tensors += other.tensors
-        model = _model(file, tensors, stored.full)
-        read = _bytes_read(file, tensors, model)
+        if stored.side_file:
+            model, read = {"name": stored.name, "architecture": stored.architecture}, None
+        else:
+            tensors = list(file.tensors)
+            for shard in files[1:]:
+                with GGUFFile(shard) as other:
+                    tensors += other.tensors
+            model = _model(file, tensors, stored.full)
+            read = _bytes_read(file, tensors, model)
     plan, profile = stored.plan, stored.profile
-    held_out = getattr(profile, "held_out", None)
+    held_out = profile and profile.held_out
     return {
         "format": FORMAT,
         "file": {
             "path": str(path),
             "bytes": sum(os.path.getsize(shard) for shard in files),
             "n_files": len(files),
-            "kind": "model",
+            "kind": "plan" if stored.side_file else "model",
         },
         "model": model,
         "plan": plan and _plan(plan, profile, read),
@@ -163,9 +166,10 @@ def bytes_per_token(read: dict, planned, full) -> dict:
 
 def _plan(plan: Plan, profile: Optional[metadata.Profile], read: Optional[dict]) -> dict:
     counts, full = plan.expert_used_count, plan.expert_used_count_full
-    share = None
+    cost = None
     if profile is not None and any(c != 1 for c in profile.cost):
-        share = sum(c * k for c, k in zip(profile.cost, counts)) / sum(c * k for c, k in zip(profile.cost, full))
+        spent, whole = (sum(c * k for c, k in zip(profile.cost, experts)) for experts in (counts, full))
+        cost = {"unit": profile.cost_unit, "spent": spent, "full": whole, "share": spent / whole}
     return {
         "budget": plan.budget,
         "budget_total": plan.budget_total,
@@ -176,7 +180,7 @@ def _plan(plan: Plan, profile: Optional[metadata.Profile], read: Optional[dict])
         "k_base": plan.k_base,
         "threshold": plan.threshold and _finite(plan.threshold),
         "bytes_per_token": read and bytes_per_token(read, counts, full),
-        "cost_share": share,
+        "cost": cost,
     }
 
 
@@ -188,6 +192,7 @@ def _profile(profile: metadata.Profile) -> dict:
         "mode": profile.mode,
         "calibration": dataclasses.asdict(profile.calibration),
         "cost": list(profile.cost),
+        "cost_unit": profile.cost_unit,
         "sensitivity": [np.asarray(row).tolist() for row in profile.sensitivity],
         "threshold_table": table and [_finite(row) for row in table],
     }
@@ -225,6 +230,6 @@ def _checked(file: GGUFFile, key: str, kind: type) -> Any:
     """The value of an optional key, None if it is missing."""
     value = file.get(key)
     if value is not None and type(value) is not kind:
-        found = f"an array of {len(value)}" if hasattr(value, "__len__") and kind is not str else repr(value)
+        found = f"an array of {len(value)}" if isinstance(value, (list, np.ndarray)) else repr(value)
         raise GGUFError(f"{file.path}: {key} is {found}, wanted {'a string' if kind is str else 'an integer'}")
     return value

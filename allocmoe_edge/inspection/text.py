@@ -58,14 +58,12 @@ def _model(report: dict) -> Iterator:
     file, model = report["file"], report["model"]
     size = _bytes(file["bytes"]) + (f" in {file['n_files']} files" if file["n_files"] > 1 else "")
     yield "file", f"{file['path']}, {size}"
-    if not model:
-        return
     if model["name"]:
         yield "model", model["name"]
-    if model["parameters"]:
-        yield "architecture", f"{model['architecture']}, {_count(model['parameters'])} parameters"
-    else:
-        yield "architecture", model["architecture"]
+    if file["kind"] == "plan":
+        yield "architecture", f"{model['architecture']} (a plan alone: pass it as plan_path, beside the model)"
+        return
+    yield "architecture", f"{model['architecture']}, {_count(model['parameters'])} parameters"
     full = [k for k in model["experts_per_token"] if k]
     if not full:
         yield "layers", f"{model['layers']}; a dense model: it has no experts to budget"
@@ -86,7 +84,7 @@ def _model(report: dict) -> Iterator:
 def _plan(report: dict) -> Iterator:
     plan, profile = report["plan"], report["profile"]
     if not plan:
-        if report["model"] and report["model"]["moe_layers"]:
+        if report["model"]["moe_layers"]:
             yield "plan", "none: the model runs at full budget (allocmoe-convert makes a plan)"
         return
     obj = Plan(plan["experts_per_token"], plan["experts_per_token_full"])
@@ -108,8 +106,13 @@ def _plan(report: dict) -> Iterator:
             f"{_bytes(read['experts'] + read['other'])} of {_bytes(whole)} ({read['share']:.1%}), "
             f"of the experts {read['expert_share']:.1%}; at most {1 / read['share']:.2f} times as fast",
         )
-    if plan["cost_share"] is not None:
-        yield "cost", f"{plan['cost_share']:.1%} of the experts' at full budget, by the costs in the file"
+    if plan["cost"]:
+        cost = plan["cost"]
+        yield (
+            "cost",
+            f"{cost['spent']:.3g} of {cost['full']:.3g} {cost['unit']} per token for experts ({cost['share']:.1%}), by "
+            "the costs in the file",
+        )
     if profile:
         uniform = profile["allocation"] == "uniform"
         text = profile["calibration"]

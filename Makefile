@@ -9,7 +9,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-SOURCES := pyproject.toml $(wildcard allocmoe_edge/*.py convert/*.py native/* native/patches/*)
+SOURCES := pyproject.toml $(wildcard allocmoe_edge/*.py allocmoe_edge/bench/*.py convert/*.py native/* native/patches/*)
 
 .PHONY: demo test clean
 demo: $(VENV)/.installed

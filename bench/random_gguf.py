@@ -56,7 +56,8 @@ def tensor_type(name: str, shape: tuple, file_type: str, n_layer: int, n_expert:
 def _ggml():
     ggml = load_shared_library("ggml-base", llama_cpp.llama_cpp._base_path)
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
     return ggml
 
 
@@ -74,7 +75,8 @@ class Pool:
         rows = math.sqrt(1 - common) * std * rng.standard_normal((self.n_rows, n_in), np.float32) + mean
         rows = np.ascontiguousarray(rows, np.float32)
         quantised = np.empty((self.n_rows, n_in // block * block_bytes), np.uint8)
-        written = _ggml().ggml_quantize_chunk(type_, rows.ctypes.data, quantised.ctypes.data, 0, self.n_rows, n_in, None)
+        source, target = rows.ctypes.data, quantised.ctypes.data
+        written = _ggml().ggml_quantize_chunk(type_, source, target, 0, self.n_rows, n_in, None)
         if written != quantised.nbytes:
             raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes of {type_.name}, want {quantised.nbytes}")
         self.n_pieces = n_in // max(math.gcd(n_in, 256), block)

@@ -170,7 +170,8 @@ class Shape:
         if self.arch in ("qwen2moe", "gpt-oss"):
             out += [Tensor(f"{blk}attn_{name}.bias", (rows,), 0.01) for name, rows in (("q", q), ("k", kv), ("v", kv))]
         if self.arch == "gpt-oss":
-            out += [Tensor(blk + "attn_output.bias", (n_embd,), 0.01), Tensor(blk + "attn_sinks.weight", (self.n_head,), 1.0)]
+            out.append(Tensor(blk + "attn_output.bias", (n_embd,), 0.01))
+            out.append(Tensor(blk + "attn_sinks.weight", (self.n_head,), 1.0))
         if self.arch in ("olmoe", "qwen3moe"):  # over all heads at once, or over each
             sizes = (q, kv) if self.arch == "olmoe" else (self.head_dim, self.head_dim)
             out += [norm(f"{blk}attn_{name}_norm", n) for name, n in zip("qk", sizes)]
@@ -196,7 +197,8 @@ class Shape:
         if self.arch == "gpt-oss":
             writer.add_sliding_window(self.need("sliding_window"))
         if self.arch == "granitemoe":
-            for add, name in ((writer.add_attention_scale, "attention_multiplier"), (writer.add_logit_scale, "logits_scaling"),
+            for add, name in ((writer.add_attention_scale, "attention_multiplier"),
+                              (writer.add_logit_scale, "logits_scaling"),
                               (writer.add_embedding_scale, "embedding_multiplier"),
                               (writer.add_residual_scale, "residual_multiplier")):  # fmt: skip
                 add(float(config.get(name, 1.0)))

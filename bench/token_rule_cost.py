@@ -43,14 +43,17 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=256, metavar="N", help="prompt tokens, 0 for none. Default: 256")
     parser.add_argument("--gen", type=int, default=64, metavar="N", help="generated tokens, 0 for none. Default: 64")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds. Default: 10")
-    parser.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores")
+    cores = multiprocessing.cpu_count()
+    parser.add_argument("--threads", type=int, default=cores, metavar="N", help="default: all cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single run")
     args = parser.parse_args()
     items = [measure.Item("prefill", args.prompt)] if args.prompt else []
     items += [measure.Item("decode", 0, args.gen)] if args.gen else []
     try:
         n_ctx = max(item.context for item in items)
-        llm = Llama(str(args.model), n_ctx=n_ctx, n_batch=512, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
+        llm = Llama(
+            str(args.model), n_ctx=n_ctx, n_batch=512, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
+        )
         if llm.plan is None:
             raise BenchError(f"{args.model}: a dense model: it has no experts to budget")
         full = llm.plan.expert_used_count_full

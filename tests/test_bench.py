@@ -160,7 +160,7 @@ def test_warnings():
     quiet = _rows([2.0] * 6, [1.0, 1.0, 1.0])
     assert report.warnings(quiet, 0.03) == []
     noisy = report.warnings(_rows([2.0, 1.0, 2.0, 1.0, 2.0, 1.0], [0.5, 0.5, 0.5]), 0.03)
-    assert len(noisy) == 1 and "too noisy" in noisy[0] and "100%" in noisy[0]
+    assert len(noisy) == 1 and "a noisy machine" in noisy[0] and "100%" in noisy[0]
     same = report.warnings(_rows([2.0] * 6, [2.0, 2.1, 1.9]), 0.03)
     assert len(same) == 1 and "no difference between half and full budget" in same[0]
 

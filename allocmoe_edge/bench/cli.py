@@ -54,16 +54,20 @@ def parser() -> argparse.ArgumentParser:
         "Default: the plan in the file, or 0.5 if it has none",
     )
     p.add_argument("--token-rule", choices=TOKEN_RULES, help="for the budgets. Default: the file's")
-    p.add_argument("--prompt", type=_lengths, default=[512], metavar="LIST", help="prompt lengths to time; 0 for none. Default: 512")
-    p.add_argument("--depth", type=_lengths, default=[0], metavar="LIST", help="tokens before those that are generated. Default: 0")
-    p.add_argument("--gen", type=_not_negative, default=32, metavar="N", help="tokens to generate; 0 for none. Default: 32")
+    p.add_argument(
+        "--prompt", type=_lengths, default=[512], metavar="LIST", help="prompt lengths to time; 0 for none. Default: 512"
+    )
+    p.add_argument(
+        "--depth", type=_lengths, default=[0], metavar="LIST", help="tokens before those that are generated. Default: 0"
+    )
+    p.add_argument("--gen", type=_not_negative, default=32, metavar="N", help="tokens to generate. Default: 32")
     p.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds. Default: 5")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to evaluate, UTF-8. Default: random tokens")
     p.add_argument("--seed", type=int, default=0, help="of the random tokens. Default: 0")
     cores = multiprocessing.cpu_count()
     p.add_argument("--threads", type=_positive, default=cores, metavar="N", help="default: all cores")
     p.add_argument("--ubatch", type=_positive, default=512, metavar="N", help="micro-batch, in tokens. Default: 512")
-    p.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers to put on the GPU, -1 for all. Default: 0")
+    p.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="on the GPU, -1 for all. Default: 0")
     p.add_argument("--flash-attn", action="store_true", help="use flash attention")
     p.add_argument(
         "--noise-limit", type=float, default=0.03, metavar="X",
@@ -180,7 +184,8 @@ def bench(args: argparse.Namespace) -> None:
     if args.csv:
         report.write_csv(args.csv, found)
     if args.plot:
-        report.write_plot(args.plot, found, f"{args.model.name}, {result_head['machine']['cpu']}, {args.threads} threads")
+        title = f"{args.model.name}, {result_head['machine']['cpu']}, {args.threads} threads"
+        report.write_plot(args.plot, found, title)
 
 
 def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Optional[str]) -> Dict[str, Plan]:
@@ -206,7 +211,9 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
             continue
         plan = Plan.uniform(full, total)
         if token_rule == "threshold":
-            raise PlanError(f"{llm.model_path}: token rule 'threshold' needs a threshold table: allocmoe-convert makes one")
+            raise PlanError(
+                f"{llm.model_path}: token rule 'threshold' needs a threshold table: allocmoe-convert makes one"
+            )
         llm.set_plan(replace(plan, token_rule=token_rule or "off"))
         plans[budget] = llm.plan
     return plans
@@ -233,8 +240,9 @@ def _head(head: dict) -> str:
     load = "" if found["load_average"] is None else f", load average {found['load_average']:.1f} at the start"
     return (
         f"allocmoe-edge {head['allocmoe_edge']} on llama.cpp of llama-cpp-python {head['llama_cpp_python']}\n"
-        f"machine: {found['cpu']}, {found['logical_cpus']} logical CPUs, memory {report.gigabytes(found['memory_bytes'])}, "
-        f"reads {head['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s with {work['threads']} threads{load}\n"
+        f"machine: {found['cpu']}, {found['logical_cpus']} logical CPUs, "
+        f"memory {report.gigabytes(found['memory_bytes'])}, read at {head['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s "
+        f"by {work['threads']} threads{load}\n"
         f"model: {head['model']['path']} ({head['model']['name']}), {report.gigabytes(head['model']['bytes'])}, "
         f"loaded in {head['load_seconds']:.1f} s\n"
         f"workload: {work['threads']} threads, micro-batch {work['ubatch']}, GPU layers {work['n_gpu_layers']}, "

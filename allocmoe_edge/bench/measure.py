@@ -135,7 +135,9 @@ def _rewind(llm: Llama, item: Item, plan: Plan, tokens: Sequence[int]) -> None:
         _prepare(llm, item, plan, tokens)
 
 
-def _run_once(llm: Llama, item: Item, cheapest: Plan, tokens: Sequence[int], out: Samples, energy: EnergyCounter) -> None:
+def _run_once(
+    llm: Llama, item: Item, cheapest: Plan, tokens: Sequence[int], out: Samples, energy: EnergyCounter
+) -> None:
     decode, depth = item.phase == "decode", item.length if item.phase == "decode" else 0
     if decode:
         for i in range(_WARMUP_DECODE):

@@ -54,6 +54,7 @@ def _row(item: Item, name: str, plan: Plan, samples: Samples, ratios, traffic: W
     n_bytes = traffic.per_token(activations)
     return {
         **row,
+        "step_seconds": samples.step_seconds,
         "p50_ms": float(np.percentile(steps, 50)) * 1e3,
         "p95_ms": float(np.percentile(steps, 95)) * 1e3,
         "gb_per_token": n_bytes / 1e9,
@@ -79,8 +80,8 @@ def warnings(all_rows: List[dict], limit: float) -> List[str]:
     for (phase, length), value in floor.items():
         if value > limit:
             out.append(
-                f"{phase} {length}: too noisy to conclude: full budget against itself differs by {value:.0%} (quartiles; "
-                f"limit {limit:.0%}). Stop other programs, or ask for more rounds (--repeats)"
+                f"{phase} {length}: a noisy machine: full budget against itself differs by {value:.0%} (quartiles): conclude "
+                "nothing from smaller differences. Stop other programs, or ask for more rounds (--repeats)"
             )
     seen = set()
     for row in all_rows:
@@ -150,7 +151,7 @@ def write_csv(path: Path, all_rows: List[dict]) -> None:
     def write(temporary: Path) -> None:
         flat = []
         for row in all_rows:
-            row = {key: value for key, value in row.items() if key != "seconds"}
+            row = {key: value for key, value in row.items() if key not in ("seconds", "step_seconds")}
             row["ratio_q1"], row["ratio_q3"] = row.pop("ratio_quartiles")
             flat.append(row)
         fields = list(dict.fromkeys(key for row in flat for key in row))

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Where the time of prefill and decode goes, node by node, at full budget and at others.
+
+    python bench/node_profile.py model.gguf [--budgets 1.0,0.5] [--prompt 256] [--gen 16] [--nodes]
+
+Every node of the graph is computed and timed by itself, which costs a few microseconds a node: small nodes look dearer
+than they are, at decode above all. `sum` is the sum of these times; compare it with what allocmoe-bench measures.
+"""
+
+from __future__ import annotations
+
+import observed  # first, so that llama_cpp loads our libraries
+
+import argparse
+import collections
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from allocmoe_edge import GGUFError, Plan, PlanError, metadata, parse_budget
+
+# first match of "name op" wins; names are llama.cpp's (cb() in its graph builders), without layer
+GROUPS = (
+    ("routed experts, matrices", r".* MUL_MAT_ID$"),
+    # the sum over experts is made of nodes without a name
+    ("routed experts, the rest", r"ffn_moe_(silu|swiglu|gelu|geglu|relu|reglu|situ|weighted|out|gate|up|down)| ADD$"),
+    ("router and token rule", r"ffn_moe_|.* CUSTOM$"),
+    ("shared expert, dense FFN", r"ffn_(?!inp|norm)"),
+    ("output matrix", r"result_output"),
+    ("norms", r".*norm"),
+    ("attention and the rest", r""),
+)
+VIEWS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
+
+
+class Profile:
+    """Seconds by node name (without layer) and operation, while `model` computes."""
+
+    def __init__(self):
+        self.seconds: dict = collections.defaultdict(float)
+        self.count: dict = collections.Counter()
+        self._start = 0.0
+
+    def wants(self, node: observed.Node) -> bool:
+        self._start = time.perf_counter()
+        return True
+
+    def seen(self, node: observed.Node) -> None:
+        elapsed = time.perf_counter() - self._start
+        op = node.op
+        if op not in VIEWS:
+            name = re.sub(r"-\d+| \(.*\)|^node_\d+|^leaf_\d+", "", node.name)
+            self.seconds[name, op] += elapsed
+            self.count[name, op] += 1
+
+
+def group(name: str, op: str) -> str:
+    return next(title for title, pattern in GROUPS if re.match(pattern, f"{name} {op}"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a GGUF file with experts")
+    parser.add_argument("--budgets", default="1.0,0.5", metavar="LIST", help="default: 1.0,0.5")
+    parser.add_argument("--batch-rule", action="store_true", help="the smallest budget also under token rule batch")
+    parser.add_argument("--prompt", type=int, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--gen", type=int, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--nodes", action="store_true", help="print single nodes above 0.5%% too")
+    args = parser.parse_args()
+    try:
+        full = metadata.read(args.model).full
+        if full is None:
+            raise GGUFError(f"{args.model}: a dense model: it has no experts to budget")
+        n_moe = sum(k > 0 for k in full)
+        plans = {b: Plan.uniform(full, parse_budget(b, sum(full), n_moe)) for b in args.budgets.split(",")}
+        if args.batch_rule:
+            name, plan = min(plans.items(), key=lambda pair: pair[1].budget_total)
+            plans[f"{name}, batch"] = replace(plan, token_rule="batch")
+        found: dict = {}
+        profile = Profile()
+        n_ctx = args.prompt + args.gen + 8
+        # late, because every phase has its own profile
+        watch = (lambda node: profile.wants(node)), (lambda node: profile.seen(node))
+        with observed.ObservedModel(args.model, n_ctx, *watch, n_ubatch=512) as model:
+            tokens = np.random.default_rng(0).integers(model.n_vocab, size=n_ctx).tolist()
+            for name, plan in plans.items():
+                model.set_plan(plan)
+                model.clear()
+                model.decode(tokens[:8], 0)
+                model.clear()
+                found["prefill", name] = profile = Profile()
+                model.decode(tokens[: args.prompt], 0)
+                model.clear()
+                model.decode(tokens[:1], 0)
+                found["decode", name] = profile = Profile()
+                for i in range(1, args.gen + 1):
+                    model.decode([tokens[i]], i)
+    except (GGUFError, PlanError, RuntimeError) as error:
+        print(f"node_profile.py: error: {error}", file=sys.stderr)
+        return 1
+    for phase, n in (("prefill", args.prompt), ("decode", args.gen)):
+        show(phase, n, {name: found[phase, name] for name in plans}, args.nodes)
+    return 0
+
+
+def show(phase: str, n: int, profiles: dict, nodes: bool) -> None:
+    """A Markdown table of one phase: milliseconds per token, and shares."""
+    print(f"\n| {phase}, ms per token | " + " | ".join(profiles) + " |\n| --- |" + " ---: |" * len(profiles))
+    totals = {name: sum(profile.seconds.values()) for name, profile in profiles.items()}
+
+    def line(title: str, values: dict) -> None:
+        cells = (f"{values[name] / n * 1e3:.3f} ({values[name] / totals[name]:.1%})" for name in profiles)
+        print(f"| {title} | " + " | ".join(cells) + " |")
+
+    grouped = {name: collections.Counter() for name in profiles}
+    single = {name: collections.Counter() for name in profiles}
+    for name, profile in profiles.items():
+        for key, seconds in profile.seconds.items():
+            grouped[name][group(*key)] += seconds
+            single[name][" ".join(key).strip()] += seconds
+    for title, _ in GROUPS:
+        line(title, {name: grouped[name][title] for name in profiles})
+    line("sum", totals)
+    if nodes:
+        keys = {key for name in profiles for key, value in single[name].items() if value > 0.005 * totals[name]}
+        for key in sorted(keys, key=lambda key: -max(single[name][key] for name in profiles)):
+            line(f"`{key}`", {name: single[name][key] for name in profiles})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,6 +21,8 @@ def _tensor_struct() -> str:
     return re.sub(r"enum ggml_\w+", "int", body)
 
 
+GGML_TENSOR_FLAG_INPUT = 1  # ggml.h
+
 ffi = cffi.FFI()
 ffi.cdef(
     _tensor_struct()
@@ -105,16 +107,16 @@ class Poison:
                 self.after(tensor)
             return True
         sources = [source for source in tensor.src if source]
+        # an input's memory may be used again once its last reader is done, or by that reader in place: remember it
+        if self.when == "graph":
+            for source in sources:
+                address = int(ffi.cast("uintptr_t", source.data))
+                if source.flags & GGML_TENSOR_FLAG_INPUT and address not in self._inputs:
+                    self._inputs[address] = ffi.buffer(source.data, base.ggml_nbytes(source))[:]
         # a view computes nothing of its own; a node that works in place finds its source there
         in_place = self.when == "node" and any(source.data == tensor.data for source in sources)
         if self.when and not tensor.view_src and not in_place:
             self._fill(tensor)
-        # an input's memory may be used again once its last reader is done: remember it before that is overwritten
-        if self.when == "graph":
-            for source in sources:
-                address = int(ffi.cast("uintptr_t", source.data))
-                if op_name(source) == "NONE" and source.buffer == tensor.buffer and address not in self._inputs:
-                    self._inputs[address] = ffi.buffer(source.data, base.ggml_nbytes(source))[:]
         return self.when == "node"
 
     def _fill(self, tensor) -> None:

@@ -90,6 +90,8 @@ def write_grovemoe(path: Path) -> Path:
 def write_deepseek4(path: Path, n_hash_layers: int, table_seed: int = 0) -> Path:
     """The first n_hash_layers layers take their experts from a table by token id, drawn with table_seed."""
     head_dim, q_rank, o_groups, o_rank, hc = 64, 32, 2, 32, 4
+    # window attention alone, or with one of the two kinds of compressed keys; llama.cpp divides by zero without a 4
+    compress_ratios, indexer_heads, indexer_dim = [0, 128, 4, 0], 4, 64
     w = _Writer(path, "deepseek4", head_dim)
     w.add_head_count_kv(1)
     w.add_rope_dimension_count(32)
@@ -100,12 +102,12 @@ def write_deepseek4(path: Path, n_hash_layers: int, table_seed: int = 0) -> Path
     w.add_expert_weights_norm(True)
     w.add_uint32("deepseek4.expert_gating_func", SQRT_SOFTPLUS)
     w.add_array("deepseek4.swiglu_clamp_exp", [10.0] * N_LAYER)
-    w.add_uint32("deepseek4.attention.indexer.head_count", 4)
-    w.add_uint32("deepseek4.attention.indexer.key_length", 64)
+    w.add_uint32("deepseek4.attention.indexer.head_count", indexer_heads)
+    w.add_uint32("deepseek4.attention.indexer.key_length", indexer_dim)
     w.add_uint32("deepseek4.attention.indexer.top_k", 8)
     w.add_uint32("deepseek4.attention.output_group_count", o_groups)
     w.add_uint32("deepseek4.attention.output_lora_rank", o_rank)
-    w.add_array("deepseek4.attention.compress_ratios", [0] * N_LAYER)
+    w.add_array("deepseek4.attention.compress_ratios", compress_ratios)
     w.add_float32("deepseek4.attention.compress_rope_freq_base", 10000.0)
     w.add_uint32("deepseek4.hyper_connection.count", hc)
     w.add_uint32("deepseek4.hyper_connection.sinkhorn_iterations", 4)
@@ -117,6 +119,13 @@ def write_deepseek4(path: Path, n_hash_layers: int, table_seed: int = 0) -> Path
         w.matrix(f"{name}_fn.weight", n_out, hc * N_EMBD)
         w.matrix(f"{name}_base.weight", n_out)
         w.ones(f"{name}_scale.weight", n_scale)
+
+    def compressor(name: str, ratio: int, dim: int) -> None:
+        n_out = dim * (2 if ratio == 4 else 1)
+        w.matrix(f"{name}_kv.weight", n_out, N_EMBD)
+        w.matrix(f"{name}_gate.weight", n_out, N_EMBD)
+        w.matrix(f"{name}_ape.weight", ratio, n_out)
+        w.ones(f"{name}_norm.weight", dim)
 
     hyper_connection("output_hc", hc, 1)
     table = np.random.default_rng(table_seed)
@@ -130,6 +139,12 @@ def write_deepseek4(path: Path, n_hash_layers: int, table_seed: int = 0) -> Path
         w.matrix(f"{blk}.attn_kv.weight", head_dim, N_EMBD)
         w.matrix(f"{blk}.attn_output_a.weight", o_groups * o_rank, N_HEAD * head_dim // o_groups)
         w.matrix(f"{blk}.attn_output_b.weight", N_EMBD, o_groups * o_rank)
+        if compress_ratios[il]:
+            compressor(f"{blk}.attn_compressor", compress_ratios[il], head_dim)
+        if compress_ratios[il] == 4:
+            compressor(f"{blk}.indexer_compressor", 4, indexer_dim)
+            w.matrix(f"{blk}.indexer.proj.weight", indexer_heads, N_EMBD)
+            w.matrix(f"{blk}.indexer.attn_q_b.weight", indexer_heads * indexer_dim, q_rank)
         hyper_connection(f"{blk}.hc_attn", (2 + hc) * hc, 3)
         hyper_connection(f"{blk}.hc_ffn", (2 + hc) * hc, 3)
         w.matrix(f"{blk}.ffn_gate_inp.weight", N_EXPERT, N_EMBD)

@@ -140,9 +140,11 @@ def test_hash_layers_keep_their_given_experts(deepseek4, spy, rule, n_batch):
         if rule == "off":
             assert spy.seen[il].shape[1] == 2 and (kept == 2).all()
         else:
-            assert spy.seen[il].shape[1] == N_EXPERT_USED and (kept < N_EXPERT_USED).any()
+            assert spy.seen[il].shape[1] == N_EXPERT_USED
         if rule == "batch":
             assert kept.sum() == 2 * len(tokens)
+        if rule == "threshold":
+            assert 1 < spent["mean"][il] < N_EXPERT_USED
         if rule == "only the base":
             assert (kept == 1).all()
             assert spent["mean"][il] == 1

@@ -215,6 +215,10 @@ void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, 
     const auto  first = std::find_if(nodes.begin(), nodes.end(), [&](ggml_tensor * node) {
         return il >= 0 && layer_of_output(node) == il && ggml_nelements(node) == (int64_t) kept[il].size();
     });
+    // a graph of as many nodes as the one that memory was reserved for must have them, and its leafs, in the same order
+    if (first == nodes.end() && !plan->keep_outputs) {
+        return;
+    }
 
     ggml_graph_clear(gf);
     // inputs are set whether a node reads them or not, so all of them need memory

@@ -4,7 +4,9 @@ The classes are found, not listed: the causal and image-text models of transform
 experts, as far as their name is among the architectures that upstream's converter has registered. Their configurations
 are made small by the names of their fields (SMALL); what a class needs beyond that is in PARTICULAR.
 
-Run as a script, this file is one of two processes, for ROOT/NAME of each NAME:
+    python architectures.py table UPSTREAM_FOLDER
+
+prints the table of docs/architectures.md. The sweep runs this file for ROOT/NAME of each NAME, in processes of their own:
 
     python architectures.py convert UPSTREAM_FOLDER ROOT NAME [NAME ...]    to ROOT/NAME.gguf
     python architectures.py run ROOT NAME [NAME ...]                        at half budget, and again at full
@@ -19,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
@@ -84,6 +87,8 @@ SMALL: dict[str, Any] = dict(
 
 # what a class needs beyond that, by its model_type
 PARTICULAR: dict[str, dict] = {
+    # as released: llama.cpp scales the embeddings always
+    "afmoe": dict(mup_enabled=True),
     # its parts do not read rope_theta, which its own attention asks them for
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
@@ -92,6 +97,8 @@ PARTICULAR: dict[str, dict] = {
     ),
     "dots3_note_text": dict(num_key_value_heads=4),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    # as released: llama.cpp takes a window to mean this pattern
+    "laguna": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
 }
 
@@ -103,6 +110,7 @@ AS_RELEASED: dict[str, dict] = {
         swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=2, topk_method="noaux_tc",
         hybrid_layer_pattern=[0, 1, 1, 0],
     ),  # fmt: skip
+    "exaone_moe": dict(scoring_func="sigmoid"),
     "minimax_m2": dict(rotary_dim=8),
 }
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
@@ -326,5 +334,14 @@ def _run_one(path: Path) -> str:
     return f"{distance:.1e}"
 
 
+def _table(upstream: str) -> None:
+    names = registered(Path(upstream))
+    found = {kind: classes for kind, classes in find().items() if classes[1] in names}
+    with tempfile.TemporaryDirectory() as root:
+        results = sweep(Path(upstream), Path(root), found)
+    for kind, (result, detail) in results.items():
+        print(f"| `{kind}` | `{found[kind][1]}` | {result} | {' '.join(detail.split())} |")
+
+
 if __name__ == "__main__":
-    {"convert": _convert, "run": _run}[sys.argv[1]](*sys.argv[2:])
+    {"convert": _convert, "run": _run, "table": _table}[sys.argv[1]](*sys.argv[2:])

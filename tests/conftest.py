@@ -1,5 +1,6 @@
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # before anything imports llama_cpp: this decides which libllama the process runs
@@ -58,9 +59,19 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(built):
-    """A tiny random Qwen2-MoE (4 layers, 4 of 8 experts, a shared one) as folder and as upstream's f32 GGUF."""
-    return built["qwen2moe"]
+def tiny(tmp_path_factory):
+    """A tiny random Qwen2-MoE (4 layers, 4 of 8 experts, a shared one) as folder and as upstream's f32 GGUF.
+
+    Its widths are 256, the blocks of llama.cpp's K-quants.
+    """
+    pytest.importorskip("torch", reason="makes the model, and upstream's converter needs it")
+    pytest.importorskip("transformers", reason="makes the model, and upstream's converter needs it")
+    import tiny_models
+
+    spec = tiny_models.TINY_MODELS["qwen2moe"]
+    widths = dict(hidden_size=256, moe_intermediate_size=256, shared_expert_intermediate_size=256)
+    spec = replace(spec, config={**spec.config, **widths})
+    return tiny_models.build(tmp_path_factory.mktemp("tiny"), [spec])[spec.name]
 
 
 @pytest.fixture(scope="session")

@@ -240,17 +240,17 @@ def upstream_dir() -> Path:
     return path
 
 
-def build(root: Path, names: Iterable[str] = tuple(TINY_MODELS)) -> dict[str, BuiltModel]:
-    """Write and convert the named tiny models under `root`; returns them by name.
+def build(root: Path, models: Iterable[TinyModel] = tuple(TINY_MODELS.values())) -> dict[str, BuiltModel]:
+    """Write and convert tiny models under `root`; returns them by name.
 
     One converter process for all of them: importing torch and transformers costs more than
     every conversion together. Raises RuntimeError with the converter's output if it fails.
     """
     built = {}
-    for name in names:
-        hf_path = root / name
-        _write_hf_folder(TINY_MODELS[name], hf_path)
-        built[name] = BuiltModel(TINY_MODELS[name], hf_path, root / f"{name}.gguf")
+    for spec in models:
+        hf_path = root / spec.name
+        _write_hf_folder(spec, hf_path)
+        built[spec.name] = BuiltModel(spec, hf_path, root / f"{spec.name}.gguf")
 
     command = [sys.executable, __file__]
     for model in built.values():

@@ -3,8 +3,9 @@
 
     python bench/node_profile.py model.gguf [--budgets 1.0,0.5] [--prompt 256] [--gen 16] [--nodes]
 
-Every node of the graph is computed and timed by itself, which costs a few microseconds a node: small nodes look dearer
-than they are, at decode above all. `sum` is the sum of these times; compare it with what allocmoe-bench measures.
+Every node of the graph is computed and timed by itself, each node's time being its median over the generated tokens (of
+3 passes at prefill). That costs a few microseconds a node: small nodes look dearer than they are, at decode above all.
+`sum` is the sum of these times; compare it with what allocmoe-bench measures.
 """
 
 from __future__ import annotations
@@ -33,28 +34,40 @@ GROUPS = (
     ("norms", r".*norm"),
     ("attention and the rest", r""),
 )
+PREFILL_PASSES = 3
 VIEWS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
 
 
 class Profile:
-    """Seconds by node name (without layer) and operation, while `model` computes."""
+    """Times of every node, one list a pass over the same graph."""
 
     def __init__(self):
-        self.seconds: dict = collections.defaultdict(float)
-        self.count: dict = collections.Counter()
+        self.passes: list = []
         self._start = 0.0
 
-    def wants(self, node: observed.Node) -> bool:
+    def new_pass(self) -> None:
+        self.passes.append([])
+
+    def wants(self, _node: observed.Node) -> bool:
         self._start = time.perf_counter()
         return True
 
     def seen(self, node: observed.Node) -> None:
         elapsed = time.perf_counter() - self._start
         op = node.op
-        if op not in VIEWS:
-            name = re.sub(r"-\d+| \(.*\)|^node_\d+|^leaf_\d+", "", node.name)
-            self.seconds[name, op] += elapsed
-            self.count[name, op] += 1
+        if op not in VIEWS and self.passes:
+            self.passes[-1].append((re.sub(r"-\d+| \(.*\)|^node_\d+|^leaf_\d+", "", node.name), op, elapsed))
+
+    def seconds(self) -> dict:
+        """Seconds of a pass by (name without layer, operation): each node's median over the passes, summed over layers."""
+        nodes = [[node[:2] for node in one] for one in self.passes]
+        if any(one != nodes[0] for one in nodes):
+            raise RuntimeError("the passes computed different graphs")
+        out: dict = collections.defaultdict(float)
+        medians = np.median([[node[2] for node in one] for one in self.passes], axis=0)
+        for key, value in zip(nodes[0], medians):
+            out[key] += value
+        return out
 
 
 def group(name: str, op: str) -> str:
@@ -89,27 +102,32 @@ def main() -> int:
             for name, plan in plans.items():
                 model.set_plan(plan)
                 model.clear()
+                profile = Profile()  # records nothing before new_pass
                 model.decode(tokens[:8], 0)
+                found["prefill", name] = profile
+                for _ in range(PREFILL_PASSES):
+                    model.clear()
+                    profile.new_pass()
+                    model.decode(tokens[: args.prompt], 0)
                 model.clear()
-                found["prefill", name] = profile = Profile()
-                model.decode(tokens[: args.prompt], 0)
-                model.clear()
+                profile = Profile()
                 model.decode(tokens[:1], 0)
-                found["decode", name] = profile = Profile()
+                found["decode", name] = profile
                 for i in range(1, args.gen + 1):
+                    profile.new_pass()
                     model.decode([tokens[i]], i)
     except (GGUFError, PlanError, RuntimeError) as error:
         print(f"node_profile.py: error: {error}", file=sys.stderr)
         return 1
-    for phase, n in (("prefill", args.prompt), ("decode", args.gen)):
-        show(phase, n, {name: found[phase, name] for name in plans}, args.nodes)
+    for phase, n in (("prefill", args.prompt), ("decode", 1)):
+        show(phase, n, {name: found[phase, name].seconds() for name in plans}, args.nodes)
     return 0
 
 
 def show(phase: str, n: int, profiles: dict, nodes: bool) -> None:
-    """A Markdown table of one phase: milliseconds per token, and shares."""
+    """A Markdown table of one phase, n tokens a pass: milliseconds per token, and shares."""
     print(f"\n| {phase}, ms per token | " + " | ".join(profiles) + " |\n| --- |" + " ---: |" * len(profiles))
-    totals = {name: sum(profile.seconds.values()) for name, profile in profiles.items()}
+    totals = {name: sum(seconds.values()) for name, seconds in profiles.items()}
 
     def line(title: str, values: dict) -> None:
         cells = (f"{values[name] / n * 1e3:.3f} ({values[name] / totals[name]:.1%})" for name in profiles)
@@ -117,10 +135,10 @@ def show(phase: str, n: int, profiles: dict, nodes: bool) -> None:
 
     grouped = {name: collections.Counter() for name in profiles}
     single = {name: collections.Counter() for name in profiles}
-    for name, profile in profiles.items():
-        for key, seconds in profile.seconds.items():
-            grouped[name][group(*key)] += seconds
-            single[name][" ".join(key).strip()] += seconds
+    for name, seconds in profiles.items():
+        for key, value in seconds.items():
+            grouped[name][group(*key)] += value
+            single[name][" ".join(key).strip()] += value
     for title, _ in GROUPS:
         line(title, {name: grouped[name][title] for name in profiles})
     line("sum", totals)

@@ -29,6 +29,7 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
     table = thresholds.calibrate(llm, plan, window)
     if table is None:
         raise BenchError("the model's backend cannot leave out single experts: there is nothing to measure")
+    llm.set_plan(plan)  # calibrate left its own
     cut = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, plan.expert_used_count)]
     plans = {"off": plan, "threshold": replace(plan, token_rule="threshold", threshold=cut)}
     if item.phase == "prefill":

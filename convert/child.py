@@ -25,7 +25,9 @@ class ChildFailed(Exception):
         killed = os.name == "posix" and returncode == -signal.SIGKILL
         words = ("MemoryError", "bad_alloc", "not enough memory", "can't allocate memory", "Cannot allocate memory")
         self.out_of_memory = killed or any(word in self.log for word in words)
-        self.out_of_disk = any(word in self.log for word in ("No space left", "File too large", "iostream error"))
+        # the last two are NumPy's and the C++ library's way to say so
+        words = ("No space left", "File too large", "requested and", "iostream error")
+        self.out_of_disk = any(word in self.log for word in words)
 
     @property
     def last_line(self) -> str:

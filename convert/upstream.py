@@ -16,9 +16,13 @@ def main() -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     upstream, pre_tokenizer, *options = sys.argv[1:]
     sys.path[:0] = [upstream, str(Path(upstream) / "gguf-py")]
+    convert(pre_tokenizer, options)
 
+
+def convert(pre_tokenizer: str, options: list) -> None:
+    """Upstream's main(), in this process; upstream's folder is on sys.path. `options` begins with the model's folder."""
     import convert_hf_to_gguf
-    from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, TextModel, get_model_architecture
+    from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, TextModel, get_model_architecture, get_model_class
 
     architecture = get_model_architecture(ModelBase.load_hparams(Path(options[0]), False), ModelType.TEXT)
     if architecture not in TEXT_MODEL_MAP:
@@ -26,6 +30,10 @@ def main() -> None:
             f"architecture {architecture} is not supported by llama.cpp's converter; "
             f"the Mixture-of-Experts ones that are: {', '.join(moe_architectures())}"
         )
+    if get_model_class(architecture).supports_mtp_export:
+        # Layers that predict further tokens: llama.cpp does not run them with the model, and folders that transformers
+        # has written lack them, which upstream takes for an error.
+        options = [*options, "--no-nextn"]
     if pre_tokenizer:
         TextModel.get_vocab_base_pre = lambda self, tokenizer: pre_tokenizer
     sys.argv = [convert_hf_to_gguf.__file__, *options]

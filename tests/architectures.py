@@ -17,6 +17,7 @@ Either leaves an error in ROOT/NAME.error. The second prints the name that it is
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -89,13 +90,23 @@ SMALL: dict[str, Any] = dict(
 PARTICULAR: dict[str, dict] = {
     # as released: llama.cpp scales the embeddings always
     "afmoe": dict(mup_enabled=True),
+    "deepseek_v4": dict(mlp_layer_types=["moe"] * 4),
+    "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
+    "kimi_linear": dict(layer_types=["linear_attention", "full_attention"] * 2),
+    "mellum": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
+    # as released: llama.cpp knows no window here
+    "mixtral": dict(sliding_window=None),
+    # as released: llama.cpp does not read these from the file
+    "olmoe": dict(num_key_value_heads=4),
+    "qwen3_moe": dict(norm_topk_prob=True),
+    "step3p7": dict(pad_token_id=0),
     # its parts do not read rope_theta, which its own attention asks them for
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
         ffn_config=dict(moe_num_experts=N_EXPERT, moe_top_k=N_EXPERT_USED, ffn_hidden_size=64),
         max_seq_len=256,
     ),
-    "dots3_note_text": dict(num_key_value_heads=4),
+    "dots3_note_text": dict(num_key_value_heads=4, swa_head_dim=32, swa_qk_nope_head_dim=16),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     # as released: llama.cpp takes a window to mean this pattern
     "laguna": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
@@ -105,16 +116,18 @@ PARTICULAR: dict[str, dict] = {
 
 # Keys of the released models' config.json that transformers' own class reads and does not write again
 AS_RELEASED: dict[str, dict] = {
-    "deepseek_v4": dict(num_hash_layers=1),
+    "afmoe": dict(route_norm=True),
+    "deepseek_v4": dict(num_hash_layers=0),
     "mimo_v2_flash": dict(
         swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=2, topk_method="noaux_tc",
         hybrid_layer_pattern=[0, 1, 1, 0],
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
     ),  # fmt: skip
     "exaone_moe": dict(scoring_func="sigmoid"),
-    "minimax_m2": dict(rotary_dim=8),
+    "minimax_m2": dict(rotary_dim=8, scoring_func="sigmoid"),
 }
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
-SPECIAL_TOKENS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 
 
 def registered(upstream: Path) -> set:
@@ -178,6 +191,8 @@ def small(defaults: dict) -> dict:
         elif isinstance(value, dict) and key.endswith("_config"):
             # its own part only: what is common to all, such as the type, comes from the class
             found[key] = small(value)
+    if "kv_lora_rank" in defaults:  # multi-head latent attention: as many key-value heads as heads
+        found["num_key_value_heads"] = found["num_attention_heads"]
     return found
 
 
@@ -216,7 +231,7 @@ def write_folder(model_type: str, config_name: str, model_name: str, path: Path)
     config = tiny_config(model_type, config_name)
     with torch.device("meta"):
         n_weights = sum(p.numel() for p in getattr(transformers, model_name)(config).parameters())
-    if n_weights > 10_000_000:
+    if n_weights > 50_000_000:
         raise ValueError(f"not tiny: {n_weights} weights; SMALL lacks a field")
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config).eval()
@@ -274,16 +289,15 @@ def _script(*args, **kwargs) -> subprocess.CompletedProcess:
 
 
 def _convert(upstream: str, root: str, *names: str) -> None:
-    sys.path.insert(0, upstream)
-    import convert_hf_to_gguf
-    from conversion.base import TextModel
-
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    sys.path[:0] = [upstream, str(Path(upstream, "gguf-py"))]
+    # by its path: the package around it would load our libraries
+    spec = importlib.util.spec_from_file_location("upstream", Path(upstream).parent / "convert" / "upstream.py")
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
     for name in names:
         path = Path(root, name)
-        sys.argv = ["convert_hf_to_gguf.py", str(path), "--outfile", f"{path}.gguf", "--outtype", "f32"]
         try:
-            convert_hf_to_gguf.main()
+            runner.convert("gpt-2", [str(path), "--outfile", f"{path}.gguf", "--outtype", "f32"])
         except BaseException as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             Path(f"{path}.error").write_text(f"{type(error).__name__}: {error} ({Path(at.filename).name}: {at.line})")
@@ -297,7 +311,7 @@ def _run(root: str, *names: str) -> None:
 
     @llama_cpp.llama_log_callback
     def keep(level, text, user_data):
-        if level == 3:  # GGML_LOG_LEVEL_ERROR
+        if b"error" in text:
             log.append(text.decode().strip())
 
     llama_cpp.llama_log_set(keep, None)
@@ -307,7 +321,7 @@ def _run(root: str, *names: str) -> None:
         try:
             Path(f"{path}.txt").write_text(_run_one(path))
         except Exception as error:
-            Path(f"{path}.error").write_text(f"{type(error).__name__}: {error} {log[:1]}")
+            Path(f"{path}.error").write_text(f"{type(error).__name__}: {error} {log[-1:]}")
         log.clear()
 
 

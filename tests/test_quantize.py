@@ -23,8 +23,8 @@ def check_q8_0(path: Path, original: Path) -> None:
     assert before.keys() == after.keys()
     q8_0 = gguf.GGMLQuantizationType.Q8_0
     for name, tensor in after.items():
-        kept = len(before[name].shape) == 1 or "ffn_gate_inp.weight" in name or before[name].shape[0] % 32
-        assert (tensor.tensor_type != q8_0) == bool(kept), name
+        kept = len(tensor.shape) == 1 or "ffn_gate_inp.weight" in name
+        assert (tensor.tensor_type != q8_0) == kept, name
         if not kept:
             np.testing.assert_array_equal(tensor.data, gguf.quants.quantize(before[name].data, q8_0), err_msg=name)
 
@@ -50,7 +50,9 @@ def tensor_types(path: Path) -> dict:
 def test_mixture_is_upstreams(tiny, out):
     quantize.quantize(tiny.gguf_path, out / "m.gguf", "Q4_K_M", n_threads=2, expected=1)
     types = tensor_types(out / "m.gguf")
-    assert types["blk.1.ffn_gate_exps.weight"] == types["blk.1.attn_k.weight"] == "Q4_K"
+    assert types["blk.1.ffn_gate_exps.weight"] == types["blk.1.attn_q.weight"] == "Q4_K"
+    # upstream's rule for models of eight experts
+    assert types["blk.1.attn_k.weight"] == types["blk.1.attn_v.weight"] == "Q8_0"
     assert types["blk.3.ffn_down_exps.weight"] == types["output.weight"] == "Q6_K"
     assert types["blk.1.ffn_gate_inp.weight"] == types["blk.1.attn_norm.weight"] == "F32"
 

@@ -72,7 +72,7 @@ def test_repository(tiny, tiny_planned, out, tmp_path):
         assert not [path for path in asked if path.endswith(".py")]
     (tiny.hf_path / "evil.py").unlink()
     assert tensor_hashes(out / "m.gguf") == tensor_hashes(tiny.gguf_path)
-    assert gguf.GGUFReader(out / "m.gguf").get_field("general.name").contents() == "Tiny MoE"
+    assert gguf.GGUFReader(out / "m.gguf").get_field("general.name").contents() == "Tiny-MoE"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         code = "import sys; from allocmoe_edge.convert import huggingface; print(huggingface.download(sys.argv[1]))"

@@ -154,7 +154,8 @@ def model_paths(path: Union[str, os.PathLike]) -> list:
 def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     """The model's own experts per token in each layer, 0 where a layer has no experts that a plan could count.
 
-    Layers whose experts are given by the token id (hash-routed) count as having none.
+    Layers whose experts are given by the token id (hash-routed) count as having none, and so do the last ones if they
+    predict further tokens (nextn_predict_layers): decoding does not run them.
 
     Returns:
         ints, length block_count, or None if the model has no experts at all.

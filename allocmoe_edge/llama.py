@@ -146,7 +146,6 @@ class Llama(llama_cpp.Llama):
             raise PlanError(f"the plan has {len(plan.expert_used_count)} layers, the model has {len(full)}")
         if self._set_native_plan(plan):
             self._drop_cache()
-        self._asked = plan
         self._warn_if_degraded()
 
     def _set_native_plan(
@@ -162,6 +161,7 @@ class Llama(llama_cpp.Llama):
         status = libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule)
         if status < 0:
             raise PlanError(f"the native library refused the plan (status {status})")
+        self._asked = plan
         return status == libllama.ALLOCMOE_CHANGED
 
     def _drop_cache(self) -> None:

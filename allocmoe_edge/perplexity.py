@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Callable, Iterator, Optional, Tuple
 
 import numpy as np
 
 from ._native import llama_cpp
 
+# a text is read up to this size: more than any measurement needs, and quick to tokenize
+_MAX_BYTES = 8 << 20
 # rows of logits turned into probabilities at a time: keeps the float32 temporaries in cache
 _ROWS = 16
+
+
+def read_tokens(llm, path: Path) -> np.ndarray:
+    """Token ids of a UTF-8 text file, or of the first 8 MiB of it; int32, shape [n].
+
+    Raises:
+        ValueError: the file cannot be read or is not text; says which file.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES)
+    except OSError as error:
+        raise ValueError(f"text {path}: {error.strerror}") from None
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # a character cut in two by the limit is no fault of the file
+        if error.start < len(data) - 4:
+            raise ValueError(f"text {path}: not UTF-8 text (byte {error.start})") from None
+        data = data[: error.start]
+    return np.array(llm.tokenize(data, add_bos=False, special=False), np.int32)
 
 
 def windows(tokens: np.ndarray, n_ctx: int, bos: Optional[int] = None) -> np.ndarray:

@@ -12,13 +12,11 @@ from tqdm import tqdm
 from allocmoe_edge import Llama
 from allocmoe_edge._native import llama_cpp
 from allocmoe_edge.metadata import Calibration
-from allocmoe_edge.perplexity import bos_token, windows
+from allocmoe_edge.perplexity import bos_token, read_tokens, windows
 
 from . import ConvertError
 from .checkpoint import Checkpoint
 
-# a text is read up to this size: more than any profile needs, and quick to tokenize
-_MAX_BYTES = 8 << 20
 # one window in HELD_OUT is kept out of the profile, for the check against uniform k
 HELD_OUT = 5
 
@@ -42,18 +40,9 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int) -> CalibrationT
         ConvertError: the file cannot be read, is not text, or holds fewer than two windows.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES)
-    except OSError as error:
-        raise ConvertError(f"calibration text {path}: {error.strerror}") from None
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # a character cut in two by the limit is no fault of the file
-        if error.start < len(data) - 4:
-            raise ConvertError(f"calibration text {path}: not UTF-8 text (byte {error.start})") from None
-        data = data[: error.start]
-    tokens = np.array(llm.tokenize(data, add_bos=False, special=False), np.int32)
+        tokens = read_tokens(llm, path)
+    except ValueError as error:
+        raise ConvertError(f"calibration {error}") from None
     return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}")
 
 

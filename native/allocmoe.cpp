@@ -30,9 +30,9 @@ struct allocmoe_access {
 };
 
 // Experts per token that the model itself uses in layer il, 0 where the plan has no say:
-// no router, or experts given by token id (hash-routed).
+// no router, experts given by token id (hash-routed), or a layer that predicts further tokens, which decoding does not run.
 static int32_t own_expert_used_count(const llama_model & model, uint32_t il) {
-    if (il >= model.layers.size()) {
+    if (il >= model.layers.size() || il >= model.hparams.n_layer()) {
         return 0;
     }
     const auto & layer = model.layers[il];

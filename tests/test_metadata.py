@@ -195,3 +195,8 @@ def test_malformed_side_file_is_refused(tmp_path, keys, message):
     path = write_gguf(tmp_path / "p.gguf", keys=[("general.type", "allocmoe-plan"), *keys])
     with pytest.raises(PlanError, match=message):
         metadata.read(path)
+
+
+def test_layers_that_predict_further_tokens_have_no_say(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", keys=[("deepseek.nextn_predict_layers", 1)])
+    assert metadata.read(path).full == (0, 4, 0)

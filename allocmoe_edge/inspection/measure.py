@@ -9,12 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import Llama, Plan, parse_budget
-from ..perplexity import bos_token, negative_log_likelihood, windows
+from ..perplexity import bos_token, negative_log_likelihood, read_tokens, windows
 
 from . import InspectError, routing
 
-# a text is read up to this size: more than any measurement needs, and quick to tokenize
-_MAX_BYTES = 8 << 20
 _SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)
 
 
@@ -110,18 +108,9 @@ def read_windows(llm: Llama, path: Path, n_tokens: int, n_ctx: int) -> np.ndarra
         InspectError: the file cannot be read, is not text, or is shorter than a window.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES)
-    except OSError as error:
-        raise InspectError(f"text {path}: {error.strerror}") from None
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # a character cut in two by the limit is no fault of the file
-        if error.start < len(data) - 4:
-            raise InspectError(f"text {path}: not UTF-8 text (byte {error.start})") from None
-        data = data[: error.start]
-    tokens = np.array(llm.tokenize(data, add_bos=False, special=False), np.int32)
+        tokens = read_tokens(llm, path)
+    except ValueError as error:
+        raise InspectError(str(error)) from None
     cut = windows(tokens, n_ctx, bos_token(llm))
     if not len(cut):
         raise InspectError(f"text {path}: {len(tokens)} tokens, want at least {n_ctx} (--ctx-size)")

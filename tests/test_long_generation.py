@@ -1,4 +1,4 @@
-"""Long sampled text at half budget: every logit finite, and no more repetition than the full model's own.
+"""Long sampled text at half budget: every logit finite, and no collapse into one token or phrase.
 
 What this guards against: rows of skipped experts left unwritten turn, after minutes, into NaN and text like "GGGG".
 """

@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="0.5", help="as for allocmoe-convert. Default: 0.5")
     parser.add_argument("--dir", type=Path, default=Path("build/demo"), help="where the models go. Default: build/demo")
-    parser.add_argument("--calib-tokens", default="512", help="as for allocmoe-convert. Default: 512")
+    parser.add_argument("--calib-tokens", default="2048", help="as for allocmoe-convert. Default: 2048")
     args = parser.parse_args()
 
     args.dir.mkdir(parents=True, exist_ok=True)

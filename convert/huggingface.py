@@ -55,9 +55,12 @@ def download(repository: str) -> Path:
         utils.disable_progress_bars()
     try:
         check_config(Path(huggingface_hub.hf_hub_download(repository, "config.json")), repository)
-        files = huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS, dry_run=True)
-        size = sum(file.file_size for file in files if file.will_download)
-        output.check_space(Path(constants.HF_HUB_CACHE), size, f"the download of {repository}")
+        try:
+            files = huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS, dry_run=True)
+            size = sum(file.file_size for file in files if file.will_download)
+            output.check_space(Path(constants.HF_HUB_CACHE), size, f"the download of {repository}")
+        except errors.DryRunError:
+            pass  # no network: what is in the cache will do, or the next line says what is missing
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS))
     except errors.GatedRepoError:
         raise ConvertError(

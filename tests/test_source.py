@@ -73,12 +73,9 @@ def test_repository(tiny, tiny_planned, out, tmp_path):
     (tiny.hf_path / "evil.py").unlink()
     assert tensor_hashes(out / "m.gguf") == tensor_hashes(tiny.gguf_path)
     assert gguf.GGUFReader(out / "m.gguf").get_field("general.name").contents() == "Tiny-MoE"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        code = "import sys; from allocmoe_edge.convert import huggingface; print(huggingface.download(sys.argv[1]))"
-        done = subprocess.run(
-            [sys.executable, "-c", code, "org/Tiny-MoE"], env={**env, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, cwd=tmp_path
-        )  # fmt: skip
+    code = "import sys; from allocmoe_edge.convert import huggingface; print(huggingface.download(sys.argv[1]))"
+    command, env = [sys.executable, "-c", code, "org/Tiny-MoE"], {**env, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert (Path(done.stdout.strip()) / "model.safetensors").is_file(), done.stderr
 
 

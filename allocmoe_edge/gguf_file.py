@@ -4,6 +4,7 @@ Tensor data is never touched or loaded, so that opening a 40 GB file costs milli
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional, Union
 
@@ -145,10 +146,20 @@ def split_paths(path: Path, n_split: int) -> list:
 
 
 def model_paths(path: Union[str, os.PathLike]) -> list:
-    """The files of the model that starts with `path`: the path alone, or all shards of a split model."""
+    """The files of a GGUF model: the one file, or every file of a split one of which `path` is the first.
+
+    Raises:
+        GGUFError: not a GGUF file, or another file of a split model than its first.
+    """
     with GGUFFile(path) as file:
         n_split = _bounded(file, "split.count", 0, 65535, default=0)
-        return split_paths(file.path, n_split) if n_split > 1 else [file.path]
+        number = _bounded(file, "split.no", 0, 65535, default=0)
+        if n_split <= 1:
+            return [file.path]
+        if number > 0:
+            first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", file.path.name)
+            raise GGUFError(f"{path}: file {number + 1} of {n_split} of a split model: give the first one, {first}")
+        return split_paths(file.path, n_split)
 
 
 def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:

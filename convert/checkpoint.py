@@ -9,10 +9,9 @@ from typing import Dict, Optional, Union
 
 import numpy as np
 
-from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.gguf_file import GGUFFile, model_paths
 
 from . import ConvertError
-from .output import shards
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -20,7 +19,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 def fingerprint(model: Path) -> str:
     """Hash of a model's metadata and of samples from its tensor data: quick for any size, blind to name and date."""
     digest = hashlib.sha256()
-    for path in shards(model):
+    for path in model_paths(model):
         with GGUFFile(path) as file:
             data_offset = file.data_offset
         size = path.stat().st_size

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Optional
 
 from allocmoe_edge import GGUFError, Plan
 from allocmoe_edge import metadata
-from allocmoe_edge.gguf_file import GGUFFile, split_paths
+from allocmoe_edge.gguf_file import GGUFFile, model_paths, split_paths
 
 from . import ConvertError
 
 # room for our keys, generously: tens of kilobytes
 METADATA_SLACK = 16 << 20
 _BLOCK = 16 << 20
-
-
-def shards(path: Path) -> list:
-    """The files of a GGUF model: the one file, or every file of a split one of which `path` is the first.
-
-    Raises:
-        GGUFError: not a GGUF file, or another file of a split model than its first.
-    """
-    with GGUFFile(path) as file:
-        n_split = int(file.get("split.count", 1))
-        number = int(file.get("split.no", 0))
-    if n_split <= 1:
-        return [path]
-    if number > 0:
-        first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", path.name)
-        raise GGUFError(f"{path}: file {number + 1} of {n_split} of a split model: give the first one, {first}")
-    return split_paths(path, n_split)
 
 
 def target_paths(target: Path, n_split: int) -> list:
@@ -50,7 +32,7 @@ def check_target(sources: list, target: Path, force: bool) -> None:
     """Refuses, before any work is done, a target that could not be written at the end.
 
     Args:
-        sources: the files of the input, as from `shards`; empty if the model is made from something else.
+        sources: the files of the input, as from `model_paths`; empty if the model is made from something else.
 
     Raises:
         ConvertError: the target is the source, exists (without force), or its folder is missing or cannot be written.
@@ -110,7 +92,7 @@ def write_planned(
         ConvertError: the files could not be completed (disk full, quota, ...); nothing is left behind.
         GGUFError: the source cannot be read.
     """
-    sources = shards(source)
+    sources = model_paths(source)
     targets = target_paths(target, len(sources))
     partial = [hidden(path, "partial") for path in targets]
     try:

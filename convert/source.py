@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.gguf_file import GGUFFile, model_paths
 from allocmoe_edge.plan import parse_budget
 
 from . import ConvertError, huggingface, output, quantize
@@ -85,7 +85,7 @@ def _from_gguf(args: argparse.Namespace, stack: ExitStack) -> Source:
     for option, value in (("--outtype", args.outtype), ("--pre-tokenizer", args.pre_tokenizer)):
         if value is not None:
             raise ConvertError(f"{option} is for Hugging Face models; {args.model} is a GGUF file (--quantize converts it)")
-    sources = output.shards(args.model)
+    sources = model_paths(args.model)
     if args.quantize is None:
         output.check_target(sources[:1] if args.plan_only else sources, args.output, args.force)
         needed = output.METADATA_SLACK if args.plan_only else output.copy_size(sources, args.output)

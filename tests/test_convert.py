@@ -224,14 +224,19 @@ def test_interrupted_and_continued(testbed_path, tmp_path):
     command = [testbed_path, *QUICK, "--calib-tokens", "128", "--budget", "0.5", "-o", tmp_path / "o.gguf"]
     # a test run in the background of a shell has SIGINT ignored, and children inherit that
     default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([*COMMAND, *map(str, command)], stderr=subprocess.PIPE, text=True, preexec_fn=default)
-    while "passes" not in process.stderr.readline():
-        pass
     kept = tmp_path / "o.gguf.profile"
-    while sum(" full" not in line for line in kept.read_text().splitlines()) < 20:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    with subprocess.Popen(
+        [*COMMAND, *map(str, command)], stderr=subprocess.PIPE, text=True, preexec_fn=default
+    ) as process:
+        try:
+            while "passes" not in process.stderr.readline():
+                assert process.poll() is None
+            while sum(" full" not in line for line in kept.read_text().splitlines()) < 20:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "no output was written" in rest and str(kept) in rest and "Traceback" not in rest
     assert list(tmp_path.iterdir()) == [kept]

@@ -108,7 +108,7 @@ def test_a_dense_layer_is_read_whole(tmp_path):
 
 
 def test_layers_for_multi_token_prediction_are_not_read(tmp_path):
-    keys = [*plan_keys(), ("deepseek.nextn_predict_layers", 1)]
+    keys = [*plan_keys((0, 2, 0), sensitivity=np.array([9.0, 8, 7, 6])), ("deepseek.nextn_predict_layers", 1)]
     read = report.build(write_gguf(tmp_path / "m.gguf", keys=keys))["plan"]["bytes_per_token"]
     assert (read["experts"], read["experts_full"]) == (2 * EXPERT, 4 * EXPERT)
     assert read["other"] == DENSE + ROUTER + EMBEDDING

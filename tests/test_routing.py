@@ -130,7 +130,7 @@ def test_impossible_ids_are_refused(ids):
 # --- what a model chooses
 
 
-def test_recorded_experts_are_those_of_transformers(tmp_path):
+def test_recorded_experts_are_those_of_transformers(built):
     """A tiny OLMoE: per layer and token the top 4 of 8 router logits, in order, in another implementation."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", minversion="5")
@@ -138,15 +138,14 @@ def test_recorded_experts_are_those_of_transformers(tmp_path):
     from allocmoe_edge import Llama
     from test_transformers_parity import TOKENS
 
-    built = tiny_models.build(tmp_path, ["olmoe"])["olmoe"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(built.hf_path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(built["olmoe"].hf_path, dtype=torch.float32).eval()
     windows = np.array([TOKENS, TOKENS[::-1]], np.int32)
     with torch.inference_mode():
         logits = model(torch.tensor(windows.astype(np.int64)), output_router_logits=True).router_logits
     expected = [torch.topk(layer, 4).indices.numpy().reshape(2, len(TOKENS), 4) for layer in logits]
 
     # micro-batches shorter than a window: what each records is put together
-    llm = Llama(str(built.gguf_path), n_ctx=len(TOKENS), n_batch=len(TOKENS), n_ubatch=7, n_threads=2, verbose=False)
+    llm = Llama(str(built["olmoe"].gguf_path), n_ctx=len(TOKENS), n_batch=len(TOKENS), n_ubatch=7, n_threads=2, verbose=False)
     found = routing.record(llm, windows)
     assert len(found) == len(expected) == tiny_models.N_LAYERS
     for ids, reference in zip(found, expected):

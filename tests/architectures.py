@@ -88,13 +88,45 @@ SMALL: dict[str, Any] = dict(
 )
 
 
+# of the layers with a window, which have sizes of their own
+DOTS3_WINDOW = dict(
+    num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, head_dim=32, qk_nope_head_dim=16,
+    qk_rope_head_dim=16, v_head_dim=16,
+)  # fmt: skip
+DOTS3 = dict(shared_experts_intermediate_size=32, per_layer_config={2: DOTS3_WINDOW, 3: DOTS3_WINDOW})
+DOTS3_AS_RELEASED = dict(
+    scoring_func="sigmoid", apply_mla_qkv_lora_rescale=True, first_k_dense_replace=1, sliding_window_size=16,
+    rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=80_000_000.0)),
+    **{f"swa_{key}": value for key, value in DOTS3_WINDOW.items()},
+)  # fmt: skip
+
 # what a class needs beyond that, by its model_type
 PARTICULAR: dict[str, dict] = {
     # as released: llama.cpp scales the embeddings always
     "afmoe": dict(mup_enabled=True),
     "deepseek_v4": dict(mlp_layer_types=["moe"] * 4),
+    # as released: the shared experts are as wide as intermediate_size over num_key_value_heads, says the converter
+    "ernie4_5_moe": dict(intermediate_size=128),
+    "glm4v_moe": dict(
+        # of the 8 of 16 values of a head that this model turns
+        text_config=dict(rope_parameters=dict(
+            rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 2]
+        )),
+        vision_config=dict(num_heads=4, depth=2, out_hidden_size=64),
+    ),  # fmt: skip
+    "glm5_next": dict(
+        # as released: its attention does not turn
+        text_config=dict(
+            qk_rope_head_dim=0, linear_head_dim=16, linear_num_heads=4, mlp_layer_types=["dense", *["sparse"] * 3]
+        ),
+        vision_config=dict(num_heads=4, depth=2, out_hidden_size=64, projection_intermediate_size=64),
+    ),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
-    "kimi_linear": dict(layer_types=["linear_attention", "full_attention"] * 2),
+    "kimi_linear": dict(
+        layer_types=["linear_attention", "full_attention"] * 2, linear_head_dim=16, linear_num_heads=4, q_lora_rank=None,
+        # transformers writes a dense layer under the name of the sparse ones, which the released files do not
+        mlp_layer_types=["sparse"] * 4,
+    ),  # fmt: skip
     "mellum": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
     # as released: llama.cpp knows no window here
     "mixtral": dict(sliding_window=None),
@@ -108,7 +140,12 @@ PARTICULAR: dict[str, dict] = {
         ffn_config=dict(moe_num_experts=N_EXPERT, moe_top_k=N_EXPERT_USED, ffn_hidden_size=64),
         max_seq_len=256,
     ),
-    "dots3_note_text": dict(num_key_value_heads=4, swa_head_dim=32, swa_qk_nope_head_dim=16),
+    "dots3_note": dict(
+        text_config=DOTS3,
+        vision_config=dict(mlp_layer_types=["dense"] * 4, adapter_in_dim=64, adapter_out_dim=64),
+        audio_config=dict(adapter_input_size=64, adapter_out_dim=64, downsample_hidden_size=16),
+    ),
+    "dots3_note_text": DOTS3,
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     # as released: llama.cpp takes a window to mean this pattern
     "laguna": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
@@ -119,7 +156,26 @@ PARTICULAR: dict[str, dict] = {
 # Keys of the released models' config.json that transformers' own class reads and does not write again
 AS_RELEASED: dict[str, dict] = {
     "afmoe": dict(route_norm=True),
+    # without the key the file means softmax
+    "deepseek_v3": dict(scoring_func="sigmoid"),
+    "deepseek_v32": dict(scoring_func="sigmoid"),
     "deepseek_v4": dict(num_hash_layers=0),
+    "dots3_note": dict(text_config=DOTS3_AS_RELEASED),
+    "dots3_note_text": DOTS3_AS_RELEASED,
+    # llama.cpp knows the released one to be sigmoid by the sizes of its vocabulary and depth
+    "glm4_moe_lite": dict(first_k_dense_replace=1, scoring_func="sigmoid"),
+    "glm5_next": dict(text_config=dict(
+        linear_attn_config=dict(num_heads=4, head_dim=16, short_conv_kernel_size=4, gate_lower_bound=-5.0),
+        mla_use_nope=True, first_k_dense_replace=1,
+    )),  # fmt: skip
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
+    "kimi_linear": dict(
+        linear_attn_config=dict(
+            full_attn_layers=[2, 4], kda_layers=[1, 3], head_dim=16, num_heads=4, short_conv_kernel_size=4
+        ),
+        num_experts=N_EXPERT, num_experts_per_token=N_EXPERT_USED, num_shared_experts=1, first_k_dense_replace=0,
+        moe_router_activation_func="sigmoid", moe_renormalize=True,
+    ),  # fmt: skip
     "mimo_v2_flash": dict(
         swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=2, topk_method="noaux_tc",
         hybrid_layer_pattern=[0, 1, 1, 0],
@@ -130,6 +186,16 @@ AS_RELEASED: dict[str, dict] = {
 }
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
 SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+SPECIAL_TOKENS += ["<|endofassistant|>"]
+
+
+# Why a class does not run, in the words of docs/architectures.md, where the error alone does not say it
+REASON: dict[str, str] = {
+    "deepseek_v32": "the converter asks for a tokenizer that adds a start token, and transformers 5 drops that setting "
+    "(`add_bos_token`) from every folder with a tokenizer.json",
+    "deepseek_v4": "the converter takes the routed experts as the released MXFP4 blocks only, "
+    "and transformers writes them as plain numbers",
+}
 
 
 def registered(upstream: Path) -> set:
@@ -181,7 +247,13 @@ def tiny_config(model_type: str, config_name: str):
     import transformers
 
     config_class = getattr(transformers, config_name)
-    return config_class(**{**small(config_class().to_dict()), **PARTICULAR.get(model_type, {})})
+    return config_class(**merged(small(config_class().to_dict()), PARTICULAR.get(model_type, {})))
+
+
+def merged(config: dict, changes: dict) -> dict:
+    """`config` with `changes`, which name in its parts only what is theirs."""
+    parts = {key: merged(config[key], value) for key, value in changes.items() if isinstance(config.get(key), dict)}
+    return {**config, **changes, **parts}
 
 
 def small(defaults: dict) -> dict:
@@ -238,10 +310,13 @@ def write_folder(model_type: str, config_name: str, model_name: str, path: Path)
         raise ValueError(f"not tiny: {n_weights} weights; SMALL lacks a field")
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1 and not weight.any():  # routers that start at zero: all experts alike, the choice by chance
+            torch.nn.init.normal_(weight, std=0.02)
     model.save_pretrained(path)
     if model_type in AS_RELEASED:
         config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**config, **AS_RELEASED[model_type]}))
+        (path / "config.json").write_text(json.dumps(merged(config, AS_RELEASED[model_type])))
     (write_sentencepiece if model_type in SENTENCEPIECE else write_tokenizer)(path)
     with torch.inference_mode():
         np.save(f"{path}.npy", model(torch.tensor([TOKENS])).logits[0].float().numpy())
@@ -357,6 +432,8 @@ def _table(upstream: str) -> None:
     with tempfile.TemporaryDirectory() as root:
         results = sweep(Path(upstream), Path(root), found)
     for kind, (result, detail) in results.items():
+        if kind in REASON:
+            detail = f"{detail}: {REASON[kind]}" if result == "differs" else REASON[kind]
         print(f"| `{kind}` | `{found[kind][1]}` | {result} | {' '.join(detail.split())} |")
 
 

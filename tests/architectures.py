@@ -88,6 +88,11 @@ SMALL: dict[str, Any] = dict(
 )
 
 
+# of the 4 of 16 values of a head that these models turn by default
+INTERLEAVED = dict(
+    rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25, mrope_section=[1, 1, 0], mrope_interleaved=True
+)
+
 # what a class needs beyond that, by its model_type
 PARTICULAR: dict[str, dict] = {
     # as released: llama.cpp scales the embeddings always
@@ -95,13 +100,34 @@ PARTICULAR: dict[str, dict] = {
     "deepseek_v4": dict(mlp_layer_types=["moe"] * 4),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
     "kimi_linear": dict(layer_types=["linear_attention", "full_attention"] * 2),
-    "mellum": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
+    # llama.cpp turns the layers with a window by the base of those without
+    "mellum": dict(
+        layer_types=["full_attention", *["sliding_attention"] * 3],
+        rope_parameters=dict.fromkeys(
+            ["full_attention", "sliding_attention"], dict(rope_type="default", rope_theta=10000.0)
+        ),
+    ),
+    # as released: half of a head is turned
+    "minimax_m2": dict(rotary_dim=8),
+    "minimax_m3_vl": dict(
+        text_config=dict(
+            dense_intermediate_size=96, rotary_dim=8, index_head_dim=16, index_n_heads=2,
+            layer_types=["full_attention", *["minimax_m3_sparse"] * 3], mlp_layer_types=["dense", *["sparse"] * 3],
+        )
+    ),  # fmt: skip
+    # as released: no dense layer beside the experts
+    "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "moe"]),
+    "qwen3_5_moe": dict(text_config=dict(rope_parameters=INTERLEAVED)),
+    "qwen3_5_moe_text": dict(rope_parameters=INTERLEAVED),
+    "qwen3_vl_moe": dict(
+        text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]))
+    ),
     # as released: llama.cpp knows no window here
     "mixtral": dict(sliding_window=None),
     # as released: llama.cpp does not read these from the file
     "olmoe": dict(num_key_value_heads=4),
     "qwen3_moe": dict(norm_topk_prob=True),
-    "step3p7": dict(pad_token_id=0),
+    "step3p7": dict(text_config=dict(pad_token_id=0)),
     # its parts do not read rope_theta, which its own attention asks them for
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
@@ -121,7 +147,7 @@ AS_RELEASED: dict[str, dict] = {
     "afmoe": dict(route_norm=True),
     "deepseek_v4": dict(num_hash_layers=0),
     "mimo_v2_flash": dict(
-        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=2, topk_method="noaux_tc",
+        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=4, topk_method="noaux_tc",
         hybrid_layer_pattern=[0, 1, 1, 0],
         rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
     ),  # fmt: skip
@@ -129,7 +155,7 @@ AS_RELEASED: dict[str, dict] = {
     "minimax_m2": dict(rotary_dim=8, scoring_func="sigmoid"),
 }
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
-SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|startoftext|>"]
 
 
 def registered(upstream: Path) -> set:
@@ -181,7 +207,13 @@ def tiny_config(model_type: str, config_name: str):
     import transformers
 
     config_class = getattr(transformers, config_name)
-    return config_class(**{**small(config_class().to_dict()), **PARTICULAR.get(model_type, {})})
+    return config_class(**merged(small(config_class().to_dict()), PARTICULAR.get(model_type, {})))
+
+
+def merged(config: dict, changes: dict) -> dict:
+    """`config` with `changes`, which name in its parts only what is theirs."""
+    parts = {key: merged(config[key], value) for key, value in changes.items() if isinstance(config.get(key), dict)}
+    return {**config, **changes, **parts}
 
 
 def small(defaults: dict) -> dict:
@@ -241,7 +273,7 @@ def write_folder(model_type: str, config_name: str, model_name: str, path: Path)
     model.save_pretrained(path)
     if model_type in AS_RELEASED:
         config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**config, **AS_RELEASED[model_type]}))
+        (path / "config.json").write_text(json.dumps(merged(config, AS_RELEASED[model_type])))
     (write_sentencepiece if model_type in SENTENCEPIECE else write_tokenizer)(path)
     with torch.inference_mode():
         np.save(f"{path}.npy", model(torch.tensor([TOKENS])).logits[0].float().numpy())

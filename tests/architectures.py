@@ -92,14 +92,52 @@ SMALL: dict[str, Any] = dict(
 INTERLEAVED = dict(
     rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25, mrope_section=[1, 1, 0], mrope_interleaved=True
 )
+# as released: a table of n-grams in one layer
+QWEN4 = dict(
+    rope_parameters=INTERLEAVED, hc_lowrank=16, ple_layer_ids=[1], ngram_vocab_size_base=64, heads_per_ngram=2,
+    split_ngram_parts=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
+    indexer_compress_ratio=4,
+)  # fmt: skip
+
+# of the layers with a window, which have sizes of their own
+DOTS3_WINDOW = dict(
+    num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, head_dim=32, qk_nope_head_dim=16,
+    qk_rope_head_dim=16, v_head_dim=16,
+)  # fmt: skip
+DOTS3 = dict(shared_experts_intermediate_size=32, per_layer_config={2: DOTS3_WINDOW, 3: DOTS3_WINDOW})
+DOTS3_AS_RELEASED = dict(
+    scoring_func="sigmoid", apply_mla_qkv_lora_rescale=True, first_k_dense_replace=1, sliding_window_size=16,
+    rope_parameters=dict(full_attention=dict(rope_type="default", rope_theta=80_000_000.0)),
+    **{f"swa_{key}": value for key, value in DOTS3_WINDOW.items()},
+)  # fmt: skip
 
 # what a class needs beyond that, by its model_type
 PARTICULAR: dict[str, dict] = {
     # as released: llama.cpp scales the embeddings always
     "afmoe": dict(mup_enabled=True),
     "deepseek_v4": dict(mlp_layer_types=["moe"] * 4),
+    # as released: the shared experts are as wide as intermediate_size over num_key_value_heads, says the converter
+    "ernie4_5_moe": dict(intermediate_size=128),
+    "glm4v_moe": dict(
+        # of the 8 of 16 values of a head that this model turns
+        text_config=dict(rope_parameters=dict(
+            rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 2]
+        )),
+        vision_config=dict(num_heads=4, depth=2, out_hidden_size=64),
+    ),  # fmt: skip
+    "glm5_next": dict(
+        # as released: its attention does not turn
+        text_config=dict(
+            qk_rope_head_dim=0, linear_head_dim=16, linear_num_heads=4, mlp_layer_types=["dense", *["sparse"] * 3]
+        ),
+        vision_config=dict(num_heads=4, depth=2, out_hidden_size=64, projection_intermediate_size=64),
+    ),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
-    "kimi_linear": dict(layer_types=["linear_attention", "full_attention"] * 2),
+    "kimi_linear": dict(
+        layer_types=["linear_attention", "full_attention"] * 2, linear_head_dim=16, linear_num_heads=4, q_lora_rank=None,
+        # transformers writes a dense layer under the name of the sparse ones, which the released files do not
+        mlp_layer_types=["sparse"] * 4,
+    ),  # fmt: skip
     # llama.cpp turns the layers with a window by the base of those without
     "mellum": dict(
         layer_types=["full_attention", *["sliding_attention"] * 3],
@@ -111,8 +149,9 @@ PARTICULAR: dict[str, dict] = {
     "minimax_m2": dict(rotary_dim=8),
     "minimax_m3_vl": dict(
         text_config=dict(
-            dense_intermediate_size=96, rotary_dim=8, index_head_dim=16, index_n_heads=2,
+            dense_intermediate_size=96, shared_intermediate_size=96, index_head_dim=16, index_n_heads=2, rotary_dim=8,
             layer_types=["full_attention", *["minimax_m3_sparse"] * 3], mlp_layer_types=["dense", *["sparse"] * 3],
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
         )
     ),  # fmt: skip
     # as released: no dense layer beside the experts
@@ -122,19 +161,45 @@ PARTICULAR: dict[str, dict] = {
     "qwen3_vl_moe": dict(
         text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]))
     ),
+    "qwen4_exp": dict(text_config=QWEN4),
+    "qwen4_exp_text": QWEN4,
     # as released: llama.cpp knows no window here
     "mixtral": dict(sliding_window=None),
+    "mimo_v2_flash": dict(
+        rope_parameters=dict(
+            full_attention=dict(rope_type="default", rope_theta=500000.0, partial_rotary_factor=0.5),
+            sliding_attention=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+        )
+    ),
     # as released: llama.cpp does not read these from the file
     "olmoe": dict(num_key_value_heads=4),
     "qwen3_moe": dict(norm_topk_prob=True),
-    "step3p7": dict(text_config=dict(pad_token_id=0)),
+    "solar_open": dict(
+        # as released: whole heads are turned
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
+    ),
+    "step3p7": dict(
+        text_config=dict(
+            pad_token_id=0, share_expert_dim=32, layer_types=["full_attention", *["sliding_attention"] * 3],
+            mlp_layer_types=["dense", *["sparse"] * 3],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+                sliding_attention=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
+            ),
+        )
+    ),  # fmt: skip
     # its parts do not read rope_theta, which its own attention asks them for
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
         ffn_config=dict(moe_num_experts=N_EXPERT, moe_top_k=N_EXPERT_USED, ffn_hidden_size=64),
         max_seq_len=256,
     ),
-    "dots3_note_text": dict(num_key_value_heads=4, swa_head_dim=32, swa_qk_nope_head_dim=16),
+    "dots3_note": dict(
+        text_config=DOTS3,
+        vision_config=dict(mlp_layer_types=["dense"] * 4, adapter_in_dim=64, adapter_out_dim=64),
+        audio_config=dict(adapter_input_size=64, adapter_out_dim=64, downsample_hidden_size=16),
+    ),
+    "dots3_note_text": DOTS3,
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     # as released: llama.cpp takes a window to mean this pattern
     "laguna": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
@@ -145,17 +210,62 @@ PARTICULAR: dict[str, dict] = {
 # Keys of the released models' config.json that transformers' own class reads and does not write again
 AS_RELEASED: dict[str, dict] = {
     "afmoe": dict(route_norm=True),
+    # without the key the file means softmax
+    "deepseek_v3": dict(scoring_func="sigmoid"),
+    "deepseek_v32": dict(scoring_func="sigmoid"),
     "deepseek_v4": dict(num_hash_layers=0),
+    "dots3_note": dict(text_config=DOTS3_AS_RELEASED),
+    "dots3_note_text": DOTS3_AS_RELEASED,
+    # llama.cpp knows the released one to be sigmoid by the sizes of its vocabulary and depth
+    "glm4_moe_lite": dict(first_k_dense_replace=1, scoring_func="sigmoid"),
+    "glm5_next": dict(text_config=dict(
+        linear_attn_config=dict(num_heads=4, head_dim=16, short_conv_kernel_size=4, gate_lower_bound=-5.0),
+        mla_use_nope=True, first_k_dense_replace=1,
+    )),  # fmt: skip
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
+    "kimi_linear": dict(
+        linear_attn_config=dict(
+            full_attn_layers=[2, 4], kda_layers=[1, 3], head_dim=16, num_heads=4, short_conv_kernel_size=4
+        ),
+        num_experts=N_EXPERT, num_experts_per_token=N_EXPERT_USED, num_shared_experts=1, first_k_dense_replace=0,
+        moe_router_activation_func="sigmoid", moe_renormalize=True,
+    ),  # fmt: skip
     "mimo_v2_flash": dict(
         swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=4, topk_method="noaux_tc",
-        hybrid_layer_pattern=[0, 1, 1, 0],
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
+        scoring_func="sigmoid", hybrid_layer_pattern=[0, 1, 1, 1], partial_rotary_factor=0.5,
     ),  # fmt: skip
     "exaone_moe": dict(scoring_func="sigmoid"),
     "minimax_m2": dict(rotary_dim=8, scoring_func="sigmoid"),
+    "minimax_m3_vl": dict(
+        text_config=dict(
+            n_shared_experts=1, scoring_func="sigmoid", moe_layer_freq=[0, 1, 1, 1],
+            sparse_attention_config=dict(
+                sparse_num_index_heads=2, sparse_index_dim=16, sparse_topk_blocks=16, sparse_block_size=128,
+                sparse_local_block=1, sparse_attention_freq=[0, 1, 1, 1],
+            ),
+        )
+    ),
+    "step3p7": dict(
+        text_config=dict(
+            num_attention_groups=2, moe_num_experts=N_EXPERT, moe_top_k=N_EXPERT_USED, norm_expert_weight=True,
+            partial_rotary_factors=[0.5, 1.0, 1.0, 1.0], moe_layers_enum="1,2,3",
+        )
+    ),
 }
+# Experts that the released files hold transposed; transformers reads them either way and writes them as it computes
+TRANSPOSED = {"qwen3_vl_moe"}
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
-SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|startoftext|>"]
+SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+SPECIAL_TOKENS += ["<|endofassistant|>", "<|startoftext|>"]
+
+
+# Why a class does not run, in the words of docs/architectures.md, where the error alone does not say it
+REASON: dict[str, str] = {
+    "deepseek_v32": "the converter asks for a tokenizer that adds a start token, and transformers 5 drops that setting "
+    "(`add_bos_token`) from every folder with a tokenizer.json",
+    "deepseek_v4": "the converter takes the routed experts as the released MXFP4 blocks only, "
+    "and transformers writes them as plain numbers",
+}
 
 
 def registered(upstream: Path) -> set:
@@ -260,6 +370,7 @@ def sweep(upstream: Path, root: Path, found: dict) -> dict:
 
 def write_folder(model_type: str, config_name: str, model_name: str, path: Path) -> None:
     """A Hugging Face folder with random weights. Raises whatever transformers raises."""
+    import safetensors.torch
     import torch
     import transformers
 
@@ -270,7 +381,14 @@ def write_folder(model_type: str, config_name: str, model_name: str, path: Path)
         raise ValueError(f"not tiny: {n_weights} weights; SMALL lacks a field")
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1 and not weight.any():  # routers that start at zero: all experts alike, the choice by chance
+            torch.nn.init.normal_(weight, std=0.02)
     model.save_pretrained(path)
+    if model_type in TRANSPOSED:
+        weights = safetensors.torch.load((path / "model.safetensors").read_bytes())
+        weights = {name: weight.mT.contiguous() if ".experts." in name else weight for name, weight in weights.items()}
+        safetensors.torch.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     if model_type in AS_RELEASED:
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(merged(config, AS_RELEASED[model_type])))
@@ -389,6 +507,8 @@ def _table(upstream: str) -> None:
     with tempfile.TemporaryDirectory() as root:
         results = sweep(Path(upstream), Path(root), found)
     for kind, (result, detail) in results.items():
+        if kind in REASON:
+            detail = f"{detail}: {REASON[kind]}" if result == "differs" else REASON[kind]
         print(f"| `{kind}` | `{found[kind][1]}` | {result} | {' '.join(detail.split())} |")
 
 

@@ -88,6 +88,17 @@ SMALL: dict[str, Any] = dict(
 )
 
 
+# of the 4 of 16 values of a head that these models turn by default
+INTERLEAVED = dict(
+    rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25, mrope_section=[1, 1, 0], mrope_interleaved=True
+)
+# as released: a table of n-grams in one layer
+QWEN4 = dict(
+    rope_parameters=INTERLEAVED, hc_lowrank=16, ple_layer_ids=[1], ngram_vocab_size_base=64, heads_per_ngram=2,
+    split_ngram_parts=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
+    indexer_compress_ratio=4,
+)  # fmt: skip
+
 # of the layers with a window, which have sizes of their own
 DOTS3_WINDOW = dict(
     num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, head_dim=32, qk_nope_head_dim=16,
@@ -127,13 +138,56 @@ PARTICULAR: dict[str, dict] = {
         # transformers writes a dense layer under the name of the sparse ones, which the released files do not
         mlp_layer_types=["sparse"] * 4,
     ),  # fmt: skip
-    "mellum": dict(layer_types=["full_attention", *["sliding_attention"] * 3]),
+    # llama.cpp turns the layers with a window by the base of those without
+    "mellum": dict(
+        layer_types=["full_attention", *["sliding_attention"] * 3],
+        rope_parameters=dict.fromkeys(
+            ["full_attention", "sliding_attention"], dict(rope_type="default", rope_theta=10000.0)
+        ),
+    ),
+    # as released: half of a head is turned
+    "minimax_m2": dict(rotary_dim=8),
+    "minimax_m3_vl": dict(
+        text_config=dict(
+            dense_intermediate_size=96, shared_intermediate_size=96, index_head_dim=16, index_n_heads=2, rotary_dim=8,
+            layer_types=["full_attention", *["minimax_m3_sparse"] * 3], mlp_layer_types=["dense", *["sparse"] * 3],
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+        )
+    ),  # fmt: skip
+    # as released: no dense layer beside the experts
+    "nemotron_h": dict(layers_block_type=["linear_attention", "moe", "full_attention", "moe"]),
+    "qwen3_5_moe": dict(text_config=dict(rope_parameters=INTERLEAVED)),
+    "qwen3_5_moe_text": dict(rope_parameters=INTERLEAVED),
+    "qwen3_vl_moe": dict(
+        text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]))
+    ),
+    "qwen4_exp": dict(text_config=QWEN4),
+    "qwen4_exp_text": QWEN4,
     # as released: llama.cpp knows no window here
     "mixtral": dict(sliding_window=None),
+    "mimo_v2_flash": dict(
+        rope_parameters=dict(
+            full_attention=dict(rope_type="default", rope_theta=500000.0, partial_rotary_factor=0.5),
+            sliding_attention=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+        )
+    ),
     # as released: llama.cpp does not read these from the file
     "olmoe": dict(num_key_value_heads=4),
     "qwen3_moe": dict(norm_topk_prob=True),
-    "step3p7": dict(pad_token_id=0),
+    "solar_open": dict(
+        # as released: whole heads are turned
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
+    ),
+    "step3p7": dict(
+        text_config=dict(
+            pad_token_id=0, share_expert_dim=32, layer_types=["full_attention", *["sliding_attention"] * 3],
+            mlp_layer_types=["dense", *["sparse"] * 3],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+                sliding_attention=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
+            ),
+        )
+    ),  # fmt: skip
     # its parts do not read rope_theta, which its own attention asks them for
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
@@ -177,16 +231,32 @@ AS_RELEASED: dict[str, dict] = {
         moe_router_activation_func="sigmoid", moe_renormalize=True,
     ),  # fmt: skip
     "mimo_v2_flash": dict(
-        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=2, topk_method="noaux_tc",
-        hybrid_layer_pattern=[0, 1, 1, 0],
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0),
+        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=4, topk_method="noaux_tc",
+        scoring_func="sigmoid", hybrid_layer_pattern=[0, 1, 1, 1], partial_rotary_factor=0.5,
     ),  # fmt: skip
     "exaone_moe": dict(scoring_func="sigmoid"),
     "minimax_m2": dict(rotary_dim=8, scoring_func="sigmoid"),
+    "minimax_m3_vl": dict(
+        text_config=dict(
+            n_shared_experts=1, scoring_func="sigmoid", moe_layer_freq=[0, 1, 1, 1],
+            sparse_attention_config=dict(
+                sparse_num_index_heads=2, sparse_index_dim=16, sparse_topk_blocks=16, sparse_block_size=128,
+                sparse_local_block=1, sparse_attention_freq=[0, 1, 1, 1],
+            ),
+        )
+    ),
+    "step3p7": dict(
+        text_config=dict(
+            num_attention_groups=2, moe_num_experts=N_EXPERT, moe_top_k=N_EXPERT_USED, norm_expert_weight=True,
+            partial_rotary_factors=[0.5, 1.0, 1.0, 1.0], moe_layers_enum="1,2,3",
+        )
+    ),
 }
+# Experts that the released files hold transposed; transformers reads them either way and writes them as it computes
+TRANSPOSED = {"qwen3_vl_moe"}
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
 SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-SPECIAL_TOKENS += ["<|endofassistant|>"]
+SPECIAL_TOKENS += ["<|endofassistant|>", "<|startoftext|>"]
 
 
 # Why a class does not run, in the words of docs/architectures.md, where the error alone does not say it
@@ -300,6 +370,7 @@ def sweep(upstream: Path, root: Path, found: dict) -> dict:
 
 def write_folder(model_type: str, config_name: str, model_name: str, path: Path) -> None:
     """A Hugging Face folder with random weights. Raises whatever transformers raises."""
+    import safetensors.torch
     import torch
     import transformers
 
@@ -314,6 +385,10 @@ def write_folder(model_type: str, config_name: str, model_name: str, path: Path)
         if weight.ndim > 1 and not weight.any():  # routers that start at zero: all experts alike, the choice by chance
             torch.nn.init.normal_(weight, std=0.02)
     model.save_pretrained(path)
+    if model_type in TRANSPOSED:
+        weights = safetensors.torch.load((path / "model.safetensors").read_bytes())
+        weights = {name: weight.mT.contiguous() if ".experts." in name else weight for name, weight in weights.items()}
+        safetensors.torch.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     if model_type in AS_RELEASED:
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(merged(config, AS_RELEASED[model_type])))

@@ -190,7 +190,7 @@ AS_RELEASED: dict[str, dict] = {
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
 ADD_BOS = {"deepseek_v32"}
 SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-SPECIAL_TOKENS += ["<|endofassistant|>"]  # of dots3
+SPECIAL_TOKENS += ["<|endofassistant|>"]
 
 
 # What docs/architectures.md says of a class beside its result, above all why it does not run

@@ -134,9 +134,12 @@ PARTICULAR: dict[str, dict] = {
     ),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
     "kimi_linear": dict(
-        layer_types=["linear_attention", "full_attention"] * 2, linear_head_dim=16, linear_num_heads=4, q_lora_rank=None,
+        layer_types=["linear_attention", "full_attention"] * 2, linear_head_dim=16, linear_num_heads=4,
+        q_lora_rank=None,
         # transformers writes a dense layer under the name of the sparse ones, which the released files do not
         mlp_layer_types=["sparse"] * 4,
+        # of the released 1e-5, see REASON
+        rms_norm_eps=1e-6,
     ),  # fmt: skip
     # llama.cpp turns the layers with a window by the base of those without
     "mellum": dict(
@@ -255,16 +258,24 @@ AS_RELEASED: dict[str, dict] = {
 # Experts that the released files hold transposed; transformers reads them either way and writes them as it computes
 TRANSPOSED = {"qwen3_vl_moe"}
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
+ADD_BOS = {"deepseek_v32"}
 SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 SPECIAL_TOKENS += ["<|endofassistant|>", "<|startoftext|>"]
 
 
-# Why a class does not run, in the words of docs/architectures.md, where the error alone does not say it
+# What docs/architectures.md says of a class beside its result, above all why it does not run
 REASON: dict[str, str] = {
     "deepseek_v32": "the converter asks for a tokenizer that adds a start token, and transformers 5 drops that setting "
-    "(`add_bos_token`) from every folder with a tokenizer.json",
+    "(`add_bos_token`) of every folder with a tokenizer.json; with vocab.json and merges.txt in its place it runs",
     "deepseek_v4": "the converter takes the routed experts as the released MXFP4 blocks only, "
     "and transformers writes them as plain numbers",
+    **dict.fromkeys(
+        ["dots3_note", "dots3_note_text"],
+        "the converter asks for `num_hidden_layers` and `swa_...` at the top of config.json, as released, but reads the "
+        "file through transformers, which knows the model and renames them; under an unknown `model_type` it runs",
+    ),
+    "kimi_linear": "by an rms_norm_eps of 1e-6; llama.cpp takes that (released: 1e-5) also where transformers always "
+    "has 1e-6, in the norms of latent keys and of the queries and keys of linear attention",
 }
 
 
@@ -393,6 +404,9 @@ def write_folder(model_type: str, config_name: str, model_name: str, path: Path)
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(merged(config, AS_RELEASED[model_type])))
     (write_sentencepiece if model_type in SENTENCEPIECE else write_tokenizer)(path)
+    if model_type in ADD_BOS:
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        (path / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
     with torch.inference_mode():
         np.save(f"{path}.npy", model(torch.tensor([TOKENS])).logits[0].float().numpy())
 
@@ -508,7 +522,7 @@ def _table(upstream: str) -> None:
         results = sweep(Path(upstream), Path(root), found)
     for kind, (result, detail) in results.items():
         if kind in REASON:
-            detail = f"{detail}: {REASON[kind]}" if result == "differs" else REASON[kind]
+            detail = f"{detail}: {REASON[kind]}" if result in ("runs", "differs") else REASON[kind]
         print(f"| `{kind}` | `{found[kind][1]}` | {result} | {' '.join(detail.split())} |")
 
 

@@ -92,10 +92,10 @@ SMALL: dict[str, Any] = dict(
 INTERLEAVED = dict(
     rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25, mrope_section=[1, 1, 0], mrope_interleaved=True
 )
-# as released: a table of n-grams in one layer
+# as released: a table of n-grams in one layer; llama.cpp knows no other gate
 QWEN4 = dict(
     rope_parameters=INTERLEAVED, hc_lowrank=16, ple_layer_ids=[1], ngram_vocab_size_base=64, heads_per_ngram=2,
-    split_ngram_parts=2, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
+    split_ngram_parts=2, output_gate_type="sigmoid", indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
     indexer_compress_ratio=4,
 )  # fmt: skip
 
@@ -260,7 +260,7 @@ TRANSPOSED = {"qwen3_vl_moe"}
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
 ADD_BOS = {"deepseek_v32"}
 SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-SPECIAL_TOKENS += ["<|endofassistant|>", "<|startoftext|>"]  # of dots3 and solar_open
+SPECIAL_TOKENS += ["<|endofassistant|>", "<|startoftext|>"]
 
 
 # What docs/architectures.md says of a class beside its result, above all why it does not run
@@ -276,6 +276,13 @@ REASON: dict[str, str] = {
     ),
     "kimi_linear": "by an rms_norm_eps of 1e-6; llama.cpp takes that (released: 1e-5) also where transformers always "
     "has 1e-6, in the norms of latent keys and of the queries and keys of linear attention",
+    "mimo_v2_flash": "the converter asks for `rope_parameters.partial_rotary_factor`, and transformers has it by the type of "
+    "a layer only; with it added to config.json it runs",
+    **dict.fromkeys(
+        ["minimax_m3_vl", "step3p7"],
+        "the converter asks for keys of the released `text_config` (`sparse_attention_config`, `num_attention_groups` and "
+        "others) that transformers renames as it reads them; with them copied to the top of config.json it runs",
+    ),
 }
 
 

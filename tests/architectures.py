@@ -95,8 +95,8 @@ INTERLEAVED = dict(
 # as released: a table of n-grams in one layer; llama.cpp knows no other gate
 QWEN4 = dict(
     rope_parameters=INTERLEAVED, hc_lowrank=16, ple_layer_ids=[1], ngram_vocab_size_base=64, heads_per_ngram=2,
-    split_ngram_parts=2, output_gate_type="sigmoid", indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8,
-    indexer_compress_ratio=4,
+    split_ngram_parts=2, output_gate_type="sigmoid", indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16,
+    indexer_budget=8, indexer_compress_ratio=4,
 )  # fmt: skip
 
 # of the layers with a window, which have sizes of their own
@@ -234,8 +234,8 @@ AS_RELEASED: dict[str, dict] = {
         moe_router_activation_func="sigmoid", moe_renormalize=True,
     ),  # fmt: skip
     "mimo_v2_flash": dict(
-        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=4, topk_method="noaux_tc",
-        scoring_func="sigmoid", hybrid_layer_pattern=[0, 1, 1, 1], partial_rotary_factor=0.5,
+        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=4,
+        topk_method="noaux_tc", scoring_func="sigmoid", hybrid_layer_pattern=[0, 1, 1, 1], partial_rotary_factor=0.5,
     ),  # fmt: skip
     "exaone_moe": dict(scoring_func="sigmoid"),
     "minimax_m2": dict(rotary_dim=8, scoring_func="sigmoid"),
@@ -276,8 +276,8 @@ REASON: dict[str, str] = {
     ),
     "kimi_linear": "by an rms_norm_eps of 1e-6; llama.cpp takes that (released: 1e-5) also where transformers always "
     "has 1e-6, in the norms of latent keys and of the queries and keys of linear attention",
-    "mimo_v2_flash": "the converter asks for `rope_parameters.partial_rotary_factor`, and transformers has it by the type of "
-    "a layer only; with it added to config.json it runs",
+    "mimo_v2_flash": "the converter asks for `rope_parameters.partial_rotary_factor`, and transformers has it by the type "
+    "of a layer only; with it added to config.json it runs",
     **dict.fromkeys(
         ["minimax_m3_vl", "step3p7"],
         "the converter asks for keys of the released `text_config` (`sparse_attention_config`, `num_attention_groups` and "

@@ -96,7 +96,7 @@ INTERLEAVED = dict(
 QWEN4 = dict(
     rope_parameters=INTERLEAVED, hc_lowrank=16, ple_layer_ids=[1], ngram_vocab_size_base=64, heads_per_ngram=2,
     split_ngram_parts=2, output_gate_type="sigmoid", indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16,
-    indexer_budget=8, indexer_compress_ratio=4,
+    indexer_budget=32, indexer_compress_ratio=4,
 )  # fmt: skip
 
 # of the layers with a window, which have sizes of their own
@@ -162,7 +162,7 @@ PARTICULAR: dict[str, dict] = {
     "qwen3_5_moe": dict(text_config=dict(rope_parameters=INTERLEAVED)),
     "qwen3_5_moe_text": dict(rope_parameters=INTERLEAVED),
     "qwen3_vl_moe": dict(
-        text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]))
+        text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[3, 3, 2]))
     ),
     "qwen4_exp": dict(text_config=QWEN4),
     "qwen4_exp_text": QWEN4,
@@ -274,6 +274,12 @@ REASON: dict[str, str] = {
         "the converter asks for `num_hidden_layers` and `swa_...` at the top of config.json, as released, but reads the "
         "file through transformers, which knows the model and renames them; under an unknown `model_type` it runs",
     ),
+    **dict.fromkeys(
+        ["qwen4_exp", "qwen4_exp_text"],
+        "by an indexer_budget that covers the text; beyond it transformers attends to chosen tokens, and llama.cpp, given "
+        "a folder that transformers wrote, to all",
+    ),
+    "qwen3_vl_moe": "by an mrope_section of [3, 3, 2]; of [4, 2, 2] llama.cpp leaves one pair in eight unturned",
     "kimi_linear": "by an rms_norm_eps of 1e-6; llama.cpp takes that (released: 1e-5) also where transformers always "
     "has 1e-6, in the norms of latent keys and of the queries and keys of linear attention",
     "mimo_v2_flash": "the converter asks for `rope_parameters.partial_rotary_factor`, and transformers has it by the type "

@@ -35,8 +35,6 @@ def results(found, tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("model_type", ROWS)
 def test_architecture(model_type, results):
-    if ROWS[model_type] == "open":
-        pytest.skip("not settled")
     if model_type not in results and not SAME_VERSION:
         pytest.skip(f"not in transformers {transformers.__version__}")
     result, detail = results[model_type]

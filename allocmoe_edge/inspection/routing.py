@@ -133,21 +133,17 @@ def record(llm, token_windows: np.ndarray, progress=None) -> list:
     llm._set_native_plan(Plan(full, full, "batch"), record=True)
     if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
         return None
+    libllama.allocmoe_clear_records(context)
     recorded: list = [[] for _ in full]
 
-    def take() -> None:
+    def after_window() -> None:
         for il, n_used in enumerate(full):
             n = libllama.allocmoe_take_experts(context, il, ffi.NULL, 0)
             ids = np.empty(n, np.int32)
             libllama.allocmoe_take_experts(context, il, ffi.from_buffer("int32_t *", ids), n)
             if n_used:
                 recorded[il].append(ids)
-
-    take()  # what was recorded before is none of this text
-    recorded = [[] for _ in full]
-
-    def after_window() -> None:
-        take()
+        libllama.allocmoe_clear_records(context)  # the scores, too, which nobody takes
         if progress is not None:
             progress()
 

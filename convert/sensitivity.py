@@ -68,7 +68,7 @@ def measure(
     """
     wanted = cells(full, mode)
     plans = sorted(set(wanted.values()) - {tuple(full)}, reverse=True)
-    starts = _can_start_late(llm, full, token_windows[0])
+    starts = None  # not known before the first cell that has to be measured
     nll, kl, errors, reused = {}, {}, [np.zeros(k + 1) for k in full], 0
     total = len(token_windows) * (len(plans) + 1)
     with tqdm(total=total, desc="sensitivity", unit="pass", disable=None, smoothing=0.05) as bar:
@@ -76,6 +76,8 @@ def measure(
             name = window_name(window)
             stored = checkpoint.get(f"{name} full")
             missing = [counts for counts in plans if checkpoint.get(_cell_name(name, counts)) is None]
+            if missing and starts is None:
+                starts = _can_start_late(llm, full, window)
             if stored is None or missing:
                 reference, recorded = _reference(llm, full, window)
                 stored = {"nll": reference.nll.mean(), "errors": [row.tolist() for row in recorded]}

@@ -1,10 +1,25 @@
-// For ggml's CPU backend: an expert id of -1 in MUL_MAT_ID is a slot without work, and its row of the result is zero.
+// For ggml's CPU backend. In MUL_MAT_ID, an expert id of -1 is a slot without work, and its row of the result is zero.
 #pragma once
 
 #include "ggml.h"
 
 #include <stdint.h>
 #include <string.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+
+// MUL_MAT_ID by our own kernels, skipped slots included. Returns false, in every thread, where they do not apply: nothing has
+// been done then. Weights are in blocks of n_rows_together rows whose codes take turns, `step` bytes at a time, as
+// llama.cpp's repacked layouts have them; 0, 0: as in the file.
+bool allocmoe_mul_mat_id(const struct ggml_compute_params * params, struct ggml_tensor * dst, int n_rows_together, int step);
+
+#ifdef __cplusplus
+}
+#endif
 
 // Zeroes the rows of dst whose id is negative; thread ith of nth takes every nth token.
 static inline void allocmoe_zero_skipped_rows(const struct ggml_tensor * ids, struct ggml_tensor * dst, int ith, int nth) {

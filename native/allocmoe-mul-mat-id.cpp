@@ -1,0 +1,454 @@
+// MUL_MAT_ID on the CPU for quantised experts: the tokens of an expert multiply its weights together, as a matrix.
+//
+// Each thread unpacks 16 rows by 256 columns of an expert's weights at a time into a panel (allocmoe-panel.h) that stays
+// in its first-level cache, and multiplies it with the 8-bit activations of all tokens of that expert. Activations are
+// quantised by llama.cpp's own functions, and every product is exact in 32-bit integers as in its kernels: results differ
+// from those by the order in which the sub-blocks' floats are added. That order is the same for any number of tokens.
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for ours
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include "allocmoe-cpu.h"
+#include "allocmoe-panel.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+namespace allocmoe {
+
+//
+// vectors: W lanes of 32 bits; VECTORS of them for a panel's 16 rows
+//
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define ALLOCMOE_KERNEL
+constexpr int W = 16;
+constexpr int TILE = 8;      // tokens at a time: as many as their sums fit into registers
+// mean tokens of an expert from which on this is faster than llama.cpp's kernels: for repacked weights, for plain ones
+constexpr int MIN_TOKENS[2] = { 1, 2 };
+using vi = __m512i;
+using vf = __m512;
+static inline vi broadcast(const int32_t * x)      { return _mm512_set1_epi32(*x); }
+static inline vf broadcast(const float * x)        { return _mm512_set1_ps(*x); }
+static inline vf load(const float * x)             { return _mm512_load_ps(x); }
+static inline void store(float * x, vf y)          { _mm512_store_ps(x, y); }
+static inline vi zero()                          { return _mm512_setzero_si512(); }
+static inline vi add(vi a, vi b)                   { return _mm512_add_epi32(a, b); }
+static inline vf to_float(vi x)                    { return _mm512_cvtepi32_ps(x); }
+static inline vf mul(vf a, vf b)                   { return _mm512_mul_ps(a, b); }
+static inline vf fma(vf a, vf b, vf c)             { return _mm512_fmadd_ps(a, b, c); }
+template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    return _mm512_dpbusd_epi32(sum, _mm512_load_si512(w), _mm512_set1_epi32(four));
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+#define ALLOCMOE_KERNEL
+constexpr int W = 8;
+constexpr int TILE = 8;
+constexpr int MIN_TOKENS[2] = { 4, 4 };
+using vi = __m256i;
+using vf = __m256;
+static inline vi broadcast(const int32_t * x)      { return _mm256_set1_epi32(*x); }
+static inline vf broadcast(const float * x)        { return _mm256_set1_ps(*x); }
+static inline vf load(const float * x)             { return _mm256_load_ps(x); }
+static inline void store(float * x, vf y)          { _mm256_store_ps(x, y); }
+static inline vi zero()                          { return _mm256_setzero_si256(); }
+static inline vi add(vi a, vi b)                   { return _mm256_add_epi32(a, b); }
+static inline vf to_float(vi x)                    { return _mm256_cvtepi32_ps(x); }
+static inline vf mul(vf a, vf b)                   { return _mm256_mul_ps(a, b); }
+static inline vf fma(vf a, vf b, vf c)             { return _mm256_fmadd_ps(a, b, c); }
+template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    const __m256i x = _mm256_load_si256((const __m256i *) w);
+    const __m256i y = _mm256_set1_epi32(four);
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, x, y);
+#else
+    const __m256i pairs = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x)) : _mm256_maddubs_epi16(x, y);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+#elif defined(__ARM_NEON) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define ALLOCMOE_KERNEL
+constexpr int W = 4;
+constexpr int TILE = 8;
+constexpr int MIN_TOKENS[2] = { 4, 4 };
+using vi = int32x4_t;
+using vf = float32x4_t;
+static inline vi broadcast(const int32_t * x)      { return vld1q_dup_s32(x); }
+static inline vf broadcast(const float * x)        { return vld1q_dup_f32(x); }
+static inline vf load(const float * x)             { return vld1q_f32(x); }
+static inline void store(float * x, vf y)          { vst1q_f32(x, y); }
+static inline vi zero()                          { return vdupq_n_s32(0); }
+static inline vi add(vi a, vi b)                   { return vaddq_s32(a, b); }
+static inline vf to_float(vi x)                    { return vcvtq_f32_s32(x); }
+static inline vf mul(vf a, vf b)                   { return vmulq_f32(a, b); }
+static inline vf fma(vf a, vf b, vf c)             { return vfmaq_f32(c, a, b); }
+template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    return vdotq_s32(sum, vreinterpretq_s8_u8(vld1q_u8(w)), vreinterpretq_s8_s32(vdupq_n_s32(four)));
+}
+#endif
+
+#if defined(ALLOCMOE_KERNEL)
+
+// The activations of up to TILE tokens, n of them, sub-block by sub-block.
+struct tile {
+    const int8_t  * q;    // [sub-block][n][SUB]
+    const float   * d;    // [sub-block][n]
+    const float   * sum;  // [sub-block][n]: d times the sum of q, for m
+    const int32_t * init; // [sub-block][n]: -offset times the sum of q
+};
+
+// acc: [N][ROWS], added to.
+template <typename F, int N> static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
+    for (int v = 0; v < ROWS; v += W) {
+        vf sum[N];
+        for (int t = 0; t < N; ++t) {
+            sum[t] = load(acc + t*ROWS + v);
+        }
+        for (int s = 0; s < n_sub; ++s) {
+            const uint8_t * w = p.q + (s*F::SUB)*ROWS + v*4;
+            const vf d = load(p.scales + s*ROWS + v);
+            const vf m = load(p.scales + (F::MIN ? CHUNK/F::SUB + s : s)*ROWS + v);
+#pragma GCC unroll 8
+            for (int t = 0; t < N; ++t) {
+                const int i = s*N + t;
+                // two sums: each waits for its previous addition
+                vi even = broadcast(x.init + i), odd = zero();
+#pragma GCC unroll 4
+                for (int k = 0; k < F::SUB; k += 8) {
+                    even = dot<F::SIGNED>(even, w + k*ROWS,       x.q + i*F::SUB + k);
+                    odd  = dot<F::SIGNED>(odd,  w + (k + 4)*ROWS, x.q + i*F::SUB + k + 4);
+                }
+                sum[t] = fma(to_float(add(even, odd)), mul(d, broadcast(x.d + i)), sum[t]);
+                if (F::MIN) {
+                    sum[t] = fma(m, broadcast(x.sum + i), sum[t]);
+                }
+            }
+        }
+        for (int t = 0; t < N; ++t) {
+            store(acc + t*ROWS + v, sum[t]);
+        }
+    }
+}
+
+template <typename F> static void multiply(int n, const panel & p, int n_sub, const tile & x, float * acc) {
+    switch (n) {
+        case 1: return multiply<F, 1>(p, n_sub, x, acc);
+        case 2: return multiply<F, 2>(p, n_sub, x, acc);
+        case 3: return multiply<F, 3>(p, n_sub, x, acc);
+        case 4: return multiply<F, 4>(p, n_sub, x, acc);
+        case 5: return multiply<F, 5>(p, n_sub, x, acc);
+        case 6: return multiply<F, 6>(p, n_sub, x, acc);
+        case 7: return multiply<F, 7>(p, n_sub, x, acc);
+        case 8: return multiply<F, 8>(p, n_sub, x, acc);
+    }
+}
+static_assert(TILE == 8, "the cases above");
+
+static void read_activations(const block_q8_K & b, int first, int8_t * q, int n, float & d) {
+    memcpy(q, b.qs + first, n);
+    d = b.d;
+}
+
+static void read_activations(const block_q8_0 & b, int first, int8_t * q, int n, float & d) {
+    memcpy(q, b.qs + first, n);
+    d = GGML_CPU_FP16_TO_FP32(b.d);
+}
+
+static void read_activations(const block_q8_1 & b, int first, int8_t * q, int n, float & d) {
+    memcpy(q, b.qs + first, n);
+    d = GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d);
+}
+
+// Tokens that go through an expert's weights at once: their activations stay in the second-level cache.
+constexpr int SLAB = 128;
+
+// A thread's own memory, kept from one call to the next.
+struct workspace {
+    struct free_aligned { void operator()(void * p) const { ggml_aligned_free(p, 0); } };
+    struct buffers {
+        panel p;
+        alignas(64) float acc[SLAB*ROWS];
+    };
+    std::unique_ptr<buffers, free_aligned> fixed { (buffers *) ggml_aligned_malloc(sizeof(buffers)) };
+    std::vector<int8_t>  q;
+    std::vector<float>   d, sum;
+    std::vector<int32_t> init;
+};
+
+struct job {
+    const ggml_tensor * src0;
+    const ggml_tensor * src1;
+    const ggml_tensor * dst;
+    int64_t             n_used;
+    const char        * x;       // src1, quantised
+    size_t              x_size;  // of a row of it
+};
+
+// Copies the activations of n slots to the workspace, tile after tile. A slot is token*n_used + rank.
+template <typename F, typename X> static void gather(const job & job, const int32_t * slots, int n, workspace & ws) {
+    const int64_t n_in  = job.src0->ne[0];
+    const int64_t n_sub = n_in/F::SUB;
+    ws.q.resize(n*n_in);
+    ws.d.resize(n*n_sub);
+    ws.sum.resize(n*n_sub);
+    ws.init.resize(n*n_sub);
+    constexpr int X_BLOCK = sizeof(X::qs);
+    for (int t0 = 0; t0 < n; t0 += TILE) {
+        const int n_tile = std::min(TILE, n - t0);
+        for (int t = 0; t < n_tile; ++t) {
+            const int64_t rank = slots[t0 + t] % job.n_used, token = slots[t0 + t]/job.n_used;
+            const auto * x = (const X *) (job.x + (rank % job.src1->ne[1] + token*job.src1->ne[1])*job.x_size);
+            for (int64_t b = 0; b < n_sub; ++b) {
+                const int64_t i = t0*n_sub + b*n_tile + t;
+                int8_t * q = ws.q.data() + i*F::SUB;
+                read_activations(x[b*F::SUB/X_BLOCK], b*F::SUB % X_BLOCK, q, F::SUB, ws.d[i]);
+                int32_t sum = 0;
+                for (int k = 0; k < F::SUB; ++k) {
+                    sum += q[k];
+                }
+                ws.sum[i]  = ws.d[i]*sum;
+                ws.init[i] = -F::OFFSET*sum;
+            }
+        }
+    }
+}
+
+static inline void prefetch(const char * from, size_t n) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(from + i, 0, 2);
+    }
+#else
+    GGML_UNUSED(from);
+    GGML_UNUSED(n);
+#endif
+}
+
+// Rows row0 to row1 of an expert's product with the gathered activations of n slots.
+template <typename L> static void multiply_rows(
+        const job & job, const char * weights, int64_t row0, int64_t row1, const int32_t * slots, int n, workspace & ws) {
+    const int64_t n_in     = job.src0->ne[0];
+    const int64_t n_sub    = n_in/L::SUB;
+    const size_t  row_size = job.src0->nb[1];
+    panel & p   = ws.fixed->p;
+    float * acc = ws.fixed->acc;
+
+    for (int64_t row = row0; row < row1; row += ROWS) {
+        const int    n_rows    = std::min<int64_t>(ROWS, row1 - row);
+        const char * rows      = weights + row*row_size;
+        const char * next      = rows + n_rows*row_size;
+        const size_t next_size = std::min<int64_t>(ROWS, row1 - row - n_rows)*row_size;
+        memset(acc, 0, n*ROWS*sizeof(float));
+        for (int64_t k0 = 0; k0 < n_in; k0 += CHUNK) {
+            const int     n_k = std::min<int64_t>(CHUNK, n_in - k0);
+            const int64_t s0  = k0/L::SUB;
+            // while these rows are multiplied, the next ones arrive
+            const size_t from = next_size*k0/n_in;
+            prefetch(next + from, next_size*(k0 + n_k)/n_in - from);
+            L::unpack(rows, row_size, n_rows, k0, n_k, p);
+            for (int t0 = 0; t0 < n; t0 += TILE) {
+                const int     n_tile = std::min(TILE, n - t0);
+                const int64_t i      = t0*n_sub + s0*n_tile;
+                const tile x = { ws.q.data() + i*L::SUB, ws.d.data() + i, ws.sum.data() + i, ws.init.data() + i };
+                multiply<L>(n_tile, p, n_k/L::SUB, x, acc + t0*ROWS);
+            }
+        }
+        for (int t = 0; t < n; ++t) {
+            char * out = (char *) job.dst->data + slots[t] % job.n_used*job.dst->nb[1] + slots[t]/job.n_used*job.dst->nb[2];
+            memcpy(out + row*sizeof(float), acc + t*ROWS, n_rows*sizeof(float));
+        }
+    }
+}
+
+#if defined(__AVX512F__)
+template <typename F, typename X> using repacked_8x8 = repacked_nibbles<F, X>;
+#else
+template <typename F, typename X> using repacked_8x8 = repacked<F, X, 8, 8>;
+#endif
+
+// The functions for a type in a layout.
+struct kernel {
+    void (*gather)       (const job &, const int32_t *, int, workspace &) = nullptr;
+    void (*multiply_rows)(const job &, const char *, int64_t, int64_t, const int32_t *, int, workspace &) = nullptr;
+};
+
+template <typename L, typename X> static kernel kernel_for() {
+    return { gather<L, X>, multiply_rows<L> };
+}
+
+static kernel find_kernel(ggml_type type, int n_rows, int step) {
+    switch (n_rows*16 + step) {
+        case 0:
+            switch (type) {
+                case GGML_TYPE_Q4_0:   return kernel_for<plain<format_q4_0>,   block_q8_0>();
+                case GGML_TYPE_Q4_1:   return kernel_for<plain<format_q4_1>,   block_q8_1>();
+                case GGML_TYPE_Q5_0:   return kernel_for<plain<format_q5_0>,   block_q8_0>();
+                case GGML_TYPE_Q5_1:   return kernel_for<plain<format_q5_1>,   block_q8_1>();
+                case GGML_TYPE_Q8_0:   return kernel_for<plain<format_q8_0>,   block_q8_0>();
+                case GGML_TYPE_IQ4_NL: return kernel_for<plain<format_iq4_nl>, block_q8_0>();
+                case GGML_TYPE_MXFP4:  return kernel_for<plain<format_mxfp4>,  block_q8_0>();
+                case GGML_TYPE_Q2_K:   return kernel_for<plain<format_q2_K>,   block_q8_K>();
+                case GGML_TYPE_Q3_K:   return kernel_for<plain<format_q3_K>,   block_q8_K>();
+                case GGML_TYPE_Q4_K:   return kernel_for<plain<format_q4_K>,   block_q8_K>();
+                case GGML_TYPE_Q5_K:   return kernel_for<plain<format_q5_K>,   block_q8_K>();
+                case GGML_TYPE_Q6_K:   return kernel_for<plain<format_q6_K>,   block_q8_K>();
+                case GGML_TYPE_IQ4_XS: return kernel_for<plain<format_iq4_xs>, block_q8_K>();
+                default:               return {};
+            }
+        case 8*16 + 8:
+            switch (type) {
+                case GGML_TYPE_Q4_0:   return kernel_for<repacked_8x8<format_q4_0,   block_q4_0x8>,   block_q8_0>();
+                case GGML_TYPE_IQ4_NL: return kernel_for<repacked_8x8<format_iq4_nl, block_iq4_nlx8>, block_q8_0>();
+                case GGML_TYPE_MXFP4:  return kernel_for<repacked_8x8<format_mxfp4,  block_mxfp4x8>,  block_q8_0>();
+                case GGML_TYPE_Q2_K:   return kernel_for<repacked<format_q2_K, block_q2_Kx8, 8, 8>, block_q8_K>();
+                case GGML_TYPE_Q4_K:   return kernel_for<repacked_q4_K<8>, block_q8_K>();
+                default:               return {};
+            }
+        case 8*16 + 4:
+            switch (type) {
+                case GGML_TYPE_Q4_K:   return kernel_for<repacked_q4_K<4>, block_q8_K>();
+                default:               return {};
+            }
+        case 4*16 + 8:
+            switch (type) {
+                case GGML_TYPE_Q4_0:   return kernel_for<repacked<format_q4_0, block_q4_0x4, 4, 8>, block_q8_0>();
+                case GGML_TYPE_Q8_0:   return kernel_for<repacked<format_q8_0, block_q8_0x4, 4, 8>, block_q8_0>();
+                default:               return {};
+            }
+        case 4*16 + 4:
+            switch (type) {
+                case GGML_TYPE_Q4_0:   return kernel_for<repacked<format_q4_0,   block_q4_0x4,   4, 4>, block_q8_0>();
+                case GGML_TYPE_Q8_0:   return kernel_for<repacked<format_q8_0,   block_q8_0x4,   4, 4>, block_q8_0>();
+                case GGML_TYPE_IQ4_NL: return kernel_for<repacked<format_iq4_nl, block_iq4_nlx4, 4, 4>, block_q8_0>();
+                case GGML_TYPE_MXFP4:  return kernel_for<repacked<format_mxfp4,  block_mxfp4x4,  4, 4>, block_q8_0>();
+                default:               return {};
+            }
+    }
+    return {};
+}
+
+#endif // ALLOCMOE_KERNEL
+
+} // namespace allocmoe
+
+bool allocmoe_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, int n_rows_together, int step) {
+#if defined(ALLOCMOE_KERNEL)
+    using namespace allocmoe;
+
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const ggml_tensor * ids  = dst->src[2];
+    const int64_t n_expert = src0->ne[2];
+    const int64_t n_out    = src0->ne[1];
+    const int64_t n_used   = ids->ne[0];
+    const int64_t n_tokens = ids->ne[1];
+    const int ith = params->ith;
+    const int nth = params->nth;
+
+    const kernel run = find_kernel(src0->type, n_rows_together, step);
+    const bool few = n_used*n_tokens < MIN_TOKENS[n_rows_together == 0]*std::min(n_expert, n_used*n_tokens);
+    if (!run.gather || few || src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src0->ne[3] != 1 || src1->ne[3] != 1) {
+        return false;
+    }
+
+    // llama.cpp sizes wdata for its own path: src1 quantised, and at least 8 bytes for each expert and each token of it
+    const ggml_type x_type = ggml_get_type_traits_cpu(src0->type)->vec_dot_type;
+    const size_t    x_size = ggml_row_size(x_type, src1->ne[0]);
+    const int64_t   n_rows = src1->ne[1]*src1->ne[2];
+    char * x      = (char *) params->wdata;
+    auto * first  = (int32_t *) (x + GGML_PAD(n_rows*x_size, sizeof(int64_t))); // [n_expert + 1]: each expert's first slot
+    auto * active = first + n_expert + 1;                                       // [1 + n_expert]: how many, which
+    auto * slots  = active + 1 + n_expert;                                      // [n_used*n_tokens], by expert
+    if (params->wsize < (size_t) ((char *) (slots + n_used*n_tokens) - x)) {
+        return false;
+    }
+
+    const auto id_of = [&](int64_t slot) {
+        return *(const int32_t *) ((const char *) ids->data + slot/n_used*ids->nb[1] + slot % n_used*ids->nb[0]);
+    };
+
+    const auto quantise = ggml_get_type_traits_cpu(x_type)->from_float;
+    for (int64_t r = ith; r < n_rows; r += nth) {
+        if (n_rows == n_used*n_tokens && id_of(r) < 0) {
+            continue;
+        }
+        const char * row = (const char *) src1->data + r % src1->ne[1]*src1->nb[1] + r/src1->ne[1]*src1->nb[2];
+        quantise((const float *) row, x + r*x_size, src1->ne[0]);
+    }
+    allocmoe_zero_skipped_rows(ids, dst, ith, nth);
+
+    if (ith == 0) {
+        std::fill(first, first + n_expert + 1, 0);
+        for (int64_t i = 0; i < n_used*n_tokens; ++i) {
+            const int32_t id = id_of(i);
+            GGML_ASSERT(id < n_expert);
+            if (id >= 0) {
+                first[id + 1]++;
+            }
+        }
+        for (int64_t e = 0; e < n_expert; ++e) {
+            first[e + 1] += first[e];
+        }
+        int32_t * next = active + 1;
+        std::copy(first, first + n_expert, next);
+        for (int64_t i = 0; i < n_used*n_tokens; ++i) {
+            const int32_t id = id_of(i);
+            if (id >= 0) {
+                slots[next[id]++] = i;
+            }
+        }
+        active[0] = 0;
+        for (int64_t e = 0; e < n_expert; ++e) {
+            if (first[e] < first[e + 1]) {
+                active[++active[0]] = e;
+            }
+        }
+        ggml_threadpool_chunk_set(params->threadpool, nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    // Threads take parts of experts in turns: few enough that gathering an expert's activations is not repeated much, and
+    // enough that nobody waits long for the last one.
+    const int64_t n_active  = active[0];
+    const int64_t n_parts   = std::max<int64_t>(1, std::min(std::max<int64_t>(2, 4*nth/std::max<int64_t>(n_active, 1)), n_out/64));
+    const int64_t part_rows = GGML_PAD((n_out + n_parts - 1)/n_parts, ROWS);
+
+    thread_local workspace ws;
+    const job job = { src0, src1, dst, n_used, x, x_size };
+    const int32_t * gathered = nullptr;
+    for (int64_t part = ith; part < n_active*n_parts; part = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int32_t e    = active[1 + part/n_parts];
+        const int64_t row0 = part % n_parts*part_rows;
+        const int64_t row1 = std::min(row0 + part_rows, n_out);
+        const char  * weights = (const char *) src0->data + e*src0->nb[2];
+        for (int i = first[e]; i < first[e + 1] && row0 < row1; i += SLAB) {
+            const int n = std::min(SLAB, first[e + 1] - i);
+            if (gathered != slots + i) {
+                run.gather(job, slots + i, n, ws);
+                gathered = slots + i;
+            }
+            run.multiply_rows(job, weights, row0, row1, slots + i, n, ws);
+        }
+    }
+    return true;
+#else
+    GGML_UNUSED(params);
+    GGML_UNUSED(dst);
+    GGML_UNUSED(n_rows_together);
+    GGML_UNUSED(step);
+    return false;
+#endif
+}

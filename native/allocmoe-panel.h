@@ -1,0 +1,623 @@
+// Quantised weights as panels: 16 rows by up to 256 columns of 8-bit codes, interleaved so that one vector register holds
+// four columns of many rows. A weight is d*(code - offset) + m, with one d and m for each row and sub-block of columns.
+// Every type that has a format below can be multiplied by the one kernel in allocmoe-mul-mat-id.cpp.
+#pragma once
+
+#define GGML_COMMON_DECL_CPP
+#define GGML_COMMON_IMPL_CPP
+#include "ggml-common.h"
+
+#include "ggml-impl.h"
+#include "simd-mappings.h"
+#include "repack.h"
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace allocmoe {
+
+constexpr int ROWS  = 16;
+constexpr int CHUNK = 256;
+
+// x86 multiplies unsigned by signed bytes, so that signed codes are stored with 128 added. Without VNNI the products of
+// such codes overflow 16 bits: they stay signed there, and the kernel moves the sign to the activations. ARM has signed by
+// signed.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int SIGNED_BIAS = 128;
+#else
+constexpr int SIGNED_BIAS = 0;
+#endif
+
+struct panel {
+    alignas(64) uint8_t q[CHUNK*ROWS];           // [CHUNK/4][ROWS][4]
+    alignas(64) float   scales[2*CHUNK/16*ROWS]; // [sub-block][ROWS] of d, then the same of m
+};
+
+//
+// bytes
+//
+
+// 32 codes, in registers: what is written to memory in pieces cannot be read back as a whole without waiting
+#if defined(__AVX2__)
+using codes_32 = __m256i;
+inline codes_32 load_32(const void * in)            { return _mm256_loadu_si256((const __m256i *) in); }
+inline void     store_32(codes_32 x, void * out)    { _mm256_storeu_si256((__m256i *) out, x); }
+inline codes_32 either(codes_32 a, codes_32 b)      { return _mm256_or_si256(a, b); }
+inline codes_32 flip(codes_32 a, uint8_t mask)      { return _mm256_xor_si256(a, _mm256_set1_epi8(mask)); }
+// ((x >> shift) & mask) << up; shifting 16 bits at once is safe: the mask leaves nothing that came from the other byte
+template <int shift, int mask, int up> inline codes_32 bits(codes_32 x) {
+    x = shift > up ? _mm256_srli_epi16(x, shift > up ? shift - up : 0) : _mm256_slli_epi16(x, shift > up ? 0 : up - shift);
+    return _mm256_and_si256(x, _mm256_set1_epi8((char) (mask << up)));
+}
+// the low halves of 16 bytes and then the high ones
+inline codes_32 nibbles(const uint8_t * in) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) in);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(x, 4), x), _mm256_set1_epi8(15));
+}
+inline codes_32 look_up(const uint8_t * table, codes_32 x) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), x);
+}
+// 16 in each byte whose bit is set
+inline codes_32 fifth_bits(const uint8_t * in) {
+    int32_t set;
+    memcpy(&set, in, 4);
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit  = _mm256_set1_epi64x((long long) 0x8040201008040201);
+    const __m256i x    = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(set), byte), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(x, bit), _mm256_set1_epi8(16));
+}
+#else
+struct codes_32 { uint8_t of[32]; };
+template <typename F> inline codes_32 each(F f) {
+    codes_32 y;
+    for (int i = 0; i < 32; ++i) {
+        y.of[i] = f(i);
+    }
+    return y;
+}
+inline codes_32 load_32(const void * in)            { codes_32 x; memcpy(x.of, in, 32); return x; }
+inline void     store_32(codes_32 x, void * out)    { memcpy(out, x.of, 32); }
+inline codes_32 either(codes_32 a, codes_32 b)      { return each([&](int i) { return a.of[i] | b.of[i]; }); }
+inline codes_32 flip(codes_32 a, uint8_t mask)      { return each([&](int i) { return a.of[i] ^ mask; }); }
+template <int shift, int mask, int up> inline codes_32 bits(codes_32 x) {
+    return each([&](int i) { return ((x.of[i] >> shift) & mask) << up; });
+}
+inline codes_32 nibbles(const uint8_t * in) {
+    return each([&](int i) { return i < 16 ? in[i] & 15 : in[i - 16] >> 4; });
+}
+inline codes_32 look_up(const uint8_t * table, codes_32 x) {
+#if defined(__ARM_NEON) && defined(__aarch64__)
+    codes_32 y;
+    vst1q_u8(y.of,      vqtbl1q_u8(vld1q_u8(table), vld1q_u8(x.of)));
+    vst1q_u8(y.of + 16, vqtbl1q_u8(vld1q_u8(table), vld1q_u8(x.of + 16)));
+    return y;
+#else
+    return each([&](int i) { return table[x.of[i]]; });
+#endif
+}
+inline codes_32 fifth_bits(const uint8_t * in) {
+    return each([&](int i) { return ((in[i/8] >> (i % 8)) & 1) << 4; });
+}
+#endif
+
+// out[i] = in[i]*(i < 8 ? a : b), 16 of them
+inline void scale_16(const uint8_t * in, float a, float b, float * out) {
+#if defined(__AVX512F__)
+    const __m512 factors = _mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1);
+    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) in))), factors));
+#else
+    for (int i = 0; i < 16; ++i) {
+        out[i] = in[i]*(i < 8 ? a : b);
+    }
+#endif
+}
+
+// Eight 6-bit scales and then eight mins of Q4_K and Q5_K from their 12 bytes; also those of eight rows in the repacked layouts.
+struct scales_k4 {
+    alignas(16) uint8_t of[16];
+    explicit scales_k4(const uint8_t * packed) {
+        uint32_t u[3];
+        memcpy(u, packed, 12);
+        const uint32_t s1 = (u[2]        & 0x0f0f0f0f) | (((u[0] >> 6) & 0x03030303) << 4);
+        const uint32_t m1 = ((u[2] >> 4) & 0x0f0f0f0f) | (((u[1] >> 6) & 0x03030303) << 4);
+#if defined(__AVX2__)
+        // in one piece: what is read in one piece afterwards
+        _mm_store_si128((__m128i *) of, _mm_setr_epi32(u[0] & 0x3f3f3f3f, s1, u[1] & 0x3f3f3f3f, m1));
+#else
+        const uint32_t all[4] = { u[0] & 0x3f3f3f3f, s1, u[1] & 0x3f3f3f3f, m1 };
+        memcpy(of, all, 16);
+#endif
+    }
+};
+
+// n bytes of each of 16 rows, `stride` bytes apart, to [n/4][ROWS][4]. Reads and writes up to the next 64 bytes.
+template <int STRIDE> inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
+#if defined(__AVX512F__)
+    for (int c = 0; c < n; c += 64) {
+        __m512i a[16], b[16];
+        for (int r = 0; r < 16; ++r) {
+            a[r] = _mm512_load_si512(codes + r*STRIDE + c);
+        }
+        for (int r = 0; r < 16; r += 2) {
+            b[r]     = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+            b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+        }
+        for (int r = 0; r < 16; r += 4) {
+            a[r]     = _mm512_unpacklo_epi64(b[r],     b[r + 2]);
+            a[r + 1] = _mm512_unpackhi_epi64(b[r],     b[r + 2]);
+            a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
+            a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
+        }
+        for (int i = 0; i < 4; ++i) {
+            const __m512i lo0 = _mm512_shuffle_i32x4(a[i],     a[i + 4],  0x88);
+            const __m512i hi0 = _mm512_shuffle_i32x4(a[i],     a[i + 4],  0xdd);
+            const __m512i lo1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+            const __m512i hi1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+            uint8_t * out = q + c*ROWS + i*64;
+            _mm512_store_si512(out,       _mm512_shuffle_i32x4(lo0, lo1, 0x88));
+            _mm512_store_si512(out + 256, _mm512_shuffle_i32x4(hi0, hi1, 0x88));
+            _mm512_store_si512(out + 512, _mm512_shuffle_i32x4(lo0, lo1, 0xdd));
+            _mm512_store_si512(out + 768, _mm512_shuffle_i32x4(hi0, hi1, 0xdd));
+        }
+    }
+#elif defined(__AVX2__)
+    for (int c = 0; c < n; c += 32) {
+        for (int r0 = 0; r0 < 16; r0 += 8) {
+            __m256i a[8], b[8];
+            for (int r = 0; r < 8; ++r) {
+                a[r] = _mm256_load_si256((const __m256i *) (codes + (r0 + r)*STRIDE + c));
+            }
+            for (int r = 0; r < 8; r += 2) {
+                b[r]     = _mm256_unpacklo_epi32(a[r], a[r + 1]);
+                b[r + 1] = _mm256_unpackhi_epi32(a[r], a[r + 1]);
+            }
+            for (int r = 0; r < 8; r += 4) {
+                a[r]     = _mm256_unpacklo_epi64(b[r],     b[r + 2]);
+                a[r + 1] = _mm256_unpackhi_epi64(b[r],     b[r + 2]);
+                a[r + 2] = _mm256_unpacklo_epi64(b[r + 1], b[r + 3]);
+                a[r + 3] = _mm256_unpackhi_epi64(b[r + 1], b[r + 3]);
+            }
+            for (int i = 0; i < 4; ++i) {
+                uint8_t * out = q + c*ROWS + i*64 + r0*4;
+                _mm256_store_si256((__m256i *) out,         _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+                _mm256_store_si256((__m256i *) (out + 256), _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
+            }
+        }
+    }
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    for (int c = 0; c < n; c += 16) {
+        for (int r = 0; r < 16; r += 4) {
+            const uint32x4_t a0 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 0)*STRIDE + c));
+            const uint32x4_t a1 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 1)*STRIDE + c));
+            const uint32x4_t a2 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 2)*STRIDE + c));
+            const uint32x4_t a3 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 3)*STRIDE + c));
+            const uint64x2_t b0 = vreinterpretq_u64_u32(vtrn1q_u32(a0, a1)), b1 = vreinterpretq_u64_u32(vtrn2q_u32(a0, a1));
+            const uint64x2_t b2 = vreinterpretq_u64_u32(vtrn1q_u32(a2, a3)), b3 = vreinterpretq_u64_u32(vtrn2q_u32(a2, a3));
+            uint8_t * out = q + c*ROWS + r*4;
+            vst1q_u8(out,       vreinterpretq_u8_u64(vtrn1q_u64(b0, b2)));
+            vst1q_u8(out + 64,  vreinterpretq_u8_u64(vtrn1q_u64(b1, b3)));
+            vst1q_u8(out + 128, vreinterpretq_u8_u64(vtrn2q_u64(b0, b2)));
+            vst1q_u8(out + 192, vreinterpretq_u8_u64(vtrn2q_u64(b1, b3)));
+        }
+    }
+#else
+    for (int c = 0; c < n; c += 4) {
+        for (int r = 0; r < ROWS; ++r) {
+            memcpy(q + c*ROWS + r*4, codes + r*STRIDE + c, 4);
+        }
+    }
+#endif
+}
+
+//
+// formats: what a type's block holds. codes() writes the codes of one block; scales() writes d, and m `m_at` floats after it
+//
+
+struct format_k { // super-blocks of 256
+    static constexpr int  BLOCK  = QK_K;
+    static constexpr bool SIGNED = false;
+};
+
+struct format_32 {
+    static constexpr int  BLOCK  = 32;
+    static constexpr int  SUB    = 32;
+    static constexpr bool SIGNED = false;
+};
+
+template <typename B> inline float scale_of(const B & b) { return GGML_CPU_FP16_TO_FP32(b.d); }
+template <typename B> inline float scale_in_pair(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d); }
+inline float scale_of(const block_mxfp4 & b) { return GGML_CPU_E8M0_TO_FP32_HALF(b.e); }
+inline float scale_of(const block_q4_1  & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q5_1  & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q2_K  & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q4_K  & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q5_K  & b) { return scale_in_pair(b); }
+template <typename B> inline float min_of  (const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.m); }
+template <typename B> inline float min_of_k(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin); }
+
+template <typename B> struct format_with_scales_k4 : format_k {
+    using block = B;
+    static constexpr int  SUB    = 32;
+    static constexpr bool MIN    = true;
+    static constexpr int  OFFSET = 0;
+    static void scales(const B & b, float * out) { scale_16(scales_k4(b.scales).of, scale_of(b), -min_of_k(b), out); }
+};
+
+struct format_q4_K : format_with_scales_k4<block_q4_K> {
+    static void codes(const block & b, uint8_t * q) {
+        for (int j = 0; j < 4; ++j) {
+            const codes_32 x = load_32(b.qs + 32*j);
+            store_32(bits<0, 15, 0>(x), q + 64*j);
+            store_32(bits<4, 15, 0>(x), q + 64*j + 32);
+        }
+    }
+};
+
+struct format_q5_K : format_with_scales_k4<block_q5_K> {
+    template <int J> static void codes_64(const block & b, codes_32 high, uint8_t * q) {
+        const codes_32 x = load_32(b.qs + 32*J);
+        store_32(either(bits<0, 15, 0>(x), bits<2*J,     1, 4>(high)), q + 64*J);
+        store_32(either(bits<4, 15, 0>(x), bits<2*J + 1, 1, 4>(high)), q + 64*J + 32);
+    }
+    static void codes(const block & b, uint8_t * q) {
+        const codes_32 high = load_32(b.qh);
+        codes_64<0>(b, high, q);
+        codes_64<1>(b, high, q);
+        codes_64<2>(b, high, q);
+        codes_64<3>(b, high, q);
+    }
+};
+
+struct format_q6_K : format_k {
+    using block = block_q6_K;
+    static constexpr int  SUB    = 16;
+    static constexpr bool MIN    = false;
+    static constexpr int  OFFSET = 32;
+    static void codes(const block & b, uint8_t * q) {
+        for (int h = 0; h < 2; ++h) {
+            const codes_32 x0 = load_32(b.ql + 64*h), x1 = load_32(b.ql + 64*h + 32), high = load_32(b.qh + 32*h);
+            store_32(either(bits<0, 15, 0>(x0), bits<0, 3, 4>(high)), q + 128*h);
+            store_32(either(bits<0, 15, 0>(x1), bits<2, 3, 4>(high)), q + 128*h + 32);
+            store_32(either(bits<4, 15, 0>(x0), bits<4, 3, 4>(high)), q + 128*h + 64);
+            store_32(either(bits<4, 15, 0>(x1), bits<6, 3, 4>(high)), q + 128*h + 96);
+        }
+    }
+    static void scales(const block & b, float * out) {
+        const float d = scale_of(b);
+        for (int i = 0; i < 16; ++i) {
+            out[i] = d*b.scales[i];
+        }
+    }
+};
+
+struct format_q3_K : format_k {
+    using block = block_q3_K;
+    static constexpr int  SUB    = 16;
+    static constexpr bool MIN    = false;
+    static constexpr int  OFFSET = 4;
+    template <int H> static void codes_128(const block & b, codes_32 high, uint8_t * q) {
+        const codes_32 x = load_32(b.qs + 32*H);
+        store_32(either(bits<0, 3, 0>(x), bits<4*H,     1, 2>(high)), q + 128*H);
+        store_32(either(bits<2, 3, 0>(x), bits<4*H + 1, 1, 2>(high)), q + 128*H + 32);
+        store_32(either(bits<4, 3, 0>(x), bits<4*H + 2, 1, 2>(high)), q + 128*H + 64);
+        store_32(either(bits<6, 3, 0>(x), bits<4*H + 3, 1, 2>(high)), q + 128*H + 96);
+    }
+    static void codes(const block & b, uint8_t * q) {
+        const codes_32 high = load_32(b.hmask);
+        codes_128<0>(b, high, q);
+        codes_128<1>(b, high, q);
+    }
+    static void scales(const block & b, float * out) {
+        const float d = scale_of(b);
+        for (int i = 0; i < 16; ++i) {
+            const int low  = i < 8 ? b.scales[i] & 15 : b.scales[i - 8] >> 4;
+            const int high = (b.scales[8 + i % 4] >> (2*(i/4))) & 3;
+            out[i] = d*((low | (high << 4)) - 32);
+        }
+    }
+};
+
+struct format_q2_K : format_k {
+    using block = block_q2_K;
+    static constexpr int  SUB    = 16;
+    static constexpr bool MIN    = true;
+    static constexpr int  OFFSET = 0;
+    static void codes(const block & b, uint8_t * q) {
+        for (int h = 0; h < 2; ++h) {
+            const codes_32 x = load_32(b.qs + 32*h);
+            store_32(bits<0, 3, 0>(x), q + 128*h);
+            store_32(bits<2, 3, 0>(x), q + 128*h + 32);
+            store_32(bits<4, 3, 0>(x), q + 128*h + 64);
+            store_32(bits<6, 3, 0>(x), q + 128*h + 96);
+        }
+    }
+    static void scales(const block & b, float * out) {
+        const float d = scale_of(b), m = -min_of_k(b);
+        alignas(32) uint8_t both[32];
+        store_32(nibbles(b.scales), both);
+        scale_16(both,      d, d, out);
+        scale_16(both + 16, m, m, out + 16);
+    }
+};
+
+template <typename B> struct format_nibbles : format_32 {
+    using block = B;
+    static void codes(const block & b, uint8_t * q) { store_32(nibbles(b.qs), q); }
+};
+
+template <typename B> struct format_five_bits : format_nibbles<B> {
+    static void codes(const B & b, uint8_t * q) {
+        store_32(either(nibbles(b.qs), fifth_bits(b.qh)), q);
+    }
+};
+
+template <typename F> struct with_scale : F {
+    static constexpr bool MIN = false;
+    static void scales(const typename F::block & b, float * out) { *out = scale_of(b); }
+};
+
+template <typename F> struct with_scale_and_min : F {
+    static constexpr bool MIN    = true;
+    static constexpr int  OFFSET = 0;
+    static void scales(const typename F::block & b, float * out) {
+        out[0]            = scale_of(b);
+        out[CHUNK/F::SUB] = min_of(b);
+    }
+};
+
+struct format_q4_0 : with_scale<format_nibbles<block_q4_0>> {
+    static constexpr int OFFSET = 8;
+};
+
+struct format_q5_0 : with_scale<format_five_bits<block_q5_0>> {
+    static constexpr int OFFSET = 16;
+};
+
+using format_q4_1 = with_scale_and_min<format_nibbles<block_q4_1>>;
+using format_q5_1 = with_scale_and_min<format_five_bits<block_q5_1>>;
+
+struct codes_q8_0 : format_32 {
+    using block = block_q8_0;
+    static constexpr bool SIGNED = true;
+    static constexpr int  OFFSET = SIGNED_BIAS;
+    static void codes(const block & b, uint8_t * q) {
+        store_32(flip(load_32(b.qs), SIGNED_BIAS), q);
+    }
+};
+using format_q8_0 = with_scale<codes_q8_0>;
+
+// the values of the types whose 4-bit codes stand for unevenly spaced numbers, with the offset added
+struct value_table {
+    uint8_t values[16];
+    value_table(const int8_t * from, int offset) {
+        for (int i = 0; i < 16; ++i) {
+            values[i] = (uint8_t) (from[i] + offset);
+        }
+    }
+};
+
+static const value_table values_iq4_nl(kvalues_iq4nl, SIGNED_BIAS);
+static const value_table values_mxfp4 (kvalues_mxfp4, 12);
+
+struct format_iq4_nl : with_scale<format_nibbles<block_iq4_nl>> {
+    static constexpr bool SIGNED = true;
+    static constexpr int  OFFSET = SIGNED_BIAS;
+    static void codes(const block & b, uint8_t * q) {
+        store_32(look_up(values_iq4_nl.values, nibbles(b.qs)), q);
+    }
+};
+
+struct format_mxfp4 : with_scale<format_nibbles<block_mxfp4>> {
+    static constexpr int OFFSET = 12;
+    static void codes(const block & b, uint8_t * q) {
+        store_32(look_up(values_mxfp4.values, nibbles(b.qs)), q);
+    }
+};
+
+struct format_iq4_xs : format_k {
+    using block = block_iq4_xs;
+    static constexpr int  SUB    = 32;
+    static constexpr bool MIN    = false;
+    static constexpr bool SIGNED = true;
+    static constexpr int  OFFSET = SIGNED_BIAS;
+    static void codes(const block & b, uint8_t * q) {
+        for (int i = 0; i < 8; ++i) {
+            store_32(look_up(values_iq4_nl.values, nibbles(b.qs + 16*i)), q + 32*i);
+        }
+    }
+    static void scales(const block & b, float * out) {
+        const float d = scale_of(b);
+        for (int i = 0; i < 8; ++i) {
+            const int s = ((b.scales_l[i/2] >> 4*(i % 2)) & 15) | (((b.scales_h >> 2*i) & 3) << 4);
+            out[i] = d*(s - 32);
+        }
+    }
+};
+
+//
+// layouts: where the blocks of 16 rows lie. unpack() makes the panel of n columns from k0 on, of n_rows rows; what it
+// leaves in the panel for the other rows is not used
+//
+
+// Codes and scales of 16 rows, one after the other, before they are interleaved.
+template <typename F> struct unpacked {
+    static constexpr int N_SCALES = (F::MIN ? 2 : 1)*CHUNK/F::SUB;
+    alignas(64) uint8_t codes [ROWS][CHUNK];
+    alignas(64) float   scales[ROWS][32];
+
+    void add(int row, int block, const typename F::block & b) {
+        F::codes (b, codes[row] + block*F::BLOCK);
+        F::scales(b, scales[row] + block);
+    }
+
+    void finish(int n, panel & p) const {
+        interleave<CHUNK>(codes[0], n, p.q);
+        interleave<32*sizeof(float)>((const uint8_t *) scales[0], N_SCALES*sizeof(float), (uint8_t *) p.scales);
+    }
+};
+
+template <typename F> struct plain : F {
+    static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
+        unpacked<F> u;
+        for (int r = 0; r < n_rows; ++r) {
+            const auto * block = (const typename F::block *) (rows + r*row_size) + k0/F::BLOCK;
+            for (int i = 0; i < n/F::BLOCK; ++i) {
+                u.add(r, i, block[i]);
+            }
+        }
+        u.finish(n, p);
+    }
+};
+
+// llama.cpp's repacked layouts hold the blocks of N rows together, their codes taking turns, STEP bytes at a time
+template <int N, int STEP> inline void take_turns(const void * from, int row, size_t n, void * out) {
+    for (size_t i = 0; i < n; i += STEP) {
+        memcpy((uint8_t *) out + i, (const uint8_t *) from + i*N + row*STEP, STEP);
+    }
+}
+
+// one row's block of a repacked one, as it was before
+template <int N, int STEP, typename X> inline void take_block(const X & x, int row, block_q4_0 & b) {
+    b.d = x.d[row];
+    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
+    for (auto & q : b.qs) {
+        q ^= 0x88;
+    }
+}
+
+template <int N, int STEP, typename X> inline void take_block(const X & x, int row, block_mxfp4 & b) {
+    b.e = x.e[row];
+    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
+}
+
+template <int N, int STEP, typename X> inline void take_block(const X & x, int row, block_q2_K & b) {
+    b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d    = x.d[row];
+    b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin = x.dmin[row];
+    take_turns<N, 2>   (x.scales, row, sizeof(b.scales), b.scales);
+    take_turns<N, STEP>(x.qs,     row, sizeof(b.qs),     b.qs);
+}
+
+template <int N, int STEP, typename X, typename B> inline void take_block(const X & x, int row, B & b) {
+    b.d = x.d[row];
+    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
+}
+
+template <typename F, typename X, int N, int STEP> struct repacked : F {
+    static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
+        unpacked<F> u;
+        for (int r = 0; r < n_rows; ++r) {
+            const auto * x = (const X *) (rows + r/N*N*row_size) + k0/F::BLOCK;
+            for (int i = 0; i < n/F::BLOCK; ++i) {
+                typename F::block b;
+                take_block<N, STEP>(x[i], r % N, b);
+                u.add(r, i, b);
+            }
+        }
+        u.finish(n, p);
+    }
+};
+
+#if defined(__AVX512F__)
+// 64 bytes of 8 rows' 4-bit codes, 8 of each row, and the same of 8 more rows: the low halves to q, the high ones to q_high,
+// as [2][ROWS][4]. table: what codes stand for, or null
+inline void interleave_8x8(const void * rows0, const void * rows8, __m512i flipped, const uint8_t * table, uint8_t * q, uint8_t * q_high) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512i mask = _mm512_set1_epi8(15);
+    const __m512i a = _mm512_loadu_si512(rows0), b = _mm512_loadu_si512(rows8);
+    const __m512i x[2] = { _mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b) };
+    for (int i = 0; i < 2; ++i) {
+        __m512i low  = _mm512_and_si512(_mm512_xor_si512(x[i], flipped), mask);
+        __m512i high = _mm512_and_si512(_mm512_srli_epi16(_mm512_xor_si512(x[i], flipped), 4), mask);
+        if (table) {
+            const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table));
+            low  = _mm512_shuffle_epi8(values, low);
+            high = _mm512_shuffle_epi8(values, high);
+        }
+        _mm512_store_si512(q      + 64*i, low);
+        _mm512_store_si512(q_high + 64*i, high);
+    }
+}
+
+// the types of 32 nibbles in a block, of 8 rows
+template <typename F, typename X> struct repacked_nibbles : F {
+    static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
+        const auto * x0 = (const X *) rows + k0/32;
+        const auto * x1 = n_rows > 8 ? (const X *) (rows + 8*row_size) + k0/32 : x0;
+        const __m512i flipped = _mm512_set1_epi8((char) (std::is_same<F, format_q4_0>::value ? 0x88 : 0));
+        const uint8_t * table = std::is_same<F, format_iq4_nl>::value ? values_iq4_nl.values :
+                                std::is_same<F, format_mxfp4> ::value ? values_mxfp4.values  : nullptr;
+        for (int i = 0; i < n/32; ++i) {
+            write_scales(x0[i], p.scales + i*ROWS);
+            write_scales(x1[i], p.scales + i*ROWS + 8);
+            uint8_t * q = p.q + 32*i*ROWS;
+            interleave_8x8(x0[i].qs,      x1[i].qs,      flipped, table, q,          q + 16*ROWS);
+            interleave_8x8(x0[i].qs + 64, x1[i].qs + 64, flipped, table, q + 8*ROWS, q + 24*ROWS);
+        }
+    }
+    static void write_scales(const block_mxfp4x8 & x, float * out) {
+        for (int r = 0; r < 8; ++r) {
+            out[r] = GGML_CPU_E8M0_TO_FP32_HALF(x.e[r]);
+        }
+    }
+    template <typename Y> static void write_scales(const Y & x, float * out) {
+        _mm256_store_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d)));
+    }
+};
+#endif
+
+// Q4_K, whose scales are those of one sub-block of eight rows together
+template <int STEP> struct repacked_q4_K : format_q4_K {
+    static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int, panel & p) {
+        const block_q4_Kx8 * x[2];
+        x[0] = (const block_q4_Kx8 *) rows + k0/QK_K;
+        x[1] = n_rows > 8 ? (const block_q4_Kx8 *) (rows + 8*row_size) + k0/QK_K : x[0];
+        alignas(64) float d[ROWS], m[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+            d[r] =  GGML_CPU_FP16_TO_FP32(x[r/8]->d[r % 8]);
+            m[r] = -GGML_CPU_FP16_TO_FP32(x[r/8]->dmin[r % 8]);
+        }
+        for (int i = 0; i < 8; ++i) {
+            const scales_k4 s0(x[0]->scales + 12*i), s1(x[1]->scales + 12*i);
+            float * out = p.scales + i*ROWS;
+#if defined(__AVX512F__)
+            const __m128i a = _mm_load_si128((const __m128i *) s0.of), b = _mm_load_si128((const __m128i *) s1.of);
+            _mm512_store_ps(out,          _mm512_mul_ps(_mm512_load_ps(d), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi64(a, b)))));
+            _mm512_store_ps(out + 8*ROWS, _mm512_mul_ps(_mm512_load_ps(m), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi64(a, b)))));
+#else
+            for (int r = 0; r < ROWS; ++r) {
+                out[r]          = d[r]*(r < 8 ? s0 : s1).of[r % 8];
+                out[r + 8*ROWS] = m[r]*(r < 8 ? s0 : s1).of[r % 8 + 8];
+            }
+#endif
+        }
+#if defined(__AVX512F__)
+        if (STEP == 8) {
+            for (int j = 0; j < 4; ++j) {
+                for (int i = 0; i < 4; ++i) {
+                    uint8_t * q = p.q + (64*j + 8*i)*ROWS;
+                    const int at = 256*j + 64*i;
+                    interleave_8x8(x[0]->qs + at, x[1]->qs + at, _mm512_setzero_si512(), nullptr, q, q + 32*ROWS);
+                }
+            }
+            return;
+        }
+#endif
+        alignas(64) uint8_t codes[ROWS][CHUNK];
+        for (int r = 0; r < n_rows; ++r) {
+            block_q4_K b;
+            take_turns<8, STEP>(x[r/8]->qs, r % 8, sizeof(b.qs), b.qs);
+            format_q4_K::codes(b, codes[r]);
+        }
+        interleave<CHUNK>(codes[0], CHUNK, p.q);
+    }
+};
+
+} // namespace allocmoe

@@ -12,10 +12,10 @@ extern "C" {
 
 struct ggml_compute_params;
 
-// MUL_MAT_ID by our own kernels, skipped slots included. Returns false, in every thread, where they do not apply: nothing has
-// been done then. Weights are in blocks of n_rows_together rows whose codes take turns, `step` bytes at a time, as
-// llama.cpp's repacked layouts have them; 0, 0: as in the file.
-bool allocmoe_mul_mat_id(const struct ggml_compute_params * params, struct ggml_tensor * dst, int n_rows_together, int step);
+// MUL_MAT_ID and MUL_MAT by our own kernels, skipped slots included. Returns false, in every thread, where they do not apply:
+// nothing has been done then. Weights are in blocks of n_rows_together rows whose codes take turns, `step` bytes at a time,
+// as llama.cpp's repacked layouts have them; 0, 0: as in the file.
+bool allocmoe_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, int n_rows_together, int step);
 
 #ifdef __cplusplus
 }

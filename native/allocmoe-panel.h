@@ -1,6 +1,6 @@
 // Quantised weights as panels: 16 rows by up to 256 columns of 8-bit codes, interleaved so that one vector register holds
 // four columns of many rows. A weight is d*(code - offset) + m, with one d and m for each row and sub-block of columns.
-// Every type that has a format below can be multiplied by the one kernel in allocmoe-mul-mat-id.cpp.
+// Every type that has a format below can be multiplied by the one kernel in allocmoe-mul-mat.cpp.
 #pragma once
 
 #define GGML_COMMON_DECL_CPP
@@ -234,6 +234,7 @@ struct format_32 {
 template <typename B> inline float scale_of(const B & b) { return GGML_CPU_FP16_TO_FP32(b.d); }
 template <typename B> inline float scale_in_pair(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d); }
 inline float scale_of(const block_mxfp4 & b) { return GGML_CPU_E8M0_TO_FP32_HALF(b.e); }
+inline float scale_of(const block_q8_1  & b) { return scale_in_pair(b); }
 inline float scale_of(const block_q4_1  & b) { return scale_in_pair(b); }
 inline float scale_of(const block_q5_1  & b) { return scale_in_pair(b); }
 inline float scale_of(const block_q2_K  & b) { return scale_in_pair(b); }

@@ -1,9 +1,9 @@
-// MUL_MAT_ID on the CPU for quantised experts: the tokens of an expert multiply its weights together, as a matrix.
+// MUL_MAT_ID and MUL_MAT on the CPU for quantised weights: the tokens of an expert multiply its weights together, as a matrix.
 //
-// Each thread unpacks 16 rows by 256 columns of an expert's weights at a time into a panel (allocmoe-panel.h) that stays
-// in its first-level cache, and multiplies it with the 8-bit activations of all tokens of that expert. Activations are
-// quantised by llama.cpp's own functions, and every product is exact in 32-bit integers as in its kernels: results differ
-// from those by the order in which the sub-blocks' floats are added. That order is the same for any number of tokens.
+// Each thread unpacks 16 rows by 256 columns of the weights at a time into a panel (allocmoe-panel.h) that stays in its
+// first-level cache, and multiplies it with the 8-bit activations of all tokens of that expert. Activations are quantised
+// by llama.cpp's own functions, and every product is exact in 32-bit integers as in its kernels: results differ from those
+// by the order in which the sub-blocks' floats are added. That order is the same for any number of tokens.
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for ours
@@ -157,19 +157,20 @@ template <typename F> static void multiply(int n, const panel & p, int n_sub, co
 }
 static_assert(TILE == 8, "the cases above");
 
-static void read_activations(const block_q8_K & b, int first, int8_t * q, int n, float & d) {
-    memcpy(q, b.qs + first, n);
-    d = b.d;
+// d, and the sum of N codes from the first on, which are copied to q
+template <int N> static float read_activations(const block_q8_K & b, int first, int8_t * q, int32_t & sum) {
+    memcpy(q, b.qs + first, N);
+    sum = b.bsums[first/16] + (N == 32 ? b.bsums[first/16 + 1] : 0);
+    return b.d;
 }
 
-static void read_activations(const block_q8_0 & b, int first, int8_t * q, int n, float & d) {
-    memcpy(q, b.qs + first, n);
-    d = GGML_CPU_FP16_TO_FP32(b.d);
-}
-
-static void read_activations(const block_q8_1 & b, int first, int8_t * q, int n, float & d) {
-    memcpy(q, b.qs + first, n);
-    d = GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d);
+template <int N, typename B> static float read_activations(const B & b, int first, int8_t * q, int32_t & sum) {
+    memcpy(q, b.qs + first, N);
+    sum = 0;
+    for (int i = 0; i < N; ++i) {
+        sum += b.qs[first + i];
+    }
+    return scale_of(b);
 }
 
 // Tokens that go through an expert's weights at once: their activations stay in the second-level cache.
@@ -193,12 +194,16 @@ struct job {
     const ggml_tensor * src1;
     const ggml_tensor * dst;
     int64_t             n_used;
+    size_t              dst_stride; // from token to token
+    const int32_t     * slots;   // token*n_used + rank, expert by expert; null for a dense matrix: all of them
     const char        * x;       // src1, quantised
     size_t              x_size;  // of a row of it
+
+    int64_t slot(int64_t i) const { return slots ? slots[i] : i; }
 };
 
-// Copies the activations of n slots to the workspace, tile after tile. A slot is token*n_used + rank.
-template <typename F, typename X> static void gather(const job & job, const int32_t * slots, int n, workspace & ws) {
+// Copies the activations of n slots to the workspace, tile after tile.
+template <typename F, typename X> static void gather(const job & job, int64_t first, int n, workspace & ws) {
     const int64_t n_in  = job.src0->ne[0];
     const int64_t n_sub = n_in/F::SUB;
     ws.q.resize(n*n_in);
@@ -209,16 +214,13 @@ template <typename F, typename X> static void gather(const job & job, const int3
     for (int t0 = 0; t0 < n; t0 += TILE) {
         const int n_tile = std::min(TILE, n - t0);
         for (int t = 0; t < n_tile; ++t) {
-            const int64_t rank = slots[t0 + t] % job.n_used, token = slots[t0 + t]/job.n_used;
-            const auto * x = (const X *) (job.x + (rank % job.src1->ne[1] + token*job.src1->ne[1])*job.x_size);
+            const int64_t slot = job.slot(first + t0 + t), rank = slot % job.n_used, token = slot/job.n_used;
+            const auto * x = (const X *) (job.x + (job.slots ? rank % job.src1->ne[1] + token*job.src1->ne[1] : token)*job.x_size);
             for (int64_t b = 0; b < n_sub; ++b) {
                 const int64_t i = t0*n_sub + b*n_tile + t;
                 int8_t * q = ws.q.data() + i*F::SUB;
-                read_activations(x[b*F::SUB/X_BLOCK], b*F::SUB % X_BLOCK, q, F::SUB, ws.d[i]);
-                int32_t sum = 0;
-                for (int k = 0; k < F::SUB; ++k) {
-                    sum += q[k];
-                }
+                int32_t sum;
+                ws.d[i]    = read_activations<F::SUB>(x[b*F::SUB/X_BLOCK], b*F::SUB % X_BLOCK, q, sum);
                 ws.sum[i]  = ws.d[i]*sum;
                 ws.init[i] = -F::OFFSET*sum;
             }
@@ -239,7 +241,7 @@ static inline void prefetch(const char * from, size_t n) {
 
 // Rows row0 to row1 of an expert's product with the gathered activations of n slots.
 template <typename L> static void multiply_rows(
-        const job & job, const char * weights, int64_t row0, int64_t row1, const int32_t * slots, int n, workspace & ws) {
+        const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int n, workspace & ws) {
     const int64_t n_in     = job.src0->ne[0];
     const int64_t n_sub    = n_in/L::SUB;
     const size_t  row_size = job.src0->nb[1];
@@ -267,7 +269,8 @@ template <typename L> static void multiply_rows(
             }
         }
         for (int t = 0; t < n; ++t) {
-            char * out = (char *) job.dst->data + slots[t] % job.n_used*job.dst->nb[1] + slots[t]/job.n_used*job.dst->nb[2];
+            const int64_t slot = job.slot(first + t);
+            char * out = (char *) job.dst->data + slot % job.n_used*job.dst->nb[1] + slot/job.n_used*job.dst_stride;
             memcpy(out + row*sizeof(float), acc + t*ROWS, n_rows*sizeof(float));
         }
     }
@@ -281,8 +284,8 @@ template <typename F, typename X> using repacked_8x8 = repacked<F, X, 8, 8>;
 
 // The functions for a type in a layout.
 struct kernel {
-    void (*gather)       (const job &, const int32_t *, int, workspace &) = nullptr;
-    void (*multiply_rows)(const job &, const char *, int64_t, int64_t, const int32_t *, int, workspace &) = nullptr;
+    void (*gather)       (const job &, int64_t, int, workspace &) = nullptr;
+    void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
 };
 
 template <typename L, typename X> static kernel kernel_for() {
@@ -344,55 +347,59 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
 
 } // namespace allocmoe
 
-bool allocmoe_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, int n_rows_together, int step) {
+bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int n_rows_together, int step) {
 #if defined(ALLOCMOE_KERNEL)
     using namespace allocmoe;
 
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
-    const ggml_tensor * ids  = dst->src[2];
-    const int64_t n_expert = src0->ne[2];
+    const ggml_tensor * ids  = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
+    const int64_t n_expert = ids ? src0->ne[2] : 1;
     const int64_t n_out    = src0->ne[1];
-    const int64_t n_used   = ids->ne[0];
-    const int64_t n_tokens = ids->ne[1];
+    const int64_t n_slots  = ids ? ids->ne[0]*ids->ne[1] : src1->ne[1];
     const int ith = params->ith;
     const int nth = params->nth;
 
     const kernel run = find_kernel(src0->type, n_rows_together, step);
-    const bool few = n_used*n_tokens < MIN_TOKENS[n_rows_together == 0]*std::min(n_expert, n_used*n_tokens);
-    if (!run.gather || few || src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src0->ne[3] != 1 || src1->ne[3] != 1) {
+    if (!run.gather || params->use_ref || n_slots < MIN_TOKENS[n_rows_together == 0]*std::min(n_expert, n_slots) ||
+            src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
+            src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && (src0->ne[2] != 1 || src1->ne[2] != 1))) {
         return false;
     }
 
-    // llama.cpp sizes wdata for its own path: src1 quantised, and at least 8 bytes for each expert and each token of it
+    // llama.cpp sizes wdata for its own path: src1 quantised, and for experts at least 8 bytes for each and each of its tokens
     const ggml_type x_type = ggml_get_type_traits_cpu(src0->type)->vec_dot_type;
     const size_t    x_size = ggml_row_size(x_type, src1->ne[0]);
     const int64_t   n_rows = src1->ne[1]*src1->ne[2];
-    char * x      = (char *) params->wdata;
-    auto * first  = (int32_t *) (x + GGML_PAD(n_rows*x_size, sizeof(int64_t))); // [n_expert + 1]: each expert's first slot
-    auto * active = first + n_expert + 1;                                       // [1 + n_expert]: how many, which
-    auto * slots  = active + 1 + n_expert;                                      // [n_used*n_tokens], by expert
-    if (params->wsize < (size_t) ((char *) (slots + n_used*n_tokens) - x)) {
+    char * x     = (char *) params->wdata;
+    auto * slots = (int32_t *) (x + GGML_PAD(n_rows*x_size, sizeof(int64_t))); // [n_slots], expert by expert
+    auto * first = slots + n_slots;                                            // [n_expert + 1]: of each expert's slots
+    auto * slabs = first + n_expert + 1;                                       // [1 + n_expert + n_slots/SLAB]: how many,
+    auto * owner = slabs + 1 + n_expert + n_slots/SLAB;                        //   and where they begin; whose they are
+    char * end   = ids ? (char *) (owner + n_expert + n_slots/SLAB) : x + n_rows*x_size;
+    if (params->wsize < (size_t) (end - x)) {
         return false;
     }
 
+    const int64_t n_used = ids ? ids->ne[0] : 1;
     const auto id_of = [&](int64_t slot) {
         return *(const int32_t *) ((const char *) ids->data + slot/n_used*ids->nb[1] + slot % n_used*ids->nb[0]);
     };
 
     const auto quantise = ggml_get_type_traits_cpu(x_type)->from_float;
     for (int64_t r = ith; r < n_rows; r += nth) {
-        if (n_rows == n_used*n_tokens && id_of(r) < 0) {
+        if (ids && n_rows == n_slots && id_of(r) < 0) {
             continue;
         }
         const char * row = (const char *) src1->data + r % src1->ne[1]*src1->nb[1] + r/src1->ne[1]*src1->nb[2];
         quantise((const float *) row, x + r*x_size, src1->ne[0]);
     }
-    allocmoe_zero_skipped_rows(ids, dst, ith, nth);
-
-    if (ith == 0) {
+    if (ids) {
+        allocmoe_zero_skipped_rows(ids, dst, ith, nth);
+    }
+    if (ids && ith == 0) {
         std::fill(first, first + n_expert + 1, 0);
-        for (int64_t i = 0; i < n_used*n_tokens; ++i) {
+        for (int64_t i = 0; i < n_slots; ++i) {
             const int32_t id = id_of(i);
             GGML_ASSERT(id < n_expert);
             if (id >= 0) {
@@ -402,46 +409,51 @@ bool allocmoe_mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst, 
         for (int64_t e = 0; e < n_expert; ++e) {
             first[e + 1] += first[e];
         }
-        int32_t * next = active + 1;
+        int32_t * next = owner;
         std::copy(first, first + n_expert, next);
-        for (int64_t i = 0; i < n_used*n_tokens; ++i) {
+        for (int64_t i = 0; i < n_slots; ++i) {
             const int32_t id = id_of(i);
             if (id >= 0) {
                 slots[next[id]++] = i;
             }
         }
-        active[0] = 0;
+        slabs[0] = 0;
         for (int64_t e = 0; e < n_expert; ++e) {
-            if (first[e] < first[e + 1]) {
-                active[++active[0]] = e;
+            for (int32_t i = first[e]; i < first[e + 1]; i += SLAB) {
+                owner[slabs[0]++] = e;
+                slabs[slabs[0]]   = i;
             }
         }
+    }
+    if (ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, nth);
     }
     ggml_barrier(params->threadpool);
 
-    // Threads take parts of experts in turns: few enough that gathering an expert's activations is not repeated much, and
-    // enough that nobody waits long for the last one.
-    const int64_t n_active  = active[0];
-    const int64_t n_parts   = std::max<int64_t>(1, std::min(std::max<int64_t>(2, 4*nth/std::max<int64_t>(n_active, 1)), n_out/64));
+    // Threads take parts of slabs in turns: few enough that gathering the activations is not repeated much, and enough that
+    // nobody waits long for the last one.
+    const int64_t n_slabs   = ids ? slabs[0] : (n_slots + SLAB - 1)/SLAB;
+    const int64_t n_parts   = std::max<int64_t>(1, std::min(std::max<int64_t>(2, 4*nth/std::max<int64_t>(n_slabs, 1)), n_out/64));
     const int64_t part_rows = GGML_PAD((n_out + n_parts - 1)/n_parts, ROWS);
 
     thread_local workspace ws;
-    const job job = { src0, src1, dst, n_used, x, x_size };
-    const int32_t * gathered = nullptr;
-    for (int64_t part = ith; part < n_active*n_parts; part = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int32_t e    = active[1 + part/n_parts];
-        const int64_t row0 = part % n_parts*part_rows;
-        const int64_t row1 = std::min(row0 + part_rows, n_out);
-        const char  * weights = (const char *) src0->data + e*src0->nb[2];
-        for (int i = first[e]; i < first[e + 1] && row0 < row1; i += SLAB) {
-            const int n = std::min(SLAB, first[e + 1] - i);
-            if (gathered != slots + i) {
-                run.gather(job, slots + i, n, ws);
-                gathered = slots + i;
-            }
-            run.multiply_rows(job, weights, row0, row1, slots + i, n, ws);
+    const job job = { src0, src1, dst, n_used, dst->nb[ids ? 2 : 1], ids ? slots : nullptr, x, x_size };
+    int64_t gathered = -1;
+    for (int64_t part = ith; part < n_slabs*n_parts; part = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t slab  = part/n_parts;
+        const int64_t e     = ids ? owner[slab] : 0;
+        const int64_t begin = ids ? slabs[1 + slab] : slab*SLAB;
+        const int     n     = std::min<int64_t>(SLAB, (ids ? first[e + 1] : n_slots) - begin);
+        const int64_t row0  = part % n_parts*part_rows;
+        const int64_t row1  = std::min(row0 + part_rows, n_out);
+        if (row0 >= row1) {
+            continue;
         }
+        if (gathered != slab) {
+            run.gather(job, begin, n, ws);
+            gathered = slab;
+        }
+        run.multiply_rows(job, (const char *) src0->data + e*src0->nb[2], row0, row1, begin, n, ws);
     }
     return true;
 #else

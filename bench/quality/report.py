@@ -58,8 +58,8 @@ def table(result: dict) -> str:
         "| at the budget exactly |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
         f"| 1 | full model | {full['spent']:.0f} | {full['perplexity']:.2f} | 0 | 0 | 100% | | |",
-        f"| 1 | full model, token by token (noise floor) | {floor['spent']:.0f} | {floor['perplexity']:.2f} | {floor['kl']:.2g} "
-        f"| {floor['kl_median']:.2g} | {floor['top1']:.2%} | | |",
+        f"| 1 | full model, token by token (noise floor) | {floor['spent']:.0f} | | {abs(floor['kl']):.1g} "
+        f"| {abs(floor['kl_median']):.1g} | {floor['top1']:.2%} | | |",
     ]
     for row in result["rows"]:
         samples = row["samples"]
@@ -82,8 +82,8 @@ def table(result: dict) -> str:
 
 
 def _range(values: List[float]) -> str:
-    text = f"{np.mean(values):.0%}"
-    return text if len(values) == 1 else f"{text} ({min(values):.0%} to {max(values):.0%})"
+    low, mean, high = (f"{round(value, 2) + 0.0:.0%}" for value in (min(values), np.mean(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def task_table(tasks: List[dict]) -> str:

@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> dict:
         found, plans = [], {}
         for sample, path in enumerate(paths):
             calib = calibration.from_file(models[False], path, args.calib_tokens, args.ctx_size).profile
-            setting = Setting(models[False], full, args.model, calib, path, checkpoint, args)
-            for method, budget, plan in planned(setting, totals, sample):
+            setting = Setting(models[False], full, args.model, calib, path, args)
+            for method, budget, plan in planned(setting, totals, sample, checkpoint):
                 for decode in (False, True) if METHODS[method].decode and not args.no_decode else (False,):
                     name = metrics.candidate_name((plan, decode))
                     plans[name] = (plan, decode)
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
-def planned(setting: Setting, totals: dict, sample: int):
+def planned(setting: Setting, totals: dict, sample: int, checkpoint: Checkpoint):
     """(method, budget, Plan) for all that are asked for; plans are kept in the checkpoint."""
     args = setting.args
     text = f"{window_name(setting.calib.ravel())} {setting.calib.shape}"
@@ -139,10 +139,10 @@ def planned(setting: Setting, totals: dict, sample: int):
             for budget, total in totals.items():
                 isolated = f" {args.isolated_tokens}" if "paper" in method else ""
                 key = f"plan {method} {total} on {text if METHODS[method].calibrated else 'nothing'}{isolated}"
-                stored = setting.checkpoint.get(key)
+                stored = checkpoint.get(key)
                 if stored is None:
                     stored = _stored(METHODS[method].plan(setting, total))
-                    setting.checkpoint.put(key, stored)
+                    checkpoint.put(key, stored)
                 yield method, budget, Plan(**stored)
                 bar.update()
 

@@ -26,7 +26,7 @@ class Setting:
     """What a method may use.
 
     calib: int32 windows, shape [n, n_ctx], of the calibration text `calib_path`.
-    args: of the command line.
+    args: of the command line; calib_tokens, isolated_tokens, ctx_size and threads are used.
     """
 
     llm: Llama
@@ -34,7 +34,6 @@ class Setting:
     path: Path
     calib: np.ndarray
     calib_path: Path
-    checkpoint: Checkpoint
     args: argparse.Namespace
 
 
@@ -68,7 +67,9 @@ def _profiled(mode: str, metric: str) -> Callable[[Setting, int], Plan]:
         calib = setting.calib
         if mode == "isolated" and setting.args.isolated_tokens:
             calib = calib[: max(1, setting.args.isolated_tokens // calib.shape[1])]
-        rows, _ = sensitivity.measure(setting.llm, setting.full, calib, mode, metric, setting.checkpoint)
+        # where allocmoe-convert keeps its cells, so that `ours` finds those that it needs too
+        with Checkpoint(cli._checkpoint_path(convert_arguments(setting, total)), setting.path) as checkpoint:
+            rows, _ = sensitivity.measure(setting.llm, setting.full, calib, mode, metric, checkpoint)
         return spend_exactly(rows, total, setting.full)
 
     return plan
@@ -158,13 +159,18 @@ def _check_probabilities(llm: Llama, plan: Plan, window: np.ndarray) -> None:
 # ours
 
 
-def ours(setting: Setting, total: int) -> Plan:
-    """What allocmoe-convert writes with its defaults and this calibration text."""
+def convert_arguments(setting: Setting, total: int) -> argparse.Namespace:
+    """Of allocmoe-convert with its defaults, this calibration text and a budget of `total`."""
     args = setting.args
     command = [str(setting.path), "--budget", str(total), "--calib", str(setting.calib_path), "--plan-only"]
     command += ["--calib-tokens", str(args.calib_tokens), "--ctx-size", str(args.ctx_size), "--threads", str(args.threads)]
     command += ["-o", str(setting.calib_path.with_suffix(".plan"))]
-    return cli.measure(cli.parser().parse_args(command), setting.path, setting.full, total, None)[1]
+    return cli.parser().parse_args(command)
+
+
+def ours(setting: Setting, total: int) -> Plan:
+    """What allocmoe-convert writes."""
+    return cli.measure(convert_arguments(setting, total), setting.path, setting.full, total, None)[1]
 
 
 _paper, _fast = _profiled("isolated", "perplexity"), _profiled("fast", "kl")

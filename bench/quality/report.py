@@ -114,11 +114,11 @@ def plot(result: dict, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6))
     full = result["full"]["spent"]
     keys = dict.fromkeys((row["method"], row["phase"]) for row in result["rows"])
-    colours = pyplot.get_cmap("tab20").colors
-    for i, (method, phase) in enumerate(keys):
+    colours = dict(zip(METHODS, pyplot.get_cmap("tab20").colors))
+    for method, phase in keys:
         mine = [row for row in result["rows"] if (row["method"], row["phase"]) == (method, phase)]
         style = dict(
-            color="black" if method == "uniform" else colours[i % 20],
+            color="black" if method == "uniform" else colours[method],
             linestyle=":" if phase == "decode" else "-",
             linewidth=2.4 if method in ("ours", "uniform") else 1,
             marker="o",
@@ -131,7 +131,6 @@ def plot(result: dict, path: Path) -> None:
             won = [np.array([s["recovered_at_budget"]["kl"] for s in row["samples"]]) for row in mine]
             right.plot([row["total"] / full for row in mine], [w.mean() for w in won], **style)
     left.set_yscale("log")
-    left.axhline(max(result["floor"]["kl"], 1e-9), color="grey", linewidth=0.8, linestyle="--")
     left.set(xlabel="experts activated, share of the full model's", ylabel="KL from the full model, nats per token")
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="budget", ylabel="share of uniform k's KL that is won back")

@@ -8,8 +8,8 @@ Writes table.md, plot.svg and result.json into the output folder, and the table 
 on --calib, on places that share no sentence with --text, and --repeats times on different places. "Recovered" is the share
 of uniform k's loss that a method wins back, 1 - ln(P/P_full) / ln(P_uniform/P_full) and 1 - KL/KL_uniform.
 
-Every cell is saved as it is measured: the same command goes on where it was stopped. Delete OUTPUT/cells after a change of
-the program itself. With --tasks, accuracy on multiple-choice and last-word tasks.
+Every plan and cell is saved as it is measured: the same command goes on where it was stopped. After a change of a method in
+the program, name it with --again. With --tasks, accuracy on multiple-choice and last-word tasks.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", type=Path, required=True, help="folder for the results and what is measured so far")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.83, 0.67, 0.5, 0.33], help="shares beside 1.0")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help=", ".join(METHODS))
+    p.add_argument("--again", nargs="+", choices=METHODS, default=[], metavar="M", help="plan these anew, after a change of them")
     p.add_argument("--repeats", type=int, default=3, help="calibration samples. Default: 3")
     p.add_argument("--tokens", type=int, default=12288, help="tokens to evaluate on. Default: 12288")
     p.add_argument("--calib-tokens", type=int, default=4096, help="tokens in a calibration sample. Default: 4096")
@@ -102,14 +103,17 @@ def run(args: argparse.Namespace) -> dict:
             calib = calibration.from_file(models[False], path, args.calib_tokens, args.ctx_size).profile
             setting = Setting(models[False], full, args.model, calib, path, args)
             for method, budget, plan in planned(setting, totals, sample, checkpoint):
-                for decode in (False, True) if METHODS[method].decode and not args.no_decode else (False,):
+                # one sample is enough to show that it is plain top-k, and token by token is slow
+                single = METHODS[method].decode and sample == 0 and not args.no_decode
+                for decode in (False, True) if single else (False,):
                     name = metrics.candidate_name((plan, decode))
                     plans[name] = (plan, decode)
                     found.append(dict(budget=budget, method=method, sample=sample, decode=decode, name=name))
         whole = (Plan.full(full), False)
         cells = metrics.measure(models, full, [whole, *plans.values()], text, checkpoint)
         floor = metrics.measure(models, full, [(whole[0], True)], text[:_FLOOR_WINDOWS], checkpoint)
-        summary = metrics.summary(cells[metrics.candidate_name(whole)])
+        whole_cells = cells[metrics.candidate_name(whole)]
+        summary = metrics.summary(whole_cells)
         result = {
             "model": args.model.name,
             "experts_per_token": list(full),
@@ -121,7 +125,7 @@ def run(args: argparse.Namespace) -> dict:
             "full": summary,
             "floor": metrics.summary(next(iter(floor.values()))),
             "rows": report.rows(found, cells, summary, totals),
-            "text_noise": text_noise(found, cells),
+            "text_noise": text_noise(found, cells, whole_cells),
             "plans": [{**entry, "plan": _stored(plans[entry["name"]][0])} for entry in found],
         }
         result["tasks"] = accuracy(models[False], args, full, found, plans, checkpoint)
@@ -139,7 +143,7 @@ def planned(setting: Setting, totals: dict, sample: int, checkpoint: Checkpoint)
             for budget, total in totals.items():
                 isolated = f" {args.isolated_tokens}" if "paper" in method else ""
                 key = f"plan {method} {total} on {text if METHODS[method].calibrated else 'nothing'}{isolated}"
-                stored = checkpoint.get(key)
+                stored = None if method in args.again else checkpoint.get(key)
                 if stored is None:
                     stored = _stored(METHODS[method].plan(setting, total))
                     checkpoint.put(key, stored)
@@ -160,15 +164,23 @@ def evaluation_windows(llm: Llama, args: argparse.Namespace) -> np.ndarray:
     return cut[np.linspace(0, len(cut) - 1, wanted).astype(int)]
 
 
-def text_noise(found: list, cells: dict) -> list:
-    """Standard error of the share of uniform k's divergence that each plan wins back, over the evaluation windows."""
-    uniform = {e["budget"]: np.array(cells[e["name"]]["mean_kl"]) for e in found if e["method"] == "uniform"}
+def text_noise(found: list, cells: dict, full: dict) -> list:
+    """Standard errors of the recovered shares over the choice of evaluation windows, one dict for each plan."""
+    uniform = {e["budget"]: _losses(cells[e["name"]], full) for e in found if e["method"] == "uniform"}
     noise = []
     for entry in found:
-        own, base = np.array(cells[entry["name"]]["mean_kl"]), uniform[entry["budget"]]
-        error = metrics.text_noise(lambda i: metrics.recovery(own[i].mean(), base[i].mean()), len(own))
-        noise.append({**entry, "standard_error_kl": error})
+        own, base = _losses(cells[entry["name"]], full), uniform[entry["budget"]]
+        errors = {
+            what: metrics.text_noise(lambda i, w=what: metrics.recovery(own[w][i].mean(), base[w][i].mean()), len(own[what]))
+            for what in own
+        }
+        noise.append({**{key: entry[key] for key in ("budget", "method", "sample", "decode")}, **errors})
     return noise
+
+
+def _losses(cell: dict, full: dict) -> dict:
+    """By window, in nats over the full model."""
+    return {"perplexity": np.array(cell["nll"]) - np.array(full["nll"]), "kl": np.array(cell["mean_kl"])}
 
 
 def accuracy(llm: Llama, args, full: tuple, found: list, plans: dict, checkpoint: Checkpoint) -> list:
@@ -206,7 +218,7 @@ def accuracy(llm: Llama, args, full: tuple, found: list, plans: dict, checkpoint
 
 
 def write(result: dict, folder: Path) -> None:
-    markdown = report.table(result) + "\n"
+    markdown = report.table(result) + "\n\n" + report.noise_line(result) + "\n"
     if result["tasks"]:
         markdown += "\n" + report.task_table(result["tasks"]) + "\n"
     print(markdown)

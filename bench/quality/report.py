@@ -81,6 +81,15 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def noise_line(result: dict) -> str:
+    """How far the recovered shares depend on which windows were evaluated."""
+    medians = []
+    for what, name in (("perplexity", "perplexity"), ("kl", "KL")):
+        errors = [entry[what] for entry in result["text_noise"] if entry["method"] != "uniform"]
+        medians.append(f"{name} {np.median(errors):.0%} (at most {max(errors):.0%})" if errors else f"{name} none")
+    return "Standard error of a recovered share over the choice of evaluation windows, median over the rows: " + ", ".join(medians)
+
+
 def _range(values: List[float]) -> str:
     low, mean, high = (f"{round(value, 2) + 0.0:.0%}" for value in (min(values), np.mean(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"

@@ -13,7 +13,7 @@ import numpy as np
 
 from ._native import context_pointer, ffi, libllama, llama_cpp
 from . import metadata
-from .plan import TOKEN_RULES, Plan, PlanError, integer_tuple
+from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple
 
 Budget = Union[float, int, str]
 
@@ -116,7 +116,7 @@ class Llama(llama_cpp.Llama):
         elif profile is not None and (token_rule is not None or strict):
             plan = profile.with_token_rule(plan, token_rule, strict)
         elif plan is not None and token_rule == "off":
-            plan = replace(plan, token_rule="off", threshold=None)
+            plan = replace(plan, token_rule="off", threshold=None, value="score")
         self.set_plan(plan)
         return self.plan
 
@@ -155,6 +155,7 @@ class Llama(llama_cpp.Llama):
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
         rule = ffi.new("struct allocmoe_rule *")
         rule.token_rule = TOKEN_RULES.index(plan.token_rule)
+        rule.value = VALUES.index(plan.value)
         rule.k_base, rule.strict, rule.threshold = plan.k_base, plan.strict, threshold
         rule.record, rule.keep_outputs, rule.start_layer = record, keep_outputs, start_layer
         counts = list(plan.expert_used_count)

@@ -7,7 +7,8 @@
 | allocmoe.budget_total | uint32 | their sum |
 | allocmoe.token_rule | string | how a layer's activations are shared among tokens: off (top-k), batch, threshold |
 | allocmoe.k_base | uint32 | experts that every token keeps under batch and threshold |
-| allocmoe.threshold | float32[block_count] | for threshold: the routing score from which a candidate is activated |
+| allocmoe.threshold | float32[block_count] | for threshold: the value from which a candidate is activated |
+| allocmoe.value | string | what those rules go by: score (the default), relative, remaining; see `Plan` |
 | allocmoe.allocation | string | how the plan was made: alloc-l, or uniform where Alloc-L lost on held-out text |
 | allocmoe.sensitivity | float64[sum of K_l] | S[l,k], k = 1..K_l, rows of the layers with experts in order |
 | allocmoe.sensitivity.metric, .mode | string | what S holds (kl, perplexity), how it was measured (fast, single, isolated) |
@@ -74,9 +75,10 @@ class Profile:
     sensitivity: one float64 array of shape [K_l] per layer, empty where the layer routes no experts.
     cost: cost of one activation per layer, length block_count, in `cost_unit` ("activations" or "ms").
     held_out: how the plan in the file did; None where it was not checked, or was planned anew since.
-    threshold_table: one float32 array of shape [K_l] per layer: the routing score from which candidates beyond the
+    threshold_table: one float32 array of shape [K_l] per layer: the value from which candidates beyond the
         k_base best are activated so that the mean is k = 1..K_l; None if it was not calibrated.
     token_rule: the rule to plan with unless another is asked for.
+    value: what it goes by, see `Plan`, and what the threshold table holds.
     """
 
     sensitivity: tuple
@@ -90,6 +92,7 @@ class Profile:
     token_rule: str = "off"
     cost_unit: str = "activations"
     held_out: Optional[HeldOut] = None
+    value: str = "score"
 
     def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
         """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full.
@@ -109,7 +112,8 @@ class Profile:
             threshold = [
                 float(row[k - 1]) if k else 0.0 for row, k in zip(self.threshold_table, plan.expert_used_count)
             ]
-        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict)
+        value = self.value if token_rule != "off" else "score"
+        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict, value=value)
 
     def _allocate(self, budget, full: tuple) -> Plan:
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
@@ -176,7 +180,8 @@ def read(path) -> ModelPlan:
             threshold = None
             if rule == "threshold":
                 threshold = _array(file, "allocmoe.threshold", np.float32, len(full)).tolist()
-            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold)
+            value = _value(file, "allocmoe.value", str, "score") if rule != "off" else "score"
+            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, value=value)
         except PlanError as error:
             raise PlanError(f"{path}: allocmoe.{error}") from None
         return ModelPlan(full, plan, _read_profile(file, full), **identity, side_file=side_file)
@@ -221,6 +226,9 @@ def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
     file.set("allocmoe.budget_total", plan.budget_total)
     file.set("allocmoe.token_rule", plan.token_rule)
     file.set("allocmoe.k_base", plan.k_base)
+    value = plan.value if profile is None else profile.value
+    if value != "score":
+        file.set("allocmoe.value", value)
     if plan.threshold is not None:
         file.set("allocmoe.threshold", np.array(plan.threshold, np.float32))
     if profile is None:
@@ -306,6 +314,7 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
             token_rule=_value(file, "allocmoe.token_rule", str, "off"),
             cost_unit=_value(file, "allocmoe.cost.unit", str, "activations"),
             held_out=held_out,
+            value=_value(file, "allocmoe.value", str, "score"),
         )
     except PlanError as error:
         raise PlanError(f"{file.path}: allocmoe.{error}") from None

@@ -115,12 +115,17 @@ class Reference:
             sum of p log(p/q), p the reference and q this run. Unlike perplexity it does not depend on how well the
             model predicts the text, only on how much the plan changes it, which makes it far less noisy.
         """
-        nll, kl = np.empty_like(self.nll), np.empty_like(self.nll)
+        return self.compare_tokens(llm)[:2]
+
+    def compare_tokens(self, llm) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`compare`, and besides, bool [n - 1], whether both find the same next token the likeliest."""
+        nll, kl, same = np.empty_like(self.nll), np.empty_like(self.nll), np.empty(self.nll.shape, bool)
         for rows, logits, targets in _run(llm, self._window):
             log_sum = _log_sum_exp(logits)
             nll[rows] = log_sum - logits[np.arange(len(targets)), targets]
             kl[rows] = self._negative_entropy[rows] - (_dot(self._probabilities[rows], logits) - log_sum)
-        return nll, kl
+            same[rows] = self._probabilities[rows].argmax(axis=1) == logits.argmax(axis=1)
+        return nll, kl, same
 
 
 def _run(llm, window: np.ndarray) -> Iterator[Tuple[slice, np.ndarray, np.ndarray]]:

@@ -12,6 +12,7 @@ from fractions import Fraction
 from numbers import Integral, Real
 
 TOKEN_RULES = ("off", "batch", "threshold")
+VALUES = ("score", "relative", "remaining")
 
 
 class PlanError(ValueError):
@@ -55,6 +56,10 @@ class Plan:
     threshold: one float per layer, for "threshold" only; unused in layers without routed experts.
     strict: for "threshold": activations are capped so that no layer's running mean rises above
         k_l; what a token gets then depends on the tokens before it.
+    value: what "batch" and "threshold" go by, from the scores that the router ranks a token's experts by. "score": the
+        score itself. "relative": divided by the token's best score, as in ik_llama.cpp's -ser and NAEE. "remaining":
+        1 - the sum of the scores of better ranks, as in Dynamic-MoE's top-p. The last two are for scores that are
+        probabilities (softmax or sigmoid of the router logits).
 
     Raises PlanError, naming the layer, the value found and the value wanted.
     """
@@ -65,6 +70,7 @@ class Plan:
     k_base: int = 1
     threshold: tuple[float, ...] | None = None
     strict: bool = False
+    value: str = "score"
 
     def __post_init__(self):
         planned = integer_tuple("expert_used_count", self.expert_used_count)
@@ -103,6 +109,10 @@ class Plan:
             object.__setattr__(self, "threshold", threshold)
         if self.strict and self.token_rule != "threshold":
             raise PlanError(f"strict: needs token_rule 'threshold', found {self.token_rule!r}")
+        if not isinstance(self.value, str) or self.value not in VALUES:
+            raise PlanError(f"value: found {self.value!r}, want one of: {', '.join(VALUES)}")
+        if self.value != "score" and self.token_rule == "off":
+            raise PlanError(f"value: found {self.value!r}, want 'score' with token_rule 'off', which compares nothing")
         # The fields are frozen; this is the one place that may set them.
         object.__setattr__(self, "expert_used_count", planned)
         object.__setattr__(self, "expert_used_count_full", full)

@@ -1,4 +1,4 @@
-"""Calibrates the token rule "threshold": per layer and k, the routing score from which candidates are activated."""
+"""Calibrates the token rule "threshold": per layer and k, the value from which candidates are activated."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def table_row(scores: np.ndarray, k_base: int) -> np.ndarray:
     """Thresholds at which the tokens activate k = 1..K experts in the mean, every token's k_base best included.
 
     Args:
-        scores: float32, shape [n_tokens, K], each row falling: the routing scores of the K best experts.
+        scores: float32, shape [n_tokens, K], each row falling: the routing scores, or values, of the K best experts.
 
     Returns:
-        float32, shape [K]: infinity up to k_base, -infinity for K; between them, the score of the last candidate
+        float32, shape [K]: infinity up to k_base, -infinity for K; between them, the value of the last candidate
         that the budget buys.
     """
     n_tokens, n_used = scores.shape
@@ -44,24 +44,38 @@ def calibrate(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Optional[tup
         One float32 array of shape [K_l] per layer, empty where K_l is 0; None where the model's backend cannot skip
         single experts, and so has no use for thresholds.
     """
-    llm._set_native_plan(replace(plan, token_rule="batch", threshold=None, strict=False), record=True)
+    scores = recorded_values(llm, replace(plan, token_rule="batch", threshold=None, strict=False), token_windows)
+    if scores is None:
+        return None
+    return tuple(
+        table_row(rows, plan.k_base) if n_used else np.empty(0, np.float32)
+        for rows, n_used in zip(scores, plan.expert_used_count_full)
+    )
+
+
+def recorded_values(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Optional[list]:
+    """The values of every token's K_l experts by rank, from a run over a text under `plan`, which has a token rule.
+
+    Args:
+        token_windows: int32, shape [n_windows, n_ctx].
+
+    Returns:
+        Per layer float32, shape [n_tokens, K_l]; None where the model's backend cannot skip single experts.
+    """
+    llm._set_native_plan(plan, record=True)
     context = context_pointer(llm)
     if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
         return None
     libllama.allocmoe_clear_records(context)
-    scores: list = [[] for _ in plan.expert_used_count_full]
+    values: list = [[] for _ in plan.expert_used_count_full]
 
     def take() -> None:
         for il, n_used in enumerate(plan.expert_used_count_full):
             n = libllama.allocmoe_take_scores(context, il, ffi.NULL, 0)
             recorded = np.empty(n, np.float32)
             libllama.allocmoe_take_scores(context, il, ffi.from_buffer("float *", recorded), n)
-            if n_used:
-                scores[il].append(recorded.reshape(-1, n_used))
+            values[il].append(recorded.reshape(-1, max(n_used, 1)))
         libllama.allocmoe_clear_records(context)
 
     negative_log_likelihood(llm, token_windows, progress=take)
-    return tuple(
-        table_row(np.concatenate(rows), plan.k_base) if n_used else np.empty(0, np.float32)
-        for rows, n_used in zip(scores, plan.expert_used_count_full)
-    )
+    return [np.concatenate(rows) for rows in values]

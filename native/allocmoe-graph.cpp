@@ -40,6 +40,7 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
             params.k         = k;
             params.threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
             params.strict    = plan->strict;
+            params.value     = plan->value;
         }
     }
 
@@ -151,6 +152,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
             }
             weight[r + 1] = weight[r] + *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]);
         }
+        allocmoe_to_values(layer.params.value, &record.scores[record.scores.size() - n_used], n_used);
         const float * all = &sums[n_used*n_embd];
         for (int64_t k = 0; k <= n_used; ++k) {
             const float scale = layer.renormalised && weight[k] > 0.0f ? weight[n_used]/weight[k] : 1.0f;

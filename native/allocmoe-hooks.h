@@ -24,6 +24,7 @@ struct allocmoe_plan {
 
     int32_t            token_rule = ALLOCMOE_RULE_OFF;
     int32_t            k_base     = 1;
+    int32_t            value      = ALLOCMOE_VALUE_SCORE;
     bool               strict     = false;
     bool               record       = false;
     bool               keep_outputs = false;
@@ -43,7 +44,7 @@ struct allocmoe_usage {
     std::vector<double>  credit; // [block_count], activations left over under a strict threshold
 
     struct record {
-        std::vector<float>   scores;  // [n_tokens][n_used]
+        std::vector<float>   scores;  // [n_tokens][n_used], as values
         std::vector<int32_t> experts; // [n_tokens][n_used]
         std::vector<double>  errors;  // [n_used + 1]
     };

@@ -5,6 +5,23 @@
 #include <functional>
 #include <vector>
 
+void allocmoe_to_values(int32_t value, float * scores, int64_t n_used) {
+    if (value == ALLOCMOE_VALUE_RELATIVE) {
+        const float best = scores[0];
+        for (int64_t r = 0; r < n_used; ++r) {
+            scores[r] = best > 0.0f ? scores[r]/best : 0.0f;
+        }
+    }
+    if (value == ALLOCMOE_VALUE_REMAINING) {
+        float remaining = 1.0f;
+        for (int64_t r = 0; r < n_used; ++r) {
+            const float score = scores[r];
+            scores[r]  = remaining;
+            remaining -= score;
+        }
+    }
+}
+
 static int64_t apply_batch(const allocmoe_token_rule_params & params, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept) {
     const int64_t n_rest   = n_used - params.k_base;
     const int64_t n_chosen = n_tokens*(params.k - params.k_base);
@@ -64,6 +81,14 @@ static int64_t apply_threshold(const allocmoe_token_rule_params & params, const 
 }
 
 int64_t allocmoe_apply_token_rule(const allocmoe_token_rule_params & params, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double & credit) {
+    std::vector<float> values;
+    if (params.value != ALLOCMOE_VALUE_SCORE) {
+        values.assign(scores, scores + n_tokens*n_used);
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            allocmoe_to_values(params.value, &values[t*n_used], n_used);
+        }
+        scores = values.data();
+    }
     switch (params.rule) {
         case ALLOCMOE_RULE_BATCH:     return apply_batch    (params, scores, n_used, n_tokens, n_kept);
         case ALLOCMOE_RULE_THRESHOLD: return apply_threshold(params, scores, n_used, n_tokens, n_kept, credit);

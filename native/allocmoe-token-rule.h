@@ -11,7 +11,11 @@ struct allocmoe_token_rule_params {
     int32_t k;         // planned mean
     float   threshold;
     bool    strict;    // threshold: never let the running mean rise above k
+    int32_t value;     // ALLOCMOE_VALUE_*, what rules compare
 };
+
+// Turns a token's n_used scores, by falling rank, into values; in place.
+void allocmoe_to_values(int32_t value, float * scores, int64_t n_used);
 
 // How many experts each token keeps: its first n_kept[t] of n_used, which are sorted by falling score.
 // scores: [n_tokens][n_used]. A NaN counts as -infinity. credit: activations left over so far, for `strict`.

@@ -56,15 +56,17 @@ static bool out_of_range(const llama_hparams & hparams, const std::vector<int32_
 }
 
 static const char * const token_rule_names[] = { "off", "batch", "threshold" };
+static const char * const value_names[]      = { "score", "relative", "remaining" };
 
 static bool token_rule_out_of_range(const allocmoe_plan & plan) {
     const bool bad_threshold = std::any_of(plan.threshold.begin(), plan.threshold.end(), [](float t) { return std::isnan(t); });
-    return plan.token_rule < ALLOCMOE_RULE_OFF || plan.token_rule > ALLOCMOE_RULE_THRESHOLD || plan.k_base < 1 || bad_threshold;
+    return plan.token_rule < ALLOCMOE_RULE_OFF || plan.token_rule > ALLOCMOE_RULE_THRESHOLD || plan.k_base < 1 || bad_threshold ||
+           plan.value < ALLOCMOE_VALUE_SCORE || plan.value > ALLOCMOE_VALUE_REMAINING;
 }
 
 bool allocmoe_plan::operator==(const allocmoe_plan & other) const {
     return expert_used_count == other.expert_used_count && token_rule == other.token_rule && k_base == other.k_base &&
-           strict == other.strict && record == other.record && keep_outputs == other.keep_outputs &&
+           value == other.value && strict == other.strict && record == other.record && keep_outputs == other.keep_outputs &&
            start_layer == other.start_layer && threshold == other.threshold;
 }
 
@@ -113,6 +115,21 @@ static const T * gguf_array(const gguf_context * meta, const char * key, gguf_ty
     return (const T *) gguf_get_arr_data(meta, i);
 }
 
+// The place of a string among `names`; 0 where the key is missing.
+template <size_t n>
+static int32_t gguf_name(const gguf_context * meta, const char * key, const char * const (&names)[n]) {
+    const int64_t i = gguf_find_key(meta, key);
+    if (i < 0) {
+        return 0;
+    }
+    const char * name = gguf_get_kv_type(meta, i) == GGUF_TYPE_STRING ? gguf_get_val_str(meta, i) : "";
+    const auto * it   = std::find_if(names, names + n, [&](const char * x) { return strcmp(x, name) == 0; });
+    if (it == names + n) {
+        throw std::runtime_error(format("%s '%s' is not known to this version of allocmoe-edge", key, name));
+    }
+    return (int32_t) (it - names);
+}
+
 std::shared_ptr<const allocmoe_plan> allocmoe_load_plan(const gguf_context * meta, const llama_hparams & hparams) {
     const int64_t i_version = meta ? gguf_find_key(meta, "allocmoe.version") : -1;
     if (i_version < 0) {
@@ -132,16 +149,8 @@ std::shared_ptr<const allocmoe_plan> allocmoe_load_plan(const gguf_context * met
         throw std::runtime_error(format("allocmoe.expert_used_count has an entry outside 0..%u", hparams.n_expert));
     }
 
-    const int64_t i_rule = gguf_find_key(meta, "allocmoe.token_rule");
-    if (i_rule >= 0) {
-        const char * name = gguf_get_kv_type(meta, i_rule) == GGUF_TYPE_STRING ? gguf_get_val_str(meta, i_rule) : "";
-        const auto * end  = std::end(token_rule_names);
-        const auto * it   = std::find_if(std::begin(token_rule_names), end, [&](const char * n) { return strcmp(n, name) == 0; });
-        if (it == end) {
-            throw std::runtime_error(format("allocmoe.token_rule '%s' is not known to this version of allocmoe-edge", name));
-        }
-        plan->token_rule = (int32_t) (it - std::begin(token_rule_names));
-    }
+    plan->token_rule = gguf_name(meta, "allocmoe.token_rule", token_rule_names);
+    plan->value      = gguf_name(meta, "allocmoe.value",      value_names);
 
     const int64_t i_base = gguf_find_key(meta, "allocmoe.k_base");
     if (i_base >= 0) {
@@ -228,6 +237,7 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
     if (rule) {
         plan->token_rule   = rule->token_rule;
         plan->k_base       = rule->k_base;
+        plan->value        = rule->value;
         plan->strict       = rule->strict;
         plan->record       = rule->record;
         plan->keep_outputs = rule->keep_outputs;
@@ -375,5 +385,6 @@ void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores
     params.k         = k;
     params.threshold = rule->threshold ? rule->threshold[0] : 0.0f;
     params.strict    = rule->strict;
+    params.value     = rule->value;
     allocmoe_apply_token_rule(params, scores, n_used, n_tokens, n_kept, *credit);
 }

@@ -20,18 +20,27 @@ enum {
     ALLOCMOE_ERR_N_LAYER   = -1, // n_layer is not the model's block count
     ALLOCMOE_ERR_K         = -2, // an entry is below 0 or above the number of experts
     ALLOCMOE_ERR_PHASE     = -3, // unknown phase
-    ALLOCMOE_ERR_RULE      = -4, // unknown token rule, k_base below 1, or a threshold missing or not a number
+    ALLOCMOE_ERR_RULE      = -4, // unknown token rule or value, k_base below 1, or a threshold missing or not a number
 };
 
 // How a layer's planned activations are shared among tokens. k is the layer's planned count.
 enum {
     ALLOCMOE_RULE_OFF       = 0, // every token its k best experts
-    ALLOCMOE_RULE_BATCH     = 1, // k_base each, and the best-scored rest of the whole micro-batch, k*n_tokens in all
-    ALLOCMOE_RULE_THRESHOLD = 2, // k_base each, and every other expert with a score of at least the layer's threshold
+    ALLOCMOE_RULE_BATCH     = 1, // k_base each, and the most valuable rest of the whole micro-batch, k*n_tokens in all
+    ALLOCMOE_RULE_THRESHOLD = 2, // k_base each, and every other expert with a value of at least the layer's threshold
+};
+
+// What a rule goes by: the value of a token's expert, from the scores that the router ranks it by. The last two are for
+// scores that are probabilities, 0 up to 1.
+enum {
+    ALLOCMOE_VALUE_SCORE     = 0, // the score itself
+    ALLOCMOE_VALUE_RELATIVE  = 1, // the score divided by the token's best one
+    ALLOCMOE_VALUE_REMAINING = 2, // 1 - sum of the scores of the token's better experts
 };
 
 struct allocmoe_rule {
     int32_t token_rule;      // ALLOCMOE_RULE_*
+    int32_t value;           // ALLOCMOE_VALUE_*
     int32_t k_base;          // experts that every token keeps, at least 1
     bool    strict;          // threshold: the running mean never rises above k
     bool    record;          // keep scores, ids and errors of all ranks for allocmoe_take_*; for calibration
@@ -77,9 +86,10 @@ LLAMA_API int32_t allocmoe_get_counts(const struct llama_context * ctx, int32_t 
 
 LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 
-// The scores that layer il has recorded since the last call, [n_tokens][n_used], each row falling: copies at most n_max
-// floats to scores and forgets them, or with scores NULL only returns how many there are.
-LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, float * scores, int64_t n_max);
+// What layer il has recorded since the last call: the values, which by default are the scores, of the experts by rank,
+// [n_tokens][n_used]. Copies at most n_max floats to values and forgets them, or with values NULL only returns how many
+// there are.
+LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, float * values, int64_t n_max);
 
 // The same for the ids of those experts, and for the squared error that fewer experts would have made: n_used + 1 sums over
 // tokens of |output - output with the k best experts|^2, k = 0..n_used, renormalised where the model renormalises.

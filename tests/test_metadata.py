@@ -1,5 +1,7 @@
 """The allocmoe.* keys: what is written is read back, and one test per malformed file."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,16 @@ def test_what_is_written_is_read_back(tmp_path):
     assert after.plan == Plan((0, 1, 4), (0, 4, 4))
     assert [row.tolist() for row in after.profile.sensitivity] == [[], [9, 8, 7, 6], [5, 4, 3, 2]]
     assert after.profile.plan(1.0, after.full).budget_total == 8
+
+
+def test_value_of_a_token_rule_is_written_and_read_back(tmp_path):
+    source = write_gguf(tmp_path / "m.gguf", keys=plan_keys())
+    profile = replace(metadata.read(source).profile, token_rule="batch", value="relative")
+    model = metadata.read(source)
+    metadata.write_side_file(tmp_path / "plan.gguf", model, profile.plan(6, model.full), profile)
+    found = metadata.read(tmp_path / "plan.gguf")
+    assert found.plan.value == found.profile.value == "relative"
+    assert found.profile.plan(4, model.full, "off").value == "score"
 
 
 HELD_OUT = {"held_out.n_tokens": 9, "held_out.perplexity": np.array([9.0, 12.0, 10.0])}

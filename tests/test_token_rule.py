@@ -11,15 +11,17 @@ from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge._native import ffi, libllama
 from allocmoe_edge.convert import thresholds
 from allocmoe_edge.perplexity import bos_token, windows
+from allocmoe_edge.plan import VALUES
 
 RULES = {"batch": libllama.ALLOCMOE_RULE_BATCH, "threshold": libllama.ALLOCMOE_RULE_THRESHOLD}
 
 
-def native(rule, k_base, k, scores, threshold=0.0, strict=False, credit=0.0):
+def native(rule, k_base, k, scores, threshold=0.0, strict=False, credit=0.0, value="score"):
     """(n_kept per token, credit left) as the graph computes it. scores: [n_tokens, n_used], each row falling."""
     params = ffi.new("struct allocmoe_rule *")
     limit = ffi.new("float[1]", [threshold])
     params.token_rule, params.k_base, params.strict, params.threshold = RULES[rule], k_base, strict, limit
+    params.value = VALUES.index(value)
     data = np.ascontiguousarray(scores, np.float32)
     n_kept, left = ffi.new("int32_t[]", len(data)), ffi.new("double *", credit)
     libllama.allocmoe_select(params, k, ffi.from_buffer("float *", data), data.shape[1], len(data), n_kept, left)
@@ -67,6 +69,56 @@ def test_batch_is_the_global_top_selection(n_tokens):
                     assert n_kept.sum() == n_tokens * k
     # one token alone has no one to share with: the paper's rule is plain top-k in single-stream decode
     assert native("batch", 1, 3, np.array([[9.0, 5, 4, 3]]))[0].tolist() == [3]
+
+
+def reference_values(value, scores):
+    """By the definitions, in the float32 that the runtime computes in."""
+    scores = scores.astype(np.float32)
+    if value == "relative":
+        return scores / scores[:, :1]
+    if value == "remaining":
+        steps = np.concatenate([np.ones_like(scores[:, :1]), -scores[:, :-1]], axis=1)
+        return np.cumsum(steps, axis=1, dtype=np.float32)
+    return scores
+
+
+def probabilities(rng, n_tokens, n_used, n_expert=16):
+    """The n_used best of softmax probabilities over n_expert, each row falling."""
+    logits = np.exp(rng.standard_normal((n_tokens, n_expert)))
+    return -np.sort(-(logits / logits.sum(axis=1, keepdims=True)))[:, :n_used].astype(np.float32)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("n_tokens", [1, 3, 32, 513])
+def test_rules_go_by_the_value(n_tokens, value):
+    rng = np.random.default_rng(n_tokens)
+    for n_used in (2, 6, 8):
+        scores = probabilities(rng, n_tokens, n_used)
+        values = reference_values(value, scores)
+        for threshold in (0.0, 0.05, 0.3, 0.6, 0.9, 1.0):
+            kept, _ = native("threshold", 1, 2, scores, threshold, value=value)
+            assert kept.tolist() == np.maximum(1, (values >= np.float32(threshold)).sum(1)).tolist()
+        for k in range(2, n_used):
+            assert native("batch", 1, k, scores, value=value)[0].tolist() == reference_batch(1, k, values).tolist()
+
+
+def test_published_rules_are_thresholds_on_a_value():
+    """Each by its own definition, in float64; no score lies within rounding of a bound."""
+    scores = probabilities(np.random.default_rng(5), 200, 8)
+    exact = scores.astype(float)
+    for bound in (0.2, 0.45, 0.7):
+        # ik_llama.cpp -ser 1,t: p_j >= t * p_0; NAEE skips where w_j < beta * w_0
+        want = (exact >= bound * exact[:, :1]).sum(1)
+        assert native("threshold", 1, 2, scores, bound, value="relative")[0].tolist() == want.tolist()
+        # Dynamic-MoE: the smallest set with a cumulative probability of at least p, here of at most 8
+        want = [min(8, int(np.argmax(np.append(np.cumsum(row) >= bound, True))) + 1) for row in exact]
+        assert native("threshold", 1, 2, scores, 1 - bound, value="remaining")[0].tolist() == want
+
+
+def test_values_of_useless_scores_keep_the_base():
+    for best in (0.0, -np.inf, np.nan):
+        scores = np.array([[best, -np.inf, np.nan]])
+        assert native("threshold", 1, 2, scores, 0.5, value="relative")[0].tolist() == [1]
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 32, 513])
@@ -258,6 +310,8 @@ def test_generation_under_a_threshold_stays_finite(llm, planned):
         (dict(token_rule="threshold", threshold=[float("nan")] * 30), "threshold, layer 0: found NaN"),
         (dict(token_rule="batch", k_base=0), "k_base: found 0"),
         (dict(token_rule="batch", strict=True), "strict"),
+        (dict(token_rule="batch", value="top-p"), "value: found 'top-p'"),
+        (dict(value="relative"), "value: found 'relative', want 'score' with token_rule 'off'"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value.replace(" ", "-"),
 )
@@ -271,3 +325,31 @@ def test_rules_have_the_same_numbers_on_both_sides():
 
     numbers = [getattr(libllama, f"ALLOCMOE_RULE_{name.upper()}") for name in TOKEN_RULES]
     assert numbers == list(range(len(TOKEN_RULES)))
+    values = [getattr(libllama, f"ALLOCMOE_VALUE_{name.upper()}") for name in VALUES]
+    assert values == list(range(len(VALUES)))
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_calibration_records_values(llm, text, value):
+    """What a run under a value records is that function of what a run under scores records."""
+    plan = replace(Plan.uniform([12] * 30, 180), token_rule="batch")
+    cut = windows(text, 64, bos_token(llm))[:1]
+    # the first layer: further up, another value has kept other experts, and the inputs differ
+    scores = thresholds.recorded_values(llm, plan, cut)[0]
+    found = thresholds.recorded_values(llm, replace(plan, value=value), cut)[0]
+    assert found.shape == (64, 12)
+    assert np.array_equal(found, reference_values(value, scores))
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_value_in_the_graph(llm, text, value):
+    """The first layer's activations are those that its recorded values and the threshold say."""
+    cut = windows(text, 64, bos_token(llm))[:1]
+    plan = replace(Plan.uniform([12] * 30, 180), token_rule="batch", value=value)
+    values = thresholds.recorded_values(llm, plan, cut)[0]
+    threshold = float(np.median(values[:, 1:]))
+    llm.set_plan(replace(plan, token_rule="threshold", threshold=[threshold] * 30))
+    llm.expert_stats(reset=True)
+    logits(llm, cut[0].tolist())
+    want = np.maximum(1, (values >= np.float32(threshold)).sum(1)).sum()
+    assert llm.expert_stats()["prefill"]["activations"][0] == want

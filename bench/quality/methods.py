@@ -1,0 +1,193 @@
+"""The methods that are compared, each as a plan for a total of expert activations per token.
+
+"Equal mean activations" is what makes them comparable: every threshold is calibrated, on text that is not evaluated on, so
+that tokens activate the budget in the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable, Dict, Sequence
+
+import numpy as np
+
+from allocmoe_edge import Llama, Plan, PlanError
+from allocmoe_edge.convert import cli, sensitivity, thresholds
+from allocmoe_edge.convert.checkpoint import Checkpoint
+from allocmoe_edge.planner import allocate
+
+import lexi
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may use.
+
+    calib: int32 windows, shape [n, n_ctx], of the calibration text `calib_path`.
+    args: of the command line; calib_tokens, isolated_tokens, ctx_size and threads are used.
+    """
+
+    llm: Llama
+    full: tuple
+    path: Path
+    calib: np.ndarray
+    calib_path: Path
+    args: argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Method:
+    """plan: of a Setting and a total. calibrated: it depends on the calibration text. decode: it is evaluated token by token
+    too, because its rule does something else there."""
+
+    title: str
+    plan: Callable[[Setting, int], Plan]
+    calibrated: bool = True
+    decode: bool = False
+
+
+# layers
+
+
+def spend_exactly(rows: Sequence[np.ndarray], total: int, full: tuple) -> Plan:
+    """The plan of least total sensitivity with exactly `total` activations, even where fewer would do no worse."""
+    # a reward per activation above any difference of sensitivities makes every activation worth buying
+    reward = 1 + 2 * sum(float(np.ptp(row)) for row in rows if len(row))
+    return allocate([row - reward * np.arange(1, len(row) + 1) for row in rows], total, full)
+
+
+def uniform(setting: Setting, total: int) -> Plan:
+    return Plan.uniform(setting.full, total)
+
+
+def _profiled(mode: str, metric: str) -> Callable[[Setting, int], Plan]:
+    def plan(setting: Setting, total: int) -> Plan:
+        calib = setting.calib
+        if mode == "isolated" and setting.args.isolated_tokens:
+            calib = calib[: max(1, setting.args.isolated_tokens // calib.shape[1])]
+        # where allocmoe-convert keeps its cells, so that `ours` finds those that it needs too
+        with Checkpoint(cli._checkpoint_path(convert_arguments(setting, total)), setting.path) as checkpoint:
+            rows, _ = sensitivity.measure(setting.llm, setting.full, calib, mode, metric, checkpoint)
+        return spend_exactly(rows, total, setting.full)
+
+    return plan
+
+
+def lexi_plan(setting: Setting, total: int) -> Plan:
+    try:
+        rows = lexi.sensitivities(setting.path, setting.full)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    return spend_exactly(rows, total, setting.full)
+
+
+# tokens
+
+
+def _batch(layers: Callable[[Setting, int], Plan]) -> Callable[[Setting, int], Plan]:
+    return lambda setting, total: replace(layers(setting, total), token_rule="batch")
+
+
+def _threshold(layers: Callable[[Setting, int], Plan]) -> Callable[[Setting, int], Plan]:
+    def plan(setting: Setting, total: int) -> Plan:
+        counts = layers(setting, total)
+        table = thresholds.calibrate(setting.llm, counts, setting.calib)
+        if table is None:
+            raise PlanError("token rules need a model whose experts are on the CPU alone")
+        threshold = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, counts.expert_used_count)]
+        return replace(counts, token_rule="threshold", threshold=threshold)
+
+    return plan
+
+
+def _on_value(value: str, scope: str) -> Callable[[Setting, int], Plan]:
+    return lambda setting, total: calibrated_on_value(setting.llm, setting.full, total, value, scope, setting.calib)
+
+
+def calibrated_on_value(
+    llm: Llama, full: tuple, total: int, value: str, scope: str, calib: np.ndarray, rounds: int = 3
+) -> Plan:
+    """A threshold on `value` at which tokens activate `total` experts in the mean over the calibration text.
+
+    Args:
+        scope: "layer" for one threshold a layer, each at the layer's share of the total; "model" for one for all.
+        rounds: runs over the text. Skipping experts changes what later layers see, so the thresholds of one run are
+            calibrated again under what they do.
+
+    Raises:
+        PlanError: a layer has fewer than three experts, scores are no probabilities, or the model cannot run token rules.
+    """
+    layers = [il for il, k in enumerate(full) if k]
+    for il in layers:
+        if full[il] < 3:
+            raise PlanError(f"layer {il}: {full[il]} experts, want at least 3 for a threshold to choose among")
+    # the counts only say that a layer has something to choose
+    counts = [min(max(2, k), own - 1) if own else 0 for k, own in zip(Plan.uniform(full, total).expert_used_count, full)]
+    plan = Plan(counts, full, token_rule="batch", value=value)
+    _check_probabilities(llm, replace(plan, value="score"), calib[:1])
+    for _ in range(rounds):
+        values = thresholds.recorded_values(llm, plan, calib)
+        if scope == "model":
+            limits = dict.fromkeys(layers, _limit([values[il] for il in layers], total))
+        else:
+            limits = {il: _limit([values[il]], full[il] * total / sum(full)) for il in layers}
+        plan = replace(plan, token_rule="threshold", threshold=[limits.get(il, 0.0) for il in range(len(full))])
+    return plan
+
+
+def _limit(values: list, mean: float) -> float:
+    """The value from which candidates are activated so that tokens activate `mean` experts, their best ones included.
+
+    values: a float32 array [n_tokens, K_l] for each of the layers over which the mean is to be summed.
+    """
+    pool = np.sort(np.concatenate([rows[:, 1:].ravel() for rows in values]))[::-1]
+    n_chosen = round((mean - len(values)) * len(values[0]))
+    return float(pool[min(n_chosen, pool.size) - 1]) if n_chosen > 0 else float("inf")
+
+
+def _check_probabilities(llm: Llama, plan: Plan, window: np.ndarray) -> None:
+    recorded = thresholds.recorded_values(llm, plan, window)
+    if recorded is None:
+        raise PlanError("token rules need a model whose experts are on the CPU alone")
+    for il, scores in enumerate(recorded):
+        if scores.size and not (scores.min() >= 0 and scores.max() <= 1):
+            raise PlanError(f"layer {il}: routing scores from {scores.min():g} to {scores.max():g}, want probabilities")
+
+
+# ours
+
+
+def convert_arguments(setting: Setting, total: int) -> argparse.Namespace:
+    """Of allocmoe-convert with its defaults, this calibration text and a budget of `total`."""
+    args = setting.args
+    command = [str(setting.path), "--budget", str(total), "--calib", str(setting.calib_path), "--plan-only"]
+    command += ["--calib-tokens", str(args.calib_tokens), "--ctx-size", str(args.ctx_size), "--threads", str(args.threads)]
+    command += ["-o", str(setting.calib_path.with_suffix(".plan"))]
+    return cli.parser().parse_args(command)
+
+
+def ours(setting: Setting, total: int) -> Plan:
+    """What allocmoe-convert writes."""
+    return cli.measure(convert_arguments(setting, total), setting.path, setting.full, total, None)[1]
+
+
+_paper, _fast = _profiled("isolated", "perplexity"), _profiled("fast", "kl")
+
+METHODS: Dict[str, Method] = {
+    "uniform": Method("uniform k", uniform, calibrated=False),
+    "alloc-l-paper": Method("Alloc-L, isolated perplexity profile (the paper's)", _paper),
+    "alloc-l-fast": Method("Alloc-L, fast KL profile", _fast),
+    "alloc-t-batch": Method("Alloc-T, batch (the paper's)", _batch(uniform), calibrated=False, decode=True),
+    "alloc-t-threshold": Method("Alloc-T, threshold", _threshold(uniform)),
+    "paper": Method("both, as in the paper (isolated, batch)", _batch(_paper), decode=True),
+    "paper-threshold": Method("both, isolated profile and threshold", _threshold(_paper)),
+    "fast-batch": Method("both, fast profile and batch", _batch(_fast), decode=True),
+    "fast-threshold": Method("both, fast profile and threshold", _threshold(_fast)),
+    "lexi": Method("LExI", lexi_plan, calibrated=False),
+    "naee": Method("NAEE, K > 2", _on_value("relative", "layer")),
+    "dynamic-moe": Method("Dynamic-MoE, top-p", _on_value("remaining", "model")),
+    "ser": Method("ik_llama.cpp -ser", _on_value("relative", "model")),
+    "ours": Method("ours (allocmoe-convert)", ours),
+}

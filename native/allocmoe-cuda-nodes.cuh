@@ -1,7 +1,7 @@
 // Included by ggml-cuda.cu alone: the kernels and launches behind its hooks.
 #pragma once
 
-#include "common.cuh"
+#include "ggml-cuda/common.cuh"
 
 #include "allocmoe-cuda.cuh"
 #include "allocmoe-route.h"

@@ -3,8 +3,8 @@
 
     python native/check_cuda.py [--arch 75 90] [--jobs N]
 
-Exits with 0 if all compile without a warning about our code, 1 if not, 3 if nvcc or a header is missing here. cublas_v2.h
-may come from the toolkit, from a folder in CPATH, or from the package nvidia-cublas of the Python that runs this.
+Exits with 0 if all compile without a warning about our code, 1 if not, 3 if nvcc or a header is missing here.
+cublas_v2.h may come from the toolkit, from a folder in CPATH, or from the package nvidia-cublas of this Python.
 """
 
 import argparse
@@ -22,7 +22,8 @@ NATIVE = Path(__file__).resolve().parent
 CUDA = "ggml/src/ggml-cuda"
 # as upstream's CMakeLists.txt of the backend and of ggml
 FLAGS = ["-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-Xcompiler=-fPIC,-Wall,-Wextra"]
-DEFINES = ["GGML_BACKEND_BUILD", "GGML_BACKEND_SHARED", "GGML_SHARED", "GGML_CUDA_USE_GRAPHS", "GGML_CUDA_PEER_MAX_BATCH_SIZE=128"]
+DEFINES = ["GGML_BACKEND_BUILD", "GGML_BACKEND_SHARED", "GGML_SHARED"]
+DEFINES += ["GGML_CUDA_USE_GRAPHS", "GGML_CUDA_PEER_MAX_BATCH_SIZE=128"]
 
 
 # warnings in our files, or about our names
@@ -49,7 +50,8 @@ def find_nvcc() -> str:
 def cublas_include(nvcc: str) -> list:
     """What -I the headers of cuBLAS need; nothing where nvcc finds them by itself."""
     toolkit = Path(os.path.realpath(nvcc)).parent.parent
-    known = [toolkit / "include", *toolkit.glob("targets/*/include"), *map(Path, os.environ.get("CPATH", "").split(":"))]
+    named = map(Path, os.environ.get("CPATH", "").split(os.pathsep))
+    known = [toolkit / "include", *toolkit.glob("targets/*/include"), *named]
     if any((folder / "cublas_v2.h").is_file() for folder in known):
         return []
     for entry in map(Path, sys.path):
@@ -72,7 +74,7 @@ def compile_file(command: list, source: Path, arch: str, target: Path) -> tuple:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["75", "90"], metavar="N", help="compute capabilities. Default: 75 90")
+    parser.add_argument("--arch", nargs="+", default=["75", "90"], metavar="N", help="capabilities. Default: 75 90")
     parser.add_argument("--files", nargs="+", metavar="NAME", help="only these, e.g. mmid.cu")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="files at a time, half a GB each. Default: 1")
     args = parser.parse_args()
@@ -86,7 +88,8 @@ def main() -> int:
     if done.returncode:
         return 1
     llama_cpp = Path(done.stdout.strip().splitlines()[-1])
-    include += [f"-I{folder}" for folder in (llama_cpp / CUDA, llama_cpp / "ggml/src", llama_cpp / "ggml/include", NATIVE)]
+    folders = [llama_cpp / "ggml/src", llama_cpp / "ggml/include", NATIVE]
+    include += [f"-I{folder}" for folder in folders]
     command = [nvcc, *FLAGS, *(f"-D{define}" for define in DEFINES), *include]
     sources = [llama_cpp / path for path in touched_files() if not args.files or Path(path).name in args.files]
     good = bool(sources)

@@ -1,4 +1,4 @@
-// What the CUDA backend runs of ours, on CPU threads: reads cases from stdin, writes results to stdout (test_device_code.py).
+// What the CUDA backend runs of ours, on CPU threads: cases from stdin, results to stdout (test_device_code.py).
 #include <pthread.h>
 
 #include <atomic>
@@ -142,7 +142,8 @@ static void skip(const std::vector<int32_t> & h) {
     for (int slot = 0; slot < n_slots; ++slot) {
         for (int row0 = 0; row0 < n_rows; row0 += n_rows_block) {
             for (int tid = 0; tid < 64; ++tid) {
-                if (allocmoe_skip_slot(ids[slot], &dst[(size_t) slot*n_rows], row0, n_rows_block, n_rows, tid) != (ids[slot] < 0)) {
+                float * rows = &dst[(size_t) slot*n_rows];
+                if (allocmoe_skip_slot(ids[slot], rows, row0, n_rows_block, n_rows, tid) != (ids[slot] < 0)) {
                     exit(4);
                 }
             }

@@ -1,5 +1,8 @@
-"""ggml's CUDA backend with our hooks: ids of -1 in every kernel, token rules on the device, models on it. Needs an NVIDIA GPU
-and a build with GGML_CUDA=ON; bench/gpu.py runs it, and again under compute-sanitizer. Without: test_device_code.py."""
+"""ggml's CUDA backend with our hooks: ids of -1 in every kernel, token rules on the device, models on it.
+
+Needs an NVIDIA GPU and a build with GGML_CUDA=ON; bench/gpu.py runs it, the kernels also under compute-sanitizer.
+What needs no GPU: test_device_code.py.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class Graph:
         assert base.ggml_backend_graph_compute(self.backend, self.graph) == 0
         data = bytearray(size)
         base.ggml_backend_tensor_get(self.output, ffi.from_buffer(data), 0, size)
-        shape = [n for n in self.output.ne[::-1]]
+        shape = list(self.output.ne)[::-1]
         return np.frombuffer(data, dtype).reshape(shape)
 
     def free(self) -> None:
@@ -112,7 +115,8 @@ def test_skipped_slots_are_zero_and_the_rest_is_right(backend, type_name, n_out)
     raw, dense = weights_of(rng, type_name, n_out)
     for n_tokens in N_TOKENS:
         for k in range(1, 17):
-            n_rows = (1, k)[(n_tokens + k) % 2]  # one input for all slots of a token, as gate and up; or one each, as down
+            # one input for all slots of a token, as gate and up have it; or one each, as down
+            n_rows = (1, k)[(n_tokens + k) % 2]
 
             def build(context):
                 w, x, ids = tensors(context, type_name, n_out, n_rows, k, n_tokens)
@@ -270,9 +274,9 @@ def test_custom_nodes_of_others_are_left_to_the_cpu(backend):
 
 # models
 
-# Of the logits' standard deviation, for the median token: CUDA multiplies F32 matrices in TF32 (10 bits of mantissa) and
-# sums in another order. A wrong expert is off by 1 and more.
-MAX_LOGIT_ERROR = 0.05
+# Of the logits' standard deviation, for the median token's worst logit: CUDA multiplies F32 matrices in TF32 (10 bits
+# of mantissa), and sums in another order. A wrong expert is off by 1 and more. Not measured yet: no GPU has run this.
+MAX_LOGIT_ERROR = 0.1
 TOKENS = np.random.default_rng(5).integers(1, 300, 80).tolist()  # above 32 ggml copies the CPU's experts to the GPU
 
 
@@ -312,7 +316,7 @@ def plans(tiny):
     }
 
 
-@pytest.mark.parametrize("n_cpu_moe", [0, 2, 4], ids=["all on the GPU", "half the experts on the CPU", "experts on the CPU"])
+@pytest.mark.parametrize("n_cpu_moe", [0, 2, 4], ids=["all on the GPU", "half the experts not", "experts not"])
 def test_models_agree_with_the_cpu(backend, tiny, plans, n_cpu_moe):
     cpu = load(tiny.gguf_path)
     gpu = load(tiny.gguf_path, n_gpu_layers=-1, n_cpu_moe=n_cpu_moe)
@@ -329,7 +333,7 @@ def test_models_agree_with_the_cpu(backend, tiny, plans, n_cpu_moe):
                 found.append((logits(llm, n_batch), llm.expert_stats()))
             (expected, counts), (out, gpu_counts) = found
             error = np.median(np.abs(out - expected).max(1))
-            assert error < MAX_LOGIT_ERROR * expected.std() * 4, (name, n_batch, error)
+            assert error < MAX_LOGIT_ERROR * expected.std(), (name, n_batch, error)
             phase = "decode" if n_batch == 1 else "prefill"
             assert np.array_equal(gpu_counts[phase]["tokens"], counts[phase]["tokens"])
             spent, wanted = gpu_counts[phase]["activations"], counts[phase]["activations"]

@@ -1,8 +1,8 @@
 """What the CUDA backend runs of ours, compiled for CPU threads (device_code.cpp), where no GPU is needed.
 
-The token rules as a block of threads runs them give the ids of the CPU's rules bit for bit, in blocks of any size, without a
-data race; and what the hooks in mm_ids_helper, in the fallback that sorts on the host, and in the matrix-vector kernels do
-with ids of -1 is what their names say. The kernels around them need a GPU: test_cuda.py.
+The token rules as a block of threads runs them give the ids of the CPU's rules bit for bit, in blocks of any size and
+without a data race; and the hooks in mm_ids_helper, in the fallback that sorts on the host, and in the matrix-vector
+kernels do with ids of -1 what their names say. The kernels around them need a GPU: test_cuda.py.
 """
 
 from __future__ import annotations

@@ -56,6 +56,9 @@ const char * ggml_type_name(int type);
 size_t       ggml_type_size(int type);
 int64_t      ggml_blck_size(int type);
 
+struct llama_model_tensor_buft_override { const char * pattern; void * buft; };
+void * ggml_backend_cpu_buffer_type(void);
+
 size_t ggml_backend_reg_count(void);
 void   ggml_backend_load_all_from_path(const char * dir_path);
 """

@@ -11,11 +11,14 @@ from typing import Dict, Optional, Sequence, Union
 
 import numpy as np
 
-from ._native import context_pointer, ffi, libllama, llama_cpp
+from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp
 from . import metadata
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple
 
 Budget = Union[float, int, str]
+
+# llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h) for one layer
+_EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
 class Llama(llama_cpp.Llama):
@@ -30,12 +33,15 @@ class Llama(llama_cpp.Llama):
             None for the rule in the file. Any but "off" needs a file that allocmoe-convert made.
         plan_path: a file written by `allocmoe-convert --plan-only`, whose plan and sensitivities are used instead of
             the model file's.
+        n_cpu_moe: with n_gpu_layers, keep the routed experts of the first so many layers in the CPU's memory, as
+            llama.cpp's --n-cpu-moe does; what is above the model's number of layers means all. The rest of those layers
+            goes where n_gpu_layers says.
         **kwargs: see `llama_cpp.Llama`.
 
     Raises:
         GGUFError: the file is missing, not GGUF, damaged or truncated.
         PlanError: its plan does not fit the model, or the budget cannot be met.
-        ValueError: anything `llama_cpp.Llama` refuses.
+        ValueError: n_cpu_moe is not a number of layers, or anything that `llama_cpp.Llama` refuses.
     """
 
     def __init__(
@@ -45,9 +51,13 @@ class Llama(llama_cpp.Llama):
         budget: Optional[Budget] = None,
         token_rule: Optional[str] = None,
         plan_path: Optional[str] = None,
+        n_cpu_moe: int = 0,
         **kwargs,
     ):
         self._stack = contextlib.ExitStack()  # what __del__ closes, also where the next line raises
+        if not isinstance(n_cpu_moe, int) or isinstance(n_cpu_moe, bool) or n_cpu_moe < 0:
+            raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
+        self._n_cpu_moe = n_cpu_moe
         # before native code sees the file: it would abort the process, or say no more than "failed"
         self._stored = metadata.read(model_path)
         if self._stored.side_file:
@@ -66,6 +76,24 @@ class Llama(llama_cpp.Llama):
         if self.verbose and (self._asked is not self._stored.plan or plan_path is not None):
             # the plan in the model's file has been logged by the native side
             print(f"allocmoe: {self.plan}", file=sys.stderr)
+
+    @property
+    def model_params(self):
+        """`llama_model_params` that the model was loaded with."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params) -> None:
+        # llama_cpp.Llama sets this before it loads the model, and has no argument for the buffer types of single tensors
+        n_layer = min(self._n_cpu_moe, len(self._stored.full))
+        if n_layer:
+            patterns = [ffi.new("char[]", _EXPERTS.format(il).encode()) for il in range(n_layer)]
+            overrides = ffi.new("struct llama_model_tensor_buft_override[]", n_layer + 1)  # a NULL pattern ends it
+            for override, pattern in zip(overrides, patterns):
+                override.pattern, override.buft = pattern, libggml_base.ggml_backend_cpu_buffer_type()
+            params.tensor_buft_overrides = int(ffi.cast("uintptr_t", overrides))
+            self._overrides = overrides, patterns  # they have to outlive the loading
+        self._model_params = params
 
     @property
     def plan(self) -> Optional[Plan]:
@@ -227,7 +255,12 @@ class Llama(llama_cpp.Llama):
         super().load_state(state)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "plan_path": self._plan_path, "plan": self._asked}
+        return {
+            **super().__getstate__(),
+            "plan_path": self._plan_path,
+            "n_cpu_moe": self._n_cpu_moe,
+            "plan": self._asked,
+        }
 
     def __setstate__(self, state):
         state = dict(state)
@@ -247,7 +280,8 @@ def _signature() -> inspect.Signature:
     parameters = dict(inspect.signature(llama_cpp.Llama.__init__).parameters)
     extra = parameters.pop("kwargs")
     ours = inspect.signature(Llama.__init__).parameters
-    return inspect.Signature([*parameters.values(), ours["budget"], ours["token_rule"], ours["plan_path"], extra])
+    names = ("budget", "token_rule", "plan_path", "n_cpu_moe")
+    return inspect.Signature([*parameters.values(), *(ours[name] for name in names), extra])
 
 
 Llama.__init__.__signature__ = _signature()

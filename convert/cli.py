@@ -122,6 +122,10 @@ def parser() -> argparse.ArgumentParser:
     machine = p.add_argument_group("machine")
     machine.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores")
     machine.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all. Default: 0")
+    machine.add_argument(
+        "--n-cpu-moe", type=_not_negative, default=0, metavar="N",
+        help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
+    )  # fmt: skip
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -130,6 +134,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: want a whole number of at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: want a whole number of at least 0")
     return value
 
 
@@ -262,6 +273,7 @@ def _load(args: argparse.Namespace, path: Path) -> Llama:
             n_threads=args.threads,
             n_threads_batch=args.threads,
             n_gpu_layers=args.n_gpu_layers,
+            n_cpu_moe=args.n_cpu_moe,
             seed=args.seed,
             verbose=False,
         )

@@ -9,6 +9,12 @@
 #include <cmath>
 #include <cstdio>
 
+static_assert((int) ALLOCMOE_NODE_RULE_BATCH      == ALLOCMOE_RULE_BATCH     &&
+              (int) ALLOCMOE_NODE_RULE_THRESHOLD  == ALLOCMOE_RULE_THRESHOLD &&
+              (int) ALLOCMOE_NODE_VALUE_SCORE     == ALLOCMOE_VALUE_SCORE    &&
+              (int) ALLOCMOE_NODE_VALUE_RELATIVE  == ALLOCMOE_VALUE_RELATIVE &&
+              (int) ALLOCMOE_NODE_VALUE_REMAINING == ALLOCMOE_VALUE_REMAINING, "allocmoe-custom.h repeats allocmoe.h");
+
 ggml_tensor * allocmoe_graph::routed(ggml_tensor * ids) const {
     for (auto it = layers.rbegin(); it != layers.rend(); ++it) {
         if (it->routed && it->selected == ids) {
@@ -45,7 +51,7 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
     }
 
     if (!again) {
-        graph.layers.push_back({ il, n_tokens, k*n_tokens, params, plan && plan->record, cparams.allocmoe.usage, nullptr, nullptr, nullptr });
+        graph.layers.push_back({ il, n_tokens, k*n_tokens, params, plan && plan->record, cparams.allocmoe.usage, 0, nullptr, nullptr, nullptr });
     }
 
     return params.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
@@ -74,7 +80,8 @@ static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * use
         }
     }
 
-    layer.activations = allocmoe_apply_token_rule(layer.params, ranked.data(), n_used, n_tokens, n_kept.data(), layer.usage->credit[layer.il]);
+    auto & spent = layer.usage->spent.get()[layer.il];
+    spent.activations[layer.phase] += allocmoe_apply_token_rule(layer.params, ranked.data(), n_used, n_tokens, n_kept.data(), spent.credit);
 
     for (int64_t t = 0; t < n_tokens; ++t) {
         const auto * id  = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
@@ -110,12 +117,31 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & gra
         return weights;
     }
 
+    layer.activations = 0;
+
     ggml_tensor * args_routed[] = { selected, scores };
     layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, 2, compute_routed, 1, &layer);
 
+    // for backends that run the nodes themselves
+    allocmoe_node node = {};
+    node.kind      = ALLOCMOE_NODE_IDS;
+    node.strict    = layer.params.strict;
+    node.rule      = layer.params.rule;
+    node.k_base    = layer.params.k_base;
+    node.k         = layer.params.k;
+    node.value     = layer.params.value;
+    node.threshold = layer.params.threshold;
+    node.spent     = layer.usage->spent.get() + layer.il;
+    allocmoe_set_node(layer.routed, node);
+
     ggml_tensor * args_weights[] = { weights, layer.routed };
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2,
+    ggml_tensor * masked = ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2,
             skipped == 0.0f ? compute_weights<false> : compute_weights<true>, 1, nullptr);
+    node = {};
+    node.kind    = ALLOCMOE_NODE_WEIGHTS;
+    node.skipped = skipped;
+    allocmoe_set_node(masked, node);
+    return masked;
 }
 
 // node: the weighted experts as they are; on the way, scores, ids and errors are recorded. A copy, so that it can run on
@@ -201,7 +227,20 @@ static int layer_of_output(const ggml_tensor * node) {
     return named && node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) ? il : -1;
 }
 
-void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf) {
+static int32_t phase_of(const llama_ubatch & ubatch) {
+    return ubatch.n_tokens <= ubatch.n_seqs_unq ? ALLOCMOE_PHASE_DECODE : ALLOCMOE_PHASE_PREFILL;
+}
+
+void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, const llama_ubatch & ubatch, ggml_context * ctx, ggml_cgraph * gf) {
+    for (auto & layer : graph.layers) {
+        allocmoe_node node;
+        layer.phase = phase_of(ubatch);
+        if (layer.routed && allocmoe_get_node(layer.routed, node)) {
+            node.phase = layer.phase;
+            allocmoe_set_node(layer.routed, node);
+        }
+    }
+
     const auto * plan = cparams.allocmoe.plan.get();
     if (!plan || !(plan->keep_outputs || plan->start_layer > 0)) {
         return;
@@ -257,9 +296,7 @@ void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, 
 }
 
 void allocmoe_count(const llama_cparams & cparams, const allocmoe_graph & graph, const llama_ubatch & ubatch) {
-    const bool decode = ubatch.n_tokens <= ubatch.n_seqs_unq;
-
-    auto & phase = cparams.allocmoe.usage->phases[decode ? ALLOCMOE_PHASE_DECODE : ALLOCMOE_PHASE_PREFILL];
+    auto & phase = cparams.allocmoe.usage->phases[phase_of(ubatch)];
     for (const auto & layer : graph.layers) {
         phase.activations[layer.il] += layer.activations;
         phase.tokens     [layer.il] += layer.n_tokens;

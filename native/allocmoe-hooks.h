@@ -1,6 +1,7 @@
 // What the patched llama.cpp files see of allocmoe-edge: three small structs and the functions that the hooks call.
 #pragma once
 
+#include "allocmoe-custom.h"
 #include "allocmoe-token-rule.h"
 
 #include <array>
@@ -37,11 +38,13 @@ struct allocmoe_plan {
 // What a context has spent so far.
 struct allocmoe_usage {
     struct phase {
-        std::vector<int64_t> activations; // [block_count]
+        std::vector<int64_t> activations; // [block_count], but for those that token rules count
         std::vector<int64_t> tokens;      // [block_count]
     };
     std::array<phase, 2> phases; // by ALLOCMOE_PHASE_*
-    std::vector<double>  credit; // [block_count], activations left over under a strict threshold
+    // [block_count], written by the nodes of the token rules: to be read after the context has been synchronised
+    std::shared_ptr<allocmoe_spent> spent;
+    bool                            spent_on_devices = false; // the model's devices can write it too
 
     struct record {
         std::vector<float>   scores;  // [n_tokens][n_used], as values
@@ -63,11 +66,12 @@ struct allocmoe_graph {
     struct layer {
         int     il;
         int64_t n_tokens;
-        int64_t activations; // by one run of the graph; written by the token rule's node where there is one
+        int64_t activations; // by one run of the graph; 0 where the token rule's node counts them
 
         allocmoe_token_rule_params      params;
         bool                            record;
         std::shared_ptr<allocmoe_usage> usage;
+        int32_t                         phase; // ALLOCMOE_PHASE_*
 
         ggml_tensor * selected; // expert ids by rank
         ggml_tensor * scores;   // what they were ranked by, of all experts
@@ -110,9 +114,9 @@ ggml_tensor * allocmoe_build_record(
         ggml_tensor    * weights, // [1, n_expert_used, n_tokens]
         bool             renormalised);
 
-// Where the plan keeps the layers' outputs: adds nodes for that. Where it starts at a later layer whose input has been
-// kept: removes what only leads there.
-void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf);
+// Tells the token rules whether they count for prefill or decode. Where the plan keeps the layers' outputs: adds nodes for
+// that. Where it starts at a later layer whose input has been kept: removes what only leads there.
+void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, const llama_ubatch & ubatch, ggml_context * ctx, ggml_cgraph * gf);
 
 // Adds what one run of the graph activated.
 void allocmoe_count(const llama_cparams & cparams, const allocmoe_graph & graph, const llama_ubatch & ubatch);

@@ -70,22 +70,54 @@ bool allocmoe_plan::operator==(const allocmoe_plan & other) const {
            start_layer == other.start_layer && threshold == other.threshold;
 }
 
+// Whether the device's backend is one of ours that takes -1 for a slot without work; others would take it for an expert.
+static bool runs_token_rules(ggml_backend_dev_t device) {
+    return device && ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), ALLOCMOE_PROC_TOKEN_RULES);
+}
+
+// In pinned memory of the model's device where it has one that runs token rules: those write there without a copy to the host.
+static void allocate_spent(allocmoe_usage & usage, const llama_model & model) {
+    const size_t n_bytes = model.hparams.n_layer_all*sizeof(allocmoe_spent);
+    for (const auto & device : model.devices) {
+        auto * type   = runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
+        auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;
+        if (!buffer) {
+            continue;
+        }
+        usage.spent.reset((allocmoe_spent *) ggml_backend_buffer_get_base(buffer), [buffer](allocmoe_spent *) { ggml_backend_buffer_free(buffer); });
+        // where memory cannot be pinned, ggml gives ordinary memory instead
+        usage.spent_on_devices = ggml_backend_buffer_get_type(buffer) == type;
+        break;
+    }
+    if (!usage.spent) {
+        usage.spent.reset(new allocmoe_spent[model.hparams.n_layer_all], std::default_delete<allocmoe_spent[]>());
+    }
+    std::fill_n(usage.spent.get(), model.hparams.n_layer_all, allocmoe_spent{});
+}
+
 // Why the model cannot skip single experts of a token, nullptr if it can. What can are the plain and the repacked
-// MUL_MAT_ID of ggml's CPU backend; other backends would take -1 for an expert.
-static const char * token_rule_obstacle(const llama_model & model) {
+// MUL_MAT_ID of ggml's CPU backend, and backends that say so.
+static const char * token_rule_obstacle(const llama_model & model, const allocmoe_usage & usage) {
     if (model.arch == LLM_ARCH_GROVEMOE) {
         return "the architecture derives further experts from the chosen ones";
     }
-    if (!model.devices.empty()) {
-        return "only the CPU backend can leave out single experts, and the model uses another device";
+    for (const auto & device : model.devices) {
+        if (!runs_token_rules(device.dev)) {
+            return "only the CPU and CUDA backends can leave out single experts, and the model uses another device";
+        }
+    }
+    if (!model.devices.empty() && !usage.spent_on_devices) {
+        return "no memory could be pinned in which the device counts the experts that it runs (GGML_CUDA_NO_PINNED?)";
     }
     for (const auto & layer : model.layers) {
         for (const auto * tensor : { layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps, layer.ffn_gate_up_exps }) {
             if (!tensor || !tensor->buffer) {
                 continue;
             }
-            const std::string name = ggml_backend_buft_name(ggml_backend_buffer_get_type(tensor->buffer));
-            if (name != "CPU" && name != "CPU_Mapped" && name != "CPU_REPACK") {
+            auto            * type = ggml_backend_buffer_get_type(tensor->buffer);
+            const std::string name = ggml_backend_buft_name(type);
+            const bool        cpu  = name == "CPU" || name == "CPU_Mapped" || name == "CPU_REPACK";
+            if (!cpu && !runs_token_rules(ggml_backend_buft_get_device(type))) {
                 return "its experts are stored in a layout that cannot leave out single ones";
             }
         }
@@ -94,8 +126,8 @@ static const char * token_rule_obstacle(const llama_model & model) {
 }
 
 // Top-k in place of a token rule that the model cannot run, with a warning.
-static void degrade_token_rule(allocmoe_plan & plan, const llama_model & model) {
-    const char * obstacle = plan.token_rule == ALLOCMOE_RULE_OFF ? nullptr : token_rule_obstacle(model);
+static void degrade_token_rule(allocmoe_plan & plan, const llama_model & model, const allocmoe_usage & usage) {
+    const char * obstacle = plan.token_rule == ALLOCMOE_RULE_OFF ? nullptr : token_rule_obstacle(model, usage);
     if (obstacle) {
         LLAMA_LOG_WARN("allocmoe: token rule %s is off: %s\n", token_rule_names[plan.token_rule], obstacle);
         plan.token_rule = ALLOCMOE_RULE_OFF;
@@ -180,7 +212,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         phase.activations.resize(n_layer);
         phase.tokens     .resize(n_layer);
     }
-    usage->credit.resize(n_layer);
+    allocate_spent(*usage, model);
     usage->records.resize(n_layer);
     usage->layer_outputs.resize(n_layer);
     cparams.allocmoe.usage = std::move(usage);
@@ -190,7 +222,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     }
 
     auto plan = std::make_shared<allocmoe_plan>(*model.allocmoe);
-    degrade_token_rule(*plan, model);
+    degrade_token_rule(*plan, model, *cparams.allocmoe.usage);
     cparams.allocmoe.plan = plan;
 
     int64_t total = 0;
@@ -251,7 +283,7 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
         if (token_rule_out_of_range(*plan) || (plan->token_rule == ALLOCMOE_RULE_THRESHOLD && !rule->threshold)) {
             return ALLOCMOE_ERR_RULE;
         }
-        degrade_token_rule(*plan, model);
+        degrade_token_rule(*plan, model, *allocmoe_access::cparams(ctx).allocmoe.usage);
     }
 
     const auto & cur = allocmoe_access::cparams(ctx).allocmoe.plan;
@@ -296,19 +328,24 @@ int32_t allocmoe_get_counts(const llama_context * ctx, int32_t phase, int64_t * 
     if (phase != ALLOCMOE_PHASE_PREFILL && phase != ALLOCMOE_PHASE_DECODE) {
         return ALLOCMOE_ERR_PHASE;
     }
-    const auto & counts = allocmoe_access::cparams(ctx).allocmoe.usage->phases[phase];
-    std::copy(counts.activations.begin(), counts.activations.end(), activations);
-    std::copy(counts.tokens.begin(),      counts.tokens.end(),      tokens);
+    llama_synchronize(const_cast<llama_context *>(ctx)); // devices count as they run
+    const auto & usage  = *allocmoe_access::cparams(ctx).allocmoe.usage;
+    const auto & counts = usage.phases[phase];
+    std::copy(counts.tokens.begin(), counts.tokens.end(), tokens);
+    for (int32_t il = 0; il < n_layer; ++il) {
+        activations[il] = counts.activations[il] + usage.spent.get()[il].activations[phase];
+    }
     return ALLOCMOE_OK;
 }
 
 void allocmoe_reset_counts(llama_context * ctx) {
+    llama_synchronize(ctx);
     auto & usage = *allocmoe_access::cparams(ctx).allocmoe.usage;
     for (auto & phase : usage.phases) {
         std::fill(phase.activations.begin(), phase.activations.end(), 0);
         std::fill(phase.tokens     .begin(), phase.tokens     .end(), 0);
     }
-    std::fill(usage.credit.begin(), usage.credit.end(), 0.0);
+    std::fill_n(usage.spent.get(), usage.phases[0].tokens.size(), allocmoe_spent{});
 }
 
 int32_t allocmoe_get_token_rule(const llama_context * ctx) {

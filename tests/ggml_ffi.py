@@ -33,6 +33,10 @@ void   ggml_free(void * ctx);
 struct ggml_tensor * ggml_new_tensor_2d(void * ctx, int type, int64_t ne0, int64_t ne1);
 struct ggml_tensor * ggml_new_tensor_3d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2);
 struct ggml_tensor * ggml_mul_mat_id(void * ctx, struct ggml_tensor * as, struct ggml_tensor * b, struct ggml_tensor * ids);
+struct ggml_tensor * ggml_add_id(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b, struct ggml_tensor * ids);
+struct ggml_tensor * ggml_swiglu_split(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
+struct ggml_tensor * ggml_custom_4d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
+    struct ggml_tensor ** args, int n_args, void * fun, int n_tasks, void * userdata);
 void * ggml_new_graph(void * ctx);
 void   ggml_build_forward_expand(void * graph, struct ggml_tensor * tensor);
 size_t ggml_nbytes(const struct ggml_tensor * tensor);
@@ -52,6 +56,10 @@ void   ggml_backend_buffer_free(void * buffer);
 int    ggml_backend_tensor_alloc(void * buffer, struct ggml_tensor * tensor, void * addr);
 void * ggml_backend_alloc_ctx_tensors(void * ctx, void * backend);
 void   ggml_backend_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
+void   ggml_backend_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
+const char * ggml_backend_name(void * backend);
+bool   ggml_backend_supports_op(void * backend, const struct ggml_tensor * op);
+void * ggml_backend_dev_host_buffer_type(void * device);
 int    ggml_backend_graph_compute(void * backend, void * graph);
 void   ggml_backend_free(void * backend);
 

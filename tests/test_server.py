@@ -16,7 +16,7 @@ def test_chat_over_http_under_the_files_plan(planned_path, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "allocmoe_edge.server", "--model", str(planned_path)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--n_ctx", "256"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--n_ctx", "256", "--n_cpu_moe", "2"]
     log = tmp_path / "server.log"
     with open(log, "w") as output, subprocess.Popen(command, stdout=output, stderr=output, cwd=tmp_path) as server:
         try:
@@ -35,3 +35,5 @@ def test_chat_over_http_under_the_files_plan(planned_path, tmp_path):
         finally:
             server.terminate()
     assert "allocmoe: budget 0.50: 180 of 360" in log.read_text()
+    # the loader's only line about it at this level
+    assert "tensor overrides to CPU are used" in log.read_text()

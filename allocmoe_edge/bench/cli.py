@@ -68,6 +68,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=_positive, default=cores, metavar="N", help="default: all cores")
     p.add_argument("--ubatch", type=_positive, default=512, metavar="N", help="micro-batch, in tokens. Default: 512")
     p.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="on the GPU, -1 for all. Default: 0")
+    p.add_argument(
+        "--n-cpu-moe", type=_not_negative, default=0, metavar="N",
+        help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
+    )  # fmt: skip
     p.add_argument("--flash-attn", action="store_true", help="use flash attention")
     p.add_argument(
         "--noise-limit", type=float, default=0.03, metavar="X",
@@ -129,7 +133,8 @@ def bench(args: argparse.Namespace) -> None:
     try:
         llm = Llama(
             str(args.model), n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
-            n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, flash_attn=args.flash_attn, verbose=False,
+            n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, n_cpu_moe=args.n_cpu_moe,
+            flash_attn=args.flash_attn, verbose=False,
         )  # fmt: skip
     except ValueError as error:
         if isinstance(error, (GGUFError, PlanError)):
@@ -149,7 +154,7 @@ def bench(args: argparse.Namespace) -> None:
         "machine": machine.describe(),
         "workload": {
             "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
-            "flash_attn": args.flash_attn, "repeats": args.repeats,
+            "n_cpu_moe": args.n_cpu_moe, "flash_attn": args.flash_attn, "repeats": args.repeats,
             "tokens": str(args.text) if args.text else f"random, seed {args.seed}",
         },
         "plans": {name: list(plan.expert_used_count) for name, plan in plans.items()},
@@ -245,7 +250,8 @@ def _head(head: dict) -> str:
         f"by {work['threads']} threads{load}\n"
         f"model: {head['model']['path']} ({head['model']['name']}), {report.gigabytes(head['model']['bytes'])}, "
         f"loaded in {head['load_seconds']:.1f} s\n"
-        f"workload: {work['threads']} threads, micro-batch {work['ubatch']}, GPU layers {work['n_gpu_layers']}, "
+        f"workload: {work['threads']} threads, micro-batch {work['ubatch']}, GPU layers {work['n_gpu_layers']}"
+        f"{', experts of the first ' + str(work['n_cpu_moe']) + ' on the CPU' if work['n_cpu_moe'] else ''}, "
         f"flash attention {'on' if work['flash_attn'] else 'off'}, {work['repeats']} rounds, tokens: {work['tokens']}"
     )
 

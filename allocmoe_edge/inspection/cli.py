@@ -64,8 +64,19 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--ctx-size", type=_positive, default=512, metavar="N", help="tokens per window. Default: 512")
     run.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all")
     run.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1: all. Default: 0")
+    run.add_argument(
+        "--n-cpu-moe", type=_not_negative, default=0, metavar="N",
+        help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
+    )  # fmt: skip
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
+
+
+def _not_negative(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{value}: want a whole number of at least 0")
+    return number
 
 
 def _positive(value: str) -> int:

@@ -21,7 +21,7 @@ def add(report: dict, args: argparse.Namespace) -> None:
 
     Args:
         report: from `report.build`.
-        args: of allocmoe-inspect; file, measure_curve, budgets, routing, tokens, ctx_size, threads, n_gpu_layers.
+        args: of allocmoe-inspect; file, measure_curve, budgets, routing, tokens, ctx_size, threads, n_gpu_layers, n_cpu_moe.
 
     Raises:
         InspectError: there is no model with experts, llama.cpp cannot load it, or a text cannot be used.
@@ -44,6 +44,7 @@ def add(report: dict, args: argparse.Namespace) -> None:
             n_threads=args.threads,
             n_threads_batch=args.threads,
             n_gpu_layers=args.n_gpu_layers,
+            n_cpu_moe=args.n_cpu_moe,
             verbose=False,
         )
     except ValueError as error:

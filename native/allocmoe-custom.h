@@ -1,0 +1,63 @@
+// Tells a backend what a custom node of ours computes, in the part of op_params that ggml leaves free, so that the backend
+// needs neither libllama's functions nor its structs. The CPU backend ignores it and calls the node's function.
+#pragma once
+
+#include "ggml.h"
+
+#include <cstdint>
+#include <cstring>
+
+// What a backend registry answers by ggml_backend_reg_get_proc_address if it runs the nodes below and takes an expert id of
+// -1 in MUL_MAT_ID for a slot without work: bool (*)(const ggml_tensor *), whether it runs that node.
+#define ALLOCMOE_PROC_TOKEN_RULES "allocmoe_token_rules"
+
+// What a layer's token rule has spent, in memory that the host and every device that runs the rule can write.
+struct allocmoe_spent {
+    int64_t activations[2]; // by ALLOCMOE_PHASE_*
+    double  credit;         // activations left over under a strict threshold
+};
+
+enum {
+    ALLOCMOE_NODE_IDS = 1, // ids by rank, -1 where the token rule skips; src: ids [n_used, n_tokens], scores [n_expert, n_tokens]
+    ALLOCMOE_NODE_WEIGHTS, // weights, `skipped` where the ids are -1;    src: weights [1, n_used, n_tokens], ids [n_used, n_tokens]
+};
+
+// ALLOCMOE_RULE_* and ALLOCMOE_VALUE_*, for those who do not see llama.h
+enum {
+    ALLOCMOE_NODE_RULE_BATCH     = 1,
+    ALLOCMOE_NODE_RULE_THRESHOLD = 2,
+};
+enum {
+    ALLOCMOE_NODE_VALUE_SCORE     = 0,
+    ALLOCMOE_NODE_VALUE_RELATIVE  = 1,
+    ALLOCMOE_NODE_VALUE_REMAINING = 2,
+};
+
+struct allocmoe_node {
+    uint32_t magic;
+    int16_t  kind;      // ALLOCMOE_NODE_*
+    int8_t   phase;     // ALLOCMOE_PHASE_*
+    int8_t   strict;
+    int32_t  rule;      // ALLOCMOE_NODE_RULE_*
+    int32_t  k_base;
+    int32_t  k;
+    float    threshold;
+    float    skipped;
+    int32_t  value;     // ALLOCMOE_NODE_VALUE_*
+    allocmoe_spent * spent;
+};
+
+static constexpr uint32_t ALLOCMOE_NODE_MAGIC  = 0x6f6c6c61;
+static constexpr size_t   ALLOCMOE_NODE_OFFSET = GGML_MAX_OP_PARAMS - sizeof(allocmoe_node);
+static_assert(ALLOCMOE_NODE_OFFSET >= 3*sizeof(void *), "ggml's own parameters of a custom node come first");
+
+static inline void allocmoe_set_node(ggml_tensor * tensor, allocmoe_node node) {
+    node.magic = ALLOCMOE_NODE_MAGIC;
+    memcpy((char *) tensor->op_params + ALLOCMOE_NODE_OFFSET, &node, sizeof(node));
+}
+
+// False if the tensor is no node of ours.
+static inline bool allocmoe_get_node(const ggml_tensor * tensor, allocmoe_node & node) {
+    memcpy(&node, (const char *) tensor->op_params + ALLOCMOE_NODE_OFFSET, sizeof(node));
+    return tensor->op == GGML_OP_CUSTOM && node.magic == ALLOCMOE_NODE_MAGIC;
+}

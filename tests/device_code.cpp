@@ -1,0 +1,166 @@
+// What the CUDA backend runs of ours, on CPU threads: cases from stdin, results to stdout (test_device_code.py).
+#include <pthread.h>
+
+#include <atomic>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+static thread_local struct { int x; } threadIdx, blockDim;
+
+#include "allocmoe-cuda.cuh"
+#include "allocmoe-route.h"
+
+struct shared_block {
+    explicit shared_block(int size) : size(size) { pthread_barrier_init(&barrier, nullptr, size); }
+    ~shared_block() { pthread_barrier_destroy(&barrier); }
+    int               size;
+    pthread_barrier_t barrier;
+    std::atomic<int>  counter{0};
+};
+
+// the operations of a CUDA block, each thread of it a thread
+struct thread_block {
+    shared_block & shared;
+    int            thread;
+    int  rank() const { return thread; }
+    int  size() const { return shared.size; }
+    void sync() const { pthread_barrier_wait(&shared.barrier); }
+    int  count(bool condition) const {
+        shared.counter += condition;
+        sync();
+        const int n = shared.counter;
+        sync();
+        if (thread == 0) {
+            shared.counter = 0;
+        }
+        sync();
+        return n;
+    }
+    void add(int32_t * address, int32_t value) const { __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
+};
+
+template <class F>
+static void run_block(int n_threads, F && f) {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < n_threads; ++i) {
+        threads.emplace_back(f, i);
+    }
+    for (auto & thread : threads) {
+        thread.join();
+    }
+}
+
+template <typename T>
+static std::vector<T> read(size_t n) {
+    std::vector<T> data(n);
+    if (n > 0 && fread(data.data(), sizeof(T), n, stdin) != n) {
+        exit(2);
+    }
+    return data;
+}
+
+template <typename T>
+static void write(const std::vector<T> & data) {
+    fwrite(data.data(), sizeof(T), data.size(), stdout);
+}
+
+static void route(const std::vector<int32_t> & h) {
+    const int n_threads = h[1], n_used = h[7], n_expert = h[8], n_tokens = h[9];
+    const auto numbers = read<double>(2);
+    const auto ids     = read<int32_t>((size_t) n_tokens*n_expert); // all ranked, as an argsort leaves them
+    const auto scores  = read<float>((size_t) n_tokens*n_expert);
+
+    std::vector<int32_t> routed((size_t) n_tokens*n_used);
+    allocmoe_spent spent = {};
+    spent.credit = numbers[1];
+
+    allocmoe_route_args args = {};
+    args.ids           = ids.data();
+    args.scores        = scores.data();
+    args.routed        = routed.data();
+    args.stride_ids    = n_expert;
+    args.stride_scores = n_expert;
+    args.n_used        = n_used;
+    args.n_tokens      = n_tokens;
+    args.node.rule      = h[2];
+    args.node.value     = h[3];
+    args.node.k_base    = h[4];
+    args.node.k         = h[5];
+    args.node.strict    = h[6];
+    args.node.phase     = 1;
+    args.node.threshold = numbers[0];
+    args.node.spent     = &spent;
+
+    shared_block block(n_threads);
+    auto shared = std::make_unique<allocmoe_route_shared>();
+    run_block(n_threads, [&](int i) {
+        thread_block thread{block, i};
+        allocmoe_route(thread, args, *shared);
+    });
+    write(routed);
+    write<double>({ (double) spent.activations[0], (double) spent.activations[1], spent.credit });
+}
+
+// the end of mm_ids_helper, after every expert has written its own
+static void mark(const std::vector<int32_t> & h) {
+    const int n_used = h[1], n_tokens = h[2], stride = h[3], n_valid = h[4];
+    const bool inverse = h[5];
+    const auto ids  = read<int32_t>((size_t) n_tokens*stride);
+    auto       src1 = read<int32_t>((size_t) n_tokens*n_used);
+    run_block(32, [&](int i) {
+        threadIdx.x = i;
+        blockDim.x  = 32;
+        allocmoe_mark_skipped(ids.data(), src1.data(), n_valid, n_tokens, n_used, stride, inverse);
+    });
+    write(src1);
+
+    std::vector<int32_t> to_sorted(n_valid, 7), from_sorted((size_t) n_tokens*n_used, 9);
+    std::vector<char> bytes((const char *) ids.data(), (const char *) (ids.data() + ids.size()));
+    ggml_tensor tensor = {};
+    tensor.ne[0] = n_used;
+    tensor.ne[1] = n_tokens;
+    tensor.nb[0] = sizeof(int32_t);
+    tensor.nb[1] = stride*sizeof(int32_t);
+    if (allocmoe_pad_skipped(&tensor, bytes, to_sorted, from_sorted) != n_valid) {
+        exit(3);
+    }
+    write(to_sorted);
+    write(from_sorted);
+}
+
+// slots of n_rows rows, computed n_rows_block at a time
+static void skip(const std::vector<int32_t> & h) {
+    const int n_rows = h[1], n_rows_block = h[2], n_slots = h[3];
+    const auto ids = read<int32_t>(n_slots);
+    auto       dst = read<float>((size_t) n_slots*n_rows);
+    for (int slot = 0; slot < n_slots; ++slot) {
+        for (int row0 = 0; row0 < n_rows; row0 += n_rows_block) {
+            for (int tid = 0; tid < 64; ++tid) {
+                float * rows = &dst[(size_t) slot*n_rows];
+                if (allocmoe_skip_slot(ids[slot], rows, row0, n_rows_block, n_rows, tid) != (ids[slot] < 0)) {
+                    exit(4);
+                }
+            }
+        }
+        if (allocmoe_sort_last(ids[slot]) != (ids[slot] < 0 ? INT_MAX : ids[slot])) {
+            exit(5);
+        }
+    }
+    write(dst);
+}
+
+int main() {
+    int32_t kind;
+    while (fread(&kind, sizeof(kind), 1, stdin) == 1) {
+        std::vector<int32_t> header = read<int32_t>(9);
+        header.insert(header.begin(), kind);
+        (kind == 0 ? route : kind == 1 ? mark : skip)(header);
+    }
+    return 0;
+}

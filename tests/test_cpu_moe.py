@@ -1,0 +1,69 @@
+"""n_cpu_moe: which tensors llama.cpp puts into the CPU's memory for it. Where they go on a GPU: test_cuda.py."""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+import re
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp._logger import llama_log_callback
+
+from allocmoe_edge import Llama
+
+SIZES = dict(n_ctx=64, logits_all=True, verbose=False)
+
+
+@pytest.fixture
+def overridden():
+    """(layer, tensor, buffer type) of every override that llama.cpp's loader reports, which it does at debug level only."""
+    found = []
+
+    @llama_cpp.llama_log_callback
+    def record(_level, text, _user_data):
+        match = re.match(rb"tensor blk\.(\d+)\.(\S+)\.weight .* buffer type overridden to (\S+)", text)
+        if match:
+            found.append((int(match[1]), match[2].decode(), match[3].decode()))
+
+    llama_cpp.llama_log_set(record, ctypes.c_void_p(0))
+    yield found
+    llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+
+
+@pytest.mark.parametrize("n_cpu_moe, n_layer", [(0, 0), (1, 1), (7, 7), (30, 30), (99, 30)])
+def test_experts_of_the_first_layers_and_nothing_else(testbed_path, overridden, n_cpu_moe, n_layer):
+    """As --n-cpu-moe of llama.cpp: three expert tensors in each of the first n layers."""
+    llm = Llama(str(testbed_path), n_cpu_moe=n_cpu_moe, **SIZES)
+    wanted = {(il, f"ffn_{name}_exps") for il in range(n_layer) for name in ("gate", "up", "down")}
+    assert {(il, name) for il, name, _ in overridden} == wanted
+    # CPU_REPACK too is the CPU's own memory
+    assert all(buffer.startswith("CPU") for _, _, buffer in overridden)
+    llm.close()
+
+
+def test_logits_do_not_depend_on_it(testbed_path):
+    """Without a GPU everything is on the CPU in any case: bit for bit the same."""
+    tokens = list(range(100, 140))
+    found = []
+    for n_cpu_moe in (0, 12):
+        llm = Llama(str(testbed_path), n_cpu_moe=n_cpu_moe, **SIZES)
+        llm.eval(tokens)
+        found.append(llm.scores[: len(tokens)].copy())
+        llm.close()
+    assert np.array_equal(*found)
+
+
+def test_it_survives_pickling(testbed_path, overridden):
+    llm = Llama(str(testbed_path), n_cpu_moe=2, **SIZES)
+    overridden.clear()
+    copy = pickle.loads(pickle.dumps(llm))
+    assert {il for il, _, _ in overridden} == {0, 1}
+    copy.close()
+
+
+@pytest.mark.parametrize("n_cpu_moe", [-1, 1.0, True, "3", None])
+def test_what_is_no_number_of_layers_is_refused(testbed_path, n_cpu_moe):
+    with pytest.raises(ValueError, match="n_cpu_moe: found"):
+        Llama(str(testbed_path), n_cpu_moe=n_cpu_moe, **SIZES)

@@ -1,0 +1,140 @@
+"""What the CUDA backend runs of ours, compiled for CPU threads (device_code.cpp), where no GPU is needed.
+
+The token rules as a block of threads runs them give the ids of the CPU's rules bit for bit, in blocks of any size and
+without a data race; and the hooks in mm_ids_helper, in the fallback that sorts on the host, and in the matrix-vector
+kernels do with ids of -1 what their names say. The kernels around them need a GPU: test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+
+from allocmoe_edge._native import BUILD_DIR, ffi, libllama
+from conftest import ROOT
+from test_token_rule import RULES, score_sets
+
+N_EXPERT = 20
+ROUTE, MARK, SKIP = range(3)
+
+
+@pytest.fixture(scope="module", params=["plain", "thread sanitizer"])
+def program(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("device") / "device_code"
+    flags = ["-O1", "-fsanitize=thread"] if request.param == "thread sanitizer" else ["-O2"]
+    command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags, "-pthread"]
+    command += ["-I", str(ROOT / "native"), "-I", str(BUILD_DIR / "include"), str(ROOT / "tests" / "device_code.cpp")]
+    done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True)
+    if done.returncode and "fsanitize" in " ".join(flags) and "tsan" in done.stderr:
+        pytest.skip("no thread sanitizer here")
+    assert done.returncode == 0, done.stderr
+    probe = subprocess.run([str(path)], input=b"", capture_output=True)
+    if b"ThreadSanitizer" in probe.stderr:
+        pytest.skip(f"the thread sanitizer does not run here: {probe.stderr[:200]!r}")
+    return path
+
+
+def run(program, data: bytes) -> bytes:
+    done = subprocess.run([str(program)], input=data, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return done.stdout
+
+
+def header(*numbers) -> bytes:
+    return struct.pack("10i", *numbers, *[0] * (10 - len(numbers)))
+
+
+def native(case, ranked):
+    """(n_kept, credit) by the CPU's rules."""
+    rule = ffi.new("struct allocmoe_rule *")
+    limit = ffi.new("float[1]", [case["threshold"]])
+    rule.token_rule, rule.value, rule.k_base = case["rule"], case["value"], case["k_base"]
+    rule.strict, rule.threshold = case["strict"], limit
+    data = np.ascontiguousarray(ranked, np.float32)
+    n_kept, credit = ffi.new("int32_t[]", len(data)), ffi.new("double *", case["credit"])
+    scores = ffi.from_buffer("float *", data)
+    libllama.allocmoe_select(rule, case["k"], scores, data.shape[1], len(data), n_kept, credit)
+    return np.array(list(n_kept)), credit[0]
+
+
+def cases(rng, n_tokens):
+    for n_used in (1, 3, 8, 13):
+        for name, ranked in score_sets(rng, n_tokens, n_used):
+            for value in range(3):
+                k = int(rng.integers(1, n_used + 1))
+                k_base = int(rng.integers(1, k + 1))
+                common = dict(name=name, n_used=n_used, ranked=ranked, value=value, k_base=k_base, k=k, credit=0.0)
+                yield dict(common, rule=RULES["batch"], strict=False, threshold=0.0)
+                for threshold in (-np.inf, 0.125, float(rng.random()), np.inf):
+                    strict = bool(rng.integers(2))
+                    credit = float(rng.integers(0, 6)) if strict else 0.0
+                    case = dict(common, rule=RULES["threshold"], strict=strict, threshold=threshold)
+                    yield dict(case, credit=credit)
+
+
+def scatter(rng, ranked):
+    """All experts' scores and their argsort, of which `ranked` is the beginning."""
+    n_tokens, n_used = ranked.shape
+    ids = np.array([rng.permutation(N_EXPERT) for _ in range(n_tokens)], np.int32)
+    scores = np.full((n_tokens, N_EXPERT), -np.inf, np.float32)
+    np.put_along_axis(scores, ids[:, :n_used], ranked.astype(np.float32), 1)
+    return ids, scores
+
+
+@pytest.mark.parametrize("n_tokens, n_threads", [(1, 32), (2, 3), (31, 32), (33, 32), (100, 7), (129, 64)])
+def test_rules_give_the_ids_of_the_cpu_bit_for_bit(program, n_tokens, n_threads):
+    rng = np.random.default_rng(n_tokens)
+    todo, data = [], b""
+    for case in cases(rng, n_tokens):
+        ids, scores = scatter(rng, case["ranked"])
+        numbers = (case["rule"], case["value"], case["k_base"], case["k"], case["strict"], case["n_used"])
+        data += header(ROUTE, n_threads, *numbers, N_EXPERT, n_tokens)
+        data += struct.pack("2d", case["threshold"], case["credit"]) + ids.tobytes() + scores.tobytes()
+        todo.append((case, ids))
+    found, at = run(program, data), 0
+    for case, ids in todo:
+        n_used = case["n_used"]
+        routed = np.frombuffer(found, np.int32, n_tokens * n_used, at).reshape(n_tokens, n_used)
+        prefill, decode, credit = np.frombuffer(found[at + routed.nbytes : at + routed.nbytes + 24], np.float64)
+        at += routed.nbytes + 24
+        n_kept, credit_left = native(case, case["ranked"])
+        expected = np.where(np.arange(n_used) < n_kept[:, None], ids[:, :n_used], -1)
+        shown = {key: value for key, value in case.items() if key != "ranked"}
+        assert np.array_equal(routed, expected), shown
+        assert (prefill, decode, credit) == (0, n_kept.sum(), credit_left), shown
+    assert at == len(found) and len(todo) == 4 * 7 * 3 * 5
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 31, 32, 33, 100])
+def test_hooks_see_skipped_slots(program, n_tokens):
+    """mm_ids_helper's maps and the host's sorted order, with every slot that is left to no expert marked."""
+    rng = np.random.default_rng(n_tokens)
+    for n_used in (1, 3, 8):
+        for share in (0.0, 0.5, 1.0):
+            ids = rng.integers(0, N_EXPERT, (n_tokens, n_used + 2)).astype(np.int32)
+            ids[rng.random(ids.shape) < share] = -1
+            skipped = ids[:, :n_used].ravel() < 0
+            n_slots, n_valid = len(skipped), int((~skipped).sum())
+            for inverse in (0, 1):
+                before = rng.integers(0, 1000, n_slots).astype(np.int32)
+                head = header(MARK, n_used, n_tokens, ids.shape[1], n_valid, inverse)
+                found = np.frombuffer(run(program, head + ids.tobytes() + before.tobytes()), np.int32)
+                marked, to_sorted, from_sorted = np.split(found, 3)
+                unclaimed = skipped if inverse else np.arange(n_slots) >= n_valid
+                assert np.array_equal(marked, np.where(unclaimed, -1, before))
+                assert np.array_equal(to_sorted, np.where(np.arange(n_slots) < n_valid, 7, 0))
+                assert np.array_equal(from_sorted, np.where(skipped, n_valid, 9))
+
+
+@pytest.mark.parametrize("n_rows_block", [1, 2, 4])
+def test_skipped_slots_are_zeroed_and_no_other(program, n_rows_block):
+    ids = np.array([3, -1, 0, -1, -1, 7], np.int32)
+    for n_rows in (1, 2, 3, 64, 65, 67):
+        before = np.full((len(ids), n_rows), np.nan, np.float32)
+        found = run(program, header(SKIP, n_rows, n_rows_block, len(ids)) + ids.tobytes() + before.tobytes())
+        after = np.frombuffer(found, np.float32).reshape(before.shape)
+        assert np.array_equal(np.isnan(after), np.repeat(ids[:, None] >= 0, n_rows, 1))
+        assert not after[ids < 0].any()

@@ -144,6 +144,50 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & gra
     return masked;
 }
 
+// node: the sum over the experts that a token keeps, in order of rank, each times its weight if there are weights; the same
+// bits as upstream's nodes, which would weight and add the zeros of the skipped ones too
+static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {
+    const ggml_tensor * experts = dst->src[0];
+    const ggml_tensor * routed  = dst->src[1];
+    const ggml_tensor * weights = dst->src[2];
+
+    const int64_t n_embd = dst->ne[0];
+    const int64_t n_used = experts->ne[1];
+    const int64_t first  = dst->ne[0]*dst->ne[1]*ith/nth;
+    const int64_t last   = dst->ne[0]*dst->ne[1]*(ith + 1)/nth;
+    for (int64_t begin = first; begin < last; ) {
+        const int64_t t   = begin/n_embd;
+        const int64_t end = std::min(last, (t + 1)*n_embd);
+        const auto  * id  = (const int32_t *) ((const char *) routed->data + t*routed->nb[1]);
+        float       * out = (float *) dst->data + begin;
+        bool any = false;
+        for (int64_t r = 0; r < n_used; ++r) {
+            if (id[r] < 0) {
+                continue;
+            }
+            const auto * row = (const float *) ((const char *) experts->data + t*experts->nb[2] + r*experts->nb[1]) + begin % n_embd;
+            const float weight = weights ? *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]) : 1.0f;
+            for (int64_t i = 0; i < end - begin; ++i) {
+                out[i] = any ? out[i] + row[i]*weight : row[i]*weight;
+            }
+            any = true;
+        }
+        if (!any) {
+            std::fill(out, out + (end - begin), 0.0f);
+        }
+        begin = end;
+    }
+}
+
+ggml_tensor * allocmoe_build_sum(ggml_context * ctx, const allocmoe_graph & graph, ggml_tensor * experts, ggml_tensor * weights) {
+    // devices have fusions of their own for upstream's nodes
+    if (graph.layers.empty() || !graph.layers.back().routed || graph.layers.back().record || graph.layers.back().usage->spent_on_devices) {
+        return nullptr;
+    }
+    ggml_tensor * args[] = { experts, graph.layers.back().routed, weights };
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, weights ? 3 : 2, compute_sum, GGML_N_TASKS_MAX, nullptr);
+}
+
 // node: the weighted experts as they are; on the way, scores, ids and errors are recorded. A copy, so that it can run on
 // the CPU between nodes that do not.
 static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {

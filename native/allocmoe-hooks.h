@@ -114,6 +114,14 @@ ggml_tensor * allocmoe_build_record(
         ggml_tensor    * weights, // [1, n_expert_used, n_tokens]
         bool             renormalised);
 
+// Where a token rule is on and the CPU runs it: the weighted sum over each token's experts as one node, [n_embd, n_tokens].
+// Null where upstream's nodes are to do it.
+ggml_tensor * allocmoe_build_sum(
+        ggml_context         * ctx,
+        const allocmoe_graph & graph,
+        ggml_tensor          * experts,  // [n_embd, n_expert_used, n_tokens]
+        ggml_tensor          * weights); // [1, n_expert_used, n_tokens], null if they have been applied
+
 // Tells the token rules whether they count for prefill or decode. Where the plan keeps the layers' outputs: adds nodes for
 // that. Where it starts at a later layer whose input has been kept: removes what only leads there.
 void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, const llama_ubatch & ubatch, ggml_context * ctx, ggml_cgraph * gf);

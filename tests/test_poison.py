@@ -88,18 +88,18 @@ def test_testbed(testbed, poison):
     check(testbed, poison, testbed.tokenize(b"The history of the world begins with the first writing, and ends here."))
 
 
-def test_a_number_left_in_a_skipped_row_would_show(testbed, poison):
-    """The other tests can fail: NaN in one skipped row, put there after the down projection, reaches the logits.
-
-    Its weight is 0, and 0 times NaN is NaN; this is why the rows have to be zeroed and not merely ignored.
-    """
+@pytest.mark.parametrize("slot, reaches", [(0, True), (1, False)], ids=["kept", "skipped"])
+def test_a_number_left_in_a_row(testbed, poison, slot, reaches):
+    """NaN put into the first token's rows after the down projection: from the row of the expert that is kept it reaches the
+    logits, so that the other tests can fail; the skipped one's row is zero, and the sum does not read it at all."""
     tokens = testbed.tokenize(b"The history of the world")
     testbed.set_plan(rules(testbed)["only the base"])
+    clean = logits(testbed, poison, tokens, len(tokens))
 
     def spoil(tensor):
         if op_name(tensor) == "MUL_MAT_ID" and ffi.string(tensor.name) == b"ffn_moe_down-7":
-            row = ffi.buffer(ffi.cast("char *", tensor.data) + tensor.nb[1], tensor.nb[1])
-            assert not np.frombuffer(row, np.float32).any()  # the first token's second expert: skipped, zero
+            row = ffi.buffer(ffi.cast("char *", tensor.data) + slot * tensor.nb[1], tensor.nb[1])
+            assert np.frombuffer(row, np.float32).any() == (slot == 0)
             row[:] = b"\xff" * len(row)
 
     poison.when, poison.after = "node", spoil
@@ -107,4 +107,4 @@ def test_a_number_left_in_a_skipped_row_would_show(testbed, poison):
         found = logits(testbed, poison, tokens, len(tokens))
     finally:
         poison.when = poison.after = None
-    assert np.isnan(found[0]).all()
+    assert np.isnan(found[0]).all() if reaches else np.array_equal(found, clean)

@@ -36,12 +36,14 @@ class Llama(llama_cpp.Llama):
         n_cpu_moe: with n_gpu_layers, keep the routed experts of the first so many layers in the CPU's memory, as
             llama.cpp's --n-cpu-moe does; what is above the model's number of layers means all. The rest of those layers
             goes where n_gpu_layers says.
+        repack: let llama.cpp rearrange weights for the CPU, in memory of its own beside the file's pages: prefill is faster.
+            Without, a model needs no more memory than its file, and runs even where that is larger than the memory.
         **kwargs: see `llama_cpp.Llama`.
 
     Raises:
         GGUFError: the file is missing, not GGUF, damaged or truncated.
         PlanError: its plan does not fit the model, or the budget cannot be met.
-        ValueError: n_cpu_moe is not a number of layers, or anything that `llama_cpp.Llama` refuses.
+        ValueError: n_cpu_moe is not a number of layers, repack no bool, or anything that `llama_cpp.Llama` refuses.
     """
 
     def __init__(
@@ -52,12 +54,15 @@ class Llama(llama_cpp.Llama):
         token_rule: Optional[str] = None,
         plan_path: Optional[str] = None,
         n_cpu_moe: int = 0,
+        repack: bool = True,
         **kwargs,
     ):
         self._stack = contextlib.ExitStack()  # what __del__ closes, also where the next line raises
         if not isinstance(n_cpu_moe, int) or isinstance(n_cpu_moe, bool) or n_cpu_moe < 0:
             raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
-        self._n_cpu_moe = n_cpu_moe
+        if not isinstance(repack, bool):
+            raise ValueError(f"repack: found {repack!r}, wanted True or False")
+        self._n_cpu_moe, self._repack = n_cpu_moe, repack
         # before native code sees the file: it would abort the process, or say no more than "failed"
         self._stored = metadata.read(model_path)
         if self._stored.side_file:
@@ -84,7 +89,8 @@ class Llama(llama_cpp.Llama):
 
     @model_params.setter
     def model_params(self, params) -> None:
-        # llama_cpp.Llama sets this before it loads the model, and has no argument for the buffer types of single tensors
+        # llama_cpp.Llama sets this before it loads the model, and has no arguments for these
+        params.use_extra_bufts = self._repack
         n_layer = min(self._n_cpu_moe, len(self._stored.full))
         if n_layer:
             patterns = [ffi.new("char[]", _EXPERTS.format(il).encode()) for il in range(n_layer)]
@@ -259,6 +265,7 @@ class Llama(llama_cpp.Llama):
             **super().__getstate__(),
             "plan_path": self._plan_path,
             "n_cpu_moe": self._n_cpu_moe,
+            "repack": self._repack,
             "plan": self._asked,
         }
 
@@ -280,7 +287,7 @@ def _signature() -> inspect.Signature:
     parameters = dict(inspect.signature(llama_cpp.Llama.__init__).parameters)
     extra = parameters.pop("kwargs")
     ours = inspect.signature(Llama.__init__).parameters
-    names = ("budget", "token_rule", "plan_path", "n_cpu_moe")
+    names = ("budget", "token_rule", "plan_path", "n_cpu_moe", "repack")
     return inspect.Signature([*parameters.values(), *(ours[name] for name in names), extra])
 
 

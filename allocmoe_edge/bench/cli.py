@@ -72,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
         "--n-cpu-moe", type=_not_negative, default=0, metavar="N",
         help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
     )  # fmt: skip
+    p.add_argument(
+        "--no-repack", action="store_true",
+        help="leave the weights as the file has them: less memory, slower prefill; for models larger than memory",
+    )  # fmt: skip
     p.add_argument("--flash-attn", action="store_true", help="use flash attention")
     p.add_argument(
         "--noise-limit", type=float, default=0.03, metavar="X",
@@ -134,7 +138,7 @@ def bench(args: argparse.Namespace) -> None:
         llm = Llama(
             str(args.model), n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
             n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, n_cpu_moe=args.n_cpu_moe,
-            flash_attn=args.flash_attn, verbose=False,
+            repack=not args.no_repack, flash_attn=args.flash_attn, verbose=False,
         )  # fmt: skip
     except ValueError as error:
         if isinstance(error, (GGUFError, PlanError)):
@@ -154,7 +158,7 @@ def bench(args: argparse.Namespace) -> None:
         "machine": machine.describe(),
         "workload": {
             "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
-            "n_cpu_moe": args.n_cpu_moe, "flash_attn": args.flash_attn, "repeats": args.repeats,
+            "n_cpu_moe": args.n_cpu_moe, "repack": not args.no_repack, "flash_attn": args.flash_attn, "repeats": args.repeats,
             "tokens": str(args.text) if args.text else f"random, seed {args.seed}",
         },
         "plans": {name: list(plan.expert_used_count) for name, plan in plans.items()},
@@ -252,6 +256,7 @@ def _head(head: dict) -> str:
         f"loaded in {head['load_seconds']:.1f} s\n"
         f"workload: {work['threads']} threads, micro-batch {work['ubatch']}, GPU layers {work['n_gpu_layers']}"
         f"{', experts of the first ' + str(work['n_cpu_moe']) + ' on the CPU' if work['n_cpu_moe'] else ''}, "
+        f"{'' if work['repack'] else 'weights not repacked, '}"
         f"flash attention {'on' if work['flash_attn'] else 'off'}, {work['repeats']} rounds, tokens: {work['tokens']}"
     )
 

@@ -1,4 +1,4 @@
-"""n_cpu_moe: which tensors llama.cpp puts into the CPU's memory for it. Where they go on a GPU: test_cuda.py."""
+"""n_cpu_moe and repack: which tensors llama.cpp puts into the CPU's memory for it. Where they go on a GPU: test_cuda.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from llama_cpp._logger import llama_log_callback
 
 from allocmoe_edge import Llama
+from allocmoe_edge._native import context_pointer, ffi, libllama
 
 SIZES = dict(n_ctx=64, logits_all=True, verbose=False)
 
@@ -67,3 +68,18 @@ def test_it_survives_pickling(testbed_path, overridden):
 def test_what_is_no_number_of_layers_is_refused(testbed_path, n_cpu_moe):
     with pytest.raises(ValueError, match="n_cpu_moe: found"):
         Llama(str(testbed_path), n_cpu_moe=n_cpu_moe, **SIZES)
+
+
+def test_without_repacking_weights_stay_in_the_files_pages(testbed_path):
+    """And the results are the same but for the rounding of sums."""
+    found, places = [], []
+    for repack in (True, False):
+        llm = Llama(str(testbed_path), repack=repack, **SIZES)
+        places.append(ffi.string(libllama.allocmoe_expert_placement(context_pointer(llm), 1, ffi.new("int64_t *"))))
+        llm.eval(list(range(100, 140)))
+        found.append(llm.scores[:40].copy())
+        llm.close()
+    assert places[1] in (b"CPU", b"CPU_Mapped")
+    assert np.abs(found[0] - found[1]).max() < 0.05 * found[0].std()
+    with pytest.raises(ValueError, match="repack: found 1"):
+        Llama(str(testbed_path), repack=1, **SIZES)

@@ -1,4 +1,4 @@
-"""bench/quality: metrics against their definitions, every method against a reference, texts that never overlap, resuming."""
+"""bench/quality: metrics against their definitions, methods against references, texts that never overlap, resuming."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def book(seed: int, n: int = 30_000) -> str:
 
 
 def test_recovery_of_known_numbers():
-    """The figures of a prototype: full 30.36, uniform k 63.1, and a token rule's 49.9, a third of the way back in nats."""
+    """The figures of a prototype: full 30.36, uniform k 63.1, a token rule's 49.9, a third of the way back."""
     assert metrics.recovery_by_perplexity(49.9, 63.1, 30.36) == pytest.approx(0.321, abs=5e-4)
     assert metrics.recovery_by_perplexity(30.36, 63.1, 30.36) == 1
     assert metrics.recovery(0.3, 0.2) == pytest.approx(-0.5)
@@ -133,8 +133,9 @@ def test_measures_are_their_definitions(llm, single, text, checkpoint):
 def test_batch_rule_is_top_k_token_by_token(llm, single, text, checkpoint):
     batch = replace(Plan.uniform(FULL, 8), token_rule="batch")
     off = Plan.uniform(FULL, 8)
-    cells = metrics.measure({False: llm, True: single}, FULL, [(batch, False), (batch, True), (off, True)], text, checkpoint)
-    kl = {c: metrics.summary(cells[metrics.candidate_name(c)])["kl"] for c in [(batch, False), (batch, True), (off, True)]}
+    candidates = [(batch, False), (batch, True), (off, True)]
+    cells = metrics.measure({False: llm, True: single}, FULL, candidates, text, checkpoint)
+    kl = {c: metrics.summary(cells[metrics.candidate_name(c)])["kl"] for c in candidates}
     assert kl[batch, True] == kl[off, True]
     assert abs(kl[batch, False] / kl[batch, True] - 1) > 0.01
 
@@ -169,7 +170,7 @@ def test_knapsack_spends_the_budget_exactly():
 
 @pytest.mark.parametrize("name", ["olmoe", "qwen2moe", "qwen3moe"])
 def test_lexi_perturbation_is_the_blocks(name, built):
-    """|Y_K - Y_k| of the MoE block of transformers on the same noise. 1e-4: float32 matrix products in another order."""
+    """|Y_K - Y_k| of the MoE block of transformers on the same noise. 1e-4: float32 products in another order."""
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -253,7 +254,8 @@ def test_samples_share_nothing(tmp_path):
         assert not texts.shares_text(one, texts.spans(other))
     # the parts that were left out lie at the start of the first file: without the evaluation text they would be used
     evaluation.write_text(book(7))
-    assert texts.shares_text(texts.samples(files, evaluation, 300, 3, tmp_path)[0].read_text(), texts.spans(book(0)[:1200]))
+    first = texts.samples(files, evaluation, 300, 3, tmp_path)[0].read_text()
+    assert texts.shares_text(first, texts.spans(book(0)[:1200]))
 
 
 def test_overlap_is_refused(tmp_path):
@@ -309,7 +311,14 @@ def test_last_word_is_right_when_greedy_decoding_writes_it(llm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"query": "a"}', '{"query": "a", "choices": ["b"], "gold": 1}', '{"query": 1, "choices": [], "gold": 0}']
+    "line",
+    [
+        "{",
+        "[]",
+        '{"query": "a"}',
+        '{"query": "a", "choices": ["b"], "gold": 1}',
+        '{"query": 1, "choices": [], "gold": 0}',
+    ],
 )
 def test_malformed_item_is_named(llm, tmp_path, line):
     file = tmp_path / "t.jsonl"

@@ -4,12 +4,12 @@
     python bench/quality model.gguf --text wiki.test.raw --calib gutenberg.txt enwik.txt -o build/quality-model
 
 Writes table.md, plot.svg and result.json into the output folder, and the table to the terminal. Perplexity, divergence
-(KL) from the full model and top-1 agreement are on windows spread over --text; whatever a method calibrates is calibrated
-on --calib, on places that share no sentence with --text, and --repeats times on different places. "Recovered" is the share
-of uniform k's loss that a method wins back, 1 - ln(P/P_full) / ln(P_uniform/P_full) and 1 - KL/KL_uniform.
+(KL) from the full model and top-1 agreement are on windows spread over --text. Whatever a method calibrates is
+calibrated on --calib, on places that share no sentence with --text, --repeats times on different places. "Recovered"
+is the share of uniform k's loss that a method wins back, 1 - ln(P/P_full) / ln(P_uniform/P_full) and 1 - KL/KL_uniform.
 
-Every plan and cell is saved as it is measured: the same command goes on where it was stopped. After a change of a method in
-the program, name it with --again. With --tasks, accuracy on multiple-choice and last-word tasks.
+Every plan and cell is saved as it is measured: the same command goes on where it stopped. After a change of a method
+in the program, name it with --again. With --tasks, accuracy on multiple-choice and last-word tasks.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ _FLOOR_WINDOWS = 2
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="bench/quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="bench/quality", description=__doc__, formatter_class=raw)
     p.add_argument("model", type=Path, help="GGUF file in one piece")
     p.add_argument("--text", type=Path, required=True, help="UTF-8 text to evaluate on")
     p.add_argument("--calib", type=Path, required=True, nargs="+", help="UTF-8 texts to calibrate on")
-    p.add_argument("-o", "--output", type=Path, required=True, help="folder for the results and what is measured so far")
+    p.add_argument("-o", "--output", type=Path, required=True, help="folder for results and what is measured so far")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.83, 0.67, 0.5, 0.33], help="shares beside 1.0")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help=", ".join(METHODS))
-    p.add_argument("--again", nargs="+", choices=METHODS, default=[], metavar="M", help="plan these anew, after a change of them")
+    p.add_argument("--again", nargs="+", choices=METHODS, default=[], metavar="M", help="plan these anew")
     p.add_argument("--repeats", type=int, default=3, help="calibration samples. Default: 3")
     p.add_argument("--tokens", type=int, default=12288, help="tokens to evaluate on. Default: 12288")
     p.add_argument("--calib-tokens", type=int, default=4096, help="tokens in a calibration sample. Default: 4096")
     p.add_argument("--isolated-tokens", type=int, help="fewer of them for the isolated profile, which needs many runs")
     p.add_argument("--ctx-size", type=int, default=512, help="tokens in a window. Default: 512")
-    p.add_argument("--no-decode", action="store_true", help="leave out the token-by-token runs of methods that differ there")
+    p.add_argument("--no-decode", action="store_true", help="no token-by-token runs of methods that differ there")
     p.add_argument("--tasks", type=Path, nargs="+", default=[], help="JSON-lines files of tasks")
     p.add_argument("--task-items", type=int, default=200, help="items of each task. Default: 200")
     p.add_argument("--task-budgets", type=float, nargs="+", default=[0.5], help="budgets to run tasks at. Default: 0.5")
@@ -77,8 +78,8 @@ def main(argv=None) -> int:
 
 
 def load(args: argparse.Namespace, n_batch: int) -> Llama:
-    sizes = dict(n_ctx=args.ctx_size, n_batch=n_batch, n_ubatch=n_batch, n_threads=args.threads, n_threads_batch=args.threads)
-    llm = Llama(str(args.model), **sizes, verbose=False)
+    threads = dict(n_threads=args.threads, n_threads_batch=args.threads)
+    llm = Llama(str(args.model), n_ctx=args.ctx_size, n_batch=n_batch, n_ubatch=n_batch, **threads, verbose=False)
     llm.set_plan(None)
     return llm
 
@@ -120,8 +121,12 @@ def run(args: argparse.Namespace) -> dict:
             "program": __version__,
             "machine": machine.describe(),
             "evaluation": {"text": args.text.name, "tokens": int(text.size), "ctx_size": args.ctx_size},
-            "calibration": {"texts": [path.name for path in args.calib], "tokens": args.calib_tokens, "samples": args.repeats},
-            "isolated_tokens": args.isolated_tokens or args.calib_tokens,
+            "calibration": {
+                "texts": [path.name for path in args.calib],
+                "tokens": args.calib_tokens,
+                "isolated_tokens": args.isolated_tokens or args.calib_tokens,
+                "samples": args.repeats,
+            },
             "full": summary,
             "floor": metrics.summary(next(iter(floor.values()))),
             "rows": report.rows(found, cells, summary, totals),
@@ -170,10 +175,9 @@ def text_noise(found: list, cells: dict, full: dict) -> list:
     noise = []
     for entry in found:
         own, base = _losses(cells[entry["name"]], full), uniform[entry["budget"]]
-        errors = {
-            what: metrics.text_noise(lambda i, w=what: metrics.recovery(own[w][i].mean(), base[w][i].mean()), len(own[what]))
-            for what in own
-        }
+        errors = {}
+        for what, (mine, theirs) in {what: (own[what], base[what]) for what in own}.items():
+            errors[what] = metrics.text_noise(lambda i: metrics.recovery(mine[i].mean(), theirs[i].mean()), len(mine))
         noise.append({**{key: entry[key] for key in ("budget", "method", "sample", "decode")}, **errors})
     return noise
 
@@ -184,7 +188,7 @@ def _losses(cell: dict, full: dict) -> dict:
 
 
 def accuracy(llm: Llama, args, full: tuple, found: list, plans: dict, checkpoint: Checkpoint) -> list:
-    """A dict for each task and plan: the full model, and the first sample's plans of the methods and budgets asked for."""
+    """A dict for each task and plan: the full model, and the first sample's plans of what was asked for."""
     chosen = {"full": Plan.full(full)}
     for e in found:
         wanted = e["method"] in args.task_methods and e["budget"] in args.task_budgets

@@ -1,9 +1,9 @@
 """LExI's layer sensitivities: how far a layer's MoE output moves with fewer experts, on Gaussian noise as its input.
 
-Chitty-Venkata et al., "LExI: Layer-Adaptive Active Experts for Efficient MoE Model Inference", arXiv 2509.02753. No data
-and no model run: X is drawn from N(0, 1) and put straight into the MoE block, whose weights are read from the GGUF file.
-The published second stage is an evolutionary search for the counts of least total perturbation within the budget; that
-sum is what our knapsack minimises exactly, so its plan is the one that the search looks for.
+Chitty-Venkata et al., "LExI: Layer-Adaptive Active Experts for Efficient MoE Model Inference", arXiv 2509.02753. No
+data and no model run: X is drawn from N(0, 1) and put straight into the MoE block, whose weights are read from the GGUF
+file. The published second stage is an evolutionary search for the counts of least total perturbation within the budget;
+that sum is what our knapsack minimises exactly, so its plan is the one that the search looks for.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-# Architectures with a plain softmax gate and SwiGLU experts, and whether the chosen experts' weights are scaled to a sum of 1.
-# Shared experts and constant factors on the weights add nothing to a difference between counts, or the same factor everywhere.
+# Architectures with a plain softmax gate and SwiGLU experts, and whether the chosen experts' weights are scaled to sum
+# to 1. Shared experts add nothing to a difference between counts, a constant on the weights the same factor everywhere.
 RENORMALISES = {"olmoe": False, "deepseek": False, "qwen2moe": False, "qwen3moe": True, "llama": True}
 
 
@@ -57,12 +57,18 @@ def sensitivities(path: Path, full: tuple, n_tokens: int = 256, n_draws: int = 4
 
 
 def perturbations(
-    x: np.ndarray, router: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, n_used: int, renormalise: bool
+    x: np.ndarray,
+    router: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    n_used: int,
+    renormalise: bool,
 ) -> np.ndarray:
     """|Y_K - Y_k| over all tokens for k = 1..K = n_used, float64 [K].
 
-    x: float32 [n_tokens, n_embd]. router: [n_expert, n_embd]. gate, up: [n_expert, n_ff, n_embd]. down: [n_expert, n_embd,
-    n_ff].
+    x: float32 [n_tokens, n_embd]. router: [n_expert, n_embd]. gate, up: [n_expert, n_ff, n_embd]. down: [n_expert,
+    n_embd, n_ff].
     """
     logits = x @ router.T
     p = np.exp(logits - logits.max(axis=1, keepdims=True))

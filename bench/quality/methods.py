@@ -1,7 +1,7 @@
 """The methods that are compared, each as a plan for a total of expert activations per token.
 
-"Equal mean activations" is what makes them comparable: every threshold is calibrated, on text that is not evaluated on, so
-that tokens activate the budget in the mean.
+"Equal mean activations" is what makes them comparable: every threshold is calibrated, on text that is not evaluated on,
+so that tokens activate the budget in the mean.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """plan: of a Setting and a total. calibrated: it depends on the calibration text. decode: it is evaluated token by token
-    too, because its rule does something else there."""
+    """plan: of a Setting and a total. calibrated: it depends on the calibration text. decode: it is evaluated token by
+    token too, because its rule does something else there."""
 
     title: str
     plan: Callable[[Setting, int], Plan]
@@ -117,14 +117,15 @@ def calibrated_on_value(
             calibrated again under what they do.
 
     Raises:
-        PlanError: a layer has fewer than three experts, scores are no probabilities, or the model cannot run token rules.
+        PlanError: a layer has fewer than three experts, scores are no probabilities, or the model cannot run rules.
     """
     layers = [il for il, k in enumerate(full) if k]
     for il in layers:
         if full[il] < 3:
             raise PlanError(f"layer {il}: {full[il]} experts, want at least 3 for a threshold to choose among")
     # the counts only say that a layer has something to choose
-    counts = [min(max(2, k), own - 1) if own else 0 for k, own in zip(Plan.uniform(full, total).expert_used_count, full)]
+    even = Plan.uniform(full, total).expert_used_count
+    counts = [min(max(2, k), own - 1) if own else 0 for k, own in zip(even, full)]
     plan = Plan(counts, full, token_rule="batch", value=value)
     _check_probabilities(llm, replace(plan, value="score"), calib[:1])
     for _ in range(rounds):
@@ -163,8 +164,8 @@ def convert_arguments(setting: Setting, total: int) -> argparse.Namespace:
     """Of allocmoe-convert with its defaults, this calibration text and a budget of `total`."""
     args = setting.args
     command = [str(setting.path), "--budget", str(total), "--calib", str(setting.calib_path), "--plan-only"]
-    command += ["--calib-tokens", str(args.calib_tokens), "--ctx-size", str(args.ctx_size), "--threads", str(args.threads)]
-    command += ["-o", str(setting.calib_path.with_suffix(".plan"))]
+    command += ["--calib-tokens", str(args.calib_tokens), "--ctx-size", str(args.ctx_size)]
+    command += ["--threads", str(args.threads), "-o", str(setting.calib_path.with_suffix(".plan"))]
     return cli.parser().parse_args(command)
 
 

@@ -1,4 +1,4 @@
-"""What a plan does to the model's predictions, measured by the runtime itself, and how much of uniform k's loss it wins back."""
+"""What a plan does to the model's predictions, measured by the runtime, and what it wins back of uniform k's loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ def candidate_name(candidate: Candidate) -> str:
 
 
 def measure(
-    models: Dict[bool, Llama], full: tuple, candidates: Iterable[Candidate], token_windows: np.ndarray, checkpoint: Checkpoint
+    models: Dict[bool, Llama],
+    full: tuple,
+    candidates: Iterable[Candidate],
+    token_windows: np.ndarray,
+    checkpoint: Checkpoint,
 ) -> Dict[str, dict]:
     """Every candidate over the windows, against the full model on whole windows.
 
@@ -39,7 +43,8 @@ def measure(
     """
     by_name = {candidate_name(c): c for c in candidates}
     found: Dict[str, dict] = {name: {} for name in by_name}
-    with tqdm(total=len(by_name) * len(token_windows), desc="evaluation", unit="cell", disable=None, smoothing=0.05) as bar:
+    total = len(by_name) * len(token_windows)
+    with tqdm(total=total, desc="evaluation", unit="cell", disable=None, smoothing=0.05) as bar:
         for window in token_windows:
             reference: Optional[Reference] = None
             for name, (plan, single) in by_name.items():
@@ -95,7 +100,7 @@ def recovery_by_perplexity(perplexity: float, uniform: float, full: float) -> fl
 
 
 def at_equal_budget(spent: List[float], losses: List[float], budget: float) -> float:
-    """A method's loss at exactly `budget`, on the line between its measured points; through the two nearest ones at the ends.
+    """A method's loss at exactly `budget`, on the line between its measured points, or beyond through the last two.
 
     Args:
         spent: activations per token that were realised, of at least two points.

@@ -51,11 +51,11 @@ def rows(found: List[dict], cells: Dict[str, dict], full: dict, totals: Dict[flo
 
 
 def table(result: dict) -> str:
-    """The rows in Markdown; a figure with a range is the mean over calibration samples, and their least and greatest."""
+    """The rows in Markdown; a figure with a range is the mean over calibration samples, their least and greatest."""
     full, floor = result["full"], result["floor"]
     lines = [
-        "| budget | method | experts per token | perplexity | KL mean | KL median | same top-1 | recovered: perplexity, KL "
-        "| at the budget exactly |",
+        "| budget | method | experts per token | perplexity | KL mean | KL median | same top-1 "
+        "| recovered: perplexity, KL | at the budget exactly |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
         f"| 1 | full model | {full['spent']:.0f} | {full['perplexity']:.2f} | 0 | 0 | 100% | | |",
         f"| 1 | full model, token by token (noise floor) | {floor['spent']:.0f} | | {abs(floor['kl']):.1g} "
@@ -73,10 +73,12 @@ def table(result: dict) -> str:
         phase = f" ({row['phase']})" if row["phase"] else ""
         is_uniform = row["method"] == "uniform"
         off = max(abs(sample["spent"] / row["total"] - 1) for sample in samples) > TOLERANCE
+        spent = f"{mean('spent'):.1f} ({mean('spent') / row['total']:.1%})"
+        recovered = "" if is_uniform else share("recovered")
+        corrected = share("recovered_at_budget") if off and not is_uniform else ""
         lines.append(
-            f"| {row['budget']:g} | {METHODS[row['method']].title}{phase} | {mean('spent'):.1f} ({mean('spent') / row['total']:.1%}) "
-            f"| {mean('perplexity'):.2f} | {mean('kl'):.4f} | {mean('kl_median'):.4f} | {mean('top1'):.1%} "
-            f"| {'' if is_uniform else share('recovered')} | {share('recovered_at_budget') if off and not is_uniform else ''} |"
+            f"| {row['budget']:g} | {METHODS[row['method']].title}{phase} | {spent} | {mean('perplexity'):.2f} "
+            f"| {mean('kl'):.4f} | {mean('kl_median'):.4f} | {mean('top1'):.1%} | {recovered} | {corrected} |"
         )
     return "\n".join(lines)
 
@@ -87,7 +89,7 @@ def noise_line(result: dict) -> str:
     for what, name in (("perplexity", "perplexity"), ("kl", "KL")):
         errors = [entry[what] for entry in result["text_noise"] if entry["method"] != "uniform"]
         medians.append(f"{name} {np.median(errors):.0%} (at most {max(errors):.0%})" if errors else f"{name} none")
-    return "Standard error of a recovered share over the choice of evaluation windows, median over the rows: " + ", ".join(medians)
+    return f"Standard error of a recovered share over the choice of evaluation windows, median: {', '.join(medians)}."
 
 
 def _range(values: List[float]) -> str:
@@ -105,10 +107,9 @@ def task_table(tasks: List[dict]) -> str:
     for task in dict.fromkeys(entry["task"] for entry in tasks):
         by_plan = {entry["plan"]: entry for entry in tasks if entry["task"] == task}
         first = next(iter(by_plan.values()))
-        values = [
-            f"{by_plan[name]['accuracy']:.1%} ± {by_plan[name]['standard_error']:.1%}" if name in by_plan else "" for name in names
-        ]
-        lines.append(f"| {task} | {first['items']} | {first['metric']} | {first['chance']:.1%} | {' | '.join(values)} |")
+        values = [f"{by_plan[name]['accuracy']:.1%} ± {by_plan[name]['standard_error']:.1%}" for name in names]
+        cells = [task, str(first["items"]), first["metric"], f"{first['chance']:.1%}", *values]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -144,7 +145,8 @@ def plot(result: dict, path: Path) -> None:
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="budget", ylabel="share of uniform k's KL that is won back")
     figure.legend(*left.get_legend_handles_labels(), loc="outside center right", fontsize=7, frameon=False)
-    figure.suptitle(f"{result['model']}, {result['evaluation']['tokens']} tokens of {result['evaluation']['text']}", fontsize=10)
+    text = result["evaluation"]
+    figure.suptitle(f"{result['model']}, {text['tokens']} tokens of {text['text']}", fontsize=10)
     figure.set_layout_engine("constrained")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

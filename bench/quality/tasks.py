@@ -1,7 +1,6 @@
 """Accuracy on multiple-choice and last-word tasks under a plan.
 
-Files are JSON lines, as in lm-evaluation-harness and llm-foundry: `query`, `choices`, `gold` for multiple choice, or `context`,
-`continuation` for LAMBADA.
+Files are JSON lines: `query`, `choices`, `gold` for multiple choice, or `context`, `continuation` for LAMBADA.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ def read(path: Path, n_items: int, n_ctx: int, llm: Llama) -> List[dict]:
     """Up to n_items items, spread evenly over the file, as token ids.
 
     Returns:
-        dicts of context (int list), continuations (int lists), lengths (in bytes), gold (int; None for LAMBADA). A context
-        that does not fit n_ctx beside its longest continuation loses its beginning.
+        dicts of context (int list), continuations (int lists), lengths (in bytes), gold (int; None for LAMBADA). A
+        context that does not fit n_ctx beside its longest continuation loses its beginning.
 
     Raises:
         ValueError: the file cannot be read, or a line is not an item; says which.
@@ -67,8 +66,8 @@ def score(llm: Llama, item: dict) -> dict:
     """One item under the plan in force.
 
     Returns:
-        multiple choice: {"acc": bool, "acc_norm": bool}, by the sum of log-likelihoods and by that sum per byte of the choice;
-        LAMBADA: {"acc": bool}, whether greedy decoding writes the continuation.
+        multiple choice: {"acc": bool, "acc_norm": bool}, by the sum of log-likelihoods and by that sum per byte of the
+        choice; LAMBADA: {"acc": bool}, whether greedy decoding writes the continuation.
     """
     llm._drop_cache()
     context = item["context"]

@@ -24,7 +24,7 @@ def shares_text(text: str, other_spans: set) -> bool:
 
 
 def samples(paths: Sequence[Path], evaluation: Path, n_tokens: int, repeats: int, folder: Path) -> List[Path]:
-    """Writes `repeats` texts of at least n_tokens tokens each, from disjoint places in the files, and returns their paths.
+    """Writes `repeats` texts of at least n_tokens tokens each, from disjoint places in the files; returns their paths.
 
     Places that share a sentence with the evaluation text are left out.
 
@@ -38,7 +38,8 @@ def samples(paths: Sequence[Path], evaluation: Path, n_tokens: int, repeats: int
         taboo = spans(evaluation.read_text(encoding="utf-8"))
         texts = [path.read_text(encoding="utf-8") for path in paths]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text {getattr(error, 'filename', '')}: {getattr(error, 'strerror', None) or error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"text {getattr(error, 'filename', '')}: {why}") from None
     size = 1 + n_tokens * _BYTES_PER_TOKEN // (PIECES * len(paths))
     written = []
     with tqdm(total=repeats * len(paths) * PIECES, desc="calibration text", disable=None, leave=False) as bar:

@@ -78,7 +78,7 @@ def test_a_stage_ends_with_its_time_and_all_that_it_started(out):
 
 
 def test_a_failure_names_its_log(out):
-    with pytest.raises(RuntimeError, match="fail.log:\nwhy$"):
+    with pytest.raises(RuntimeError, match=r"fail\.log:\n\$ .*\nwhy$"):
         run(out).run("fail", ["sh", "-c", "echo why; exit 3"], 60)
 
 

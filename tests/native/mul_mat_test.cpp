@@ -120,7 +120,8 @@ struct op {
         graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, out);
         if (repack) {
-            weights_buffer = ggml_backend_buft_alloc_buffer(repack_buffer_type, ggml_backend_buft_get_alloc_size(repack_buffer_type, w));
+            const size_t size = ggml_backend_buft_get_alloc_size(repack_buffer_type, w);
+            weights_buffer = ggml_backend_buft_alloc_buffer(repack_buffer_type, size);
             ggml_backend_tensor_alloc(weights_buffer, w, ggml_backend_buffer_get_base(weights_buffer));
         }
         buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
@@ -177,7 +178,8 @@ struct result {
 
 // Runs one op with 1 to 3 threads. ours: it has a kernel, whose results equal, bit for bit, those of any other op in any layout
 // for the same weights and input.
-static void check(data & d, bool repack, bool ours, int n_expert, int n_used, int n_inputs, int n_tokens, int n_first, result & result) {
+static void check(
+        data & d, bool repack, bool ours, int n_expert, int n_used, int n_inputs, int n_tokens, int n_first, result & result) {
     op op(d, repack, n_expert, n_used, n_inputs, n_tokens);
     const int n_in = d.size.n_in, n_out = d.size.n_out;
     ggml_backend_tensor_set(op.w, d.weights.data(), 0, ggml_nbytes(op.w));

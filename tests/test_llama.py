@@ -238,7 +238,7 @@ def test_load_logs_one_line(planned_path, capfd):
 def test_signature_is_llama_cpps_and_ours():
     ours = inspect.signature(Llama.__init__).parameters
     theirs = inspect.signature(llama_cpp.Llama.__init__).parameters
-    assert set(ours) - set(theirs) == {"budget", "token_rule", "plan_path", "n_cpu_moe"}
+    assert set(ours) - set(theirs) == {"budget", "token_rule", "plan_path", "n_cpu_moe", "repack"}
     assert set(theirs) <= set(ours)
     assert ours["budget"].default is None
 
@@ -251,7 +251,9 @@ def test_completion(llm):
 
 def test_chat_streams(llm):
     llm.set_budget(1.0)
+    llm.reset()  # the second call would find the prompt cached but for its last token: other rounding than in one batch
     whole = llm.create_chat_completion(MESSAGES, max_tokens=24, temperature=0.0)["choices"][0]["message"]["content"]
+    llm.reset()
     chunks = llm.create_chat_completion(MESSAGES, max_tokens=24, temperature=0.0, stream=True)
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == whole
     assert len(whole) > 10

@@ -282,6 +282,7 @@ def main() -> int:
         return 0
     args.carried = args.carried and args.carried.resolve()
     OUT.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a stage started ends too
     run = Run(args)
     stages = run.stages()
     unknown = set(args.only or ()) - set(stages)

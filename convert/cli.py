@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from allocmoe_edge import GGUFError, Llama, PlanError, __version__, metadata, parse_budget
+from allocmoe_edge.arguments import add_n_cpu_moe, positive
 from allocmoe_edge.plan import TOKEN_RULES
 
 from . import ConvertError, calibration, choose, costs, output, sensitivity, source
@@ -103,45 +104,28 @@ def parser() -> argparse.ArgumentParser:
         "each micro-batch, which does nothing for single tokens; off: the same number for all. Default: "
         "threshold or off, whichever does better on held-out text",
     )
-    where.add_argument("--k-base", type=_positive, default=1, metavar="N", help="experts that every token keeps. Default: 1")
+    where.add_argument("--k-base", type=positive, default=1, metavar="N", help="experts that every token keeps. Default: 1")
     where.add_argument("--reprofile", action="store_true", help="measure again although the input carries sensitivities")
 
     text = p.add_argument_group("calibration text")
     text.add_argument("--calib", type=Path, metavar="FILE", help="UTF-8 text. Default: the model writes its own")
     text.add_argument(
         "--calib-tokens",
-        type=_positive,
+        type=positive,
         default=4096,
         metavar="N",
         help="tokens to profile on; a quarter as many again check the plan. More is slower and less noisy. Default: 4096",
     )
-    text.add_argument("--ctx-size", type=_positive, default=512, metavar="N", help="tokens per window. Default: 512")
+    text.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
     text.add_argument("--seed", type=int, default=0, help="for the text that the model writes. Default: 0")
 
     source.add_arguments(p)
     machine = p.add_argument_group("machine")
-    machine.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores")
+    machine.add_argument("--threads", type=positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores")
     machine.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all. Default: 0")
-    machine.add_argument(
-        "--n-cpu-moe", type=_not_negative, default=0, metavar="N",
-        help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
-    )  # fmt: skip
+    add_n_cpu_moe(machine)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: want a whole number of at least 1")
-    return value
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: want a whole number of at least 0")
-    return value
 
 
 def _positive_float(text: str) -> float:

@@ -217,7 +217,7 @@ template <int STRIDE> inline void interleave(const uint8_t * codes, int n, uint8
 }
 
 //
-// formats: what a type's block holds. codes() writes the codes of one block; scales() writes d, and m `m_at` floats after it
+// formats: what a type's block holds. codes() writes the codes of one block; scales() writes d, and m CHUNK/SUB floats after it
 //
 
 struct format_k { // super-blocks of 256

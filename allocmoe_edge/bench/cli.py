@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import GGUFError, Llama, Plan, PlanError, __version__, parse_budget
 from .._native import llama_cpp
+from ..arguments import add_n_cpu_moe, not_negative, positive
 from ..plan import TOKEN_RULES
 from . import BenchError, machine, measure, report
 from .weights import WeightTraffic
@@ -60,18 +61,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--depth", type=_lengths, default=[0], metavar="LIST", help="tokens before those that are generated. Default: 0"
     )
-    p.add_argument("--gen", type=_not_negative, default=32, metavar="N", help="tokens to generate. Default: 32")
-    p.add_argument("--repeats", type=_positive, default=5, metavar="N", help="rounds. Default: 5")
+    p.add_argument("--gen", type=not_negative, default=32, metavar="N", help="tokens to generate. Default: 32")
+    p.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds. Default: 5")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to evaluate, UTF-8. Default: random tokens")
     p.add_argument("--seed", type=int, default=0, help="of the random tokens. Default: 0")
     cores = multiprocessing.cpu_count()
-    p.add_argument("--threads", type=_positive, default=cores, metavar="N", help="default: all cores")
-    p.add_argument("--ubatch", type=_positive, default=512, metavar="N", help="micro-batch, in tokens. Default: 512")
+    p.add_argument("--threads", type=positive, default=cores, metavar="N", help="default: all cores")
+    p.add_argument("--ubatch", type=positive, default=512, metavar="N", help="micro-batch, in tokens. Default: 512")
     p.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="on the GPU, -1 for all. Default: 0")
-    p.add_argument(
-        "--n-cpu-moe", type=_not_negative, default=0, metavar="N",
-        help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
-    )  # fmt: skip
+    add_n_cpu_moe(p)
     p.add_argument(
         "--no-repack", action="store_true",
         help="leave the weights as the file has them: less memory, slower prefill; for models larger than memory",
@@ -92,20 +90,8 @@ def _names(text: str) -> List[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _not_negative(text: str) -> int:
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not _not_negative(text):
-        raise argparse.ArgumentTypeError(f"{text}: want at least 1")
-    return int(text)
-
-
 def _lengths(text: str) -> List[int]:
-    return [_not_negative(part) for part in _names(text)]
+    return [not_negative(part) for part in _names(text)]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

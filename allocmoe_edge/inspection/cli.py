@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from .. import GGUFError, PlanError, __version__
+from ..arguments import add_n_cpu_moe, positive
 
 from . import InspectError, report, text
 
@@ -60,30 +61,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="local routing consistency (Liang et al., arXiv 2505.16056) at full budget on a UTF-8 text",
     )
-    run.add_argument("--tokens", type=_positive, default=4096, metavar="N", help="tokens of TEXT to use. Default: 4096")
-    run.add_argument("--ctx-size", type=_positive, default=512, metavar="N", help="tokens per window. Default: 512")
-    run.add_argument("--threads", type=_positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all")
+    run.add_argument("--tokens", type=positive, default=4096, metavar="N", help="tokens of TEXT to use. Default: 4096")
+    run.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
+    run.add_argument("--threads", type=positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all")
     run.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1: all. Default: 0")
-    run.add_argument(
-        "--n-cpu-moe", type=_not_negative, default=0, metavar="N",
-        help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
-    )  # fmt: skip
+    add_n_cpu_moe(run)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
-
-
-def _not_negative(value: str) -> int:
-    number = int(value)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{value}: want a whole number of at least 0")
-    return number
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value}: want a whole number of at least 1")
-    return number
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

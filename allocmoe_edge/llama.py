@@ -29,8 +29,8 @@ class Llama(llama_cpp.Llama):
         budget: None for the plan in the file (the model's own expert counts if it has none). A float in
             (0, 1] or a string like "50%" is a share of the model's own activations, an int is a total of
             expert activations per token; either is planned anew from the sensitivities in the file.
-        token_rule: how a layer's activations are shared among the tokens, "threshold", "batch" or "off" (see `Plan`);
-            None for the rule in the file. Any but "off" needs a file that allocmoe-convert made.
+        token_rule: how a layer's activations are shared among the tokens, "estimate", "threshold", "batch" or "off" (see
+            `Plan`); None for the rule in the file. Any but "off" needs a file that allocmoe-convert made.
         plan_path: a file written by `allocmoe-convert --plan-only`, whose plan and sensitivities are used instead of
             the model file's.
         n_cpu_moe: with n_gpu_layers, keep the routed experts of the first so many layers in the CPU's memory, as
@@ -71,14 +71,15 @@ class Llama(llama_cpp.Llama):
         if plan_path is not None:
             self._stored = metadata.read_for(plan_path, self._stored)
         super().__init__(model_path, **kwargs)
-        self._asked = self._stored.plan
-        if plan_path is not None:
+        self._asked, self._estimator = self._stored.plan, None
+        if plan_path is not None or (self._asked is not None and self._asked.token_rule == "estimate"):
+            # the native side has read the plan in the model's file, but no estimator
             self.set_plan(self._asked)
         else:
             self._warn_if_degraded()
         if budget is not None or token_rule is not None:
             self.set_budget(budget, token_rule=token_rule)
-        if self.verbose and (self._asked is not self._stored.plan or plan_path is not None):
+        if self.verbose and not (budget is None and token_rule is None and plan_path is None):
             # the plan in the model's file has been logged by the native side
             print(f"allocmoe: {self.plan}", file=sys.stderr)
 
@@ -129,7 +130,7 @@ class Llama(llama_cpp.Llama):
         Raises:
             PlanError: a dense model, a budget out of range, an unknown rule, `strict` under another rule than
                 "threshold", or a file without what is needed: a profile for any budget but the full one, for any
-                rule but "off" and for `strict`, thresholds for "threshold".
+                rule but "off" and for `strict`, thresholds for "threshold", an estimator for "estimate".
         """
         full = self._expert_used_count(libllama.allocmoe_get_full)
         if not any(full):
@@ -150,7 +151,7 @@ class Llama(llama_cpp.Llama):
         elif profile is not None and (token_rule is not None or strict):
             plan = profile.with_token_rule(plan, token_rule, strict)
         elif plan is not None and token_rule == "off":
-            plan = replace(plan, token_rule="off", threshold=None, value="score")
+            plan = replace(plan, token_rule="off", threshold=None, value="score", estimator=None)
         self.set_plan(plan)
         return self.plan
 
@@ -183,21 +184,50 @@ class Llama(llama_cpp.Llama):
         self._warn_if_degraded()
 
     def _set_native_plan(
-        self, plan: Plan, *, record: bool = False, keep_outputs: bool = False, start_layer: int = 0
+        self,
+        plan: Plan,
+        *,
+        record: bool = False,
+        record_inputs: bool = False,
+        keep_outputs: bool = False,
+        start_layer: int = 0,
     ) -> bool:
         """Hands the plan to the native side; returns whether that changed anything. For the rest see allocmoe.h."""
+        if plan.token_rule == "estimate":
+            self._set_native_estimator(plan)
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
         rule = ffi.new("struct allocmoe_rule *")
         rule.token_rule = TOKEN_RULES.index(plan.token_rule)
         rule.value = VALUES.index(plan.value)
         rule.k_base, rule.strict, rule.threshold = plan.k_base, plan.strict, threshold
         rule.record, rule.keep_outputs, rule.start_layer = record, keep_outputs, start_layer
+        rule.record_inputs = record_inputs
         counts = list(plan.expert_used_count)
         status = libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule)
         if status < 0:
             raise PlanError(f"the native library refused the plan (status {status})")
         self._asked = plan
         return status == libllama.ALLOCMOE_CHANGED
+
+    def _set_native_estimator(self, plan: Plan) -> None:
+        """Hands over what the plan goes by, unless the native side has it."""
+        holders = (plan, self._stored.profile, self._stored.plan)
+        estimator = next((h.estimator for h in holders if h is not None and h.estimator is not None), None)
+        if estimator is None:
+            raise PlanError(f"{self.model_path}: token_rule 'estimate' needs an estimator, and neither plan nor file has one")
+        if estimator is self._estimator:
+            return
+        if estimator.n_layer != plan.n_layer:
+            raise PlanError(f"the estimator has {estimator.n_layer} layers, the model has {plan.n_layer}")
+        arrays = {name: ffi.from_buffer("float[]", getattr(estimator, name)) for name in ("down", "log_norm", "output", "up")}
+        handed = ffi.new("struct allocmoe_estimator *", {"n_down": estimator.n_down, "rank": estimator.rank, **arrays})
+        sizes = estimator.n_layer, estimator.n_expert, estimator.n_embd
+        status = libllama.allocmoe_set_estimator(context_pointer(self), handed, *sizes)
+        if status < 0:
+            raise PlanError(
+                f"the estimator is for another model, of n_embd {estimator.n_embd} and {estimator.n_expert} experts (status {status})"
+            )
+        self._estimator = estimator
 
     def _drop_cache(self) -> None:
         self.reset()

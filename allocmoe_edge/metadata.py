@@ -5,14 +5,17 @@
 | allocmoe.version | uint32 | version of these keys, 1 |
 | allocmoe.expert_used_count | int32[block_count] | planned experts per token, 0 where a layer routes none |
 | allocmoe.budget_total | uint32 | their sum |
-| allocmoe.token_rule | string | how a layer's activations are shared among tokens: off (top-k), batch, threshold |
-| allocmoe.k_base | uint32 | experts that every token keeps under batch and threshold |
-| allocmoe.threshold | float32[block_count] | for threshold: the value from which a candidate is activated |
-| allocmoe.value | string | what those rules go by: score (the default), relative, remaining; see `Plan` |
+| allocmoe.token_rule | string | how a layer's activations are shared among tokens: off (top-k), batch, threshold, estimate |
+| allocmoe.k_base | uint32 | experts that every token keeps under any rule but off |
+| allocmoe.threshold | float32[block_count] | for threshold and estimate: the value, or size, from which a candidate is activated |
+| allocmoe.value | string | what batch and threshold go by: score (the default), relative, remaining; see `Plan` |
 | allocmoe.allocation | string | how the plan was made: alloc-l, or uniform where Alloc-L lost on held-out text |
 | allocmoe.sensitivity | float64[sum of K_l] | S[l,k], k = 1..K_l, rows of the layers with experts in order |
 | allocmoe.sensitivity.metric, .mode | string | what S holds (kl, perplexity), how it was measured (fast, single, isolated) |
 | allocmoe.threshold_table | float32[sum of K_l] | t[l,k], the threshold at which the mean is k; rows as above |
+| allocmoe.estimator.n_down, .rank, .n_embd, .n_expert | uint32 | sizes of what estimate goes by, see `estimator.py` |
+| allocmoe.estimator.down, .log_norm, .output, .up | uint64[] | its arrays, of layers with experts: float16, four to an entry |
+| allocmoe.estimator.quantiles | float32[65 a layer with routed experts] | distribution of the estimated sizes, ascending |
 | allocmoe.cost | float64[block_count] | cost of one activation in each layer |
 | allocmoe.cost.unit | string | of those costs: activations (all 1), or ms of decoding on the machine that converted |
 | allocmoe.calibration.source, .sha256 | string | the calibration text, by name and by hash of its token ids |
@@ -35,96 +38,22 @@ A side file is a GGUF file of these keys and no tensors, for models that nobody 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
 
+from .estimator import Estimator, pack, unpack
 from .gguf_file import GGUFError, GGUFFile, expert_used_count_full
-from .plan import Plan, PlanError, parse_budget
-from .planner import allocate
+from .plan import Plan, PlanError
+from .profile import Calibration, HeldOut, Profile
 
 VERSION = 1
 SIDE_FILE = "allocmoe-plan"
 ALLOCATIONS = ("alloc-l", "uniform")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    source: str
-    n_tokens: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The plan on text that it was not made from: perplexities, and divergences (KL) from the full model in nats."""
-
-    n_tokens: int
-    full: float
-    uniform: float
-    plan: float
-    kl_uniform: float
-    kl_plan: float
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What was measured on a model, enough to plan any budget.
-
-    sensitivity: one float64 array of shape [K_l] per layer, empty where the layer routes no experts.
-    cost: cost of one activation per layer, length block_count, in `cost_unit` ("activations" or "ms").
-    held_out: how the plan in the file did; None where it was not checked, or was planned anew since.
-    threshold_table: one float32 array of shape [K_l] per layer: the value from which candidates beyond the
-        k_base best are activated so that the mean is k = 1..K_l; None if it was not calibrated.
-    token_rule: the rule to plan with unless another is asked for.
-    value: what it goes by, see `Plan`, and what the threshold table holds.
-    """
-
-    sensitivity: tuple
-    cost: tuple
-    calibration: Calibration
-    allocation: str = "alloc-l"
-    metric: str = "kl"
-    mode: str = "fast"
-    threshold_table: Optional[tuple] = None
-    k_base: int = 1
-    token_rule: str = "off"
-    cost_unit: str = "activations"
-    held_out: Optional[HeldOut] = None
-    value: str = "score"
-
-    def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
-        """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full.
-
-        token_rule: None for the profile's own.
-        """
-        return self.with_token_rule(self._allocate(budget, full), token_rule, strict)
-
-    def with_token_rule(self, plan: Plan, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
-        """The same experts per layer under a token rule; None as in `plan`."""
-        token_rule = token_rule or self.token_rule
-        threshold = None
-        if token_rule == "threshold":
-            if self.threshold_table is None:
-                raise PlanError("token_rule 'threshold' needs a threshold table, and the file has none: convert it again")
-            # layers without experts have no row, and nothing reads their entry
-            threshold = [
-                float(row[k - 1]) if k else 0.0 for row, k in zip(self.threshold_table, plan.expert_used_count)
-            ]
-        value = self.value if token_rule != "off" else "score"
-        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict, value=value)
-
-    def _allocate(self, budget, full: tuple) -> Plan:
-        total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
-        if self.allocation == "uniform":
-            return Plan.uniform(full, total)
-        rows = [row[:k] for row, k in zip(self.sensitivity, full)]
-        if all(c == 1 for c in self.cost):
-            return allocate(rows, total, full)
-        share = total / sum(full)
-        budget_cost = share * sum(c * k for c, k in zip(self.cost, full))
-        return allocate(rows, budget_cost, full, cost=self.cost)
+_SIZES = ("n_down", "rank", "n_embd", "n_expert")
+_PACKED = ("down", "log_norm", "output", "up")
 
 
 @dataclass(frozen=True)
@@ -178,13 +107,17 @@ def read(path) -> ModelPlan:
             planned = _array(file, "allocmoe.expert_used_count", np.int32, len(full))
             rule = _value(file, "allocmoe.token_rule", str, "off")
             threshold = None
-            if rule == "threshold":
+            if rule in ("threshold", "estimate"):
                 threshold = _array(file, "allocmoe.threshold", np.float32, len(full)).tolist()
-            value = _value(file, "allocmoe.value", str, "score") if rule != "off" else "score"
-            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, value=value)
+            value = _value(file, "allocmoe.value", str, "score") if rule not in ("off", "estimate") else "score"
+            estimator = _read_estimator(file, full)
+            if rule == "estimate" and estimator is None:
+                raise PlanError("estimator: found nothing, want one for token_rule 'estimate'")
+            own = estimator if rule == "estimate" else None
+            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, value=value, estimator=own)
         except PlanError as error:
             raise PlanError(f"{path}: allocmoe.{error}") from None
-        return ModelPlan(full, plan, _read_profile(file, full), **identity, side_file=side_file)
+        return ModelPlan(full, plan, _read_profile(file, full, estimator), **identity, side_file=side_file)
 
 
 def read_for(path, model: ModelPlan) -> ModelPlan:
@@ -226,6 +159,9 @@ def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
     file.set("allocmoe.budget_total", plan.budget_total)
     file.set("allocmoe.token_rule", plan.token_rule)
     file.set("allocmoe.k_base", plan.k_base)
+    estimator = plan.estimator if profile is None else profile.estimator
+    if estimator is not None:
+        _write_estimator(file, estimator, plan.moe_layers)
     value = plan.value if profile is None else profile.value
     if value != "score":
         file.set("allocmoe.value", value)
@@ -270,7 +206,37 @@ def _value(file: GGUFFile, key: str, kind: type, default):
     return value
 
 
-def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
+def _write_estimator(file: GGUFFile, estimator: Estimator, layers: tuple) -> None:
+    for name in _SIZES:
+        file.set(f"allocmoe.estimator.{name}", int(getattr(estimator, name)))
+    for name in _PACKED:
+        file.set(f"allocmoe.estimator.{name}", pack(getattr(estimator, name)[list(layers)]))
+    file.set("allocmoe.estimator.quantiles", estimator.quantiles[list(layers)].ravel())
+
+
+def _read_estimator(file: GGUFFile, full: tuple) -> Optional[Estimator]:
+    if file.get("allocmoe.estimator.n_down") is None:
+        return None
+    sizes = {name: _value(file, f"allocmoe.estimator.{name}", int, None) for name in _SIZES}
+    arch = file.get("general.architecture")
+    for name, key in (("n_embd", "embedding_length"), ("n_expert", "expert_count")):
+        own = file.get(f"{arch}.{key}", sizes[name])  # a side file has neither
+        if sizes[name] != own or sizes[name] < 1:
+            raise PlanError(f"estimator.{name}: found {sizes[name]}, want the model's {key}, {own}")
+    layers = [il for il, k in enumerate(full) if k]
+    arrays = {}
+    for name, (_, *shape) in Estimator.shapes(len(full), **sizes).items():
+        n = len(layers) * math.prod(shape)
+        if name in _PACKED:
+            values = unpack(_array(file, f"allocmoe.estimator.{name}", np.uint64, -(-n // 4)), (len(layers), *shape))
+        else:
+            values = _array(file, f"allocmoe.estimator.{name}", np.float32, n).reshape(len(layers), *shape)
+        arrays[name] = np.zeros((len(full), *shape), np.float32)
+        arrays[name][layers] = values
+    return Estimator(**arrays)
+
+
+def _read_profile(file: GGUFFile, full: tuple, estimator: Optional[Estimator]) -> Optional[Profile]:
     if file.get("allocmoe.sensitivity") is None:
         return None
     try:
@@ -315,6 +281,7 @@ def _read_profile(file: GGUFFile, full: tuple) -> Optional[Profile]:
             cost_unit=_value(file, "allocmoe.cost.unit", str, "activations"),
             held_out=held_out,
             value=_value(file, "allocmoe.value", str, "score"),
+            estimator=estimator,
         )
     except PlanError as error:
         raise PlanError(f"{file.path}: allocmoe.{error}") from None

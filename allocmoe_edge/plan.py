@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
-TOKEN_RULES = ("off", "batch", "threshold")
+if TYPE_CHECKING:
+    from .estimator import Estimator
+
+TOKEN_RULES = ("off", "batch", "threshold", "estimate")
 VALUES = ("score", "relative", "remaining")
 
 
@@ -51,15 +55,18 @@ class Plan:
         of the whole micro-batch are activated, k_l times its tokens in all. "threshold": every
         token keeps its top k_base and every other candidate (up to rank K_l) whose routing score
         is at least the layer's threshold; k_l is then the mean over text like the calibration's.
-    k_base: experts that every token keeps under "batch" and "threshold". Where k_l <= k_base, the
-        layer is plain top-k_l.
-    threshold: one float per layer, for "threshold" only; unused in layers without routed experts.
+        "estimate": the same by estimated size in place of score, which can leave out any rank, and
+        an estimate of what is left out takes its place (see `estimator.py`).
+    k_base: experts that every token keeps under any rule but "off". Under "batch" and "threshold" a
+        layer with k_l <= k_base is plain top-k_l; under "estimate" k_l has no say, only the threshold.
+    threshold: one float per layer, for "threshold" and "estimate"; unused in layers without routed experts.
     strict: for "threshold": activations are capped so that no layer's running mean rises above
         k_l; what a token gets then depends on the tokens before it.
     value: what "batch" and "threshold" go by, from the scores that the router ranks a token's experts by. "score": the
         score itself. "relative": divided by the token's best score, as in ik_llama.cpp's -ser and NAEE. "remaining":
         1 - the sum of the scores of better ranks, as in Dynamic-MoE's top-p. The last two are for scores that are
         probabilities (softmax or sigmoid of the router logits).
+    estimator: what "estimate" goes by; None for the one in the model's file. Not part of a comparison of plans.
 
     Raises PlanError, naming the layer, the value found and the value wanted.
     """
@@ -71,6 +78,7 @@ class Plan:
     threshold: tuple[float, ...] | None = None
     strict: bool = False
     value: str = "score"
+    estimator: Estimator | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         planned = integer_tuple("expert_used_count", self.expert_used_count)
@@ -96,8 +104,9 @@ class Plan:
             raise PlanError(f"token_rule: found {self.token_rule!r}, want one of: {', '.join(TOKEN_RULES)}")
         if isinstance(self.k_base, bool) or not isinstance(self.k_base, Integral) or self.k_base < 1:
             raise PlanError(f"k_base: found {self.k_base!r}, want an integer of at least 1")
-        if (self.threshold is not None) != (self.token_rule == "threshold"):
-            want = "one per layer" if self.token_rule == "threshold" else f"none with token_rule {self.token_rule!r}"
+        by_threshold = self.token_rule in ("threshold", "estimate")
+        if (self.threshold is not None) != by_threshold:
+            want = "one per layer" if by_threshold else f"none with token_rule {self.token_rule!r}"
             raise PlanError(f"threshold: found {'none' if self.threshold is None else 'some'}, want {want}")
         if self.threshold is not None:
             threshold = tuple(float(t) for t in self.threshold)
@@ -111,8 +120,11 @@ class Plan:
             raise PlanError(f"strict: needs token_rule 'threshold', found {self.token_rule!r}")
         if not isinstance(self.value, str) or self.value not in VALUES:
             raise PlanError(f"value: found {self.value!r}, want one of: {', '.join(VALUES)}")
-        if self.value != "score" and self.token_rule == "off":
-            raise PlanError(f"value: found {self.value!r}, want 'score' with token_rule 'off', which compares nothing")
+        if self.value != "score" and self.token_rule in ("off", "estimate"):
+            why = "which compares no scores"
+            raise PlanError(f"value: found {self.value!r}, want 'score' with token_rule {self.token_rule!r}, {why}")
+        if self.estimator is not None and self.token_rule != "estimate":
+            raise PlanError(f"estimator: found one, want none with token_rule {self.token_rule!r}")
         # The fields are frozen; this is the one place that may set them.
         object.__setattr__(self, "expert_used_count", planned)
         object.__setattr__(self, "expert_used_count_full", full)

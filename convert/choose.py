@@ -1,4 +1,4 @@
-"""Chooses a plan by how candidates do on held-out text: Alloc-L or uniform k, with or without thresholds."""
+"""Chooses a plan by how candidates do on held-out text: Alloc-L or uniform k, with or without thresholds, or estimates."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from allocmoe_edge.perplexity import Reference
 
 from . import thresholds
 from .calibration import CalibrationText
+
+
+# how the candidate with this rule is called
+ESTIMATE = "token rule estimate"
 
 
 class Score(NamedTuple):
@@ -66,14 +70,16 @@ def choose(
     """The plan of `total` activations with the least divergence from the full model on text the profile has not seen.
 
     Args:
-        token_rule: None to try "off" and "threshold".
+        profile: with an estimator, unless the rule "estimate" is not to be tried.
+        token_rule: None to try "off", "threshold" and "estimate".
         max_increase: of perplexity over the full model's; a plan within it goes before any that is not.
     """
     candidates = {}
     for allocation in ("alloc-l", "uniform"):
         candidate = replace(profile, allocation=allocation, token_rule="off", threshold_table=None, held_out=None)
         plan = candidate.plan(total, full)
-        rules = [token_rule] if token_rule else ["off"]
+        # "estimate" has layers of its own; these are what it is compared with
+        rules = [token_rule] if token_rule not in (None, "estimate") else ["off"]
         if token_rule in (None, "threshold"):
             table = thresholds.calibrate(llm, plan, text.profile)
             if table is not None:
@@ -82,15 +88,27 @@ def choose(
         for rule in rules:
             ruled = replace(candidate, token_rule=rule)
             candidates[f"{allocation}, token rule {rule}"] = (ruled, ruled.with_token_rule(plan))
+    others = list(candidates)
+    if token_rule in (None, "estimate") and profile.estimator is not None:
+        candidates[ESTIMATE] = (profile, profile.plan(total, full, "estimate"))
     found = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
     limit = found["full"].perplexity * (1 + max_increase)
-    best = min(candidates, key=lambda name: (found[name].perplexity > limit, found[name].kl))
+
+    def best_of(names: list) -> str:
+        return min(names, key=lambda name: (found[name].perplexity > limit, found[name].kl))
+
+    best = ESTIMATE if token_rule == "estimate" else best_of(list(candidates))
     uniform = next(found[name] for name in candidates if name.startswith("uniform"))
     held_out = HeldOut(
         int(text.held_out.size), found["full"].perplexity, uniform.perplexity, found[best].perplexity, uniform.kl, found[best].kl
     )
-    chosen, plan = candidates[best]
-    return Choice(replace(chosen, held_out=held_out), plan, found)
+    # what else the profile says is for other rules
+    chosen = replace(candidates[best_of(others)][0], held_out=held_out)
+    if best == ESTIMATE:
+        chosen = replace(chosen, token_rule="estimate")
+    else:
+        chosen = replace(chosen, estimator=None)
+    return Choice(chosen, candidates[best][1], found)
 
 
 def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationText, max_increase: float) -> int:
@@ -98,10 +116,12 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
 
     By bisection, so it takes perplexity to fall as the total grows; the full budget where nothing less will do.
     """
-    low, high = sum(k > 0 for k in full), sum(full)
+    low, high = sum(min(k, profile.k_base if profile.estimator else 1) for k in full), sum(full)
     while low < high:
         middle = (low + high) // 2
         plans = {a: replace(profile, allocation=a).plan(middle, full, "off") for a in ("alloc-l", "uniform")}
+        if profile.estimator is not None:
+            plans[ESTIMATE] = profile.plan(middle, full, "estimate")
         found = scores(llm, full, plans, text.held_out)
         best = min(plans, key=lambda name: found[name].kl)
         increase = found[best].perplexity / found["full"].perplexity - 1

@@ -14,7 +14,7 @@ from allocmoe_edge import GGUFError, Llama, PlanError, __version__, metadata, pa
 from allocmoe_edge.arguments import add_n_cpu_moe, positive
 from allocmoe_edge.plan import TOKEN_RULES
 
-from . import ConvertError, calibration, choose, costs, output, sensitivity, source
+from . import ConvertError, calibration, choose, costs, estimate, output, sensitivity, source
 from .checkpoint import Checkpoint
 
 _DESCRIPTION = """\
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-o", "--output", type=Path, required=True, help="the file to write; of a split model, its files, named after this"
     )
-    p.add_argument("--plan-only", action="store_true", help="write the plan alone, a few kilobytes, for Llama(plan_path=...)")
+    p.add_argument("--plan-only", action="store_true", help="write the plan alone, without the model, for Llama(plan_path=...)")
     p.add_argument("--force", action="store_true", help="replace the output if it exists")
 
     spend = p.add_argument_group("how much to spend (one of these)").add_mutually_exclusive_group()
@@ -99,10 +99,11 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--token-rule",
         choices=TOKEN_RULES[::-1],
-        help="how a layer's activations are shared among tokens. threshold: a token gets more where its routing scores "
-        "are high and less where they are low, from thresholds calibrated on the same text; batch: the same by ranking "
-        "each micro-batch, which does nothing for single tokens; off: the same number for all. Default: "
-        "threshold or off, whichever does better on held-out text",
+        help="how activations are shared among tokens. estimate: a token's experts run where what they would give is "
+        "estimated to be large, and a low-rank estimate stands in for the others (CPU only; to calibrate it takes memory "
+        "beside the model, which is printed); threshold: a token gets more where its routing scores are high and less "
+        "where they are low; batch: the same by ranking each micro-batch, which does nothing for single tokens; off: the "
+        "same number for all. Default: estimate, threshold or off, whichever does best on held-out text",
     )
     where.add_argument("--k-base", type=positive, default=1, metavar="N", help="experts that every token keeps. Default: 1")
     where.add_argument("--reprofile", action="store_true", help="measure again although the input carries sensitivities")
@@ -173,7 +174,8 @@ def convert(args: argparse.Namespace) -> None:
             written = output.write_planned(gguf.path, args.output, plan, profile, consume=gguf.temporary)
     _checkpoint_path(args).unlink(missing_ok=True)
     print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if written[1:] else ""))
-    print(f"  {plan}" + (" (uniform)" if profile.allocation == "uniform" else ""))
+    uniform = profile.allocation == "uniform" and plan.token_rule != "estimate"
+    print(f"  {plan}" + (" (uniform)" if uniform else ""))
     print(f"  experts per layer: {' '.join(map(str, plan.expert_used_count))}")
 
 
@@ -215,6 +217,7 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
         profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
     if args.target_tps is not None:
         total = costs.largest_total(cost, full, args.target_tps)
+    profile = replace(profile, estimator=_estimator(args, llm, profile, full, total, text))
     if args.max_ppl_increase is not None:
         _say(f"looking for the smallest budget within {args.max_ppl_increase:.1%} of the full model's perplexity")
         total = choose.smallest_total(llm, profile, full, text, args.max_ppl_increase)
@@ -224,7 +227,10 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
     _say("on held-out text:  perplexity  divergence (nats)  activations")
     for name, score in choice.found.items():
         _say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
-    if choice.profile.allocation == "uniform":
+    if choice.plan.token_rule == "estimate":
+        if choice.profile.held_out.kl_plan > choice.profile.held_out.kl_uniform:
+            _say("this plan does worse than uniform k on held-out text; it is written because --token-rule asks for it")
+    elif choice.profile.allocation == "uniform":
         _say(
             "Alloc-L's plan does not beat uniform k on held-out text, so the uniform plan is written; more calibration text "
             "(--calib, --calib-tokens) gives a better profile"
@@ -244,6 +250,25 @@ def _profile(args, llm: Llama, full: tuple, text: calibration.CalibrationText, c
     return metadata.Profile(
         rows, (1.0,) * len(full), text.source, metric=args.metric, mode=args.profile, k_base=args.k_base
     )
+
+
+def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: int, text: calibration.CalibrationText):
+    """An Estimator if token rule "estimate" is asked for, or to be tried and possible; else None."""
+    asked = args.token_rule == "estimate"
+    possible = sum(min(k, args.k_base) for k in full) <= total < sum(full)
+    if not (asked or (args.token_rule is None and possible)):
+        return None
+    needed = estimate.memory(full, llm)
+    _say(f"calibrating token rule estimate: 3 passes over {text.profile.size} tokens, {needed / 1e9:.1f} GB beside the model")
+    # at full budget nothing is skipped to learn from
+    at = total if total < sum(full) else parse_budget("0.5", sum(full), sum(k > 0 for k in full))
+    found = estimate.calibrate(llm, profile, at, full, text.profile)
+    if found is None:
+        message = "token rule estimate: this model, or the backend that it runs on, cannot leave out single experts of a token"
+        if asked:
+            raise ConvertError(message)
+        _say(message)
+    return found
 
 
 def _load(args: argparse.Namespace, path: Path) -> Llama:

@@ -13,8 +13,8 @@ from allocmoe_edge.gguf_file import GGUFFile, model_paths, split_paths
 
 from . import ConvertError
 
-# room for our keys, generously: tens of kilobytes
-METADATA_SLACK = 16 << 20
+# room for our keys, generously: megabytes with an estimator, else kilobytes
+METADATA_SLACK = 64 << 20
 _BLOCK = 16 << 20
 
 

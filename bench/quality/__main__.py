@@ -18,7 +18,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ import metrics
 import report
 import tasks
 import texts
-from methods import METHODS, Setting
+from methods import METHODS, Setting, plan_path
 
 # the noise floor needs no more text: it is a few orders of magnitude below anything else
 _FLOOR_WINDOWS = 2
@@ -152,12 +152,16 @@ def planned(setting: Setting, totals: dict, sample: int, checkpoint: Checkpoint)
                 if stored is None:
                     stored = _stored(METHODS[method].plan(setting, total))
                     checkpoint.put(key, stored)
-                yield method, budget, Plan(**stored)
+                plan = Plan(**stored)
+                if plan.token_rule == "estimate":
+                    plan = replace(plan, estimator=metadata.read(plan_path(setting, total)).plan.estimator)
+                yield method, budget, plan
                 bar.update()
 
 
 def _stored(plan: Plan) -> dict:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(plan).items()}
+    values = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "estimator"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def evaluation_windows(llm: Llama, args: argparse.Namespace) -> np.ndarray:

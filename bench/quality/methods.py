@@ -13,7 +13,7 @@ from typing import Callable, Dict, Sequence
 
 import numpy as np
 
-from allocmoe_edge import Llama, Plan, PlanError
+from allocmoe_edge import Llama, Plan, PlanError, metadata
 from allocmoe_edge.convert import cli, sensitivity, thresholds
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.planner import allocate
@@ -160,18 +160,31 @@ def _check_probabilities(llm: Llama, plan: Plan, window: np.ndarray) -> None:
 # ours
 
 
-def convert_arguments(setting: Setting, total: int) -> argparse.Namespace:
-    """Of allocmoe-convert with its defaults, this calibration text and a budget of `total`."""
+def convert_arguments(setting: Setting, total: int, *options: str) -> argparse.Namespace:
+    """Of allocmoe-convert with its defaults, this calibration text, a budget of `total`, and options."""
     args = setting.args
     command = [str(setting.path), "--budget", str(total), "--calib", str(setting.calib_path), "--plan-only"]
     command += ["--calib-tokens", str(args.calib_tokens), "--ctx-size", str(args.ctx_size)]
     command += ["--threads", str(args.threads), "-o", str(setting.calib_path.with_suffix(".plan"))]
-    return cli.parser().parse_args(command)
+    return cli.parser().parse_args([*command, *options])
 
 
-def ours(setting: Setting, total: int) -> Plan:
+def plan_path(setting: Setting, total: int) -> Path:
+    """Where `ours` leaves a plan with an estimator, which is too large for the checkpoint."""
+    return setting.calib_path.with_suffix(f".{total}.plan.gguf")
+
+
+def _ours(*options: str) -> Callable[[Setting, int], Plan]:
     """What allocmoe-convert writes."""
-    return cli.measure(convert_arguments(setting, total), setting.path, setting.full, total, None)[1]
+
+    def plan(setting: Setting, total: int) -> Plan:
+        args = convert_arguments(setting, total, *options)
+        profile, found = cli.measure(args, setting.path, setting.full, total, None)
+        if found.estimator is not None:
+            metadata.write_side_file(plan_path(setting, total), metadata.read(setting.path), found, profile)
+        return found
+
+    return plan
 
 
 _paper, _fast = _profiled("isolated", "perplexity"), _profiled("fast", "kl")
@@ -190,5 +203,6 @@ METHODS: Dict[str, Method] = {
     "naee": Method("NAEE, K > 2", _on_value("relative", "layer")),
     "dynamic-moe": Method("Dynamic-MoE, top-p", _on_value("remaining", "model")),
     "ser": Method("ik_llama.cpp -ser", _on_value("relative", "model")),
-    "ours": Method("ours (allocmoe-convert)", ours),
+    "ours-threshold": Method("ours without estimates (--token-rule threshold)", _ours("--token-rule", "threshold")),
+    "ours": Method("ours (allocmoe-convert)", _ours()),
 }

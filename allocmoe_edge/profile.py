@@ -1,0 +1,100 @@
+"""What was measured on a model, and the plans that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Optional
+
+from .estimator import Estimator
+from .plan import Plan, PlanError, parse_budget
+from .planner import allocate
+
+
+@dataclass(frozen=True)
+class Calibration:
+    source: str
+    n_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The plan on text that it was not made from: perplexities, and divergences (KL) from the full model in nats."""
+
+    n_tokens: int
+    full: float
+    uniform: float
+    plan: float
+    kl_uniform: float
+    kl_plan: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured on a model, enough to plan any budget.
+
+    sensitivity: one float64 array of shape [K_l] per layer, empty where the layer routes no experts.
+    cost: cost of one activation per layer, length block_count, in `cost_unit` ("activations" or "ms").
+    held_out: how the plan in the file did; None where it was not checked, or was planned anew since.
+    threshold_table: one float32 array of shape [K_l] per layer: the value from which candidates beyond the
+        k_base best are activated so that the mean is k = 1..K_l; None if it was not calibrated.
+    token_rule: the rule to plan with unless another is asked for.
+    value: what it goes by, see `Plan`, and what the threshold table holds.
+    estimator: what token rule "estimate" goes by; None if it was not calibrated.
+    """
+
+    sensitivity: tuple
+    cost: tuple
+    calibration: Calibration
+    allocation: str = "alloc-l"
+    metric: str = "kl"
+    mode: str = "fast"
+    threshold_table: Optional[tuple] = None
+    k_base: int = 1
+    token_rule: str = "off"
+    cost_unit: str = "activations"
+    held_out: Optional[HeldOut] = None
+    value: str = "score"
+    estimator: Optional[Estimator] = None
+
+    def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
+        """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full.
+
+        token_rule: None for the profile's own.
+        """
+        token_rule = token_rule or self.token_rule
+        if token_rule != "estimate":
+            return self.with_token_rule(self._allocate(budget, full), token_rule, strict)
+        if self.estimator is None:
+            raise PlanError("token_rule 'estimate' needs an estimator, and the file has none: convert it again")
+        total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
+        cost = None if all(c == 1 for c in self.cost) else self.cost
+        return replace(self.estimator.plan(total, full, self.k_base, cost), strict=strict)
+
+    def with_token_rule(self, plan: Plan, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
+        """The same experts per layer under a token rule, None as in `plan`; as many in all where "estimate" comes or goes."""
+        token_rule = token_rule or self.token_rule
+        if "estimate" in (token_rule, plan.token_rule):
+            same = token_rule == plan.token_rule
+            return replace(plan, strict=strict) if same else self.plan(plan.budget_total, plan.expert_used_count_full, token_rule, strict)
+        threshold = None
+        if token_rule == "threshold":
+            if self.threshold_table is None:
+                raise PlanError("token_rule 'threshold' needs a threshold table, and the file has none: convert it again")
+            # layers without experts have no row, and nothing reads their entry
+            threshold = [
+                float(row[k - 1]) if k else 0.0 for row, k in zip(self.threshold_table, plan.expert_used_count)
+            ]
+        value = self.value if token_rule != "off" else "score"
+        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict, value=value)
+
+    def _allocate(self, budget, full: tuple) -> Plan:
+        total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
+        if self.allocation == "uniform":
+            return Plan.uniform(full, total)
+        rows = [row[:k] for row, k in zip(self.sensitivity, full)]
+        if all(c == 1 for c in self.cost):
+            return allocate(rows, total, full)
+        share = total / sum(full)
+        budget_cost = share * sum(c * k for c, k in zip(self.cost, full))
+        return allocate(rows, budget_cost, full, cost=self.cost)

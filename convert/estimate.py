@@ -1,0 +1,241 @@
+"""Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/estimator.py`), in three runs of the full model
+over a text, and short ones of the reduced model.
+
+1. Inputs, and the sizes of the experts' outputs: the directions of the input on which sizes depend.
+2. The same again, on those directions alone: every expert's size as a function of them, and how sizes are distributed.
+3. With the rule deciding, and all experts computed: what is missing, and a low-rank estimate of it.
+4. With the rule in force, on a part of the text: what layers spend where those before them skip experts.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator, NamedTuple, Optional
+
+import numpy as np
+from tqdm import tqdm
+
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge._native import context_pointer, ffi, libllama
+from allocmoe_edge.estimator import N_QUANTILES, Estimator
+from allocmoe_edge.metadata import Profile
+from allocmoe_edge.perplexity import negative_log_likelihood
+
+from .regression import MissingSums, SizeSums, fit_sizes
+
+# directions for sizes, and rank of the estimate of outputs
+N_SIZE, RANK = 16, 16
+# one window in so many is not fitted on, and says how sizes are distributed: on the others the fit is too good
+_APART = 4
+# an output smaller than this share of its layer's mean counts as being of this share
+_LEAST = np.exp(-4.0)
+# runs with the rule in force, each from thresholds that the one before has corrected
+_CORRECTIONS = 2
+# a layer whose sensitivity was found smaller than this share of the largest has that: so little is noise
+_LEAST_SENSITIVITY = 0.01
+
+
+class Recorded(NamedTuple):
+    """Of one layer and some tokens, columns by rank: inputs [n, n_embd]; experts, weights, norms of outputs, estimated log
+    sizes [n, K]; missing [n, n_embd], empty but under the rule; errors [K + 1] with the k best experts, summed."""
+
+    inputs: np.ndarray
+    experts: np.ndarray
+    weights: np.ndarray
+    norms: np.ndarray
+    sizes: np.ndarray
+    missing: np.ndarray
+    errors: np.ndarray
+
+
+def calibrate(
+    llm: Llama, profile: Profile, total: int, full: tuple, token_windows: np.ndarray, n_size: int = N_SIZE, rank: int = RANK
+) -> Optional[Estimator]:
+    """What the rule is to go by on a model, from text.
+
+    The estimate of outputs is fitted to what is skipped at `total` activations; the rest does not depend on it.
+    What it needs beside the model is `memory`.
+
+    Args:
+        profile: the layers' sensitivities, and k_base.
+        token_windows: int32, shape [n_windows, n_ctx]; n_ctx is at most the micro-batch of `llm`.
+
+    Returns:
+        None where the model, or the backend that it runs on, has no use for it.
+    """
+    layers = [il for il, k in enumerate(full) if k]
+    apart = np.arange(len(token_windows)) % _APART == _APART - 1
+    if not apart.any():
+        apart[-1] = len(apart) > 1
+    fit = np.flatnonzero(~apart)
+    held = token_windows[apart] if apart.any() else token_windows
+    n_passes = len(fit) + 2 * len(token_windows) + _CORRECTIONS * len(held)
+    whole = Plan(full, full, "batch")
+    n_embd = llm.n_embd()
+    with tqdm(total=n_passes, desc="estimator", unit="pass", disable=None, leave=False) as bar:
+        sums, errors = {}, {il: 0.0 for il in layers}
+        for il, found in _record(llm, whole, token_windows[fit], bar.update):
+            if il not in sums:
+                sums[il] = SizeSums(_n_expert(llm), n_embd)
+            sums[il].add(found.inputs, found.experts, _log_sizes(found))
+            errors[il] = errors[il] + found.errors
+        if not sums:
+            return None
+        down = {il: sums.pop(il).directions(n_size).astype(np.float16).astype(np.float32) for il in layers}
+
+        kept = {il: [] for il in layers}
+        for il, found in _record(llm, whole, token_windows, bar.update):
+            kept[il].append((found.inputs @ down[il].T, found.experts, _log_sizes(found), _log_weights(found.weights)))
+        sensitivity = _log_sensitivities(profile, errors, full)
+        estimator = _with_sizes(down, kept, sensitivity, apart, profile.k_base, full, _n_expert(llm))
+        plan = estimator.plan(total, full, profile.k_base)
+        missing = {il: MissingSums(_n_expert(llm), n_embd) for il in layers}
+        for il, found in _record(llm, plan, token_windows, bar.update):
+            keep = keeps(found.sizes, plan.threshold[il], plan.k_base)
+            skipped = np.zeros((len(found.inputs), _n_expert(llm)), np.float32)
+            np.put_along_axis(skipped, found.experts, np.where(keep, 0.0, found.weights), axis=1)
+            missing[il].add(found.inputs, skipped, found.missing)
+        estimator = _with_outputs(estimator, {il: missing.pop(il).fit(rank) for il in layers})
+        for _ in range(_CORRECTIONS):
+            estimator = _corrected(llm, estimator, estimator.plan(total, full, profile.k_base), held, bar.update)
+    return estimator
+
+
+def memory(full: tuple, llm: Llama) -> int:
+    """Bytes that `calibrate` needs beside the model: in each layer two matrices of about n_embd by n_embd."""
+    size = _n_expert(llm) + llm.n_embd()
+    return sum(k > 0 for k in full) * size * (size + llm.n_embd()) * 4
+
+
+def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
+    """bool [n, K]: which experts the rule keeps, given their estimated log sizes [n, K]."""
+    best = np.argsort(-sizes, axis=1, kind="stable")[:, :k_base]
+    keep = sizes >= np.float32(threshold)
+    np.put_along_axis(keep, best, True, axis=1)
+    return keep
+
+
+def _with_sizes(down: dict, kept: dict, sensitivity: dict, apart: np.ndarray, k_base: int, full: tuple, n_expert: int):
+    """An Estimator of sizes alone; kept: for each layer the arrays of every window."""
+    n_size = next(iter(down.values())).shape[0]
+    log_norm = np.zeros((len(full), n_expert, n_size + 1))
+    for il, windows in kept.items():
+        u, experts, sizes, _ = (np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if not a)))
+        log_norm[il] = fit_sizes(u, experts, sizes, n_expert)
+        log_norm[il, :, -1] += sensitivity[il]
+    layers = list(kept)
+    # only differences matter, and small numbers are the more exact in float16
+    log_norm[layers, :, -1] -= log_norm[layers, :, -1].mean()
+    log_norm = log_norm.astype(np.float16).astype(np.float32)
+    quantiles = np.zeros((len(full), N_QUANTILES), np.float32)
+    for il, windows in kept.items():
+        if full[il] <= k_base:
+            continue
+        u, experts, _, weights = (np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if a or not apart.any())))
+        v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
+        rest = np.sort(v, axis=1)[:, : full[il] - k_base]
+        quantiles[il] = np.quantile(rest, np.linspace(0, 1, N_QUANTILES))
+    arrays = np.zeros((len(full), n_size, next(iter(down.values())).shape[1]), np.float32)
+    for il, rows in down.items():
+        arrays[il] = rows
+    return Estimator(arrays, log_norm, np.zeros((len(full), n_expert, 0)), arrays[:, :0], quantiles)
+
+
+def _with_outputs(estimator: Estimator, fitted: dict) -> Estimator:
+    """With an estimate of outputs; what decides stays as it is, its coefficients of the new directions being zero."""
+    n_layer, n_expert = estimator.n_layer, estimator.n_expert
+    rank = next(iter(fitted.values()))[0].shape[1]
+    output = np.zeros((n_layer, n_expert, rank), np.float32)
+    down, up = (np.zeros((n_layer, rank, estimator.n_embd), np.float32) for _ in range(2))
+    for il, arrays in fitted.items():
+        output[il], down[il], up[il] = arrays
+    return Estimator(
+        np.concatenate([down, estimator.down], axis=1),
+        np.concatenate([np.zeros((n_layer, n_expert, rank), np.float32), estimator.log_norm], axis=2),
+        output,
+        up,
+        estimator.quantiles,
+    )
+
+
+def _corrected(llm: Llama, estimator: Estimator, plan: Plan, token_windows: np.ndarray, progress: Callable[[], object]):
+    """With distributions of sizes that give what the layers spend under the plan: less reaches a layer where others skip."""
+    spent = _spent(llm, plan, token_windows, progress)
+    full, base = np.array(plan.expert_used_count_full), np.minimum(plan.expert_used_count_full, plan.k_base)
+    free = full > base
+    if not np.isfinite(np.array(plan.threshold)[free]).all():
+        return estimator
+    shares = np.where(free, (spent - base) / np.maximum(full - base, 1), 0.0)
+    # layers with nothing to choose keep their zeros
+    return estimator.shifted(np.where(free, plan.threshold, 0.0), np.clip(shares, 0.0, 1.0))
+
+
+def _spent(llm: Llama, plan: Plan, token_windows: np.ndarray, progress: Callable[[], object]) -> np.ndarray:
+    """float64 [n_layer], activations per token."""
+    llm._set_native_plan(plan)
+    llm.expert_stats(reset=True)
+    negative_log_likelihood(llm, token_windows, progress)
+    return llm.expert_stats(reset=True)["prefill"]["mean"]
+
+
+def _log_sensitivities(profile: Profile, errors: dict, full: tuple) -> dict:
+    """Half the log of what a squared error in a layer's output costs, from the cell at half of the layer's experts."""
+    rise, error = {}, {}
+    for il in errors:
+        row, half = profile.sensitivity[il], max(1, full[il] // 2)
+        rise[il] = row[half - 1] - row[-1] if profile.metric == "kl" else np.log(row[half - 1] / row[-1])
+        error[il] = errors[il][half]
+    largest = max(rise.values())
+    if largest <= 0:
+        return dict.fromkeys(errors, 0.0)
+    return {
+        il: 0.5 * np.log(max(rise[il], _LEAST_SENSITIVITY * largest) / error[il]) if error[il] > 0 else 0.0 for il in errors
+    }
+
+
+def _log_sizes(found: Recorded) -> np.ndarray:
+    return np.log(np.maximum(found.norms, max(_LEAST * found.norms.mean(), 1e-20)))
+
+
+def _log_weights(weights: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(weights, 1e-20))
+
+
+def _n_expert(llm: Llama) -> int:
+    return int(llm.metadata[f"{llm.metadata['general.architecture']}.expert_count"])
+
+
+def _record(llm: Llama, plan: Plan, token_windows: np.ndarray, progress: Callable[[], object]) -> Iterator[tuple]:
+    """(layer, Recorded) for every window and layer with experts; nothing where the plan's rule cannot run.
+
+    Every expert runs, and later layers see what they see in the full model, whatever the rule would skip.
+    """
+    llm._set_native_plan(plan, record=True, record_inputs=True)
+    context = context_pointer(llm)
+    if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
+        return
+    for window in token_windows:
+        libllama.allocmoe_clear_records(context)
+        negative_log_likelihood(llm, window[None])
+        for il, n_used in enumerate(plan.expert_used_count_full):
+            if n_used:
+                yield il, _taken(context, il, n_used)
+        progress()
+    libllama.allocmoe_clear_records(context)
+
+
+def _taken(context, il: int, n_used: int) -> Recorded:
+    def take(getter, ctype: str, dtype, *which) -> np.ndarray:
+        values = np.empty(getter(context, *which, il, ffi.NULL, 0), dtype)
+        getter(context, *which, il, ffi.from_buffer(ctype, values), values.size)
+        return values
+
+    experts = take(libllama.allocmoe_take_experts, "int32_t *", np.int32).reshape(-1, n_used)
+    inputs, weights, norms, missing = (
+        take(libllama.allocmoe_take_floats, "float *", np.float32, getattr(libllama, f"ALLOCMOE_FLOATS_{what}"))
+        for what in ("INPUT", "WEIGHT", "NORM", "MISSING")
+    )
+    sizes = take(libllama.allocmoe_take_scores, "float *", np.float32)
+    errors = take(libllama.allocmoe_take_errors, "double *", np.float64)
+    n = len(experts)
+    by_rank = (values.reshape(n, n_used) for values in (weights, norms, sizes))
+    return Recorded(inputs.reshape(n, -1), experts, *by_rank, missing.reshape(n if missing.size else 0, -1), errors)

@@ -1,0 +1,136 @@
+"""The linear algebra of `estimate.py`: closed forms from sums over tokens, so that no text has to be held in memory.
+
+Sums are kept in float32 and solved in float64. All regressions are ridge regressions: a part of the mean of the inputs'
+squares is added to the diagonal of their matrix of products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# of the mean of the inputs' squares, and of the squares of the weights that are skipped
+_RIDGE, _RIDGE_WEIGHTS = 0.03, 0.02
+# tokens' worth of belief that an expert's output is of the same size whatever the input
+_PRIOR_TOKENS = 16.0
+# a token with more than so many times the median of what is missing counts as if it had so much
+_OUTLIER = 8.0
+
+
+class SizeSums:
+    """Sums for directions of the input on which the sizes of the experts' outputs depend, of one layer."""
+
+    def __init__(self, n_expert: int, n_embd: int):
+        self.n = 0
+        self.products = np.zeros((n_embd, n_embd), np.float32)
+        self.inputs = np.zeros(n_embd)
+        self.expert_n = np.zeros(n_expert)
+        self.expert_sizes = np.zeros(n_expert)
+        self.expert_inputs = np.zeros((n_expert, n_embd), np.float32)
+        self.expert_products = np.zeros((n_expert, n_embd), np.float32)
+
+    def add(self, x: np.ndarray, experts: np.ndarray, sizes: np.ndarray) -> None:
+        """x: float32 [n, n_embd], inputs. experts: int [n, K], each token's. sizes: [n, K], log of their outputs' norms."""
+        rows = np.arange(len(x))[:, None]
+        used, of_size = (np.zeros((len(x), len(self.expert_n)), np.float32) for _ in range(2))
+        used[rows, experts] = 1.0
+        of_size[rows, experts] = sizes
+        self.n += len(x)
+        self.products += x.T @ x
+        self.inputs += x.sum(axis=0, dtype=np.float64)
+        self.expert_n += used.sum(axis=0)
+        self.expert_sizes += of_size.sum(axis=0, dtype=np.float64)
+        self.expert_inputs += used.T @ x
+        self.expert_products += of_size.T @ x
+
+    def directions(self, n_down: int) -> np.ndarray:
+        """float64 [n_down, n_embd]: those that tell most about all experts' sizes, of variance 1; zeros where fewer do.
+
+        Every expert's sizes are regressed on the input, with the covariance of all tokens' inputs in place of its own.
+        The directions are the main ones of what the regressions predict (reduced-rank regression, Izenman 1975).
+        """
+        mean = self.inputs / self.n
+        covariance = self.products.astype(np.float64) / self.n - np.outer(mean, mean)
+        n = np.maximum(self.expert_n, 1.0)
+        of_size = (self.expert_products - self.expert_inputs * (self.expert_sizes / n)[:, None]) / n[:, None]
+        # an expert sees a share of the tokens only, so what one learns of it is less certain
+        ridge = _RIDGE * np.trace(covariance) / len(mean) * self.n * len(n) / max(self.expert_n.sum(), 1.0)
+        # never zero, for inputs that are all alike
+        slopes = np.linalg.solve(covariance + (ridge + 1e-30) * np.eye(len(mean)), of_size.T).T
+        slopes *= np.sqrt(self.expert_n / self.n)[:, None]
+        return _main_directions(slopes, covariance, n_down)
+
+
+def _main_directions(slopes: np.ndarray, covariance: np.ndarray, n_down: int) -> np.ndarray:
+    variance, mix = np.linalg.eigh(slopes @ covariance @ slopes.T)
+    variance, mix = variance[::-1][:n_down], mix[:, ::-1][:, :n_down]
+    some = variance > 1e-9 * max(variance[0], 1e-30)
+    down = np.zeros((n_down, len(covariance)))
+    down[: some.sum()] = (mix[:, some] / np.sqrt(variance[some])).T @ slopes
+    return down
+
+
+def fit_sizes(u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: int) -> np.ndarray:
+    """Each expert's log size as a linear function of u, by ridge regression over the tokens that use it.
+
+    Args:
+        u: [n, n_down]. experts: int [n, K]. sizes: [n, K].
+
+    Returns:
+        float64 [n_expert, n_down + 1], the constant last; that of the mean expert for experts that no token uses.
+    """
+    n_down = u.shape[1]
+    found = np.zeros((n_expert, n_down + 1))
+    found[:, -1] = sizes.mean()
+    for e in np.unique(experts):
+        token, rank = np.nonzero(experts == e)
+        inputs, values = u[token].astype(np.float64), sizes[token, rank].astype(np.float64)
+        mean = inputs.mean(axis=0)
+        inputs = inputs - mean
+        matrix = inputs.T @ inputs + (_RIDGE * len(token) + _PRIOR_TOKENS) * np.eye(n_down)
+        slope = np.linalg.solve(matrix, inputs.T @ (values - values.mean()))
+        found[e] = np.append(slope, values.mean() - slope @ mean)
+    return found
+
+
+class MissingSums:
+    """Sums for an estimate of what skipped experts would have given, of one layer."""
+
+    def __init__(self, n_expert: int, n_embd: int):
+        self.n_expert = n_expert
+        size = n_expert + n_embd
+        self.products = np.zeros((size, size), np.float32)
+        self.targets = np.zeros((size, n_embd), np.float32)
+
+    def add(self, x: np.ndarray, skipped: np.ndarray, missing: np.ndarray) -> None:
+        """x: float32 [n, n_embd], inputs. skipped: [n, n_expert], weights of skipped experts. missing: [n, n_embd]."""
+        norm = np.linalg.norm(missing, axis=1)
+        some = norm > 0
+        if not some.any():
+            return
+        # least squares would serve the few tokens alone whose activations are huge in many models, like a text's first
+        limit = _OUTLIER * np.median(norm[some])
+        scale = np.minimum(1.0, limit / norm[some])[:, None].astype(np.float32)
+        skipped, x, missing = skipped[some] * scale, x[some], missing[some] * scale
+        inputs = np.concatenate([skipped, skipped.sum(axis=1, keepdims=True) * x], axis=1).astype(np.float32)
+        self.products += inputs.T @ inputs
+        self.targets += inputs.T @ missing
+
+    def fit(self, rank: int) -> tuple:
+        """(output [n_expert, rank], down [rank, n_embd], up [rank, n_embd]), float64: missing is estimated as
+        sum over skipped of weight * up^T (output_e + down x), by reduced-rank ridge regression."""
+        n_expert, products = self.n_expert, self.products.astype(np.float64)
+        square = products.diagonal().copy()
+        ridge = np.full(len(square), _RIDGE * square[n_expert:].mean())
+        ridge[:n_expert] = _RIDGE_WEIGHTS * square[:n_expert]
+        # never zero, for experts that are never skipped
+        products[np.diag_indices_from(products)] += ridge + 1e-6 * square.max() + 1e-30
+        targets = self.targets.astype(np.float64)
+        solved = np.linalg.solve(products, targets)
+        _, up = np.linalg.eigh(targets.T @ solved)
+        up = up[:, ::-1][:, :rank]
+        inner = solved @ up
+        # both factors of like size: entries are stored in float16
+        scale = np.sqrt(np.abs(up).max(axis=0) / np.maximum(np.abs(inner).max(axis=0), 1e-30))
+        scale = np.where(np.abs(inner).max(axis=0) > 0, scale, 1.0)
+        inner, up = inner * scale, up / scale
+        return inner[:n_expert], inner[n_expert:].T, up.T

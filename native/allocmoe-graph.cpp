@@ -36,15 +36,15 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
     int64_t k = n_expert_used;
     allocmoe_token_rule_params params = {};
     if (plan && il < (int) plan->expert_used_count.size() && plan->expert_used_count[il] > 0) {
-        k = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
-
         const float threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
+        const bool estimate = plan->token_rule == ALLOCMOE_RULE_ESTIMATE; // by its threshold alone
+        k = estimate ? n_expert_used : std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
+
         // with every candidate kept, or none to share, the rule is top-k
-        const bool estimate = plan->token_rule == ALLOCMOE_RULE_ESTIMATE;
         const bool shares   = estimate ? plan->k_base < n_expert_used && threshold > -INFINITY : plan->k_base < k && k < n_expert_used;
         if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || plan->record) && !again) {
             params.rule      = plan->token_rule;
-            params.k_base    = std::min<int64_t>(plan->k_base, estimate ? n_expert_used : k);
+            params.k_base    = std::min<int64_t>(plan->k_base, k);
             params.k         = k;
             params.threshold = threshold;
             params.strict    = plan->strict;
@@ -229,10 +229,8 @@ static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * us
         const int32_t * kept   = row<int32_t>(routed, t);
         const float   * u      = row<float>(reduced, t);
         float         * out    = (float *) ((char *) dst->data + t*dst->nb[1]);
-        // ahead of an infinity no estimate is better than none
-        const bool finite = std::all_of(u, u + estimates.rank, [](float x) { return std::isfinite(x); });
         std::fill_n(out, estimates.rank, 0.0f);
-        for (int64_t r = 0; finite && r < ids->ne[0]; ++r) {
+        for (int64_t r = 0; r < ids->ne[0]; ++r) {
             if (kept[r] >= 0) {
                 continue;
             }
@@ -241,6 +239,10 @@ static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * us
             for (int32_t i = 0; i < estimates.rank; ++i) {
                 out[i] += weight*(output[i] + u[i]);
             }
+        }
+        // what float16 cannot hold would become infinite in the product with `up`: then no estimate
+        if (!std::all_of(out, out + estimates.rank, [](float x) { return std::abs(x) < 65504.0f; })) {
+            std::fill_n(out, estimates.rank, 0.0f);
         }
     }
 }

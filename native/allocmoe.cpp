@@ -106,6 +106,9 @@ static const char * token_rule_obstacle(const allocmoe_plan & plan, const llama_
         if (!model.devices.empty()) {
             return "estimates of skipped experts run on the CPU only, and the model uses another device";
         }
+        if (model.arch == LLM_ARCH_LLAMA4) {
+            return "the weights act on the experts' input";
+        }
         for (const auto & layer : model.layers) {
             const auto * first = layer.ffn_gate_up_exps ? layer.ffn_gate_up_exps : layer.ffn_up_exps;
             const auto * last  = layer.ffn_down_exps;

@@ -36,22 +36,35 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
     int64_t k = n_expert_used;
     allocmoe_token_rule_params params = {};
     if (plan && il < (int) plan->expert_used_count.size() && plan->expert_used_count[il] > 0) {
-        k = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
+        const float threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
+        const bool estimate = plan->token_rule == ALLOCMOE_RULE_ESTIMATE; // by its threshold alone
+        k = estimate ? n_expert_used : std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
 
         // with every candidate kept, or none to share, the rule is top-k
-        const bool shares = plan->k_base < k && k < n_expert_used;
+        const bool shares   = estimate ? plan->k_base < n_expert_used && threshold > -INFINITY : plan->k_base < k && k < n_expert_used;
         if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || plan->record) && !again) {
             params.rule      = plan->token_rule;
             params.k_base    = std::min<int64_t>(plan->k_base, k);
             params.k         = k;
-            params.threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
+            params.threshold = threshold;
             params.strict    = plan->strict;
             params.value     = plan->value;
         }
     }
 
     if (!again) {
-        graph.layers.push_back({ il, n_tokens, k*n_tokens, params, plan && plan->record, cparams.allocmoe.usage, 0, nullptr, nullptr, nullptr });
+        allocmoe_graph::layer layer = {};
+        layer.il          = il;
+        layer.n_tokens    = n_tokens;
+        layer.activations = k*n_tokens;
+        layer.params      = params;
+        layer.usage       = cparams.allocmoe.usage;
+        if (plan) {
+            layer.record        = plan->record;
+            layer.record_inputs = plan->record && plan->record_inputs;
+            layer.estimates     = plan->estimates;
+        }
+        graph.layers.push_back(std::move(layer));
     }
 
     return params.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
@@ -118,6 +131,9 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & gra
     }
 
     layer.activations = 0;
+    if (layer.params.rule == ALLOCMOE_RULE_ESTIMATE) {
+        return weights; // goes by the weights that these become
+    }
 
     ggml_tensor * args_routed[] = { selected, scores };
     layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, 2, compute_routed, 1, &layer);
@@ -144,12 +160,125 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & gra
     return masked;
 }
 
-// node: the sum over the experts that a token keeps, in order of rank, each times its weight if there are weights; the same
-// bits as upstream's nodes, which would weight and add the zeros of the skipped ones too
+template <typename T>
+static const T * row(const ggml_tensor * tensor, int64_t i) {
+    return (const T *) ((const char *) tensor->data + i*tensor->nb[1]);
+}
+
+static float weight_of(const ggml_tensor * weights, int64_t t, int64_t r) {
+    return *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]);
+}
+
+// v_e of one token's experts by rank
+static void estimate_sizes(const allocmoe_graph::layer & layer, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int64_t t, int64_t n_used, float * sizes) {
+    const auto  & estimates = *layer.estimates;
+    const float * u         = row<float>(reduced, t);
+    for (int64_t r = 0; r < n_used; ++r) {
+        const float * log_norm = &estimates.log_norm[((int64_t) layer.il*estimates.n_expert + id[r])*(estimates.n_down + 1)];
+        float size = std::log(std::max(weight_of(weights, t, r), 1e-20f)) + log_norm[estimates.n_down];
+        for (int32_t i = 0; i < estimates.n_down; ++i) {
+            size += log_norm[i]*u[i];
+        }
+        sizes[r] = size;
+    }
+}
+
+// node: ids by rank, -1 where the estimated size is too small
+static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith != 0) {
+        return;
+    }
+    auto & layer = *(allocmoe_graph::layer *) userdata;
+
+    const ggml_tensor * ids     = dst->src[0];
+    const ggml_tensor * weights = dst->src[1];
+    const ggml_tensor * reduced = dst->src[2];
+
+    const int64_t n_used = dst->ne[0];
+
+    std::vector<float> sizes(n_used);
+    std::unique_ptr<bool[]> keep(new bool[n_used]);
+    int64_t total = 0;
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const int32_t * id = row<int32_t>(ids, t);
+        estimate_sizes(layer, id, weights, reduced, t, n_used, sizes.data());
+        total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get());
+        auto * out = (int32_t *) ((char *) dst->data + t*dst->nb[1]);
+        for (int64_t r = 0; r < n_used; ++r) {
+            out[r] = keep[r] ? id[r] : -1;
+        }
+    }
+    layer.usage->spent.get()[layer.il].activations[layer.phase] += total;
+}
+
+// node: the estimate of what a token skips, in the rows of `up`
+static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith != 0) {
+        return;
+    }
+    const auto & layer     = *(const allocmoe_graph::layer *) userdata;
+    const auto & estimates = *layer.estimates;
+
+    const ggml_tensor * ids     = dst->src[0];
+    const ggml_tensor * weights = dst->src[1];
+    const ggml_tensor * reduced = dst->src[2];
+    const ggml_tensor * routed  = dst->src[3];
+
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const int32_t * id     = row<int32_t>(ids, t);
+        const int32_t * kept   = row<int32_t>(routed, t);
+        const float   * u      = row<float>(reduced, t);
+        float         * out    = (float *) ((char *) dst->data + t*dst->nb[1]);
+        std::fill_n(out, estimates.rank, 0.0f);
+        for (int64_t r = 0; r < ids->ne[0]; ++r) {
+            if (kept[r] >= 0) {
+                continue;
+            }
+            const float   weight = weight_of(weights, t, r);
+            const float * output = &estimates.output[((int64_t) layer.il*estimates.n_expert + id[r])*estimates.rank];
+            for (int32_t i = 0; i < estimates.rank; ++i) {
+                out[i] += weight*(output[i] + u[i]);
+            }
+        }
+        // what float16 cannot hold would become infinite in the product with `up`: then no estimate
+        if (!std::all_of(out, out + estimates.rank, [](float x) { return std::abs(x) < 65504.0f; })) {
+            std::fill_n(out, estimates.rank, 0.0f);
+        }
+    }
+}
+
+void allocmoe_build_estimate(ggml_context * ctx, allocmoe_graph & graph, ggml_tensor * input, ggml_tensor * weights) {
+    if (graph.layers.empty() || !graph.layers.back().selected || graph.layers.back().input) {
+        return;
+    }
+    auto & layer = graph.layers.back();
+    layer.input  = input;
+    if (layer.params.rule != ALLOCMOE_RULE_ESTIMATE) {
+        return;
+    }
+    const auto & estimates = *layer.estimates;
+    layer.reduced = ggml_mul_mat(ctx, estimates.down[layer.il], input);
+    if (layer.record) {
+        return; // all experts run, and the rule is applied to what they give
+    }
+
+    ggml_tensor * args[] = { layer.selected, weights, layer.reduced, nullptr };
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, 3, compute_routed_by_size, 1, &layer);
+    if (estimates.rank > 0) {
+        args[3] = layer.routed;
+        ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.rank, layer.selected->ne[1], 1, 1, args, 4, compute_skipped, 1, &layer);
+        layer.estimate = ggml_mul_mat(ctx, estimates.up[layer.il], skipped);
+    }
+}
+
+// node: the sum over the experts that a token keeps, in order of rank, each times its weight if there are weights, and an
+// estimate of the others if there is one; without, the same bits as upstream's nodes, which would weight and add the zeros of
+// the skipped ones too
 static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {
     const ggml_tensor * experts = dst->src[0];
     const ggml_tensor * routed  = dst->src[1];
-    const ggml_tensor * weights = dst->src[2];
+    const ggml_tensor * weights  = dst->src[2];
+    const ggml_tensor * estimate = dst->src[3];
 
     const int64_t n_embd = dst->ne[0];
     const int64_t n_used = experts->ne[1];
@@ -158,17 +287,20 @@ static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata 
     for (int64_t begin = first; begin < last; ) {
         const int64_t t   = begin/n_embd;
         const int64_t end = std::min(last, (t + 1)*n_embd);
-        const auto  * id  = (const int32_t *) ((const char *) routed->data + t*routed->nb[1]);
+        const auto  * id  = row<int32_t>(routed, t);
         float       * out = (float *) dst->data + begin;
-        bool any = false;
+        bool any = estimate != nullptr;
+        if (any) {
+            std::copy_n(row<float>(estimate, t) + begin % n_embd, end - begin, out);
+        }
         for (int64_t r = 0; r < n_used; ++r) {
             if (id[r] < 0) {
                 continue;
             }
-            const auto * row = (const float *) ((const char *) experts->data + t*experts->nb[2] + r*experts->nb[1]) + begin % n_embd;
-            const float weight = weights ? *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]) : 1.0f;
+            const auto * y = (const float *) ((const char *) experts->data + t*experts->nb[2] + r*experts->nb[1]) + begin % n_embd;
+            const float weight = weights ? weight_of(weights, t, r) : 1.0f;
             for (int64_t i = 0; i < end - begin; ++i) {
-                out[i] = any ? out[i] + row[i]*weight : row[i]*weight;
+                out[i] = any ? out[i] + y[i]*weight : y[i]*weight;
             }
             any = true;
         }
@@ -184,8 +316,40 @@ ggml_tensor * allocmoe_build_sum(ggml_context * ctx, const allocmoe_graph & grap
     if (graph.layers.empty() || !graph.layers.back().routed || graph.layers.back().record || graph.layers.back().usage->spent_on_devices) {
         return nullptr;
     }
-    ggml_tensor * args[] = { experts, graph.layers.back().routed, weights };
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, weights ? 3 : 2, compute_sum, GGML_N_TASKS_MAX, nullptr);
+    const auto & layer = graph.layers.back();
+    ggml_tensor * args[] = { experts, layer.routed, weights, layer.estimate };
+    const int n_args = layer.estimate ? 4 : weights ? 3 : 2;
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);
+}
+
+// What of token t goes into record.floats; sizes: null unless the rule goes by them.
+static void record_inputs(const allocmoe_graph::layer & layer, allocmoe_usage::record & record, const ggml_tensor * weighted, const ggml_tensor * weights, const ggml_tensor * input, int64_t t, const float * sizes) {
+    const int64_t n_embd = weighted->ne[0];
+    const int64_t n_used = weighted->ne[1];
+
+    const float * x = row<float>(input, t);
+    auto & inputs = record.floats[ALLOCMOE_FLOATS_INPUT];
+    inputs.insert(inputs.end(), x, x + input->ne[0]);
+
+    std::unique_ptr<bool[]> keep(new bool[n_used]);
+    auto & missing = record.floats[ALLOCMOE_FLOATS_MISSING];
+    if (sizes) {
+        allocmoe_apply_estimate(layer.params, sizes, n_used, keep.get());
+        missing.resize(missing.size() + n_embd);
+    }
+    for (int64_t r = 0; r < n_used; ++r) {
+        const float   w = weight_of(weights, t, r);
+        const float * y = (const float *) weighted->data + (t*n_used + r)*n_embd;
+        double norm = 0.0;
+        for (int64_t i = 0; i < n_embd; ++i) {
+            norm += (double) y[i]*y[i];
+            if (sizes && !keep[r]) {
+                missing[missing.size() - n_embd + i] += y[i];
+            }
+        }
+        record.floats[ALLOCMOE_FLOATS_WEIGHT].push_back(w);
+        record.floats[ALLOCMOE_FLOATS_NORM  ].push_back(w != 0.0f ? std::sqrt(norm)/std::abs(w) : 0.0f);
+    }
 }
 
 // node: the weighted experts as they are; on the way, scores, ids and errors are recorded. A copy, so that it can run on
@@ -201,6 +365,8 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
     const ggml_tensor * weights = dst->src[1];
     const ggml_tensor * ids     = dst->src[2];
     const ggml_tensor * scores  = dst->src[3];
+    const ggml_tensor * input   = dst->src[4];
+    const ggml_tensor * reduced = dst->src[5];
 
     const int64_t n_embd   = dst->ne[0];
     const int64_t n_used   = dst->ne[1];
@@ -222,7 +388,15 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
             }
             weight[r + 1] = weight[r] + *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]);
         }
-        allocmoe_to_values(layer.params.value, &record.scores[record.scores.size() - n_used], n_used);
+        float * values = &record.scores[record.scores.size() - n_used];
+        if (reduced) {
+            estimate_sizes(layer, id, weights, reduced, t, n_used, values);
+        } else {
+            allocmoe_to_values(layer.params.value, values, n_used);
+        }
+        if (layer.record_inputs) {
+            record_inputs(layer, record, dst, weights, input, t, reduced ? values : nullptr);
+        }
         const float * all = &sums[n_used*n_embd];
         for (int64_t k = 0; k <= n_used; ++k) {
             const float scale = layer.renormalised && weight[k] > 0.0f ? weight[n_used]/weight[k] : 1.0f;
@@ -244,8 +418,9 @@ ggml_tensor * allocmoe_build_record(ggml_context * ctx, allocmoe_graph & graph, 
     layer.recorded     = true;
     layer.renormalised = renormalised;
 
-    ggml_tensor * args[] = { experts, weights, layer.selected, layer.scores };
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[1], experts->ne[2], 1, args, 4, compute_record, 1, &layer);
+    ggml_tensor * args[] = { experts, weights, layer.selected, layer.scores, layer.input, layer.reduced };
+    const int n_args = layer.reduced ? 6 : layer.record_inputs ? 5 : 4;
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[1], experts->ne[2], 1, args, n_args, compute_record, 1, &layer);
 }
 
 // node: keeps its argument

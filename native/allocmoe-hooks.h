@@ -4,6 +4,8 @@
 #include "allocmoe-custom.h"
 #include "allocmoe-token-rule.h"
 
+#include "ggml-cpp.h"
+
 #include <array>
 #include <cstdint>
 #include <deque>
@@ -19,6 +21,20 @@ struct llama_hparams;
 struct llama_model;
 struct llama_ubatch;
 
+// allocmoe_estimator as the graph reads it.
+struct allocmoe_estimates {
+    int32_t n_down   = 0;
+    int32_t rank     = 0;
+    int32_t n_expert = 0;
+
+    ggml_context_ptr           ctx;
+    ggml_backend_buffer_ptr    buffer; // in the CPU's memory
+    std::vector<ggml_tensor *> down;   // [block_count], F16 [n_embd, n_down]
+    std::vector<ggml_tensor *> up;     // [block_count], F16 [rank, n_embd]
+    std::vector<float>         log_norm;
+    std::vector<float>         output;
+};
+
 // Immutable once made: contexts share it, and graphs are reused as long as the pointer is the same.
 struct allocmoe_plan {
     std::vector<int32_t> expert_used_count; // [block_count], 0: the layer is left as the model has it
@@ -30,7 +46,10 @@ struct allocmoe_plan {
     bool               record       = false;
     bool               keep_outputs = false;
     int32_t            start_layer  = 0;
-    std::vector<float> threshold; // [block_count], for ALLOCMOE_RULE_THRESHOLD
+    bool               record_inputs = false;
+    std::vector<float> threshold; // [block_count], for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE
+
+    std::shared_ptr<const allocmoe_estimates> estimates; // for ALLOCMOE_RULE_ESTIMATE
 
     bool operator==(const allocmoe_plan & other) const;
 };
@@ -50,6 +69,7 @@ struct allocmoe_usage {
         std::vector<float>   scores;  // [n_tokens][n_used], as values
         std::vector<int32_t> experts; // [n_tokens][n_used]
         std::vector<double>  errors;  // [n_used + 1]
+        std::array<std::vector<float>, 4> floats; // by ALLOCMOE_FLOATS_*
     };
     std::vector<record>             records;       // [block_count]
     std::vector<std::vector<float>> layer_outputs; // [block_count], of the last micro-batch that kept them
@@ -59,6 +79,7 @@ struct allocmoe_usage {
 struct allocmoe_cparams {
     std::shared_ptr<const allocmoe_plan> plan; // nullptr: the model's own expert counts
     std::shared_ptr<allocmoe_usage>      usage;
+    std::shared_ptr<const allocmoe_estimates> estimates; // for plans to come
 };
 
 // member of llm_graph_result: the layers that the graph routes
@@ -70,12 +91,17 @@ struct allocmoe_graph {
 
         allocmoe_token_rule_params      params;
         bool                            record;
+        bool                            record_inputs;
         std::shared_ptr<allocmoe_usage> usage;
+        std::shared_ptr<const allocmoe_estimates> estimates;
         int32_t                         phase; // ALLOCMOE_PHASE_*
 
         ggml_tensor * selected; // expert ids by rank
         ggml_tensor * scores;   // what they were ranked by, of all experts
         ggml_tensor * routed;   // the ids with -1 where the token rule skips, or nullptr
+        ggml_tensor * input;    // of the experts, or nullptr where nothing reads it
+        ggml_tensor * reduced;  // down x of it, or nullptr
+        ggml_tensor * estimate; // of what is skipped, or nullptr
 
         bool recorded     = false;
         bool renormalised = false; // the weights of the experts that are used add up to a constant
@@ -106,6 +132,14 @@ ggml_tensor * allocmoe_build_token_rule(
         ggml_tensor    * weights,  // [1, n_expert_used, n_tokens]
         float            skipped);
 
+// Where the layer's rule goes by estimates: as above, for weights that are final, which stay as they are. Where the plan
+// records inputs: remembers the input.
+void allocmoe_build_estimate(
+        ggml_context   * ctx,
+        allocmoe_graph & graph,
+        ggml_tensor    * input,    // of the experts, [n_embd, n_tokens]
+        ggml_tensor    * weights); // [1, n_expert_used, n_tokens]
+
 // Where the plan records: hands the weighted experts on, and records scores, ids and errors as they pass.
 ggml_tensor * allocmoe_build_record(
         ggml_context   * ctx,
@@ -114,8 +148,8 @@ ggml_tensor * allocmoe_build_record(
         ggml_tensor    * weights, // [1, n_expert_used, n_tokens]
         bool             renormalised);
 
-// Where a token rule is on and the CPU runs it: the weighted sum over each token's experts as one node, [n_embd, n_tokens].
-// Null where upstream's nodes are to do it.
+// Where a token rule is on and the CPU runs it: the weighted sum over each token's experts as one node, [n_embd, n_tokens],
+// and the estimate of the others if there is one. Null where upstream's nodes are to do it.
 ggml_tensor * allocmoe_build_sum(
         ggml_context         * ctx,
         const allocmoe_graph & graph,

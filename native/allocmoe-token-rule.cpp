@@ -80,6 +80,25 @@ static int64_t apply_threshold(const allocmoe_token_rule_params & params, const 
     return total;
 }
 
+int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep) {
+    int64_t n_kept = 0;
+    for (int64_t r = 0; r < n_used; ++r) {
+        keep[r] = sizes[r] >= params.threshold;
+        n_kept += keep[r];
+    }
+    while (n_kept < std::min<int64_t>(params.k_base, n_used)) {
+        int64_t best = -1;
+        for (int64_t r = 0; r < n_used; ++r) {
+            if (!keep[r] && (best < 0 || sizes[r] > sizes[best] || std::isnan(sizes[best]))) {
+                best = r;
+            }
+        }
+        keep[best] = true;
+        n_kept++;
+    }
+    return n_kept;
+}
+
 int64_t allocmoe_apply_token_rule(const allocmoe_token_rule_params & params, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double & credit) {
     std::vector<float> values;
     if (params.value != ALLOCMOE_VALUE_SCORE) {

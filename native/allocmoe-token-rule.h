@@ -17,6 +17,10 @@ struct allocmoe_token_rule_params {
 // Turns a token's n_used scores, by falling rank, into values; in place.
 void allocmoe_to_values(int32_t value, float * scores, int64_t n_used);
 
+// ALLOCMOE_RULE_ESTIMATE for one token: keep[r] for each of its n_used experts, from their estimated sizes, in any order; a
+// NaN counts as -infinity. Returns how many are kept.
+int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep);
+
 // How many experts each token keeps: its first n_kept[t] of n_used, which are sorted by falling score.
 // scores: [n_tokens][n_used]. A NaN counts as -infinity. credit: activations left over so far, for `strict`.
 // Returns the sum of n_kept.

@@ -55,19 +55,20 @@ static bool out_of_range(const llama_hparams & hparams, const std::vector<int32_
     return std::any_of(k.begin(), k.end(), [&](int32_t x) { return x < 0 || x > (int32_t) hparams.n_expert; });
 }
 
-static const char * const token_rule_names[] = { "off", "batch", "threshold" };
+static const char * const token_rule_names[] = { "off", "batch", "threshold", "estimate" };
 static const char * const value_names[]      = { "score", "relative", "remaining" };
 
 static bool token_rule_out_of_range(const allocmoe_plan & plan) {
     const bool bad_threshold = std::any_of(plan.threshold.begin(), plan.threshold.end(), [](float t) { return std::isnan(t); });
-    return plan.token_rule < ALLOCMOE_RULE_OFF || plan.token_rule > ALLOCMOE_RULE_THRESHOLD || plan.k_base < 1 || bad_threshold ||
+    return plan.token_rule < ALLOCMOE_RULE_OFF || plan.token_rule > ALLOCMOE_RULE_ESTIMATE || plan.k_base < 1 || bad_threshold ||
            plan.value < ALLOCMOE_VALUE_SCORE || plan.value > ALLOCMOE_VALUE_REMAINING;
 }
 
 bool allocmoe_plan::operator==(const allocmoe_plan & other) const {
     return expert_used_count == other.expert_used_count && token_rule == other.token_rule && k_base == other.k_base &&
            value == other.value && strict == other.strict && record == other.record && keep_outputs == other.keep_outputs &&
-           start_layer == other.start_layer && threshold == other.threshold;
+           start_layer == other.start_layer && threshold == other.threshold && record_inputs == other.record_inputs &&
+           estimates == other.estimates;
 }
 
 // Whether the device's backend is one of ours that takes -1 for a slot without work; others would take it for an expert.
@@ -97,9 +98,24 @@ static void allocate_spent(allocmoe_usage & usage, const llama_model & model) {
 
 // Why the model cannot skip single experts of a token, nullptr if it can. What can are the plain and the repacked
 // MUL_MAT_ID of ggml's CPU backend, and backends that say so.
-static const char * token_rule_obstacle(const llama_model & model, const allocmoe_usage & usage) {
+static const char * token_rule_obstacle(const allocmoe_plan & plan, const llama_model & model, const allocmoe_usage & usage) {
     if (model.arch == LLM_ARCH_GROVEMOE) {
         return "the architecture derives further experts from the chosen ones";
+    }
+    if (plan.token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        if (!model.devices.empty()) {
+            return "estimates of skipped experts run on the CPU only, and the model uses another device";
+        }
+        if (model.arch == LLM_ARCH_LLAMA4) {
+            return "the weights act on the experts' input";
+        }
+        for (const auto & layer : model.layers) {
+            const auto * first = layer.ffn_gate_up_exps ? layer.ffn_gate_up_exps : layer.ffn_up_exps;
+            const auto * last  = layer.ffn_down_exps;
+            if (first && last && (first->ne[0] != model.hparams.n_embd || last->ne[1] != model.hparams.n_embd)) {
+                return "its experts work in a space of their own";
+            }
+        }
     }
     for (const auto & device : model.devices) {
         if (!runs_token_rules(device.dev)) {
@@ -127,7 +143,7 @@ static const char * token_rule_obstacle(const llama_model & model, const allocmo
 
 // Top-k in place of a token rule that the model cannot run, with a warning.
 static void degrade_token_rule(allocmoe_plan & plan, const llama_model & model, const allocmoe_usage & usage) {
-    const char * obstacle = plan.token_rule == ALLOCMOE_RULE_OFF ? nullptr : token_rule_obstacle(model, usage);
+    const char * obstacle = plan.token_rule == ALLOCMOE_RULE_OFF ? nullptr : token_rule_obstacle(plan, model, usage);
     if (obstacle) {
         LLAMA_LOG_WARN("allocmoe: token rule %s is off: %s\n", token_rule_names[plan.token_rule], obstacle);
         plan.token_rule = ALLOCMOE_RULE_OFF;
@@ -192,7 +208,7 @@ std::shared_ptr<const allocmoe_plan> allocmoe_load_plan(const gguf_context * met
         plan->k_base = gguf_get_val_u32(meta, i_base);
     }
 
-    if (plan->token_rule == ALLOCMOE_RULE_THRESHOLD) {
+    if (plan->token_rule == ALLOCMOE_RULE_THRESHOLD || plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
         const auto * threshold = gguf_array<float>(meta, "allocmoe.threshold", GGUF_TYPE_FLOAT32, n_layer, "float32");
         plan->threshold.assign(threshold, threshold + n_layer);
     }
@@ -223,6 +239,10 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
 
     auto plan = std::make_shared<allocmoe_plan>(*model.allocmoe);
     degrade_token_rule(*plan, model, *cparams.allocmoe.usage);
+    const char * rule = token_rule_names[plan->token_rule];
+    if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        plan->token_rule = ALLOCMOE_RULE_OFF; // until allocmoe_set_estimator gives it what it goes by
+    }
     cparams.allocmoe.plan = plan;
 
     int64_t total = 0;
@@ -237,8 +257,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     }
     if (n_moe > 0) {
         LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
-                (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe,
-                token_rule_names[plan->token_rule]);
+                (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe, rule);
     }
 }
 
@@ -272,6 +291,7 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
         plan->value        = rule->value;
         plan->strict       = rule->strict;
         plan->record       = rule->record;
+        plan->record_inputs = rule->record_inputs;
         plan->keep_outputs = rule->keep_outputs;
         plan->start_layer  = rule->start_layer;
         if (rule->threshold) {
@@ -280,10 +300,17 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
         if (rule->start_layer < 0 || rule->start_layer >= n_layer) {
             return ALLOCMOE_ERR_N_LAYER;
         }
-        if (token_rule_out_of_range(*plan) || (plan->token_rule == ALLOCMOE_RULE_THRESHOLD && !rule->threshold)) {
+        const bool by_threshold = plan->token_rule == ALLOCMOE_RULE_THRESHOLD || plan->token_rule == ALLOCMOE_RULE_ESTIMATE;
+        if (token_rule_out_of_range(*plan) || (by_threshold && !rule->threshold)) {
             return ALLOCMOE_ERR_RULE;
         }
         degrade_token_rule(*plan, model, *allocmoe_access::cparams(ctx).allocmoe.usage);
+        if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
+            plan->estimates = allocmoe_access::cparams(ctx).allocmoe.estimates;
+            if (!plan->estimates) {
+                return ALLOCMOE_ERR_RULE;
+            }
+        }
     }
 
     const auto & cur = allocmoe_access::cparams(ctx).allocmoe.plan;
@@ -292,6 +319,58 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
     }
     allocmoe_access::set_plan(ctx, std::move(plan));
     return ALLOCMOE_CHANGED;
+}
+
+int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
+    const auto & hparams = allocmoe_access::model(ctx).hparams;
+    auto       & current = allocmoe_access::cparams(ctx).allocmoe.estimates;
+    if (!estimator) {
+        current = nullptr;
+        return ALLOCMOE_OK;
+    }
+    if (n_layer != (int32_t) hparams.n_layer_all) {
+        return ALLOCMOE_ERR_N_LAYER;
+    }
+    const int64_t n_down = estimator->n_down;
+    const int64_t rank   = estimator->rank;
+    if (n_expert != (int32_t) hparams.n_expert || n_embd != (int32_t) hparams.n_embd || n_down < 1 || rank < 0 || rank > n_down) {
+        return ALLOCMOE_ERR_ESTIMATOR;
+    }
+    const auto finite = [](const float * values, int64_t n) {
+        return std::all_of(values, values + n, [](float x) { return std::isfinite(x) && std::abs(x) < 65504.0f; });
+    };
+    if (!finite(estimator->down, n_layer*n_down*n_embd) || !finite(estimator->log_norm, (int64_t) n_layer*n_expert*(n_down + 1)) ||
+        !finite(estimator->output, n_layer*n_expert*rank) || !finite(estimator->up, n_layer*rank*n_embd)) {
+        return ALLOCMOE_ERR_ESTIMATOR;
+    }
+
+    auto estimates = std::make_shared<allocmoe_estimates>();
+    estimates->n_down   = n_down;
+    estimates->rank     = rank;
+    estimates->n_expert = n_expert;
+    estimates->log_norm.assign(estimator->log_norm, estimator->log_norm + (int64_t) n_layer*n_expert*(n_down + 1));
+    estimates->output  .assign(estimator->output,   estimator->output   + n_layer*n_expert*rank);
+
+    estimates->ctx.reset(ggml_init({ 2*n_layer*ggml_tensor_overhead(), nullptr, true }));
+    for (int32_t il = 0; il < n_layer; ++il) {
+        estimates->down.push_back(ggml_new_tensor_2d(estimates->ctx.get(), GGML_TYPE_F16, n_embd, n_down));
+        estimates->up  .push_back(rank > 0 ? ggml_new_tensor_2d(estimates->ctx.get(), GGML_TYPE_F16, rank, n_embd) : nullptr);
+        ggml_format_name(estimates->down.back(), "allocmoe.down-%d", il);
+    }
+    estimates->buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(estimates->ctx.get(), ggml_backend_cpu_buffer_type()));
+    ggml_backend_buffer_set_usage(estimates->buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    std::vector<float> transposed(rank*n_embd);
+    for (int32_t il = 0; il < n_layer; ++il) {
+        ggml_fp32_to_fp16_row(estimator->down + il*n_down*n_embd, (ggml_fp16_t *) estimates->down[il]->data, n_down*n_embd);
+        for (int64_t i = 0; i < rank*n_embd; ++i) {
+            transposed[i%n_embd*rank + i/n_embd] = estimator->up[il*rank*n_embd + i];
+        }
+        if (rank > 0) {
+            ggml_fp32_to_fp16_row(transposed.data(), (ggml_fp16_t *) estimates->up[il]->data, rank*n_embd);
+        }
+    }
+    current = std::move(estimates);
+    return ALLOCMOE_OK;
 }
 
 void allocmoe_clear_plan(llama_context * ctx) {
@@ -353,13 +432,13 @@ int32_t allocmoe_get_token_rule(const llama_context * ctx) {
     return plan ? plan->token_rule : ALLOCMOE_RULE_OFF;
 }
 
-template <typename T>
-static int64_t take(llama_context * ctx, int32_t il, std::vector<T> allocmoe_usage::record::* member, T * values, int64_t n_max) {
+static allocmoe_usage::record * record_of(llama_context * ctx, int32_t il) {
     auto & records = allocmoe_access::cparams(ctx).allocmoe.usage->records;
-    if (il < 0 || il >= (int32_t) records.size()) {
-        return 0;
-    }
-    auto & recorded = records[il].*member;
+    return il < 0 || il >= (int32_t) records.size() ? nullptr : &records[il];
+}
+
+template <typename T>
+static int64_t take(std::vector<T> & recorded, T * values, int64_t n_max) {
     const int64_t n = recorded.size();
     if (values) {
         std::copy_n(recorded.begin(), std::min(n, n_max), values);
@@ -369,15 +448,23 @@ static int64_t take(llama_context * ctx, int32_t il, std::vector<T> allocmoe_usa
 }
 
 int64_t allocmoe_take_scores(llama_context * ctx, int32_t il, float * scores, int64_t n_max) {
-    return take(ctx, il, &allocmoe_usage::record::scores, scores, n_max);
+    auto * record = record_of(ctx, il);
+    return record ? take(record->scores, scores, n_max) : 0;
 }
 
 int64_t allocmoe_take_experts(llama_context * ctx, int32_t il, int32_t * experts, int64_t n_max) {
-    return take(ctx, il, &allocmoe_usage::record::experts, experts, n_max);
+    auto * record = record_of(ctx, il);
+    return record ? take(record->experts, experts, n_max) : 0;
 }
 
 int64_t allocmoe_take_errors(llama_context * ctx, int32_t il, double * errors, int64_t n_max) {
-    return take(ctx, il, &allocmoe_usage::record::errors, errors, n_max);
+    auto * record = record_of(ctx, il);
+    return record ? take(record->errors, errors, n_max) : 0;
+}
+
+int64_t allocmoe_take_floats(llama_context * ctx, int32_t what, int32_t il, float * values, int64_t n_max) {
+    auto * record = record_of(ctx, il);
+    return record && what >= 0 && what < (int32_t) record->floats.size() ? take(record->floats[what], values, n_max) : 0;
 }
 
 void allocmoe_clear_records(llama_context * ctx) {

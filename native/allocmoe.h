@@ -20,7 +20,8 @@ enum {
     ALLOCMOE_ERR_N_LAYER   = -1, // n_layer is not the model's block count
     ALLOCMOE_ERR_K         = -2, // an entry is below 0 or above the number of experts
     ALLOCMOE_ERR_PHASE     = -3, // unknown phase
-    ALLOCMOE_ERR_RULE      = -4, // unknown token rule or value, k_base below 1, or a threshold missing or not a number
+    ALLOCMOE_ERR_RULE      = -4, // unknown token rule or value, k_base below 1, a threshold missing or not a number, or no estimator
+    ALLOCMOE_ERR_ESTIMATOR = -5, // sizes that are not the model's, or an entry that is not a finite number
 };
 
 // How a layer's planned activations are shared among tokens. k is the layer's planned count.
@@ -28,6 +29,7 @@ enum {
     ALLOCMOE_RULE_OFF       = 0, // every token its k best experts
     ALLOCMOE_RULE_BATCH     = 1, // k_base each, and the most valuable rest of the whole micro-batch, k*n_tokens in all
     ALLOCMOE_RULE_THRESHOLD = 2, // k_base each, and every other expert with a value of at least the layer's threshold
+    ALLOCMOE_RULE_ESTIMATE  = 3, // the same by estimated size, of any rank, and an estimate in place of what is skipped
 };
 
 // What a rule goes by: the value of a token's expert, from the scores that the router ranks it by. The last two are for
@@ -43,10 +45,34 @@ struct allocmoe_rule {
     int32_t value;           // ALLOCMOE_VALUE_*
     int32_t k_base;          // experts that every token keeps, at least 1
     bool    strict;          // threshold: the running mean never rises above k
-    bool    record;          // keep scores, ids and errors of all ranks for allocmoe_take_*; for calibration
+    bool    record;          // keep scores, ids and errors of all ranks for allocmoe_take_*, and run all; for calibration
+    bool    record_inputs;   // with it, what allocmoe_take_floats returns
     bool    keep_outputs;    // keep the output of every layer, of the last micro-batch
     int32_t start_layer;     // run layers from this one on, on the output kept of the layer before; whole where there is none
-    const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD; copied
+    const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE; copied
+};
+
+// What ALLOCMOE_RULE_ESTIMATE goes by: for every expert e a linear model of its output y_e, and of the size of that, on a few
+// directions u = down x of the layer's input x. With w_e the weight of e among all of the token's experts,
+//   estimated size:    v_e  = log w_e + log_norm_e . (u, 1)
+//   estimated output:  y'_e = up^T (output_e + the first `rank` of u)
+// and a layer gives  sum over kept of w_e y_e + sum over skipped of w_e y'_e.
+// Layers without routed experts have entries too; nothing reads them.
+struct allocmoe_estimator {
+    int32_t n_down; // at least 1
+    int32_t rank;   // 0 to n_down
+    const float * down;     // [n_layer][n_down][n_embd]
+    const float * log_norm; // [n_layer][n_expert][n_down + 1]
+    const float * output;   // [n_layer][n_expert][rank]
+    const float * up;       // [n_layer][rank][n_embd]
+};
+
+// What record_inputs keeps of a layer.
+enum {
+    ALLOCMOE_FLOATS_INPUT   = 0, // [n_tokens][n_embd] of its experts
+    ALLOCMOE_FLOATS_WEIGHT  = 1, // [n_tokens][n_used] of its experts, by rank
+    ALLOCMOE_FLOATS_NORM    = 2, // [n_tokens][n_used]: |y_e|, by rank
+    ALLOCMOE_FLOATS_MISSING = 3, // [n_tokens][n_embd]: what ALLOCMOE_RULE_ESTIMATE would skip, sum of w_e y_e; only under it
 };
 
 enum {
@@ -65,6 +91,10 @@ LLAMA_API int32_t allocmoe_n_layer(const struct llama_context * ctx);
 // nothing: the graphs built for it stay valid. rule may be NULL for ALLOCMOE_RULE_OFF; one that the model's backends
 // cannot run becomes ALLOCMOE_RULE_OFF, with a warning in the log.
 LLAMA_API int32_t allocmoe_set_plan(struct llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer, const struct allocmoe_rule * rule);
+
+// What ALLOCMOE_RULE_ESTIMATE is to go by in plans that are set from now on; NULL for none. Copied, n_layer being the block
+// count; down and up are kept as 16-bit floats.
+LLAMA_API int32_t allocmoe_set_estimator(struct llama_context * ctx, const struct allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd);
 
 // The token rule in force.
 LLAMA_API int32_t allocmoe_get_token_rule(const struct llama_context * ctx);
@@ -86,8 +116,8 @@ LLAMA_API int32_t allocmoe_get_counts(const struct llama_context * ctx, int32_t 
 
 LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 
-// What layer il has recorded since the last call: the values, which by default are the scores, of the experts by rank,
-// [n_tokens][n_used]. Copies at most n_max floats to values and forgets them, or with values NULL only returns how many
+// What layer il has recorded since the last call: the values, which by default are the scores and under
+// ALLOCMOE_RULE_ESTIMATE v_e, of the experts by rank, [n_tokens][n_used]. Copies at most n_max floats to values and forgets them, or with values NULL only returns how many
 // there are.
 LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, float * values, int64_t n_max);
 
@@ -95,6 +125,9 @@ LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, f
 // tokens of |output - output with the k best experts|^2, k = 0..n_used, renormalised where the model renormalises.
 LLAMA_API int64_t allocmoe_take_experts(struct llama_context * ctx, int32_t il, int32_t * experts, int64_t n_max);
 LLAMA_API int64_t allocmoe_take_errors(struct llama_context * ctx, int32_t il, double * errors, int64_t n_max);
+
+// The same for one of ALLOCMOE_FLOATS_*.
+LLAMA_API int64_t allocmoe_take_floats(struct llama_context * ctx, int32_t what, int32_t il, float * values, int64_t n_max);
 
 // Forgets what has been recorded in every layer.
 LLAMA_API void allocmoe_clear_records(struct llama_context * ctx);

@@ -40,7 +40,7 @@ class Setting:
 @dataclass(frozen=True)
 class Method:
     """plan: of a Setting and a total. calibrated: it depends on the calibration text. decode: it is evaluated token by
-    token too, because its rule does something else there."""
+    token too, because its rule does something else there, or, for ours, to show that it does not."""
 
     title: str
     plan: Callable[[Setting, int], Plan]
@@ -204,5 +204,5 @@ METHODS: Dict[str, Method] = {
     "dynamic-moe": Method("Dynamic-MoE, top-p", _on_value("remaining", "model")),
     "ser": Method("ik_llama.cpp -ser", _on_value("relative", "model")),
     "ours-threshold": Method("ours without estimates (--token-rule threshold)", _ours("--token-rule", "threshold")),
-    "ours": Method("ours (allocmoe-convert)", _ours()),
+    "ours": Method("ours (allocmoe-convert)", _ours(), decode=True),
 }

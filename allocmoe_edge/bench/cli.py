@@ -214,10 +214,9 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
             plans[budget] = llm.set_budget(total, token_rule=token_rule)
             continue
         plan = Plan.uniform(full, total)
-        if token_rule == "threshold":
-            raise PlanError(
-                f"{llm.model_path}: token rule 'threshold' needs a threshold table: allocmoe-convert makes one"
-            )
+        if token_rule in ("threshold", "estimate"):
+            what = "a threshold table" if token_rule == "threshold" else "an estimator"
+            raise PlanError(f"{llm.model_path}: token rule {token_rule!r} needs {what}: allocmoe-convert makes one")
         llm.set_plan(replace(plan, token_rule=token_rule or "off"))
         plans[budget] = llm.plan
     return plans

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -12,7 +13,8 @@ from typing import Dict, Optional, Sequence, Union
 import numpy as np
 
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp
-from . import metadata
+from . import memory, metadata
+from .gguf_file import model_paths
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple
 
 Budget = Union[float, int, str]
@@ -38,12 +40,18 @@ class Llama(llama_cpp.Llama):
             goes where n_gpu_layers says.
         repack: let llama.cpp rearrange weights for the CPU, in memory of its own beside the file's pages: prefill is faster.
             Without, a model needs no more memory than its file, and runs even where that is larger than the memory.
+        prefetch: where experts stay in the file's pages (see repack), ask the system for those that a layer has chosen all
+            at once, before the first of them is used, and read nothing around them: reading waits for the disk as little
+            as it can. None: if the file is larger than the memory that is available when it is loaded (or the limit of a
+            control group, if that is less); for a model that stays in memory it only costs time. Without effect where no
+            experts are in a mapped file, and on Windows.
         **kwargs: see `llama_cpp.Llama`.
 
     Raises:
         GGUFError: the file is missing, not GGUF, damaged or truncated.
         PlanError: its plan does not fit the model, or the budget cannot be met.
-        ValueError: n_cpu_moe is not a number of layers, repack no bool, or anything that `llama_cpp.Llama` refuses.
+        ValueError: n_cpu_moe is not a number of layers, repack no bool, prefetch neither that nor
+            None, or anything that `llama_cpp.Llama` refuses.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class Llama(llama_cpp.Llama):
         plan_path: Optional[str] = None,
         n_cpu_moe: int = 0,
         repack: bool = True,
+        prefetch: Optional[bool] = None,
         **kwargs,
     ):
         self._stack = contextlib.ExitStack()  # what __del__ closes, also where the next line raises
@@ -62,7 +71,9 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
         if not isinstance(repack, bool):
             raise ValueError(f"repack: found {repack!r}, wanted True or False")
-        self._n_cpu_moe, self._repack = n_cpu_moe, repack
+        if not (prefetch is None or isinstance(prefetch, bool)):
+            raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
+        self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
         # before native code sees the file: it would abort the process, or say no more than "failed"
         self._stored = metadata.read(model_path)
         if self._stored.side_file:
@@ -70,7 +81,11 @@ class Llama(llama_cpp.Llama):
         self._plan_path = plan_path
         if plan_path is not None:
             self._stored = metadata.read_for(plan_path, self._stored)
+        if prefetch is None:
+            free = memory.available()
+            prefetch = free is not None and sum(os.path.getsize(path) for path in model_paths(model_path)) > free
         super().__init__(model_path, **kwargs)
+        self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
         self._asked, self._estimator = self._stored.plan, None
         if plan_path is not None or (self._asked is not None and self._asked.token_rule == "estimate"):
             # the native side has read the plan in the model's file, but no estimator
@@ -82,6 +97,13 @@ class Llama(llama_cpp.Llama):
         if self.verbose and not (budget is None and token_rule is None and plan_path is None):
             # the plan in the model's file has been logged by the native side
             print(f"allocmoe: {self.plan}", file=sys.stderr)
+        if self.verbose and self._prefetch:
+            print("allocmoe: experts are prefetched from the model's file", file=sys.stderr)
+
+    @property
+    def prefetch(self) -> bool:
+        """Whether chosen experts are asked for ahead of their use (see the argument of that name)."""
+        return self._prefetch
 
     @property
     def model_params(self):
@@ -296,6 +318,7 @@ class Llama(llama_cpp.Llama):
             "plan_path": self._plan_path,
             "n_cpu_moe": self._n_cpu_moe,
             "repack": self._repack,
+            "prefetch": self._asked_prefetch,
             "plan": self._asked,
         }
 
@@ -317,7 +340,7 @@ def _signature() -> inspect.Signature:
     parameters = dict(inspect.signature(llama_cpp.Llama.__init__).parameters)
     extra = parameters.pop("kwargs")
     ours = inspect.signature(Llama.__init__).parameters
-    names = ("budget", "token_rule", "plan_path", "n_cpu_moe", "repack")
+    names = ("budget", "token_rule", "plan_path", "n_cpu_moe", "repack", "prefetch")
     return inspect.Signature([*parameters.values(), *(ours[name] for name in names), extra])
 
 

@@ -5,6 +5,7 @@
 
 Thresholds are calibrated on the very tokens that are timed, for prefill and decode apart, so that both sides activate
 the same number of experts and what is left is the rule's own cost. `batch` at decode is top-k, and is left out there.
+`estimate` goes by a random estimator of the size that allocmoe-convert makes: what it costs does not depend on its numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError, parse_budget
 from allocmoe_edge.bench import BenchError, machine, measure, report
 from allocmoe_edge.bench.weights import WeightTraffic
-from allocmoe_edge.convert import thresholds
+from allocmoe_edge.convert import estimate, thresholds
+from allocmoe_edge.estimator import N_QUANTILES, Estimator
 
 
 def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
@@ -34,7 +36,31 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
     plans = {"off": plan, "threshold": replace(plan, token_rule="threshold", threshold=cut)}
     if item.phase == "prefill":
         plans["batch"] = replace(plan, token_rule="batch")
+    by_size = replace(plan, token_rule="estimate", threshold=(0.0,) * plan.n_layer, estimator=random_estimator(llm, plan.n_layer))
+    sizes = thresholds.recorded_values(llm, by_size, window)
+    if sizes is not None:
+        table = [thresholds.table_row(np.sort(rows)[:, ::-1], plan.k_base) if rows.size else [] for rows in sizes]
+        cut = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, plan.expert_used_count)]
+        plans["estimate"] = replace(by_size, threshold=cut)
+    llm.set_plan(plan)
     return plans
+
+
+def random_estimator(llm: Llama, n_layer: int) -> Estimator:
+    rng = np.random.default_rng(0)
+    n_embd, rank, n_down = llm.n_embd(), estimate.RANK, estimate.RANK + estimate.N_SIZE
+    n_expert = int(llm.metadata[f"{llm.metadata['general.architecture']}.expert_count"])
+
+    def draw(*shape, scale):
+        return rng.standard_normal(shape, np.float32) * np.float32(scale)
+
+    return Estimator(
+        draw(n_layer, n_down, n_embd, scale=n_embd**-0.5),
+        draw(n_layer, n_expert, n_down + 1, scale=0.1),
+        draw(n_layer, n_expert, rank, scale=0.1),
+        draw(n_layer, rank, n_embd, scale=0.01),
+        np.zeros((n_layer, N_QUANTILES)),
+    )
 
 
 def main() -> int:

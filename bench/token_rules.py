@@ -22,7 +22,7 @@ import numpy as np
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import calibration, thresholds
 from allocmoe_edge.perplexity import bos_token, negative_log_likelihood, windows
-from allocmoe_edge.plan import TOKEN_RULES, parse_budget
+from allocmoe_edge.plan import parse_budget
 
 
 def evenly_spread(llm: Llama, path: Path, n_ctx: int, n_windows: int) -> np.ndarray:
@@ -34,14 +34,13 @@ def evenly_spread(llm: Llama, path: Path, n_ctx: int, n_windows: int) -> np.ndar
 
 
 def rules(llm: Llama, plan: Plan, calib: np.ndarray) -> dict:
-    """The plan under every rule, with thresholds calibrated for it."""
+    """The plan under every rule that shares a layer's experts among tokens, with thresholds calibrated for it."""
     table = thresholds.calibrate(llm, plan, calib)
     if table is None:
         sys.exit("token rules do not run on this model's backend")
     threshold = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, plan.expert_used_count)]
-    return {
-        rule: replace(plan, token_rule=rule, threshold=threshold if rule == "threshold" else None) for rule in TOKEN_RULES
-    }
+    by_score = replace(plan, token_rule="threshold", threshold=threshold)
+    return {"off": plan, "batch": replace(plan, token_rule="batch"), "threshold": by_score}
 
 
 def measure(llm: Llama, plan, text: np.ndarray) -> tuple:

@@ -253,13 +253,15 @@ def _profile(args, llm: Llama, full: tuple, text: calibration.CalibrationText, c
 
 
 def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: int, text: calibration.CalibrationText):
-    """An Estimator if token rule "estimate" is asked for, or to be tried and possible; else None."""
+    """The profile's Estimator or a new one, if token rule "estimate" is asked for, or to be tried and possible; else None."""
     asked = args.token_rule == "estimate"
     possible = sum(min(k, args.k_base) for k in full) <= total < sum(full)
     if not (asked or (args.token_rule is None and possible)):
         return None
-    needed = estimate.memory(full, llm)
-    _say(f"calibrating token rule estimate: 3 passes over {text.profile.size} tokens, {needed / 1e9:.1f} GB beside the model")
+    if profile.estimator is not None:
+        return profile.estimator
+    needed = estimate.memory(full, llm, text.profile.shape[1])
+    _say(f"calibrating estimates of experts: 3 passes over {text.profile.size} tokens, {needed / 1e9:.1f} GB beside the model")
     # at full budget nothing is skipped to learn from
     at = total if total < sum(full) else parse_budget("0.5", sum(full), sum(k > 0 for k in full))
     found = estimate.calibrate(llm, profile, at, full, text.profile)

@@ -23,7 +23,7 @@ from allocmoe_edge.perplexity import negative_log_likelihood
 from .regression import MissingSums, SizeSums, fit_sizes
 
 # directions for sizes, and rank of the estimate of outputs
-N_SIZE, RANK = 16, 16
+N_SIZE, RANK = 16, 32
 # one window in so many is not fitted on, and says how sizes are distributed: on the others the fit is too good
 _APART = 4
 # an output smaller than this share of its layer's mean counts as being of this share
@@ -100,10 +100,11 @@ def calibrate(
     return estimator
 
 
-def memory(full: tuple, llm: Llama) -> int:
-    """Bytes that `calibrate` needs beside the model: in each layer two matrices of about n_embd by n_embd."""
+def memory(full: tuple, llm: Llama, n_ctx: int) -> int:
+    """Bytes that `calibrate` needs beside the model: in each layer two matrices of about n_embd by n_embd floats, and what
+    one window of n_ctx tokens has recorded, in vectors that have room for twice as much."""
     size = _n_expert(llm) + llm.n_embd()
-    return sum(k > 0 for k in full) * size * (size + llm.n_embd()) * 4
+    return sum(k > 0 for k in full) * 4 * (size * (size + llm.n_embd()) + 2 * 2 * n_ctx * llm.n_embd())
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
@@ -238,4 +239,5 @@ def _taken(context, il: int, n_used: int) -> Recorded:
     errors = take(libllama.allocmoe_take_errors, "double *", np.float64)
     n = len(experts)
     by_rank = (values.reshape(n, n_used) for values in (weights, norms, sizes))
-    return Recorded(inputs.reshape(n, -1), experts, *by_rank, missing.reshape(n if missing.size else 0, -1), errors)
+    inputs = inputs.reshape(n, -1)
+    return Recorded(inputs, experts, *by_rank, missing.reshape(-1, inputs.shape[1]), errors)

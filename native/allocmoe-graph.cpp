@@ -1,6 +1,7 @@
 // The hooks that shape and follow a graph: experts per layer and token, and what calibration records.
 #include "allocmoe.h"
 #include "allocmoe-hooks.h"
+#include "allocmoe-prefetch.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -458,6 +459,10 @@ void allocmoe_edit_graph(const llama_cparams & cparams, allocmoe_graph & graph, 
             node.phase = layer.phase;
             allocmoe_set_node(layer.routed, node);
         }
+    }
+
+    if (cparams.allocmoe.usage->prefetch) {
+        allocmoe_add_prefetch(ctx, gf);
     }
 
     const auto * plan = cparams.allocmoe.plan.get();

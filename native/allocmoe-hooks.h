@@ -73,6 +73,8 @@ struct allocmoe_usage {
     };
     std::vector<record>             records;       // [block_count]
     std::vector<std::vector<float>> layer_outputs; // [block_count], of the last micro-batch that kept them
+
+    bool prefetch = false; // graphs ask the system for the chosen experts' pages
 };
 
 // member of llama_cparams

@@ -1,5 +1,6 @@
 #include "allocmoe.h"
 #include "allocmoe-hooks.h"
+#include "allocmoe-prefetch.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -26,6 +27,13 @@ struct allocmoe_access {
     static void set_plan(llama_context * ctx, std::shared_ptr<const allocmoe_plan> plan) {
         ctx->cparams.allocmoe.plan = std::move(plan);
         ctx->sched_need_reserve = true; // the graph's shapes depend on the plan
+    }
+
+    static int64_t set_prefetch(llama_context * ctx, bool prefetch) {
+        const int64_t n_bytes = allocmoe_advise_experts(ctx->model, prefetch);
+        ctx->cparams.allocmoe.usage->prefetch = prefetch && n_bytes > 0;
+        ctx->sched_need_reserve = true; // graphs that exist are not used again
+        return n_bytes;
     }
 };
 
@@ -500,6 +508,10 @@ const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, in
         }
     }
     return buffer;
+}
+
+int64_t allocmoe_set_prefetch(llama_context * ctx, bool prefetch) {
+    return allocmoe_access::set_prefetch(ctx, prefetch);
 }
 
 void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit) {

@@ -139,6 +139,11 @@ LLAMA_API int64_t allocmoe_get_kept_output(const struct llama_context * ctx, int
 // Where layer il's experts are: the name of the buffer type, and the bytes of one expert.
 LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ctx, int32_t il, int64_t * n_bytes);
 
+// Whether graphs ask the system for the pages of the experts that a layer has chosen before any of them is read, and page
+// faults read nothing beside: for models larger than memory. Applies to experts in mapped files; returns the bytes of them,
+// 0 where there are none or the system takes no such advice. Off in a new context.
+LLAMA_API int64_t allocmoe_set_prefetch(struct llama_context * ctx, bool prefetch);
+
 // The token rule by itself, as the graph runs it: how many of its n_used experts, ranked by falling score, each token
 // keeps. scores: [n_tokens][n_used]. credit: the activations left over so far under a strict rule, updated.
 LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit);

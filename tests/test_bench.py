@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -111,6 +112,16 @@ def test_text_and_token_rule(testbed_path, tmp_path, capsys):
     assert [row["token_rule"] for row in rows] == ["off", "batch"]
     # the rule spends k times the micro-batch's tokens; the last layer sees one token, so plain top-k
     assert rows[1]["activations_per_token"] == 180
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no advice on mappings")
+@pytest.mark.parametrize("prefetch, found", [("on", True), ("off", False), ("auto", False)])
+def test_prefetch(planned_path, tmp_path, capsys, prefetch, found):
+    output = tmp_path / "out.json"
+    args = ["--no-repack", "--prefetch", prefetch, "--prompt", "0", "--gen", "2", "--repeats", "1", "--json", str(output)]
+    assert cli.main([str(planned_path), *args]) == 0
+    assert json.loads(output.read_text())["workload"]["prefetch"] is found
+    assert ("experts prefetched" in capsys.readouterr().out) == found
 
 
 def test_leaves_the_model_as_it_was(testbed_path):

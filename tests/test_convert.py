@@ -75,12 +75,14 @@ def test_other_keys_are_kept(converted, testbed_path):
 def test_plan_is_optimal_for_the_stored_sensitivities(converted):
     model = metadata.read(converted[0])
     assert model.plan == model.profile.plan(180, model.full)
-    if model.profile.allocation == "uniform":
-        assert model.plan.expert_used_count == Plan.uniform(model.full, 180).expert_used_count
     chosen = f"{model.profile.allocation}, token rule {model.plan.token_rule}"
+    if model.plan.token_rule == "estimate":
+        chosen = "token rule estimate"
+    elif model.profile.allocation == "uniform":
+        assert model.plan.expert_used_count == Plan.uniform(model.full, 180).expert_used_count
     lines = [line.split(None, 3) for line in converted[1].stderr.splitlines() if "token rule" in line]
     values = {name: float(kl) for _, kl, _, name in lines}
-    assert len(values) == 4 and values[chosen] == min(values.values())
+    assert len(values) == 5 and values[chosen] == min(values.values())
 
 
 def test_replanning_needs_no_profile(converted, tmp_path):
@@ -89,6 +91,41 @@ def test_replanning_needs_no_profile(converted, tmp_path):
     assert "using the sensitivities" in done.stderr and "passes" not in done.stderr
     assert metadata.read(tmp_path / "third.gguf").plan.budget_total == 119
     assert tensor_hashes(tmp_path / "third.gguf") == tensor_hashes(converted[0])
+
+
+@pytest.fixture(scope="module")
+def estimated(testbed_path, tmp_path_factory):
+    """The testbed at half budget under token rule "estimate", and what the command printed."""
+    path = tmp_path_factory.mktemp("estimated") / "half.gguf"
+    done = run(testbed_path, "--budget", "0.5", "--token-rule", "estimate", "--ctx-size", "64", "--calib-tokens", "64", "-o", path)
+    assert done.returncode == 0, done.stderr
+    return path, done
+
+
+def test_estimate_is_taken_as_asked(estimated):
+    """And compared with plain plans, so that one sees what it is worth."""
+    path, done = estimated
+    model = metadata.read(path)
+    assert model.plan.token_rule == model.profile.token_rule == "estimate" and model.plan.budget_total == 180
+    assert model.plan == model.profile.plan(180, model.full)
+    names = [line.split(None, 3)[3] for line in done.stderr.splitlines() if "token rule" in line]
+    assert names[:3] == ["alloc-l, token rule off", "uniform, token rule off", "token rule estimate"]
+    assert "GB beside the model" in done.stderr
+    llm = Llama(str(path), n_ctx=128, verbose=False)
+    assert llm.plan == model.plan
+    # another budget, and the other rules, from the same file
+    assert llm.set_budget(0.3).budget_total == 108
+    assert llm.set_budget(0.3, token_rule="off") == model.profile.plan(108, model.full, "off")
+
+
+def test_estimate_replans_without_a_profile(estimated, tmp_path):
+    done = run(estimated[0], "--budget", "25%", "--plan-only", "-o", tmp_path / "quarter.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "passes" not in done.stderr
+    found = metadata.read(tmp_path / "quarter.gguf")
+    assert found.plan.token_rule == "estimate" and found.plan.budget_total == 90
+    llm = Llama(str(estimated[0]), n_ctx=64, plan_path=str(tmp_path / "quarter.gguf"), verbose=False)
+    assert llm.plan == found.plan
 
 
 def test_the_result_runs(converted):

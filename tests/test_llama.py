@@ -238,7 +238,7 @@ def test_load_logs_one_line(planned_path, capfd):
 def test_signature_is_llama_cpps_and_ours():
     ours = inspect.signature(Llama.__init__).parameters
     theirs = inspect.signature(llama_cpp.Llama.__init__).parameters
-    assert set(ours) - set(theirs) == {"budget", "token_rule", "plan_path", "n_cpu_moe", "repack"}
+    assert set(ours) - set(theirs) == {"budget", "token_rule", "plan_path", "n_cpu_moe", "repack", "prefetch"}
     assert set(theirs) <= set(ours)
     assert ours["budget"].default is None
 

@@ -39,6 +39,9 @@ examples:
       any model, also one that was never converted: every layer then gets the same share"""
 
 
+_PREFETCH = {"auto": None, "on": True, "off": False}
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="allocmoe-bench",
@@ -73,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--no-repack", action="store_true",
         help="leave the weights as the file has them: less memory, slower prefill; for models larger than memory",
+    )  # fmt: skip
+    p.add_argument(
+        "--prefetch", choices=_PREFETCH, default="auto",
+        help="read the experts that a layer has chosen from the file ahead of their use, with --no-repack. "
+        "Default: auto, if the file is larger than the memory",
     )  # fmt: skip
     p.add_argument("--flash-attn", action="store_true", help="use flash attention")
     p.add_argument(
@@ -124,7 +132,7 @@ def bench(args: argparse.Namespace) -> None:
         llm = Llama(
             str(args.model), n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
             n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, n_cpu_moe=args.n_cpu_moe,
-            repack=not args.no_repack, flash_attn=args.flash_attn, verbose=False,
+            repack=not args.no_repack, prefetch=_PREFETCH[args.prefetch], flash_attn=args.flash_attn, verbose=False,
         )  # fmt: skip
     except ValueError as error:
         if isinstance(error, (GGUFError, PlanError)):
@@ -144,7 +152,8 @@ def bench(args: argparse.Namespace) -> None:
         "machine": machine.describe(),
         "workload": {
             "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
-            "n_cpu_moe": args.n_cpu_moe, "repack": not args.no_repack, "flash_attn": args.flash_attn, "repeats": args.repeats,
+            "n_cpu_moe": args.n_cpu_moe, "repack": not args.no_repack, "prefetch": llm.prefetch,
+            "flash_attn": args.flash_attn, "repeats": args.repeats,
             "tokens": str(args.text) if args.text else f"random, seed {args.seed}",
         },
         "plans": {name: list(plan.expert_used_count) for name, plan in plans.items()},
@@ -205,10 +214,9 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
             plans[budget] = llm.set_budget(total, token_rule=token_rule)
             continue
         plan = Plan.uniform(full, total)
-        if token_rule == "threshold":
-            raise PlanError(
-                f"{llm.model_path}: token rule 'threshold' needs a threshold table: allocmoe-convert makes one"
-            )
+        if token_rule in ("threshold", "estimate"):
+            what = "a threshold table" if token_rule == "threshold" else "an estimator"
+            raise PlanError(f"{llm.model_path}: token rule {token_rule!r} needs {what}: allocmoe-convert makes one")
         llm.set_plan(replace(plan, token_rule=token_rule or "off"))
         plans[budget] = llm.plan
     return plans
@@ -243,6 +251,7 @@ def _head(head: dict) -> str:
         f"workload: {work['threads']} threads, micro-batch {work['ubatch']}, GPU layers {work['n_gpu_layers']}"
         f"{', experts of the first ' + str(work['n_cpu_moe']) + ' on the CPU' if work['n_cpu_moe'] else ''}, "
         f"{'' if work['repack'] else 'weights not repacked, '}"
+        f"{'experts prefetched, ' if work['prefetch'] else ''}"
         f"flash attention {'on' if work['flash_attn'] else 'off'}, {work['repeats']} rounds, tokens: {work['tokens']}"
     )
 

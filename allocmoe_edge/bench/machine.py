@@ -13,6 +13,8 @@ from typing import Optional
 
 import numpy as np
 
+from ..memory import read_meminfo
+
 _BANDWIDTH_BYTES = 1 << 30
 _BANDWIDTH_PASSES = 8
 
@@ -32,7 +34,7 @@ def describe() -> dict:
     return {
         "cpu": cpu_name(),
         "logical_cpus": os.cpu_count(),
-        "memory_bytes": _memory("MemTotal"),
+        "memory_bytes": read_meminfo("MemTotal"),
         "system": platform.platform(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
@@ -46,7 +48,7 @@ def read_bandwidth(n_threads: int) -> float:
     """
     memcmp = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
     memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    size = min(_BANDWIDTH_BYTES, (_memory("MemAvailable") or 4 * _BANDWIDTH_BYTES) // 4)
+    size = min(_BANDWIDTH_BYTES, (read_meminfo("MemAvailable") or 4 * _BANDWIDTH_BYTES) // 4)
     half = size // n_threads // 2
     data = np.ones(2 * half * n_threads, np.uint8)  # written, so that it is memory and not a page of zeros
     barrier = threading.Barrier(n_threads + 1)
@@ -120,13 +122,3 @@ def stolen_time() -> Optional[tuple]:
     except OSError:
         return None
     return ticks[7], sum(ticks)
-
-
-def _memory(key: str) -> Optional[int]:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None

@@ -97,7 +97,8 @@ def _plan(report: dict) -> Iterator:
     if rule == "off":
         yield "token rule", "off: every token gets its layer's number"
     else:
-        yield "token rule", f"{rule}: every token keeps {plan['k_base']}, more by their scores"
+        by = "estimated size, and an estimate of the others" if rule == "estimate" else "their scores"
+        yield "token rule", f"{rule}: every token keeps {plan['k_base']}, more by {by}"
     read = plan["bytes_per_token"]
     if read and read["experts_full"]:
         whole = read["experts_full"] + read["other"]

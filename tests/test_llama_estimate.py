@@ -1,0 +1,188 @@
+"""`Llama` under token rule "estimate": from a file, from a side file, and as the budget changes. A random estimator will do."""
+
+import pickle
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from allocmoe_edge import Llama, Plan, PlanError, metadata
+from allocmoe_edge.convert import output
+from allocmoe_edge.estimator import Estimator
+
+TOKENS = list(range(3, 43))
+FULL = (4,) * 4
+
+
+def random_estimator(n_layer=4, n_expert=8, n_embd=64, seed=0) -> Estimator:
+    rng = np.random.default_rng(seed)
+    shapes = Estimator.shapes(n_layer, n_expert, 6, 4, n_embd)
+    arrays = {name: rng.standard_normal(shape) * 0.3 for name, shape in shapes.items()}
+    arrays["quantiles"].sort(axis=1)
+    return Estimator(**arrays)
+
+
+def load(path, **kwargs) -> Llama:
+    return Llama(str(path), n_ctx=64, logits_all=True, n_threads=2, verbose=False, **kwargs)
+
+
+def logits(llm) -> np.ndarray:
+    llm._drop_cache()
+    llm.eval(TOKENS)
+    return llm.scores[: len(TOKENS)].copy()
+
+
+@pytest.fixture(scope="module")
+def source(built):
+    return built["olmoe"].gguf_path
+
+
+@pytest.fixture(scope="module")
+def profile():
+    rows = tuple(np.linspace(2.0, 1.0, 4) * (il + 1) for il in range(4))
+    made = metadata.Profile(rows, (1.0,) * 4, metadata.Calibration("made up", 1, "0" * 64))
+    return replace(made, token_rule="estimate", estimator=random_estimator())
+
+
+@pytest.fixture(scope="module")
+def planned(source, profile, tmp_path_factory):
+    path = tmp_path_factory.mktemp("estimate") / "planned.gguf"
+    output.write_planned(source, path, profile.plan(0.5, FULL), profile)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(planned):
+    return load(planned)
+
+
+def test_plan_comes_from_the_file(planned, source, profile):
+    """As the same plan set live, and as neither top-k nor the full model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm = load(planned)
+    assert llm.plan == profile.plan(0.5, FULL) and llm.plan.token_rule == "estimate"
+    found = logits(llm)
+    live = load(source)
+    full = logits(live)
+    live.set_plan(profile.plan(0.5, FULL))
+    assert np.array_equal(logits(live), found)
+    live.set_plan(Plan((2,) * 4, FULL))
+    assert not np.allclose(logits(live), found, atol=1e-3) and not np.allclose(full, found, atol=1e-3)
+
+
+def test_plan_comes_from_a_side_file(source, profile, llm, tmp_path):
+    path = output.write_side_file(tmp_path / "p.gguf", metadata.read(source), profile.plan(0.5, FULL), profile)
+    beside = load(source, plan_path=str(path))
+    assert beside.plan == llm.set_budget()
+    assert np.array_equal(logits(beside), logits(llm))
+
+
+def test_side_file_of_another_model_is_refused(source, profile, tmp_path):
+    """As many layers and experts per token, but another width; or another number of experts."""
+    for sizes in (dict(n_embd=32), dict(n_expert=7)):
+        other = replace(profile, estimator=random_estimator(**sizes))
+        path = output.write_side_file(tmp_path / "p.gguf", metadata.read(source), other.plan(0.5, FULL), other)
+        with pytest.raises(PlanError, match="for another model"):
+            load(source, plan_path=str(path))
+        live = load(source)
+        with pytest.raises(PlanError, match="for another model"):
+            live.set_plan(other.plan(0.5, FULL))
+        assert live.plan == Plan.full(FULL)
+
+
+def test_budget_and_rule_change(llm, profile):
+    found = logits(llm)
+    assert llm.set_budget(0.75) == profile.plan(12, FULL)
+    assert not np.array_equal(logits(llm), found)
+    assert llm.set_budget(0.5, token_rule="off") == profile.plan(8, FULL, "off")
+    assert llm.set_budget(token_rule="off") == profile.plan(8, FULL, "off")
+    with pytest.raises(PlanError, match="threshold table"):
+        llm.set_budget(token_rule="threshold")
+    with pytest.raises(PlanError, match="strict"):
+        llm.set_budget(strict=True)
+    assert llm.plan == profile.plan(8, FULL, "off")
+    assert llm.set_budget() == profile.plan(8, FULL)
+    assert np.array_equal(logits(llm), found)
+
+
+def test_full_budget_is_no_plan(llm):
+    llm.set_budget(1.0)
+    found = logits(llm)
+    llm.set_plan(None)
+    assert np.array_equal(logits(llm), found)
+    llm.set_budget()
+
+
+def test_activations_are_counted(llm, profile):
+    """A random estimator's quantiles promise nothing; the ends of the range do."""
+    llm.set_budget()
+    for total in (4, 16):
+        llm.set_budget(total)
+        llm.expert_stats(reset=True)
+        logits(llm)
+        assert llm.expert_stats()["prefill"]["activations"].sum() == total * len(TOKENS)
+    llm.set_budget()
+
+
+def test_estimators_can_be_exchanged(llm, profile):
+    """Every plan runs by its own."""
+    llm.set_budget()
+    first = logits(llm)
+    other = random_estimator(seed=1).plan(8, FULL)
+    llm.set_plan(other)
+    second = logits(llm)
+    assert not np.allclose(first, second, atol=1e-3)
+    llm.set_budget()
+    assert np.array_equal(logits(llm), first)
+    llm.set_plan(other)
+    assert np.array_equal(logits(llm), second)
+    # one without any runs by the file's
+    llm.set_plan(replace(profile.plan(8, FULL), estimator=None))
+    assert np.array_equal(logits(llm), first)
+    llm.set_budget()
+
+
+def test_plan_without_a_profile(source, profile, tmp_path):
+    """Such a file can only have its rule taken off; the estimator is in it all the same."""
+    output.write_planned(source, tmp_path / "m.gguf", profile.plan(8, FULL), None)
+    llm = load(tmp_path / "m.gguf")
+    assert llm.plan == profile.plan(8, FULL)
+    assert llm.set_budget(token_rule="off").token_rule == "off"
+    assert llm.set_budget() == profile.plan(8, FULL)
+
+
+def test_no_estimator(source):
+    llm = load(source)
+    with pytest.raises(PlanError, match="needs an estimator"):
+        llm.set_plan(Plan((2,) * 4, FULL, "estimate", threshold=[0.0] * 4))
+    with pytest.raises(PlanError, match="allocmoe-convert"):
+        llm.set_budget(token_rule="estimate")
+
+
+def test_pickling_keeps_it(llm, profile):
+    llm.set_plan(random_estimator(seed=1).plan(9, FULL))
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.plan == llm.plan and np.array_equal(logits(copy), logits(llm))
+    llm.set_budget()
+
+
+def test_state_remembers_it(llm):
+    llm.set_budget()
+    expected = logits(llm)
+    state = llm.save_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm.load_state(state)
+    llm.set_budget(token_rule="off")
+    with pytest.warns(UserWarning, match="another plan"):
+        llm.load_state(state)
+    llm.set_budget()
+    assert np.array_equal(logits(llm), expected)
+
+
+def test_load_logs_one_line(planned, capfd):
+    Llama(str(planned), n_ctx=64, verbose=True)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("allocmoe: ")]
+    assert lines == ["allocmoe: budget 0.50: 8 of 16 expert activations per token, mean 2.0 of 4.0, token rule estimate"]

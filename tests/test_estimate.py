@@ -23,8 +23,8 @@ from tiny_models import TINY_MODELS  # noqa: E402
 N_LAYER, N_USED, N_EMBD = 4, 4, 64
 N_DOWN, RANK = 10, 7
 
-# The estimate passes through float16 (ggml's product of float16 weights rounds the other side too), so that logits agree to
-# about 1e-3 of it. Measured: at most 1.2e-3 over all models.
+# The estimate passes through float16 and Q8_0, rounded on both sides of each product, and may not tip a later decision.
+# Measured: at most 5e-3 over all models; with a wrong estimate 0.14 and more.
 MAX_ESTIMATE_ERROR = 2e-2
 
 # weights that act on the experts' input leave no output to weight
@@ -39,7 +39,7 @@ def estimator(n_expert: int, seed: int = 5) -> Estimator:
         down=draw(N_LAYER, N_DOWN, N_EMBD, scale=N_EMBD**-0.5),
         log_norm=draw(N_LAYER, n_expert, N_DOWN + 1, scale=0.3),
         output=draw(N_LAYER, n_expert, RANK, scale=0.5),
-        up=draw(N_LAYER, RANK, N_EMBD, scale=0.5),
+        up=draw(N_LAYER, RANK, N_EMBD, scale=0.1),
         quantiles=np.zeros((N_LAYER, N_QUANTILES)),
     )
 
@@ -74,7 +74,7 @@ class ReferenceEstimate:
         sizes = weights.log() + (log_norm[..., :-1] * u[:, None]).sum(-1) + log_norm[..., -1]
         best = torch.zeros_like(sizes, dtype=bool).scatter(-1, sizes.topk(self.k_base)[1], True)
         others = sizes[~best].sort(descending=True)[0]
-        n = max(range(len(others) // 4, len(others) // 2), key=lambda n: others[n - 1] - others[n])
+        n = max(range(len(others) // 4, 3 * len(others) // 4), key=lambda n: others[n - 1] - others[n])
         assert others[n - 1] - others[n] > 0.02  # 10 times the rounding of a size
         self.threshold[il] = float(others[n - 1] + others[n]) / 2
         kept = best | (sizes >= self.threshold[il])

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Optional, Sequence
 
-from allocmoe_edge import GGUFError, Llama, PlanError, __version__, metadata, parse_budget
+from allocmoe_edge import GGUFError, Llama, PlanError, __version__, memory, metadata, parse_budget
 from allocmoe_edge.arguments import add_n_cpu_moe, positive
 from allocmoe_edge.plan import TOKEN_RULES
 
@@ -261,7 +261,13 @@ def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: 
         return None
     if profile.estimator is not None:
         return profile.estimator
-    needed = estimate.memory(full, llm, text.profile.shape[1])
+    needed, free = estimate.memory(full, llm, text.profile.shape[1]), memory.available()
+    if not asked and free is not None and needed > free:
+        _say(
+            f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            "are free (--token-rule estimate tries them all the same)"
+        )
+        return None
     _say(f"calibrating estimates of experts: 3 passes over {text.profile.size} tokens, {needed / 1e9:.1f} GB beside the model")
     # at full budget nothing is skipped to learn from
     at = total if total < sum(full) else parse_budget("0.5", sum(full), sum(k > 0 for k in full))

@@ -136,6 +136,17 @@ def test_estimates_are_calibrated_with_stored_sensitivities(planned_path, tmp_pa
     assert metadata.read(tmp_path / "half.gguf").plan.token_rule == "estimate"
 
 
+def test_estimates_are_not_tried_without_the_memory(planned_path, monkeypatch, capsys):
+    llm = Llama(str(planned_path), n_ctx=64, verbose=False)
+    model = metadata.read(planned_path)
+    windows = np.zeros((2, 32), np.int32)
+    text = cli.calibration.CalibrationText(windows, windows, model.profile.calibration)
+    args = cli.parser().parse_args([str(planned_path), "-o", "out.gguf"])
+    monkeypatch.setattr(cli.memory, "available", lambda: 10**6)
+    assert cli._estimator(args, llm, model.profile, model.full, 180, text) is None
+    assert "not tried: to calibrate them takes 0.1 GB of memory, and 0.0 GB are free" in capsys.readouterr().err
+
+
 def test_the_result_runs(converted):
     llm = Llama(str(converted[0]), n_ctx=128, verbose=False)
     answer = llm.create_chat_completion([{"role": "user", "content": "Say hello."}], max_tokens=8)

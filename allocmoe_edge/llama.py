@@ -257,12 +257,22 @@ class Llama(llama_cpp.Llama):
 
     def _warn_if_degraded(self) -> None:
         asked = self._asked.token_rule if self._asked else "off"
-        if TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))] != asked:
+        if TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))] == asked:
+            return
+        profile = self._stored.profile
+        if asked == "estimate" and profile is not None and profile.threshold_table is not None:
             warnings.warn(
-                f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
-                "of a token; every token gets its layer's planned number of experts",
+                "token rule 'estimate' is off: estimates of skipped experts run on the CPU alone, and not for every model; "
+                "token rule 'threshold' takes its place",
                 stacklevel=3,
             )
+            self.set_plan(profile.plan(self._asked.budget_total, self._asked.expert_used_count_full, "threshold"))
+            return
+        warnings.warn(
+            f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
+            "of a token; every token gets its layer's planned number of experts",
+            stacklevel=3,
+        )
 
     def expert_stats(self, reset: bool = False) -> Dict[str, Dict[str, np.ndarray]]:
         """Expert activations so far, for prompt ("prefill") and generated ("decode") tokens apart.

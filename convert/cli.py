@@ -187,7 +187,8 @@ def _planned(args: argparse.Namespace, path: Path, model: metadata.ModelPlan) ->
     stored = None if args.calib or args.reprofile or args.quantize else model.profile
     if stored is not None:
         _say(f"using the sensitivities in {args.model} (measured on {stored.calibration.source})")
-        if args.max_ppl_increase is None and args.target_tps is None and args.cost in (None, stored.cost_unit):
+        known = args.token_rule != "estimate" or stored.estimator is not None
+        if known and args.max_ppl_increase is None and args.target_tps is None and args.cost in (None, stored.cost_unit):
             profile = replace(stored, held_out=None)
             return profile, profile.plan(total, full, args.token_rule)
     if model.side_file:

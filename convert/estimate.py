@@ -36,7 +36,7 @@ _LEAST_SENSITIVITY = 0.01
 
 class Recorded(NamedTuple):
     """Of one layer and some tokens, columns by rank: inputs [n, n_embd]; experts, weights, norms of outputs, estimated log
-    sizes [n, K]; missing [n, n_embd], empty but under the rule; errors [K + 1] with the k best experts, summed."""
+    sizes [n, K]; missing [n, n_embd] where the rule decides; errors [K + 1] with the k best experts, summed."""
 
     inputs: np.ndarray
     experts: np.ndarray
@@ -69,8 +69,9 @@ def calibrate(
     fit = np.flatnonzero(~apart)
     held = token_windows[apart] if apart.any() else token_windows
     n_passes = len(fit) + 2 * len(token_windows) + _CORRECTIONS * len(held)
-    whole = Plan(full, full, "batch")
     n_embd = llm.n_embd()
+    # skips nothing, but runs only where the rule does
+    whole = _nothing(len(full), _n_expert(llm), n_embd).plan(sum(full), full)
     with tqdm(total=n_passes, desc="estimator", unit="pass", disable=None, leave=False) as bar:
         sums, errors = {}, {il: 0.0 for il in layers}
         for il, found in _record(llm, whole, token_windows[fit], bar.update):
@@ -98,6 +99,11 @@ def calibrate(
         for _ in range(_CORRECTIONS):
             estimator = _corrected(llm, estimator, estimator.plan(total, full, profile.k_base), held, bar.update)
     return estimator
+
+
+def _nothing(n_layer: int, n_expert: int, n_embd: int) -> Estimator:
+    shapes = Estimator.shapes(n_layer, n_expert, 1, 0, n_embd)
+    return Estimator(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
 
 
 def memory(full: tuple, llm: Llama, n_ctx: int) -> int:

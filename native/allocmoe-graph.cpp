@@ -230,7 +230,7 @@ static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * us
         const int32_t * kept   = row<int32_t>(routed, t);
         const float   * u      = row<float>(reduced, t);
         float         * out    = (float *) ((char *) dst->data + t*dst->nb[1]);
-        std::fill_n(out, estimates.rank, 0.0f);
+        std::fill_n(out, dst->ne[0], 0.0f);
         for (int64_t r = 0; r < ids->ne[0]; ++r) {
             if (kept[r] >= 0) {
                 continue;
@@ -241,7 +241,7 @@ static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * us
                 out[i] += weight*(output[i] + u[i]);
             }
         }
-        // what float16 cannot hold would become infinite in the product with `up`: then no estimate
+        // what float16 cannot hold may have become infinite already: then no estimate
         if (!std::all_of(out, out + estimates.rank, [](float x) { return std::abs(x) < 65504.0f; })) {
             std::fill_n(out, estimates.rank, 0.0f);
         }
@@ -267,7 +267,7 @@ void allocmoe_build_estimate(ggml_context * ctx, allocmoe_graph & graph, ggml_te
     layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, 3, compute_routed_by_size, 1, &layer);
     if (estimates.rank > 0) {
         args[3] = layer.routed;
-        ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.rank, layer.selected->ne[1], 1, 1, args, 4, compute_skipped, 1, &layer);
+        ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.up[layer.il]->ne[0], layer.selected->ne[1], 1, 1, args, 4, compute_skipped, 1, &layer);
         layer.estimate = ggml_mul_mat(ctx, estimates.up[layer.il], skipped);
     }
 }

@@ -30,7 +30,7 @@ struct allocmoe_estimates {
     ggml_context_ptr           ctx;
     ggml_backend_buffer_ptr    buffer; // in the CPU's memory
     std::vector<ggml_tensor *> down;   // [block_count], F16 [n_embd, n_down]
-    std::vector<ggml_tensor *> up;     // [block_count], F16 [rank, n_embd]
+    std::vector<ggml_tensor *> up;     // [block_count], Q8_0 [rank padded with zeros, n_embd]
     std::vector<float>         log_norm;
     std::vector<float>         output;
 };

@@ -359,22 +359,25 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
     estimates->log_norm.assign(estimator->log_norm, estimator->log_norm + (int64_t) n_layer*n_expert*(n_down + 1));
     estimates->output  .assign(estimator->output,   estimator->output   + n_layer*n_expert*rank);
 
+    // whole blocks; float16 would be multiplied 64 columns at a time or one by one
+    const int64_t n_columns = GGML_PAD(rank, ggml_blck_size(GGML_TYPE_Q8_0));
+
     estimates->ctx.reset(ggml_init({ 2*n_layer*ggml_tensor_overhead(), nullptr, true }));
     for (int32_t il = 0; il < n_layer; ++il) {
         estimates->down.push_back(ggml_new_tensor_2d(estimates->ctx.get(), GGML_TYPE_F16, n_embd, n_down));
-        estimates->up  .push_back(rank > 0 ? ggml_new_tensor_2d(estimates->ctx.get(), GGML_TYPE_F16, rank, n_embd) : nullptr);
+        estimates->up  .push_back(rank > 0 ? ggml_new_tensor_2d(estimates->ctx.get(), GGML_TYPE_Q8_0, n_columns, n_embd) : nullptr);
         ggml_format_name(estimates->down.back(), "allocmoe.down-%d", il);
     }
     estimates->buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(estimates->ctx.get(), ggml_backend_cpu_buffer_type()));
     ggml_backend_buffer_set_usage(estimates->buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    std::vector<float> transposed(rank*n_embd);
+    std::vector<float> transposed(n_columns*n_embd);
     for (int32_t il = 0; il < n_layer; ++il) {
         ggml_fp32_to_fp16_row(estimator->down + il*n_down*n_embd, (ggml_fp16_t *) estimates->down[il]->data, n_down*n_embd);
         for (int64_t i = 0; i < rank*n_embd; ++i) {
-            transposed[i%n_embd*rank + i/n_embd] = estimator->up[il*rank*n_embd + i];
+            transposed[i%n_embd*n_columns + i/n_embd] = estimator->up[il*rank*n_embd + i];
         }
         if (rank > 0) {
-            ggml_fp32_to_fp16_row(transposed.data(), (ggml_fp16_t *) estimates->up[il]->data, rank*n_embd);
+            ggml_quantize_chunk(GGML_TYPE_Q8_0, transposed.data(), estimates->up[il]->data, 0, n_embd, n_columns, nullptr);
         }
     }
     current = std::move(estimates);

@@ -128,6 +128,14 @@ def test_estimate_replans_without_a_profile(estimated, tmp_path):
     assert llm.plan == found.plan
 
 
+def test_estimates_are_calibrated_with_stored_sensitivities(planned_path, tmp_path):
+    """A file that was converted without them: the model runs, but takes no new profile."""
+    done = run(planned_path, "--budget", "0.5", "--token-rule", "estimate", *QUICK, "-o", tmp_path / "half.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "using the sensitivities" in done.stderr and "calibrating estimates" in done.stderr and "profiling" not in done.stderr
+    assert metadata.read(tmp_path / "half.gguf").plan.token_rule == "estimate"
+
+
 def test_the_result_runs(converted):
     llm = Llama(str(converted[0]), n_ctx=128, verbose=False)
     answer = llm.create_chat_completion([{"role": "user", "content": "Say hello."}], max_tokens=8)

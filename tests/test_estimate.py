@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the reference logits are computed b
 pytest.importorskip("transformers", minversion="5", reason="the reference models")
 pytest.importorskip("tokenizers", reason="the tiny models need a tokenizer")
 
-from allocmoe_edge import Llama, Plan, PlanError  # noqa: E402
+from allocmoe_edge import Llama, Plan, PlanError, metadata  # noqa: E402
 from allocmoe_edge._native import context_pointer, ffi, libllama  # noqa: E402
 from allocmoe_edge.estimator import N_QUANTILES, Estimator  # noqa: E402
 from test_transformers_parity import MAX_ERROR, MIN_DIFFERENCE, TOKENS, Reference, distance, runtime_logits  # noqa: E402
@@ -23,9 +23,9 @@ from tiny_models import TINY_MODELS  # noqa: E402
 N_LAYER, N_USED, N_EMBD = 4, 4, 64
 N_DOWN, RANK = 10, 7
 
-# The estimate passes through float16 (ggml's product of float16 weights rounds the other side too), so that logits agree to
-# about 1e-3 of it. Measured: at most 1.2e-3 over all models.
-MAX_ESTIMATE_ERROR = 5e-3
+# The estimate passes through float16 and Q8_0, rounded on both sides of each product, and may not tip a later decision.
+# Measured: at most 5e-3 over all models; with a wrong estimate 0.14 and more.
+MAX_ESTIMATE_ERROR = 2e-2
 
 # weights that act on the experts' input leave no output to weight
 MODELS = [name for name in TINY_MODELS if name != "llama4"]
@@ -39,7 +39,7 @@ def estimator(n_expert: int, seed: int = 5) -> Estimator:
         down=draw(N_LAYER, N_DOWN, N_EMBD, scale=N_EMBD**-0.5),
         log_norm=draw(N_LAYER, n_expert, N_DOWN + 1, scale=0.3),
         output=draw(N_LAYER, n_expert, RANK, scale=0.5),
-        up=draw(N_LAYER, RANK, N_EMBD, scale=0.5),
+        up=draw(N_LAYER, RANK, N_EMBD, scale=0.1),
         quantiles=np.zeros((N_LAYER, N_QUANTILES)),
     )
 
@@ -74,7 +74,7 @@ class ReferenceEstimate:
         sizes = weights.log() + (log_norm[..., :-1] * u[:, None]).sum(-1) + log_norm[..., -1]
         best = torch.zeros_like(sizes, dtype=bool).scatter(-1, sizes.topk(self.k_base)[1], True)
         others = sizes[~best].sort(descending=True)[0]
-        n = max(range(len(others) // 4, len(others) // 2), key=lambda n: others[n - 1] - others[n])
+        n = max(range(len(others) // 4, 3 * len(others) // 4), key=lambda n: others[n - 1] - others[n])
         assert others[n - 1] - others[n] > 0.02  # 10 times the rounding of a size
         self.threshold[il] = float(others[n - 1] + others[n]) / 2
         kept = best | (sizes >= self.threshold[il])
@@ -262,4 +262,23 @@ def test_weights_on_the_input_leave_nothing_to_estimate(built):
     with pytest.warns(UserWarning, match="token rule 'estimate' is off"):
         llm.set_plan(planned(llm, estimator(16), [0.0] * N_LAYER))
     assert llm.plan.token_rule == "off"
+    llm.close()
+
+
+def test_thresholds_take_the_place_of_estimates(built, tmp_path):
+    """Where only estimates cannot run and the file has thresholds too."""
+    model = metadata.read(built["llama4"].gguf_path)
+    rows = tuple(np.linspace(2.0, 1.0, k) if k else np.empty(0) for k in model.full)
+    table = tuple(np.array([np.inf, 0.6, 0.4, -np.inf][-k:], np.float32) if k else np.empty(0, np.float32) for k in model.full)
+    estimates = replace(estimator(16), quantiles=np.tile(np.linspace(-1, 1, N_QUANTILES), (N_LAYER, 1)))
+    calibration = metadata.Calibration("made up for a test", 1, "0" * 64)
+    profile = metadata.Profile(
+        rows, (1.0,) * N_LAYER, calibration, threshold_table=table, token_rule="estimate", estimator=estimates
+    )
+    plan = profile.plan(0.5, model.full)
+    assert plan.token_rule == "estimate"
+    metadata.write_side_file(tmp_path / "plan.gguf", model, plan, profile)
+    with pytest.warns(UserWarning, match="token rule 'threshold' takes its place"):
+        llm = Llama(str(built["llama4"].gguf_path), plan_path=str(tmp_path / "plan.gguf"), n_ctx=64, verbose=False)
+    assert llm.plan == profile.plan(plan.budget_total, model.full, "threshold")
     llm.close()

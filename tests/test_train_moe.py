@@ -113,30 +113,38 @@ def test_load_balancing_is_trained(text, tmp_path, monkeypatch):
     assert not torch.equal(with_it, without)
 
 
-@pytest.mark.parametrize("counts", [(4, 4), (2, 3), (1, 1)])
-def test_converted_model_gives_the_same_logits(trained, text, tmp_path, counts):
-    """Renormalised weights and others, at full budget and below, from training to our runtime. F32 on both sides; 1e-3
-    of the logits' spread: sums in another order, and our CPU kernels'."""
-    folder, arch = trained
-    path = tmp_path / "model.gguf"
+@pytest.fixture(scope="module")
+def converted(trained, text, tmp_path_factory):
+    """What allocmoe-convert makes of it, as float32 GGUF."""
+    folder, _ = trained
+    path = tmp_path_factory.mktemp("converted") / "model.gguf"
     arguments = [str(folder), "--pre-tokenizer", "gpt-2", "--outtype", "f32", "--budget", "0.5", "--calib", str(text)]
     arguments += ["--calib-tokens", "256", "--ctx-size", "64", "--threads", "1", "-o", str(path)]
     assert cli.main(arguments) == 0
-    assert metadata.read(path).full == (4, 4)
-    llm = Llama(str(path), n_ctx=64, n_batch=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    return path
+
+
+def test_converted_model_gives_the_same_logits(trained, converted, text):
+    """Renormalised weights and others, at full budget and below, from training to our runtime. F32 on both sides; 1e-3
+    of the logits' spread: sums in another order, and our CPU kernels'."""
+    folder, _ = trained
+    assert metadata.read(converted).full == (4, 4)
+    llm = Llama(str(converted), n_ctx=64, n_batch=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     sentence = text.read_text()[:200]
     tokens = tokenizer(sentence)["input_ids"][:60]
     assert llm.tokenize(sentence.encode(), add_bos=False)[:60] == tokens
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for layer, k in zip(model.model.layers, counts):
-        layer.mlp.gate.top_k = k
-    with torch.no_grad():
-        want = model(torch.tensor([tokens])).logits[0].numpy()
-    llm.set_plan(Plan(counts, (4, 4)))
-    llm.eval(tokens)
-    found = np.array(llm.eval_logits)
-    assert np.abs(found - want).max() < 1e-3 * want.std()
+    for counts in (4, 4), (2, 3), (1, 1):
+        for layer, k in zip(model.model.layers, counts):
+            layer.mlp.gate.top_k = k
+        with torch.no_grad():
+            want = model(torch.tensor([tokens])).logits[0].numpy()
+        llm.set_plan(Plan(counts, (4, 4)))
+        llm.reset()
+        llm.eval(tokens)
+        found = np.array(llm.eval_logits)
+        assert np.abs(found - want).max() < 1e-3 * want.std(), counts
 
 
 @pytest.mark.parametrize("arch", train_moe.ARCHITECTURES)

@@ -15,7 +15,7 @@ import numpy as np
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp
 from . import memory, metadata
 from .gguf_file import model_paths
-from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple
+from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, parse_budget
 
 Budget = Union[float, int, str]
 
@@ -164,7 +164,7 @@ class Llama(llama_cpp.Llama):
                 "stores in the file; convert it first, or pass a Plan with a token rule to set_plan"
             )
         if budget is not None:
-            if profile is None and metadata.parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
+            if profile is None and parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
                 raise PlanError(
                     f"{self.model_path}: budget={budget!r} needs the sensitivities that allocmoe-convert stores in the "
                     "file; convert it first, or pass a plan of your own to set_plan"

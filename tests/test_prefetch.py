@@ -200,6 +200,26 @@ def test_nodes(path, arguments, per_graph):
 
 
 @only_posix
+def test_with_layers_left_out(path):
+    """Calibration's start at a later layer edits the graph too: the same bits, and a node for each layer that is left."""
+    found = []
+    for prefetch in (False, True):
+        llm = Watched(str(path), prefetch=prefetch, **SIZES)
+        full = Plan([N_USED] * N_LAYER, [N_USED] * N_LAYER)
+        for arguments in (dict(keep_outputs=True), dict(start_layer=2)):
+            llm._set_native_plan(full, **arguments)
+            llm.reset()
+            llm._ctx.kv_cache_clear()
+            llm.nodes.clear()
+            llm.eval(list(range(20, 40)))
+            found.append(llm.scores[:20].copy())
+        assert llm.nodes.count("allocmoe_prefetch") == 2 * prefetch
+        assert "ffn_moe_down-2" in llm.nodes and "ffn_moe_down-1" not in llm.nodes
+        llm.close()
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+@only_posix
 def test_native_api_turns_it_on_and_off(path):
     llm = Watched(str(path), **SIZES)
     first = logits(llm)

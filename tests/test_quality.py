@@ -380,7 +380,7 @@ def test_command_measures_every_method_and_resumes(command, monkeypatch, capsys)
     for method in methods.METHODS.values():
         assert f"| {method.title}" in table
     by_method = {(r["budget"], r["method"], r["phase"]): r for r in result["rows"]}
-    assert len(by_method[0.5, "ours", ""]["samples"]) == 2 and len(by_method[0.5, "lexi", ""]["samples"]) == 1
+    assert len(by_method[0.5, "ours", "prefill"]["samples"]) == 2 and len(by_method[0.5, "lexi", ""]["samples"]) == 1
     for (budget, method, _), row in by_method.items():
         for sample in row["samples"]:
             # thresholds meet the budget on the text that they are calibrated on, here 256 tokens of other random words
@@ -395,11 +395,27 @@ def test_ours_is_what_convert_writes(command, path, tmp_path):
     args, out = command
     load_main().main(args)
     result = json.loads((out / "result.json").read_text())
-    (mine,) = [e for e in result["plans"] if (e["method"], e["budget"], e["sample"]) == ("ours", 0.5, 0)]
+    wanted = ("ours", 0.5, 0, False)
+    (mine,) = [e for e in result["plans"] if (e["method"], e["budget"], e["sample"], e["decode"]) == wanted]
     convert = [path, "--budget", 0.5, "--calib", out / "calibration-0.txt", "--calib-tokens", 256, "--ctx-size", 64]
     convert += ["--threads", 1, "--plan-only", "-o", tmp_path / "plan.gguf"]
     assert cli.main([str(a) for a in convert]) == 0
     assert metadata.read(tmp_path / "plan.gguf").plan == Plan(**{**mine["plan"]})
+
+
+def test_plan_with_an_estimator_is_read_back(command, path, llm, text, tmp_path, monkeypatch):
+    """It is too large for the checkpoint, which keeps the rest: the second time no method is asked."""
+    main = load_main()
+    (tmp_path / "calib.txt").write_text(book(1))
+    args = main.parser().parse_args([*command[0], "--methods", "ours"])
+    setting = methods.Setting(llm, FULL, path, text, tmp_path / "calib.txt", args)
+    monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=methods._ours("--token-rule", "estimate")))
+    with Checkpoint(tmp_path / "cells", path) as checkpoint:
+        ((_, _, first),) = main.planned(setting, {0.5: 8}, 0, checkpoint)
+        monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=None))
+        ((_, _, again),) = main.planned(setting, {0.5: 8}, 0, checkpoint)
+    assert first == again and again.token_rule == "estimate"
+    assert np.array_equal(first.estimator.up, again.estimator.up) and again.estimator.up.any()
 
 
 def test_errors_are_lines(path, tmp_path, capsys):

@@ -95,7 +95,7 @@ class ObservedModel:
         self._stack.close()
 
     def set_plan(self, plan) -> None:
-        """An `allocmoe_edge.Plan`, any token rule."""
+        """An `allocmoe_edge.Plan`, any token rule but "estimate"."""
         rule = ffi.new("struct allocmoe_rule *")
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
         rule.token_rule = ("off", "batch", "threshold").index(plan.token_rule)

@@ -271,7 +271,7 @@ def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: 
     _say(f"calibrating estimates of experts: 3 passes over {text.profile.size} tokens, {needed / 1e9:.1f} GB beside the model")
     # at full budget nothing is skipped to learn from
     at = total if total < sum(full) else parse_budget("0.5", sum(full), sum(k > 0 for k in full))
-    found = estimate.calibrate(llm, profile, at, full, text.profile)
+    found = estimate.calibrate(llm, profile, at, full, text.profile, text.held_out)
     if found is None:
         message = "token rule estimate: this model, or the backend that it runs on, cannot leave out single experts of a token"
         if asked:

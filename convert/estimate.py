@@ -48,7 +48,14 @@ class Recorded(NamedTuple):
 
 
 def calibrate(
-    llm: Llama, profile: Profile, total: int, full: tuple, token_windows: np.ndarray, n_size: int = N_SIZE, rank: int = RANK
+    llm: Llama,
+    profile: Profile,
+    total: int,
+    full: tuple,
+    token_windows: np.ndarray,
+    spend_windows: Optional[np.ndarray] = None,
+    n_size: int = N_SIZE,
+    rank: int = RANK,
 ) -> Optional[Estimator]:
     """What the rule is to go by on a model, from text.
 
@@ -58,6 +65,8 @@ def calibrate(
     Args:
         profile: the layers' sensitivities, and k_base.
         token_windows: int32, shape [n_windows, n_ctx]; n_ctx is at most the micro-batch of `llm`.
+        spend_windows: further windows; nothing is fitted to them, but what they spend under the rule counts when thresholds
+            are corrected. A few windows alone can be some 10% off.
 
     Returns:
         None where the model, or the backend that it runs on, has no use for it.
@@ -68,6 +77,8 @@ def calibrate(
         apart[-1] = len(apart) > 1
     fit = np.flatnonzero(~apart)
     held = token_windows[apart] if apart.any() else token_windows
+    if spend_windows is not None:
+        held = np.concatenate([held, spend_windows])
     n_passes = len(fit) + 2 * len(token_windows) + _CORRECTIONS * len(held)
     n_embd = llm.n_embd()
     # skips nothing, but runs only where the rule does

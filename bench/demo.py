@@ -95,10 +95,12 @@ def main() -> None:
 
     tokens = llm.tokenize(reference_text()[:80_000], add_bos=False)
     held = windows(tokens[:PPL_TOKENS], 512, bos_token(llm))
-    found = {}
+    found, spent = {}, {}
     for name, candidate in plans.items():
         llm.set_plan(candidate)
+        llm.expert_stats(reset=True)
         found[name] = perplexity(llm, held)
+        spent[name] = llm.expert_stats()["prefill"]["mean"].sum()
     speed = speeds(llm, plans, tokens)
 
     full = speed["full budget"]
@@ -107,11 +109,12 @@ def main() -> None:
     for name, candidate in plans.items():
         prefill, decode = speed[name]
         print(
-            f"| {name:11} | {candidate.budget_total:8d} ({candidate.budget:4.0%}) | {found[name]:10.2f} "
+            f"| {name:11} | {spent[name]:8.0f} ({spent[name] / candidate.budget_full:4.0%}) | {found[name]:10.2f} "
             f"| {prefill:7.1f} ({prefill / full[0]:.2f}x) | {decode:7.1f} ({decode / full[1]:.2f}x) |"
         )
     print(
-        f"\nPerplexity on {held.size} tokens of the Python reference, windows of 512. Speed: {PREFILL_TOKENS} prompt and "
+        f"\nPerplexity on {held.size} tokens of the Python reference, windows of 512, and the experts that were spent on it "
+        f"(planned: {plan.budget_total}). Speed: {PREFILL_TOKENS} prompt and "
         f"{DECODE_TOKENS} generated tokens, medians of {ROUNDS} runs in turn, {N_THREADS} threads.\n"
         f"The planned model is {planned}; try: Llama(model_path={str(planned)!r}, budget=0.7)"
     )

@@ -49,7 +49,7 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
 def random_estimator(llm: Llama, n_layer: int) -> Estimator:
     rng = np.random.default_rng(0)
     n_embd, rank, n_down = llm.n_embd(), estimate.RANK, estimate.RANK + estimate.N_SIZE
-    n_expert = int(llm.metadata[f"{llm.metadata['general.architecture']}.expert_count"])
+    n_expert = estimate.n_expert_of(llm)
 
     def draw(*shape, scale):
         return rng.standard_normal(shape, np.float32) * np.float32(scale)

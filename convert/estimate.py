@@ -82,12 +82,12 @@ def calibrate(
     n_passes = len(fit) + 2 * len(token_windows) + _CORRECTIONS * len(held)
     n_embd = llm.n_embd()
     # skips nothing, but runs only where the rule does
-    whole = _nothing(len(full), _n_expert(llm), n_embd).plan(sum(full), full)
+    whole = _nothing(len(full), n_expert_of(llm), n_embd).plan(sum(full), full)
     with tqdm(total=n_passes, desc="estimator", unit="pass", disable=None, leave=False) as bar:
         sums, errors = {}, {il: 0.0 for il in layers}
         for il, found in _record(llm, whole, token_windows[fit], bar.update):
             if il not in sums:
-                sums[il] = SizeSums(_n_expert(llm), n_embd)
+                sums[il] = SizeSums(n_expert_of(llm), n_embd)
             sums[il].add(found.inputs, found.experts, _log_sizes(found))
             errors[il] = errors[il] + found.errors
         if not sums:
@@ -98,12 +98,12 @@ def calibrate(
         for il, found in _record(llm, whole, token_windows, bar.update):
             kept[il].append((found.inputs @ down[il].T, found.experts, _log_sizes(found), _log_weights(found.weights)))
         sensitivity = _log_sensitivities(profile, errors, full)
-        estimator = _with_sizes(down, kept, sensitivity, apart, profile.k_base, full, _n_expert(llm))
+        estimator = _with_sizes(down, kept, sensitivity, apart, profile.k_base, full, n_expert_of(llm))
         plan = estimator.plan(total, full, profile.k_base)
-        missing = {il: MissingSums(_n_expert(llm), n_embd) for il in layers}
+        missing = {il: MissingSums(n_expert_of(llm), n_embd) for il in layers}
         for il, found in _record(llm, plan, token_windows, bar.update):
             keep = keeps(found.sizes, plan.threshold[il], plan.k_base)
-            skipped = np.zeros((len(found.inputs), _n_expert(llm)), np.float32)
+            skipped = np.zeros((len(found.inputs), n_expert_of(llm)), np.float32)
             np.put_along_axis(skipped, found.experts, np.where(keep, 0.0, found.weights), axis=1)
             missing[il].add(found.inputs, skipped, found.missing)
         estimator = _with_outputs(estimator, {il: missing.pop(il).fit(rank) for il in layers})
@@ -120,7 +120,7 @@ def _nothing(n_layer: int, n_expert: int, n_embd: int) -> Estimator:
 def memory(full: tuple, llm: Llama, n_ctx: int) -> int:
     """Bytes that `calibrate` needs beside the model: in each layer two matrices of about n_embd by n_embd floats, and what
     one window of n_ctx tokens has recorded, in vectors that have room for twice as much."""
-    size = _n_expert(llm) + llm.n_embd()
+    size = n_expert_of(llm) + llm.n_embd()
     return sum(k > 0 for k in full) * 4 * (size * (size + llm.n_embd()) + 2 * 2 * n_ctx * llm.n_embd())
 
 
@@ -218,7 +218,8 @@ def _log_weights(weights: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(weights, 1e-20))
 
 
-def _n_expert(llm: Llama) -> int:
+def n_expert_of(llm: Llama) -> int:
+    """Experts in a layer of a model that has some."""
     return int(llm.metadata[f"{llm.metadata['general.architecture']}.expert_count"])
 
 

@@ -18,6 +18,7 @@ from allocmoe_edge import Llama, Plan, PlanError, metadata  # noqa: E402
 from allocmoe_edge._native import context_pointer, ffi, libllama  # noqa: E402
 from allocmoe_edge.estimator import N_QUANTILES, Estimator  # noqa: E402
 from test_transformers_parity import MAX_ERROR, MIN_DIFFERENCE, TOKENS, Reference, distance, runtime_logits  # noqa: E402
+from test_transformers_parity import one_torch_thread  # noqa: E402, F401  (a fixture, for this module too)
 from tiny_models import TINY_MODELS  # noqa: E402
 
 N_LAYER, N_USED, N_EMBD = 4, 4, 64
@@ -85,14 +86,6 @@ class ReferenceEstimate:
         self.missing[il] = (weights[..., None] * outputs * ~keep).sum(1).numpy()
         self.norms[il], self.ids[il] = outputs.norm(dim=-1).numpy(), ids.numpy()
         return (weights[..., None] * torch.where(keep, outputs, estimate)).sum(1).reshape(shape)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module", params=MODELS)

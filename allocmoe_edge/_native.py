@@ -3,6 +3,7 @@
 Importing this module is what decides which libllama the process runs, so it must come before `llama_cpp`.
 """
 
+import ctypes
 import os
 import re
 import sys
@@ -107,6 +108,27 @@ libggml_base = ffi.dlopen(str(_library_path(LIB_DIR, "ggml-base")))
 # a portable build (GGML_BACKEND_DL) picks its backends at run time, and looks for them beside the executable
 if libggml.ggml_backend_reg_count() == 0:
     libggml.ggml_backend_load_all_from_path(str(LIB_DIR).encode())
+
+
+# what llama_cpp logs to, and what we log to when not verbose
+_log_all = llama_cpp._logger.llama_log_callback
+_log_errors = llama_cpp.llama_log_callback(int(ffi.cast("uintptr_t", ffi.addressof(libllama, "allocmoe_log_errors"))))
+
+
+def set_verbose(verbose: bool) -> None:
+    """Logs everything from now on, as llama_cpp does, or errors alone; a logger that somebody else has set stays.
+
+    llama_cpp's logger is Python code, which llama.cpp's calls run even where it prints nothing. Ctrl-C in it is lost:
+    no exception can leave a callback. So there is none where nothing but errors is to be printed.
+    """
+    current, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(current), ctypes.byref(data))
+    if any(_address(current) == _address(known) for known in (_log_all, _log_errors)):
+        llama_cpp.llama_log_set(_log_all if verbose else _log_errors, None)
+
+
+def _address(function) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def context_pointer(llm) -> "ffi.CData":

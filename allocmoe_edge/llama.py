@@ -12,7 +12,7 @@ from typing import Dict, Optional, Sequence, Union
 
 import numpy as np
 
-from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp
+from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
 from . import memory, metadata
 from .gguf_file import model_paths
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, parse_budget
@@ -84,6 +84,7 @@ class Llama(llama_cpp.Llama):
         if prefetch is None:
             free = memory.available()
             prefetch = free is not None and sum(os.path.getsize(path) for path in model_paths(model_path)) > free
+        set_verbose(kwargs.get("verbose", True))
         super().__init__(model_path, **kwargs)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
         self._asked, self._estimator = self._stored.plan, None

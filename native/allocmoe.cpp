@@ -13,7 +13,9 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -526,4 +528,14 @@ void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores
     params.strict    = rule->strict;
     params.value     = rule->value;
     allocmoe_apply_token_rule(params, scores, n_used, n_tokens, n_kept, *credit);
+}
+
+void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {
+    static std::atomic<bool> error{false}; // whether the line being written is one
+    if (level != GGML_LOG_LEVEL_CONT) {
+        error = level == GGML_LOG_LEVEL_ERROR;
+    }
+    if (error) {
+        fputs(text, stderr);
+    }
 }

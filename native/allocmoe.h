@@ -148,6 +148,10 @@ LLAMA_API int64_t allocmoe_set_prefetch(struct llama_context * ctx, bool prefetc
 // keeps. scores: [n_tokens][n_used]. credit: the activations left over so far under a strict rule, updated.
 LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit);
 
+// A logger for llama_log_set that prints errors to stderr and nothing else. No Python runs in it, so none can be interrupted
+// inside llama.cpp's calls.
+LLAMA_API void allocmoe_log_errors(int32_t level, const char * text, void * user_data);
+
 // [cffi end]
 
 #ifdef __cplusplus

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import sys
 import warnings
 
 import llama_cpp
@@ -233,6 +234,43 @@ def test_load_logs_one_line(planned_path, capfd):
 
 
 # what llama_cpp.Llama does
+
+
+def logger_runs(testbed_path, verbose) -> int:
+    """How often llama_cpp's logger, which is Python code, ran while a model was loaded and evaluated."""
+    logger, runs = llama_cpp._logger.__file__, []
+    sys.setprofile(lambda frame, event, _: event == "call" and frame.f_code.co_filename == logger and runs.append(frame.f_code.co_name))
+    try:
+        Llama(str(testbed_path), n_ctx=64, verbose=verbose).eval([1, 2, 3])
+    finally:
+        sys.setprofile(None)
+    return runs.count("llama_log_callback")
+
+
+def test_no_python_runs_inside_quiet_llama_cpp(testbed_path, capfd):
+    """Ctrl-C in a callback is lost."""
+    assert logger_runs(testbed_path, verbose=True) > 100
+    capfd.readouterr()
+    assert logger_runs(testbed_path, verbose=False) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_llama_cpp_prints_errors(testbed_path, capfd):
+    llm = Llama(str(testbed_path), n_ctx=64, verbose=False)
+    with pytest.raises(RuntimeError, match="llama_decode"):
+        llm.eval([10**6])
+    assert "invalid token" in capfd.readouterr().err
+
+
+def test_logger_of_somebody_else_stays(testbed_path):
+    lines = []
+    theirs = llama_cpp.llama_log_callback(lambda level, text, data: lines.append(text))
+    llama_cpp.llama_log_set(theirs, None)
+    try:
+        Llama(str(testbed_path), n_ctx=64, verbose=False)
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+    assert len(lines) > 100
 
 
 def test_signature_is_llama_cpps_and_ours():

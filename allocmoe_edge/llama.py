@@ -248,7 +248,9 @@ class Llama(llama_cpp.Llama):
         status = libllama.allocmoe_set_estimator(context_pointer(self), handed, *sizes)
         if status < 0:
             raise PlanError(
-                f"the estimator is for another model, of n_embd {estimator.n_embd} and {estimator.n_expert} experts (status {status})"
+                "no memory for the estimator where the model is"
+                if status == libllama.ALLOCMOE_ERR_MEMORY
+                else f"the estimator is for another model, of n_embd {estimator.n_embd} and {estimator.n_expert} experts (status {status})"
             )
         self._estimator = estimator
 
@@ -263,8 +265,8 @@ class Llama(llama_cpp.Llama):
         profile = self._stored.profile
         if asked == "estimate" and profile is not None and profile.threshold_table is not None:
             warnings.warn(
-                "token rule 'estimate' is off: estimates of skipped experts run on the CPU alone, and not for every model; "
-                "token rule 'threshold' takes its place",
+                "token rule 'estimate' is off: this model, or the backend that it runs on, has no estimates of skipped "
+                "experts; token rule 'threshold' takes its place",
                 stacklevel=3,
             )
             self.set_plan(profile.plan(self._asked.budget_total, self._asked.expert_used_count_full, "threshold"))

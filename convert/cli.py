@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
         "--token-rule",
         choices=TOKEN_RULES[::-1],
         help="how activations are shared among tokens. estimate: a token's experts run where what they would give is "
-        "estimated to be large, and a low-rank estimate stands in for the others (CPU only; to calibrate it takes memory "
-        "beside the model, which is printed); threshold: a token gets more where its routing scores are high and less "
+        "estimated to be large, and a low-rank estimate stands in for the others (CPU and CUDA; to calibrate it takes "
+        "memory beside the model, which is printed); threshold: a token gets more where its routing scores are high and less "
         "where they are low; batch: the same by ranking each micro-batch, which does nothing for single tokens; off: the "
         "same number for all. Default: estimate, threshold or off, whichever does best on held-out text",
     )

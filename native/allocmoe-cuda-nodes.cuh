@@ -45,11 +45,27 @@ static __global__ void __launch_bounds__(ALLOCMOE_MAX_BLOCK) allocmoe_route_kern
     allocmoe_route(block, args, shared);
 }
 
+static __global__ void __launch_bounds__(ALLOCMOE_MAX_BLOCK) allocmoe_route_by_size_kernel(const allocmoe_estimate_args args) {
+    __shared__ int32_t total;
+    allocmoe_cuda_block block;
+    allocmoe_route_by_size(block, args, total);
+}
+
+// a block a token
+static __global__ void __launch_bounds__(ALLOCMOE_MAX_BLOCK) allocmoe_sum_skipped_kernel(const allocmoe_estimate_args args) {
+    allocmoe_cuda_block block;
+    allocmoe_sum_skipped(block, args, blockIdx.x);
+}
+
 static __global__ void allocmoe_mask_weights_kernel(const float * weights, const int32_t * routed, float * dst, const int64_t n, const float skipped) {
     const int64_t i = (int64_t) blockIdx.x*blockDim.x + threadIdx.x;
     if (i < n) {
         dst[i] = routed[i] >= 0 ? weights[i] : skipped;
     }
+}
+
+static bool allocmoe_cuda_has_rows_of(const ggml_tensor * tensor, ggml_type type) {
+    return tensor->type == type && tensor->nb[0] == ggml_type_size(type);
 }
 
 // Whether a custom node is one of ours that runs here.
@@ -65,10 +81,16 @@ static bool allocmoe_cuda_supports(const ggml_tensor * node) {
             // a rule or value that is not known here stays on the CPU
             return (params.rule == ALLOCMOE_NODE_RULE_BATCH || params.rule == ALLOCMOE_NODE_RULE_THRESHOLD) &&
                 params.value >= ALLOCMOE_NODE_VALUE_SCORE && params.value <= ALLOCMOE_NODE_VALUE_REMAINING &&
-                a->type == GGML_TYPE_I32 && a->nb[0] == sizeof(int32_t) &&
-                b->type == GGML_TYPE_F32 && b->nb[0] == sizeof(float) && node->type == GGML_TYPE_I32;
+                allocmoe_cuda_has_rows_of(a, GGML_TYPE_I32) && allocmoe_cuda_has_rows_of(b, GGML_TYPE_F32) && node->type == GGML_TYPE_I32;
         case ALLOCMOE_NODE_WEIGHTS:
             return a->type == GGML_TYPE_F32 && ggml_is_contiguous(a) && b->type == GGML_TYPE_I32 && ggml_is_contiguous(b);
+        case ALLOCMOE_NODE_IDS_BY_SIZE:
+        case ALLOCMOE_NODE_SKIPPED:
+            if (params.kind == ALLOCMOE_NODE_SKIPPED && (node->ne[0] > ALLOCMOE_MAX_BLOCK || node->ne[0] % WARP_SIZE != 0 || !ggml_is_contiguous(node->src[3]))) {
+                return false;
+            }
+            return allocmoe_cuda_has_rows_of(a, GGML_TYPE_I32) && b->type == GGML_TYPE_F32 && allocmoe_cuda_has_rows_of(node->src[2], GGML_TYPE_F32) &&
+                allocmoe_cuda_has_rows_of(node->src[params.kind == ALLOCMOE_NODE_SKIPPED ? 4 : 3], GGML_TYPE_F32);
     }
     return false;
 }
@@ -84,6 +106,39 @@ static void * allocmoe_cuda_proc(const char * name) {
     return nullptr;
 }
 
+static void allocmoe_cuda_compute_estimate(cudaStream_t stream, ggml_tensor * node, const allocmoe_node & params) {
+    const bool skipped = params.kind == ALLOCMOE_NODE_SKIPPED;
+    const ggml_tensor * ids     = node->src[0];
+    const ggml_tensor * weights = node->src[1];
+    const ggml_tensor * reduced = node->src[2];
+    const ggml_tensor * table   = node->src[skipped ? 4 : 3];
+    allocmoe_estimate_args args = {};
+    args.ids                 = (const int32_t *) ids->data;
+    args.weights             = (const float   *) weights->data;
+    args.reduced             = (const float   *) reduced->data;
+    args.table               = (const float   *) table->data;
+    args.routed              = (int32_t       *) (skipped ? node->src[3] : node)->data;
+    args.skipped             = (float         *) (skipped ? node->data : nullptr);
+    args.stride_ids          = ids->nb[1]/sizeof(int32_t);
+    args.stride_weights      = weights->nb[2]/sizeof(float);
+    args.stride_weights_rank = weights->nb[1]/sizeof(float);
+    args.stride_reduced      = reduced->nb[1]/sizeof(float);
+    args.stride_table        = table->nb[1]/sizeof(float);
+    args.n_used              = ids->ne[0];
+    args.n_tokens            = ids->ne[1];
+    args.n_down              = reduced->ne[0];
+    args.rank                = table->ne[0];
+    args.n_columns           = node->ne[0];
+    args.node                = params;
+    if (skipped) {
+        allocmoe_sum_skipped_kernel<<<args.n_tokens, args.n_columns, 0, stream>>>(args);
+    } else {
+        GGML_ASSERT(params.spent);
+        const int n_threads = std::min<int>(GGML_PAD(args.n_tokens*args.n_used, WARP_SIZE), ALLOCMOE_MAX_BLOCK);
+        allocmoe_route_by_size_kernel<<<1, n_threads, 0, stream>>>(args);
+    }
+}
+
 static void allocmoe_cuda_compute(cudaStream_t stream, ggml_tensor * node) {
     allocmoe_node params;
     GGML_ASSERT(allocmoe_get_node(node, params));
@@ -92,7 +147,9 @@ static void allocmoe_cuda_compute(cudaStream_t stream, ggml_tensor * node) {
     if (ggml_is_empty(node)) {
         return;
     }
-    if (params.kind == ALLOCMOE_NODE_IDS) {
+    if (params.kind == ALLOCMOE_NODE_IDS_BY_SIZE || params.kind == ALLOCMOE_NODE_SKIPPED) {
+        allocmoe_cuda_compute_estimate(stream, node, params);
+    } else if (params.kind == ALLOCMOE_NODE_IDS) {
         GGML_ASSERT(params.spent);
         allocmoe_route_args args = {};
         args.ids           = (const int32_t *) a->data;

@@ -20,6 +20,10 @@ struct allocmoe_spent {
 enum {
     ALLOCMOE_NODE_IDS = 1, // ids by rank, -1 where the token rule skips; src: ids [n_used, n_tokens], scores [n_expert, n_tokens]
     ALLOCMOE_NODE_WEIGHTS, // weights, `skipped` where the ids are -1;    src: weights [1, n_used, n_tokens], ids [n_used, n_tokens]
+    // under ALLOCMOE_RULE_ESTIMATE, u being [n_down, n_tokens]
+    ALLOCMOE_NODE_IDS_BY_SIZE, // as ALLOCMOE_NODE_IDS; src: ids, weights, u, log_norm [n_down + 1, n_expert]
+    ALLOCMOE_NODE_SKIPPED,     // sum of w_e (output_e + u) over what is skipped, [rank padded with zeros, n_tokens];
+                               // src: ids, weights, u, ids with -1, output [rank, n_expert]
 };
 
 // ALLOCMOE_RULE_* and ALLOCMOE_VALUE_*, for those who do not see llama.h

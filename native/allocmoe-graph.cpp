@@ -171,14 +171,14 @@ static float weight_of(const ggml_tensor * weights, int64_t t, int64_t r) {
 }
 
 // v_e of one token's experts by rank
-static void estimate_sizes(const allocmoe_graph::layer & layer, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int64_t t, int64_t n_used, float * sizes) {
-    const auto  & estimates = *layer.estimates;
-    const float * u         = row<float>(reduced, t);
+static void estimate_sizes(const ggml_tensor * log_norm, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int64_t t, int64_t n_used, float * sizes) {
+    const int64_t n_down = reduced->ne[0];
+    const float * u      = row<float>(reduced, t);
     for (int64_t r = 0; r < n_used; ++r) {
-        const float * log_norm = &estimates.log_norm[((int64_t) layer.il*estimates.n_expert + id[r])*(estimates.n_down + 1)];
-        float size = std::log(std::max(weight_of(weights, t, r), 1e-20f)) + log_norm[estimates.n_down];
-        for (int32_t i = 0; i < estimates.n_down; ++i) {
-            size += log_norm[i]*u[i];
+        const float * coefficients = row<float>(log_norm, id[r]);
+        float size = std::log(std::max(weight_of(weights, t, r), 1e-20f)) + coefficients[n_down];
+        for (int64_t i = 0; i < n_down; ++i) {
+            size += coefficients[i]*u[i];
         }
         sizes[r] = size;
     }
@@ -191,9 +191,10 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     }
     auto & layer = *(allocmoe_graph::layer *) userdata;
 
-    const ggml_tensor * ids     = dst->src[0];
-    const ggml_tensor * weights = dst->src[1];
-    const ggml_tensor * reduced = dst->src[2];
+    const ggml_tensor * ids      = dst->src[0];
+    const ggml_tensor * weights  = dst->src[1];
+    const ggml_tensor * reduced  = dst->src[2];
+    const ggml_tensor * log_norm = dst->src[3];
 
     const int64_t n_used = dst->ne[0];
 
@@ -202,7 +203,7 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     int64_t total = 0;
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t * id = row<int32_t>(ids, t);
-        estimate_sizes(layer, id, weights, reduced, t, n_used, sizes.data());
+        estimate_sizes(log_norm, id, weights, reduced, t, n_used, sizes.data());
         total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get());
         auto * out = (int32_t *) ((char *) dst->data + t*dst->nb[1]);
         for (int64_t r = 0; r < n_used; ++r) {
@@ -213,17 +214,17 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
 }
 
 // node: the estimate of what a token skips, in the rows of `up`
-static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
     if (ith != 0) {
         return;
     }
-    const auto & layer     = *(const allocmoe_graph::layer *) userdata;
-    const auto & estimates = *layer.estimates;
-
     const ggml_tensor * ids     = dst->src[0];
     const ggml_tensor * weights = dst->src[1];
     const ggml_tensor * reduced = dst->src[2];
     const ggml_tensor * routed  = dst->src[3];
+    const ggml_tensor * outputs = dst->src[4];
+
+    const int64_t rank = outputs->ne[0];
 
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t * id     = row<int32_t>(ids, t);
@@ -236,14 +237,14 @@ static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * us
                 continue;
             }
             const float   weight = weight_of(weights, t, r);
-            const float * output = &estimates.output[((int64_t) layer.il*estimates.n_expert + id[r])*estimates.rank];
-            for (int32_t i = 0; i < estimates.rank; ++i) {
+            const float * output = row<float>(outputs, id[r]);
+            for (int64_t i = 0; i < rank; ++i) {
                 out[i] += weight*(output[i] + u[i]);
             }
         }
         // what float16 cannot hold may have become infinite already: then no estimate
-        if (!std::all_of(out, out + estimates.rank, [](float x) { return std::abs(x) < 65504.0f; })) {
-            std::fill_n(out, estimates.rank, 0.0f);
+        if (!std::all_of(out, out + rank, [](float x) { return std::abs(x) < 65504.0f; })) {
+            std::fill_n(out, rank, 0.0f);
         }
     }
 }
@@ -257,18 +258,29 @@ void allocmoe_build_estimate(ggml_context * ctx, allocmoe_graph & graph, ggml_te
     if (layer.params.rule != ALLOCMOE_RULE_ESTIMATE) {
         return;
     }
-    const auto & estimates = *layer.estimates;
-    layer.reduced = ggml_mul_mat(ctx, estimates.down[layer.il], input);
+    const auto & estimates = layer.estimates->layers[layer.il];
+    layer.reduced = ggml_mul_mat(ctx, estimates.down, input);
     if (layer.record) {
         return; // all experts run, and the rule is applied to what they give
     }
 
-    ggml_tensor * args[] = { layer.selected, weights, layer.reduced, nullptr };
-    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, 3, compute_routed_by_size, 1, &layer);
-    if (estimates.rank > 0) {
+    ggml_tensor * args[] = { layer.selected, weights, layer.reduced, estimates.log_norm, nullptr };
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, 4, compute_routed_by_size, 1, &layer);
+    allocmoe_node node = {};
+    node.kind      = ALLOCMOE_NODE_IDS_BY_SIZE;
+    node.k_base    = layer.params.k_base;
+    node.threshold = layer.params.threshold;
+    node.spent     = layer.usage->spent.get() + layer.il;
+    allocmoe_set_node(layer.routed, node);
+
+    if (estimates.up) {
         args[3] = layer.routed;
-        ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.up[layer.il]->ne[0], layer.selected->ne[1], 1, 1, args, 4, compute_skipped, 1, &layer);
-        layer.estimate = ggml_mul_mat(ctx, estimates.up[layer.il], skipped);
+        args[4] = estimates.output;
+        ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.up->ne[0], layer.selected->ne[1], 1, 1, args, 5, compute_skipped, 1, nullptr);
+        node = {};
+        node.kind = ALLOCMOE_NODE_SKIPPED;
+        allocmoe_set_node(skipped, node);
+        layer.estimate = ggml_mul_mat(ctx, estimates.up, skipped);
     }
 }
 
@@ -276,8 +288,8 @@ void allocmoe_build_estimate(ggml_context * ctx, allocmoe_graph & graph, ggml_te
 // estimate of the others if there is one; without, the same bits as upstream's nodes, which would weight and add the zeros of
 // the skipped ones too
 static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {
-    const ggml_tensor * experts = dst->src[0];
-    const ggml_tensor * routed  = dst->src[1];
+    const ggml_tensor * experts  = dst->src[0];
+    const ggml_tensor * routed   = dst->src[1];
     const ggml_tensor * weights  = dst->src[2];
     const ggml_tensor * estimate = dst->src[3];
 
@@ -313,11 +325,22 @@ static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata 
 }
 
 ggml_tensor * allocmoe_build_sum(ggml_context * ctx, const allocmoe_graph & graph, ggml_tensor * experts, ggml_tensor * weights) {
-    // devices have fusions of their own for upstream's nodes
-    if (graph.layers.empty() || !graph.layers.back().routed || graph.layers.back().record || graph.layers.back().usage->spent_on_devices) {
+    if (graph.layers.empty() || !graph.layers.back().routed || graph.layers.back().record) {
         return nullptr;
     }
     const auto & layer = graph.layers.back();
+    if (layer.usage->spent_on_devices) {
+        // devices have fusions of their own for upstream's nodes, which know of no estimate
+        if (!layer.estimate) {
+            return nullptr;
+        }
+        experts = weights ? ggml_mul(ctx, experts, weights) : experts;
+        ggml_tensor * sum = layer.estimate;
+        for (int64_t r = 0; r < experts->ne[1]; ++r) {
+            sum = ggml_add(ctx, sum, ggml_view_2d(ctx, experts, experts->ne[0], experts->ne[2], experts->nb[2], r*experts->nb[1]));
+        }
+        return sum;
+    }
     ggml_tensor * args[] = { experts, layer.routed, weights, layer.estimate };
     const int n_args = layer.estimate ? 4 : weights ? 3 : 2;
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);
@@ -362,12 +385,13 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
     const auto & layer   = *(const allocmoe_graph::layer *) userdata;
     auto       & record = layer.usage->records[layer.il];
 
-    const ggml_tensor * experts = dst->src[0];
-    const ggml_tensor * weights = dst->src[1];
-    const ggml_tensor * ids     = dst->src[2];
-    const ggml_tensor * scores  = dst->src[3];
-    const ggml_tensor * input   = dst->src[4];
-    const ggml_tensor * reduced = dst->src[5];
+    const ggml_tensor * experts  = dst->src[0];
+    const ggml_tensor * weights  = dst->src[1];
+    const ggml_tensor * ids      = dst->src[2];
+    const ggml_tensor * scores   = dst->src[3];
+    const ggml_tensor * input    = dst->src[4];
+    const ggml_tensor * reduced  = dst->src[5];
+    const ggml_tensor * log_norm = dst->src[6];
 
     const int64_t n_embd   = dst->ne[0];
     const int64_t n_used   = dst->ne[1];
@@ -391,7 +415,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
         }
         float * values = &record.scores[record.scores.size() - n_used];
         if (reduced) {
-            estimate_sizes(layer, id, weights, reduced, t, n_used, values);
+            estimate_sizes(log_norm, id, weights, reduced, t, n_used, values);
         } else {
             allocmoe_to_values(layer.params.value, values, n_used);
         }
@@ -419,8 +443,9 @@ ggml_tensor * allocmoe_build_record(ggml_context * ctx, allocmoe_graph & graph, 
     layer.recorded     = true;
     layer.renormalised = renormalised;
 
-    ggml_tensor * args[] = { experts, weights, layer.selected, layer.scores, layer.input, layer.reduced };
-    const int n_args = layer.reduced ? 6 : layer.record_inputs ? 5 : 4;
+    ggml_tensor * log_norm = layer.reduced ? layer.estimates->layers[layer.il].log_norm : nullptr;
+    ggml_tensor * args[] = { experts, weights, layer.selected, layer.scores, layer.input, layer.reduced, log_norm };
+    const int n_args = layer.reduced ? 7 : layer.record_inputs ? 5 : 4;
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[1], experts->ne[2], 1, args, n_args, compute_record, 1, &layer);
 }
 

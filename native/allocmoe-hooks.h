@@ -23,16 +23,17 @@ struct llama_ubatch;
 
 // allocmoe_estimator as the graph reads it.
 struct allocmoe_estimates {
-    int32_t n_down   = 0;
-    int32_t rank     = 0;
-    int32_t n_expert = 0;
+    // where the layers' routers are
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
 
-    ggml_context_ptr           ctx;
-    ggml_backend_buffer_ptr    buffer; // in the CPU's memory
-    std::vector<ggml_tensor *> down;   // [block_count], F16 [n_embd, n_down]
-    std::vector<ggml_tensor *> up;     // [block_count], Q8_0 [rank padded with zeros, n_embd]
-    std::vector<float>         log_norm;
-    std::vector<float>         output;
+    struct layer {
+        ggml_tensor * down;     // F16 [n_embd, n_down]
+        ggml_tensor * log_norm; // F32 [n_down + 1, n_expert]
+        ggml_tensor * output;   // F32 [rank, n_expert], null for rank 0
+        ggml_tensor * up;       // Q8_0 [rank padded with zeros, n_embd], null for rank 0
+    };
+    std::vector<layer> layers; // [block_count]
 };
 
 // Immutable once made: contexts share it, and graphs are reused as long as the pointer is the same.
@@ -150,8 +151,8 @@ ggml_tensor * allocmoe_build_record(
         ggml_tensor    * weights, // [1, n_expert_used, n_tokens]
         bool             renormalised);
 
-// Where a token rule is on and the CPU runs it: the weighted sum over each token's experts as one node, [n_embd, n_tokens],
-// and the estimate of the others if there is one. Null where upstream's nodes are to do it.
+// Where a token rule is on: the weighted sum over each token's experts, [n_embd, n_tokens], and the estimate of the others if
+// there is one; a single node where the CPU runs it. Null where upstream's nodes are to do it.
 ggml_tensor * allocmoe_build_sum(
         ggml_context         * ctx,
         const allocmoe_graph & graph,

@@ -6,6 +6,8 @@
 
 #include "allocmoe-custom.h"
 
+#include <math.h>
+
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
 #define ALLOCMOE_FN static __device__ __forceinline__
 #define ALLOCMOE_DIV(a, b) __fdiv_rn(a, b)
@@ -211,4 +213,97 @@ ALLOCMOE_FN void allocmoe_route(Block & block, const allocmoe_route_args & a, al
     if (block.rank() == 0) {
         a.node.spent->activations[a.node.phase] += s.total;
     }
+}
+
+// Of a node under ALLOCMOE_RULE_ESTIMATE.
+struct allocmoe_estimate_args {
+    const int32_t * ids;      // [n_tokens][n_used], by falling score
+    const float   * weights;  // [n_tokens][n_used]
+    const float   * reduced;  // [n_tokens][n_down], u
+    const float   * table;    // [n_expert][n_down + 1], log_norm; or [n_expert][rank], output
+    int32_t       * routed;   // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
+    float         * skipped;  // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
+    int64_t         stride_ids; // between tokens, in elements
+    int64_t         stride_weights;
+    int64_t         stride_weights_rank; // between ranks
+    int64_t         stride_reduced;
+    int64_t         stride_table; // between experts
+    int32_t         n_used;
+    int32_t         n_tokens;
+    int32_t         n_down;
+    int32_t         rank;
+    int32_t         n_columns;
+    allocmoe_node   node;
+};
+
+ALLOCMOE_FN float allocmoe_weight(const allocmoe_estimate_args & a, int32_t t, int32_t r) {
+    return a.weights[t*a.stride_weights + r*a.stride_weights_rank];
+}
+
+// v_e, ordered as an integer; 0 for NaN, which is below all
+ALLOCMOE_FN uint32_t allocmoe_size_key(const allocmoe_estimate_args & a, int32_t t, int32_t r) {
+    const float * u            = a.reduced + t*a.stride_reduced;
+    const float * coefficients = a.table + a.ids[t*a.stride_ids + r]*a.stride_table;
+    const float   weight       = allocmoe_weight(a, t, r);
+    float size = logf(weight > 1e-20f ? weight : 1e-20f) + coefficients[a.n_down];
+    for (int32_t i = 0; i < a.n_down; ++i) {
+        size += coefficients[i]*u[i];
+    }
+    return allocmoe_is_nan(size) ? 0 : allocmoe_key(size);
+}
+
+// One block's work: compute_routed_by_size. total: in the block's shared memory.
+template <class Block>
+ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_args & a, int32_t & total) {
+    if (block.rank() == 0) {
+        total = 0;
+    }
+    // first the keys, in the places of the ids
+    for (int32_t i = block.rank(); i < a.n_tokens*a.n_used; i += block.size()) {
+        a.routed[i] = (int32_t) allocmoe_size_key(a, i/a.n_used, i%a.n_used);
+    }
+    block.sync();
+
+    const uint32_t threshold = allocmoe_key(a.node.threshold);
+    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+        int32_t * out = a.routed + (int64_t) t*a.n_used;
+        int32_t   n   = 0;
+        for (int32_t r = 0; r < a.n_used; ++r) {
+            n += (uint32_t) out[r] >= threshold;
+        }
+        for (; n < a.node.k_base; ++n) {
+            int32_t best = -1;
+            for (int32_t r = 0; r < a.n_used; ++r) {
+                if ((uint32_t) out[r] < threshold && (best < 0 || (uint32_t) out[r] > (uint32_t) out[best])) {
+                    best = r;
+                }
+            }
+            out[best] = -1; // the highest key
+        }
+        for (int32_t r = 0; r < a.n_used; ++r) {
+            out[r] = (uint32_t) out[r] >= threshold ? a.ids[t*a.stride_ids + r] : -1;
+        }
+        block.add(&total, n);
+    }
+    block.sync();
+    if (block.rank() == 0) {
+        a.node.spent->activations[a.node.phase] += total;
+    }
+}
+
+// One block's work for one token, of n_columns threads: compute_skipped.
+template <class Block>
+ALLOCMOE_FN void allocmoe_sum_skipped(Block & block, const allocmoe_estimate_args & a, int32_t t) {
+    const int32_t i = block.rank();
+    float sum = 0.0f;
+    if (i < a.rank) {
+        const float u = a.reduced[t*a.stride_reduced + i];
+        for (int32_t r = 0; r < a.n_used; ++r) {
+            if (a.routed[(int64_t) t*a.n_used + r] < 0) {
+                sum += allocmoe_weight(a, t, r)*(a.table[a.ids[t*a.stride_ids + r]*a.stride_table + i] + u);
+            }
+        }
+    }
+    const bool too_large = (allocmoe_bits(sum) & 0x7fffffffu) >= 0x477fe000u; // 65504, float16's highest
+    a.skipped[(int64_t) t*a.n_columns + i] = block.count(too_large) ? 0.0f : sum;
 }

@@ -89,7 +89,7 @@ int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const
     while (n_kept < std::min<int64_t>(params.k_base, n_used)) {
         int64_t best = -1;
         for (int64_t r = 0; r < n_used; ++r) {
-            if (!keep[r] && (best < 0 || sizes[r] > sizes[best] || std::isnan(sizes[best]))) {
+            if (!keep[r] && (best < 0 || sizes[r] > sizes[best] || (std::isnan(sizes[best]) && !std::isnan(sizes[r])))) {
                 best = r;
             }
         }

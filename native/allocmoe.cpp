@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -113,9 +114,6 @@ static const char * token_rule_obstacle(const allocmoe_plan & plan, const llama_
         return "the architecture derives further experts from the chosen ones";
     }
     if (plan.token_rule == ALLOCMOE_RULE_ESTIMATE) {
-        if (!model.devices.empty()) {
-            return "estimates of skipped experts run on the CPU only, and the model uses another device";
-        }
         if (model.arch == LLM_ARCH_LLAMA4) {
             return "the weights act on the experts' input";
         }
@@ -331,8 +329,19 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
     return ALLOCMOE_CHANGED;
 }
 
+// For tensors that nodes beside layer il's router read.
+static ggml_backend_buffer_type_t type_beside_router(const llama_model & model, int32_t il) {
+    const auto * router = model.layers[il].ffn_gate_inp;
+    auto       * type   = router && router->buffer ? ggml_backend_buffer_get_type(router->buffer) : nullptr;
+    if (!type || ggml_backend_buft_is_host(type)) {
+        return ggml_backend_cpu_buffer_type();
+    }
+    return ggml_backend_dev_buffer_type(ggml_backend_buft_get_device(type));
+}
+
 int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
-    const auto & hparams = allocmoe_access::model(ctx).hparams;
+    const auto & model   = allocmoe_access::model(ctx);
+    const auto & hparams = model.hparams;
     auto       & current = allocmoe_access::cparams(ctx).allocmoe.estimates;
     if (!estimator) {
         current = nullptr;
@@ -355,32 +364,51 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
     }
 
     auto estimates = std::make_shared<allocmoe_estimates>();
-    estimates->n_down   = n_down;
-    estimates->rank     = rank;
-    estimates->n_expert = n_expert;
-    estimates->log_norm.assign(estimator->log_norm, estimator->log_norm + (int64_t) n_layer*n_expert*(n_down + 1));
-    estimates->output  .assign(estimator->output,   estimator->output   + n_layer*n_expert*rank);
+    estimates->layers.resize(n_layer);
 
     // whole blocks; float16 would be multiplied 64 columns at a time or one by one
     const int64_t n_columns = GGML_PAD(rank, ggml_blck_size(GGML_TYPE_Q8_0));
 
-    estimates->ctx.reset(ggml_init({ 2*n_layer*ggml_tensor_overhead(), nullptr, true }));
+    std::map<ggml_backend_buffer_type_t, ggml_context *> meta_by_type;
     for (int32_t il = 0; il < n_layer; ++il) {
-        estimates->down.push_back(ggml_new_tensor_2d(estimates->ctx.get(), GGML_TYPE_F16, n_embd, n_down));
-        estimates->up  .push_back(rank > 0 ? ggml_new_tensor_2d(estimates->ctx.get(), GGML_TYPE_Q8_0, n_columns, n_embd) : nullptr);
-        ggml_format_name(estimates->down.back(), "allocmoe.down-%d", il);
+        auto *& meta = meta_by_type[type_beside_router(model, il)];
+        if (!meta) {
+            meta = ggml_init({ 4*n_layer*ggml_tensor_overhead(), nullptr, true });
+            estimates->contexts.emplace_back(meta);
+        }
+        auto & layer = estimates->layers[il];
+        layer.down     = ggml_new_tensor_2d(meta, GGML_TYPE_F16, n_embd, n_down);
+        layer.log_norm = ggml_new_tensor_2d(meta, GGML_TYPE_F32, n_down + 1, n_expert);
+        layer.output   = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_F32, rank, n_expert) : nullptr;
+        layer.up       = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_Q8_0, n_columns, n_embd) : nullptr;
+        ggml_format_name(layer.down, "allocmoe.down-%d", il);
     }
-    estimates->buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(estimates->ctx.get(), ggml_backend_cpu_buffer_type()));
-    ggml_backend_buffer_set_usage(estimates->buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    std::vector<float> transposed(n_columns*n_embd);
+    for (const auto & [type, meta] : meta_by_type) {
+        auto * buffer = ggml_backend_alloc_ctx_tensors_from_buft(meta, type);
+        if (!buffer) {
+            return ALLOCMOE_ERR_MEMORY;
+        }
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        estimates->buffers.emplace_back(buffer);
+    }
+
+    std::vector<ggml_fp16_t> down(n_down*n_embd);
+    std::vector<float>       transposed(n_columns*n_embd);
     for (int32_t il = 0; il < n_layer; ++il) {
-        ggml_fp32_to_fp16_row(estimator->down + il*n_down*n_embd, (ggml_fp16_t *) estimates->down[il]->data, n_down*n_embd);
+        auto & layer = estimates->layers[il];
+        ggml_fp32_to_fp16_row(estimator->down + il*n_down*n_embd, down.data(), down.size());
+        ggml_backend_tensor_set(layer.down,     down.data(), 0, ggml_nbytes(layer.down));
+        ggml_backend_tensor_set(layer.log_norm, estimator->log_norm + il*n_expert*(n_down + 1), 0, ggml_nbytes(layer.log_norm));
+        if (rank == 0) {
+            continue;
+        }
         for (int64_t i = 0; i < rank*n_embd; ++i) {
             transposed[i%n_embd*n_columns + i/n_embd] = estimator->up[il*rank*n_embd + i];
         }
-        if (rank > 0) {
-            ggml_quantize_chunk(GGML_TYPE_Q8_0, transposed.data(), estimates->up[il]->data, 0, n_embd, n_columns, nullptr);
-        }
+        std::vector<char> up(ggml_nbytes(layer.up));
+        ggml_quantize_chunk(GGML_TYPE_Q8_0, transposed.data(), up.data(), 0, n_embd, n_columns, nullptr);
+        ggml_backend_tensor_set(layer.up,     up.data(), 0, up.size());
+        ggml_backend_tensor_set(layer.output, estimator->output + il*n_expert*rank, 0, ggml_nbytes(layer.output));
     }
     current = std::move(estimates);
     return ALLOCMOE_OK;

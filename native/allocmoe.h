@@ -22,6 +22,7 @@ enum {
     ALLOCMOE_ERR_PHASE     = -3, // unknown phase
     ALLOCMOE_ERR_RULE      = -4, // unknown token rule or value, k_base below 1, a threshold missing or not a number, or no estimator
     ALLOCMOE_ERR_ESTIMATOR = -5, // sizes that are not the model's, or an entry that is not a finite number
+    ALLOCMOE_ERR_MEMORY    = -6, // no memory for the estimator beside the model's routers
 };
 
 // How a layer's planned activations are shared among tokens. k is the layer's planned count.

@@ -155,12 +155,68 @@ static void skip(const std::vector<int32_t> & h) {
     write(dst);
 }
 
+// both nodes of the rule that goes by estimates, the second on the first one's ids
+static void estimate(const std::vector<int32_t> & h) {
+    const int n_threads = h[1], n_used = h[2], n_expert = h[3], n_tokens = h[4], n_down = h[5], rank = h[6], n_columns = h[7];
+    const auto threshold = read<float>(1);
+    const auto ids       = read<int32_t>((size_t) n_tokens*n_expert);
+    const auto weights   = read<float>((size_t) n_tokens*n_used);
+    const auto reduced   = read<float>((size_t) n_tokens*n_down);
+    const auto log_norm  = read<float>((size_t) n_expert*(n_down + 1));
+    const auto output    = read<float>((size_t) n_expert*rank);
+
+    std::vector<int32_t> routed((size_t) n_tokens*n_used);
+    std::vector<float>   skipped((size_t) n_tokens*n_columns);
+    allocmoe_spent spent = {};
+
+    allocmoe_estimate_args args = {};
+    args.ids                 = ids.data();
+    args.weights             = weights.data();
+    args.reduced             = reduced.data();
+    args.table               = log_norm.data();
+    args.routed              = routed.data();
+    args.skipped             = skipped.data();
+    args.stride_ids          = n_expert;
+    args.stride_weights      = n_used;
+    args.stride_weights_rank = 1;
+    args.stride_reduced      = n_down;
+    args.stride_table        = n_down + 1;
+    args.n_used              = n_used;
+    args.n_tokens            = n_tokens;
+    args.n_down              = n_down;
+    args.rank                = rank;
+    args.n_columns           = n_columns;
+    args.node.k_base         = h[8];
+    args.node.threshold      = threshold[0];
+    args.node.phase          = 1;
+    args.node.spent          = &spent;
+
+    int32_t total;
+    shared_block block(n_threads);
+    run_block(n_threads, [&](int i) {
+        thread_block thread{block, i};
+        allocmoe_route_by_size(thread, args, total);
+    });
+    args.table        = output.data();
+    args.stride_table = rank;
+    shared_block token(n_columns);
+    for (int t = 0; t < n_tokens; ++t) {
+        run_block(n_columns, [&](int i) {
+            thread_block thread{token, i};
+            allocmoe_sum_skipped(thread, args, t);
+        });
+    }
+    write(routed);
+    write(skipped);
+    write<int64_t>({ spent.activations[0], spent.activations[1] });
+}
+
 int main() {
     int32_t kind;
     while (fread(&kind, sizeof(kind), 1, stdin) == 1) {
         std::vector<int32_t> header = read<int32_t>(9);
         header.insert(header.begin(), kind);
-        (kind == 0 ? route : kind == 1 ? mark : skip)(header);
+        (kind == 0 ? route : kind == 1 ? mark : kind == 2 ? skip : estimate)(header);
     }
     return 0;
 }

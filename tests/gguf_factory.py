@@ -88,3 +88,18 @@ def write_imatrix(path: Path, sums: dict) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank: int, seed: int):
+    """Of a size like the outputs of a tiny model's experts, and different in every entry."""
+    from allocmoe_edge.estimator import N_QUANTILES, Estimator
+
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape, scale: (rng.standard_normal(shape) * scale).astype(np.float32)  # noqa: E731
+    return Estimator(
+        down=draw(n_layer, n_down, n_embd, scale=n_embd**-0.5),
+        log_norm=draw(n_layer, n_expert, n_down + 1, scale=0.3),
+        output=draw(n_layer, n_expert, rank, scale=0.5),
+        up=draw(n_layer, rank, n_embd, scale=0.1),
+        quantiles=np.zeros((n_layer, N_QUANTILES)),
+    )

@@ -17,6 +17,7 @@ pytest.importorskip("tokenizers", reason="the tiny models need a tokenizer")
 from allocmoe_edge import Llama, Plan, PlanError, metadata  # noqa: E402
 from allocmoe_edge._native import context_pointer, ffi, libllama  # noqa: E402
 from allocmoe_edge.estimator import N_QUANTILES, Estimator  # noqa: E402
+from gguf_factory import random_estimator  # noqa: E402
 from test_transformers_parity import MAX_ERROR, MIN_DIFFERENCE, TOKENS, Reference, distance, runtime_logits  # noqa: E402
 from test_transformers_parity import one_torch_thread  # noqa: E402, F401  (a fixture, for this module too)
 from tiny_models import TINY_MODELS  # noqa: E402
@@ -33,16 +34,7 @@ MODELS = [name for name in TINY_MODELS if name != "llama4"]
 
 
 def estimator(n_expert: int, seed: int = 5) -> Estimator:
-    """Random, of a size like the experts' outputs, and different in every entry."""
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape, scale: (rng.standard_normal(shape) * scale).astype(np.float32)  # noqa: E731
-    return Estimator(
-        down=draw(N_LAYER, N_DOWN, N_EMBD, scale=N_EMBD**-0.5),
-        log_norm=draw(N_LAYER, n_expert, N_DOWN + 1, scale=0.3),
-        output=draw(N_LAYER, n_expert, RANK, scale=0.5),
-        up=draw(N_LAYER, RANK, N_EMBD, scale=0.1),
-        quantiles=np.zeros((N_LAYER, N_QUANTILES)),
-    )
+    return random_estimator(N_LAYER, n_expert, N_EMBD, N_DOWN, RANK, seed)
 
 
 class ReferenceEstimate:

@@ -3,10 +3,12 @@ out-of-memory killer takes only that process down."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Optional
 
@@ -34,6 +36,26 @@ class ChildFailed(Exception):
         return self.log.rpartition("\n")[2].strip() or "no message"
 
 
+@contextlib.contextmanager
+def _signals_wait():
+    """Signals that a handler answers take effect when the block is left: in the midst of Popen, a handler's exception would
+    leave a process behind that nobody knows."""
+    arrived, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+        handlers = {number: signal.getsignal(number) for number in numbers if number is not None}
+        handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
 def run(command: list, written: Path, expected: int, desc: str, env: Optional[dict] = None) -> str:
     """Runs `command` to its end; on a terminal, shows how far the file that it writes has grown.
 
@@ -49,14 +71,16 @@ def run(command: list, written: Path, expected: int, desc: str, env: Optional[di
         ChildFailed: the process did not exit with status 0.
     """
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **(env or {})},
-        )
+        process = None
         try:
+            with _signals_wait():
+                process = subprocess.Popen(
+                    list(map(str, command)),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **(env or {})},
+                )
             with tqdm(total=expected, desc=desc, unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 while process.poll() is None:
                     try:
@@ -67,7 +91,7 @@ def run(command: list, written: Path, expected: int, desc: str, env: Optional[di
                         bar.update(size - bar.n)
         finally:
             # only if we are being stopped: it holds nothing that it would have to put in order
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 process.kill()
                 process.wait()
         log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))

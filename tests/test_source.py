@@ -15,7 +15,7 @@ import gguf
 import pytest
 
 from allocmoe_edge import Llama, metadata
-from allocmoe_edge.convert import cli, huggingface, output, source
+from allocmoe_edge.convert import child, cli, huggingface, output, source
 
 from fake_hub import serve
 from test_convert import COMMAND, refused, run, tensor_hashes
@@ -262,6 +262,27 @@ def test_stopped_while_converting(tiny, out, number, status):
     assert "Traceback" not in rest
     assert list(out.iterdir()) == []
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_interrupted_while_starting_a_child(tmp_path, monkeypatch):
+    """What Popen has started is stopped even where the signal comes before Popen returns."""
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(child.subprocess, "Popen", Interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "none", 1, "waiting")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(started) == 1 and started[0].returncode is not None
 
 
 @linux

@@ -1,12 +1,13 @@
 """Calibrating token rule "estimate": the linear algebra against known answers, then the whole on a real model."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from allocmoe_edge import Llama, Plan, metadata
 from allocmoe_edge.convert import estimate, regression
+from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.perplexity import Reference, bos_token, windows
 
 N_EXPERT, N_EMBD = 8, 24
@@ -157,13 +158,13 @@ def test_keeps_the_base_and_what_reaches_the_threshold():
 def test_sensitivities_are_logs_of_divergence_per_error():
     rows = (np.array([9.0, 4.0, 1.0, 0.0]), np.empty(0), np.array([3.0, 1.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0, 0.0]))
     profile = metadata.Profile(rows, (1.0,) * 4, metadata.Calibration("made up", 1, "0"))
-    errors = {il: np.array([9.0, 4.0, 2.0, 1.0, 0.0]) for il in (0, 2, 3)}
+    errors = np.array([2.0, 0.0, 2.0, 2.0])
     found = estimate._log_sensitivities(profile, errors, (4, 0, 4, 4))
-    assert found == pytest.approx({0: 0.5 * np.log(4 / 2), 2: 0.5 * np.log(1 / 2), 3: 0.5 * np.log(0.04 / 2)})
+    assert found == pytest.approx([0.5 * np.log(4 / 2), 0.0, 0.5 * np.log(1 / 2), 0.5 * np.log(0.04 / 2)])
     logs = replace(profile, metric="perplexity", sensitivity=tuple(np.exp(row) for row in rows))
     assert estimate._log_sensitivities(logs, errors, (4, 0, 4, 4)) == pytest.approx(found)
     useless = replace(profile, sensitivity=tuple(np.zeros_like(row) for row in rows))
-    assert set(estimate._log_sensitivities(useless, errors, (4, 0, 4, 4)).values()) == {0.0}
+    assert not estimate._log_sensitivities(useless, errors, (4, 0, 4, 4)).any()
 
 
 # on a model
@@ -282,3 +283,22 @@ def test_sizes_are_settled_before_outputs(llm, calibrated):
 def test_one_window_will_do(llm, text, profile):
     found = estimate.calibrate(llm, profile, 180, FULL, text[:1], n_size=4, rank=2)
     assert found.n_down == 6 and found.plan(180, FULL).budget_total == 180
+
+
+def test_what_an_interrupted_run_has_found_is_used(llm, text, profile, tmp_path, testbed_path, monkeypatch):
+    """The same, bit for bit, as without an interruption; stages that are done run the model no more."""
+    whole = estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2)
+    stages = []
+    with Checkpoint(tmp_path / "p", testbed_path) as checkpoint, monkeypatch.context() as patch:
+        patch.setattr(estimate, "_outputs", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+    record = estimate._record
+    monkeypatch.setattr(estimate, "_record", lambda *args: stages.append(args) or record(*args))
+    with Checkpoint(tmp_path / "p", testbed_path) as checkpoint:
+        resumed = estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+        assert len(stages) == 1
+        estimate.calibrate(llm, profile, 120, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+        assert len(stages) == 2  # another budget skips other experts
+    for field in fields(whole):
+        assert np.array_equal(getattr(whole, field.name), getattr(resumed, field.name)), field.name

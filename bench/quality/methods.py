@@ -164,7 +164,8 @@ def convert_arguments(setting: Setting, total: int, *options: str) -> argparse.N
     """Of allocmoe-convert with its defaults, this calibration text, a budget of `total`, and options."""
     args = setting.args
     command = [str(setting.path), "--budget", str(total), "--calib", str(setting.calib_path), "--plan-only"]
-    command += ["--calib-tokens", str(args.calib_tokens), "--ctx-size", str(args.ctx_size)]
+    command += ["--calib-tokens", str(args.calib_tokens), "--estimate-tokens", str(args.estimate_tokens)]
+    command += ["--ctx-size", str(args.ctx_size)]
     command += ["--threads", str(args.threads), "-o", str(setting.calib_path.with_suffix(".plan"))]
     return cli.parser().parse_args([*command, *options])
 

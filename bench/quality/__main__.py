@@ -158,7 +158,7 @@ def planned(setting: Setting, totals: dict, sample: int, checkpoint: Checkpoint)
                     checkpoint.put(key, stored)
                 plan = Plan(**stored)
                 if plan.token_rule == "estimate":
-                    plan = replace(plan, estimator=metadata.read(plan_path(setting, total)).plan.estimator)
+                    plan = replace(plan, estimator=metadata.read(plan_path(setting, method, total)).plan.estimator)
                 yield method, budget, plan
                 bar.update()
 

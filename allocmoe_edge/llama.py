@@ -145,14 +145,14 @@ class Llama(llama_cpp.Llama):
 
         Args:
             budget, token_rule: as in the constructor; None goes back to what the file says.
-            strict: under "threshold", cap activations so that no layer's running mean rises above its plan.
+            strict: hold every layer's running mean at its plan, see `Plan`.
 
         Returns:
             The plan now in force.
 
         Raises:
             PlanError: a dense model, a budget out of range, an unknown rule, `strict` under another rule than
-                "threshold", or a file without what is needed: a profile for any budget but the full one, for any
+                "threshold" or "estimate", or a file without what is needed: a profile for any budget but the full one, for any
                 rule but "off" and for `strict`, thresholds for "threshold", an estimator for "estimate".
         """
         full = self._expert_used_count(libllama.allocmoe_get_full)

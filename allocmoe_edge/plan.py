@@ -60,8 +60,9 @@ class Plan:
     k_base: experts that every token keeps under any rule but "off". Under "batch" and "threshold" a
         layer with k_l <= k_base is plain top-k_l; under "estimate" k_l has no say, only the threshold.
     threshold: one float per layer, for "threshold" and "estimate"; unused in layers without routed experts.
-    strict: for "threshold": activations are capped so that no layer's running mean rises above
-        k_l; what a token gets then depends on the tokens before it.
+    strict: for "threshold": activations are capped so that no layer's running mean rises above k_l. For "estimate": each
+        layer's threshold moves, slowly, so that its running mean stays near k_l on any text. What a token gets then
+        depends on the tokens that the context has evaluated before it, in either case not on how they were cut into batches.
     value: what "batch" and "threshold" go by, from the scores that the router ranks a token's experts by. "score": the
         score itself. "relative": divided by the token's best score, as in ik_llama.cpp's -ser and NAEE. "remaining":
         1 - the sum of the scores of better ranks, as in Dynamic-MoE's top-p. The last two are for scores that are
@@ -116,8 +117,8 @@ class Plan:
                 if math.isnan(t):
                     raise PlanError(f"threshold, layer {layer}: found NaN, want a number")
             object.__setattr__(self, "threshold", threshold)
-        if self.strict and self.token_rule != "threshold":
-            raise PlanError(f"strict: needs token_rule 'threshold', found {self.token_rule!r}")
+        if self.strict and self.token_rule not in ("threshold", "estimate"):
+            raise PlanError(f"strict: needs token_rule 'threshold' or 'estimate', found {self.token_rule!r}")
         if not isinstance(self.value, str) or self.value not in VALUES:
             raise PlanError(f"value: found {self.value!r}, want one of: {', '.join(VALUES)}")
         if self.value != "score" and self.token_rule in ("off", "estimate"):

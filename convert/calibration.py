@@ -22,19 +22,26 @@ HELD_OUT = 5
 
 
 class CalibrationText(NamedTuple):
-    """profile, held_out: int32 windows, shape [n, n_ctx]; they share no token."""
+    """int32 windows, shape [n, n_ctx], spread over the text; no token of the last two is in the first two.
+
+    profile: for what takes many runs. fit: for what takes a few, the profile's among them.
+    held_out: to check plans on. spend: to count on what plans spend, those of held_out among them.
+    """
 
     profile: np.ndarray
+    fit: np.ndarray
     held_out: np.ndarray
+    spend: np.ndarray
     source: Calibration
 
 
-def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int) -> CalibrationText:
+def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0) -> CalibrationText:
     """Windows spread evenly over a UTF-8 text file.
 
     Args:
         n_tokens: tokens for the profile; a quarter as many again are held out.
         n_ctx: tokens in a window, at most the context of `llm`.
+        n_fit: tokens for `fit`, and a quarter as many for `spend`, if that is more and the text has as many.
 
     Raises:
         ConvertError: the file cannot be read, is not text, or holds fewer than two windows.
@@ -43,7 +50,7 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int) -> CalibrationT
         tokens = read_tokens(llm, path)
     except ValueError as error:
         raise ConvertError(f"calibration {error}") from None
-    return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}")
+    return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}", n_fit)
 
 
 def self_generated(llm: Llama, n_tokens: int, n_ctx: int, seed: int, checkpoint: Checkpoint) -> CalibrationText:
@@ -90,19 +97,26 @@ def _n_windows(n_tokens: int, n_ctx: int) -> int:
     return profile + max(1, profile // (HELD_OUT - 1))
 
 
-def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: str) -> CalibrationText:
+def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: str, n_fit: int = 0) -> CalibrationText:
     cut = windows(tokens, n_ctx, bos_token(llm))
     if len(cut) < 2:
         raise ConvertError(
             f"calibration text ({source}): {len(tokens)} tokens, want at least {2 * n_ctx} "
             f"(two windows of {n_ctx}, one to profile and one to check)"
         )
-    wanted = min(_n_windows(n_tokens, n_ctx), len(cut))
-    cut = cut[np.linspace(0, len(cut) - 1, wanted).astype(int)]
+    cut = _spread(cut, _n_windows(max(n_tokens, n_fit), n_ctx))
     held_out = np.zeros(len(cut), bool)
     held_out[HELD_OUT - 1 :: HELD_OUT] = True
     if not held_out.any():
         held_out[-1] = True
-    profile = cut[~held_out]
+    fit, spend = cut[~held_out], cut[held_out]
+    n_profile = max(1, n_tokens // n_ctx)
+    profile = _spread(fit, n_profile)
     digest = hashlib.sha256(profile.tobytes()).hexdigest()
-    return CalibrationText(profile, cut[held_out], Calibration(source, profile.size, digest))
+    check = _spread(spend, _n_windows(n_tokens, n_ctx) - n_profile)
+    return CalibrationText(profile, fit, check, spend, Calibration(source, profile.size, digest))
+
+
+def _spread(rows: np.ndarray, n: int) -> np.ndarray:
+    """At most n rows, spread evenly."""
+    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]

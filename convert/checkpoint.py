@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from pathlib import Path
-from typing import Dict, Optional, Union
+from typing import Callable, Dict, Optional, Union
 
 import numpy as np
 
@@ -86,6 +87,19 @@ class Checkpoint:
             self._write({"name": name, "result": result})
         except OSError as error:
             raise ConvertError(f"{self.path}: {error.strerror}") from None
+
+    def arrays(self, name: str, compute: Callable[[], Optional[dict]]) -> Optional[dict]:
+        """A dict of arrays: what compute() returned before under this name, bit for bit, or returns now; None is not kept."""
+        stored = self.get(name)
+        if stored is not None:
+            return {
+                what: np.frombuffer(base64.b64decode(data), dtype).reshape(shape) for what, (dtype, shape, data) in stored.items()
+            }
+        found = compute()
+        if found is not None:
+            packed = {what: (str(a.dtype), a.shape, base64.b64encode(a.tobytes()).decode()) for what, a in found.items()}
+            self.put(name, packed)
+        return found
 
     def _write(self, entry: dict) -> None:
         self._file.write(json.dumps(entry) + "\n")

@@ -117,6 +117,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens to profile on; a quarter as many again check the plan. More is slower and less noisy. Default: 4096",
     )
+    text.add_argument(
+        "--estimate-tokens",
+        type=positive,
+        default=12288,
+        metavar="N",
+        help="tokens to calibrate token rule estimate on, where --calib has as many; text that the model writes has "
+        "--calib-tokens. Default: 12288",
+    )
     text.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
     text.add_argument("--seed", type=int, default=0, help="for the text that the model writes. Default: 0")
 
@@ -203,22 +211,22 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
         if checkpoint.restarted:
             _say(f"{checkpoint.path} was of another model: measuring anew")
         if args.calib is not None:
-            text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size)
+            text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size, args.estimate_tokens)
         else:
             _say("the model writes its own calibration text (--calib FILE gives it one)")
             text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, checkpoint)
         profile = stored or _profile(args, llm, full, text, checkpoint)
 
-    decoded = text.held_out.ravel()
-    if args.cost == "ms" or args.target_tps is not None:
-        cost = costs.measure(llm, full, decoded)
-        profile = replace(profile, cost=cost.activation_ms, cost_unit="ms")
-        _say(f"decoding takes {cost.decode_ms(full):.1f} ms a token at full budget, {cost.fixed_ms:.1f} ms of it not experts")
-    elif args.cost == "activations":
-        profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
-    if args.target_tps is not None:
-        total = costs.largest_total(cost, full, args.target_tps)
-    profile = replace(profile, estimator=_estimator(args, llm, profile, full, total, text))
+        decoded = text.held_out.ravel()
+        if args.cost == "ms" or args.target_tps is not None:
+            cost = costs.measure(llm, full, decoded)
+            profile = replace(profile, cost=cost.activation_ms, cost_unit="ms")
+            _say(f"decoding takes {cost.decode_ms(full):.1f} ms a token at full budget, {cost.fixed_ms:.1f} ms of it not experts")
+        elif args.cost == "activations":
+            profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
+        if args.target_tps is not None:
+            total = costs.largest_total(cost, full, args.target_tps)
+        profile = replace(profile, estimator=_estimator(args, llm, profile, full, total, text, checkpoint))
     if args.max_ppl_increase is not None:
         _say(f"looking for the smallest budget within {args.max_ppl_increase:.1%} of the full model's perplexity")
         total = choose.smallest_total(llm, profile, full, text, args.max_ppl_increase)
@@ -253,7 +261,7 @@ def _profile(args, llm: Llama, full: tuple, text: calibration.CalibrationText, c
     )
 
 
-def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: int, text: calibration.CalibrationText):
+def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: int, text, checkpoint: Checkpoint):
     """The profile's Estimator or a new one, if token rule "estimate" is asked for, or to be tried and possible; else None."""
     asked = args.token_rule == "estimate"
     possible = sum(min(k, args.k_base) for k in full) <= total < sum(full)
@@ -261,17 +269,17 @@ def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: 
         return None
     if profile.estimator is not None:
         return profile.estimator
-    needed, free = estimate.memory(full, llm, text.profile.shape[1]), memory.available()
+    needed, free = estimate.memory(full, llm, text.fit.shape), memory.available()
     if not asked and free is not None and needed > free:
         _say(
             f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
             "are free (--token-rule estimate tries them all the same)"
         )
         return None
-    _say(f"calibrating estimates of experts: 3 passes over {text.profile.size} tokens, {needed / 1e9:.1f} GB beside the model")
+    _say(f"calibrating estimates of experts: 3 passes over {text.fit.size} tokens, {needed / 1e9:.1f} GB beside the model")
     # at full budget nothing is skipped to learn from
     at = total if total < sum(full) else parse_budget("0.5", sum(full), sum(k > 0 for k in full))
-    found = estimate.calibrate(llm, profile, at, full, text.profile, text.held_out)
+    found = estimate.calibrate(llm, profile, at, full, text.fit, text.spend, checkpoint=checkpoint)
     if found is None:
         message = "token rule estimate: this model, or the backend that it runs on, cannot leave out single experts of a token"
         if asked:

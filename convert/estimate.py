@@ -1,5 +1,5 @@
 """Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/estimator.py`), in three runs of the full model
-over a text, and short ones of the reduced model.
+over a text, and short ones of the reduced model. What each of the first three has found is kept in the checkpoint.
 
 1. Inputs, and the sizes of the experts' outputs: the directions of the input on which sizes depend.
 2. The same again, on those directions alone: every expert's size as a function of them, and how sizes are distributed.
@@ -9,6 +9,8 @@ over a text, and short ones of the reduced model.
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import fields
 from typing import Callable, Iterator, NamedTuple, Optional
 
 import numpy as np
@@ -20,6 +22,7 @@ from allocmoe_edge.estimator import N_QUANTILES, Estimator
 from allocmoe_edge.metadata import Profile
 from allocmoe_edge.perplexity import negative_log_likelihood
 
+from .checkpoint import Checkpoint, window_name
 from .regression import MissingSums, SizeSums, fit_sizes
 
 # directions for sizes, and rank of the estimate of outputs
@@ -56,6 +59,7 @@ def calibrate(
     spend_windows: Optional[np.ndarray] = None,
     n_size: int = N_SIZE,
     rank: int = RANK,
+    checkpoint: Optional[Checkpoint] = None,
 ) -> Optional[Estimator]:
     """What the rule is to go by on a model, from text.
 
@@ -67,61 +71,104 @@ def calibrate(
         token_windows: int32, shape [n_windows, n_ctx]; n_ctx is at most the micro-batch of `llm`.
         spend_windows: further windows; nothing is fitted to them, but what they spend under the rule counts when thresholds
             are corrected. A few windows alone can be some 10% off.
+        checkpoint: has what earlier runs found, and takes what this one finds.
 
     Returns:
         None where the model, or the backend that it runs on, has no use for it.
     """
-    layers = [il for il, k in enumerate(full) if k]
     apart = np.arange(len(token_windows)) % _APART == _APART - 1
     if not apart.any():
         apart[-1] = len(apart) > 1
-    fit = np.flatnonzero(~apart)
     held = token_windows[apart] if apart.any() else token_windows
     if spend_windows is not None:
         held = np.concatenate([held, spend_windows])
-    n_passes = len(fit) + 2 * len(token_windows) + _CORRECTIONS * len(held)
-    n_embd = llm.n_embd()
-    # skips nothing, but runs only where the rule does
-    whole = _nothing(len(full), n_expert_of(llm), n_embd).plan(sum(full), full)
-    with tqdm(total=n_passes, desc="estimator", unit="pass", disable=None, leave=False) as bar:
-        sums, errors = {}, {il: 0.0 for il in layers}
-        for il, found in _record(llm, whole, token_windows[fit], bar.update):
-            if il not in sums:
-                sums[il] = SizeSums(n_expert_of(llm), n_embd)
-            sums[il].add(found.inputs, found.experts, _log_sizes(found))
-            errors[il] = errors[il] + found.errors
-        if not sums:
-            return None
-        down = {il: sums.pop(il).directions(n_size).astype(np.float16).astype(np.float32) for il in layers}
+    stage = (lambda _name, compute: compute()) if checkpoint is None else checkpoint.arrays
+    text = f"{window_name(token_windows)} {token_windows.shape}"
 
-        kept = {il: [] for il in layers}
-        for il, found in _record(llm, whole, token_windows, bar.update):
-            kept[il].append((found.inputs @ down[il].T, found.experts, _log_sizes(found), _log_weights(found.weights)))
-        sensitivity = _log_sensitivities(profile, errors, full)
-        estimator = _with_sizes(down, kept, sensitivity, apart, profile.k_base, full, n_expert_of(llm))
-        plan = estimator.plan(total, full, profile.k_base)
-        missing = {il: MissingSums(n_expert_of(llm), n_embd) for il in layers}
-        for il, found in _record(llm, plan, token_windows, bar.update):
-            keep = keeps(found.sizes, plan.threshold[il], plan.k_base)
-            skipped = np.zeros((len(found.inputs), n_expert_of(llm)), np.float32)
-            np.put_along_axis(skipped, found.experts, np.where(keep, 0.0, found.weights), axis=1)
-            missing[il].add(found.inputs, skipped, found.missing)
-        estimator = _with_outputs(estimator, {il: missing.pop(il).fit(rank) for il in layers})
+    found = stage(f"estimates, {n_size} directions on {text}", lambda: _directions(llm, full, token_windows[~apart], n_size))
+    if found is None:
+        return None
+    sensitivity = _log_sensitivities(profile, found["errors"], full)
+    found = stage(
+        f"estimates, {n_size} sizes, k_base {profile.k_base}, sensitivities {_name(sensitivity)}, on {text}",
+        lambda: _sizes(llm, full, token_windows, apart, found["down"], sensitivity, profile.k_base),
+    )
+    plan = Estimator(**found).plan(total, full, profile.k_base)
+    found = stage(
+        f"estimates, outputs of rank {rank} at {total}, sizes {_name(plan.estimator.log_norm)}, on {text}",
+        lambda: _outputs(llm, plan, token_windows, rank),
+    )
+    estimator = Estimator(**found)
+    with _progress(_CORRECTIONS * len(held), "spend") as bar:
         for _ in range(_CORRECTIONS):
             estimator = _corrected(llm, estimator, estimator.plan(total, full, profile.k_base), held, bar.update)
     return estimator
 
 
-def _nothing(n_layer: int, n_expert: int, n_embd: int) -> Estimator:
-    shapes = Estimator.shapes(n_layer, n_expert, 1, 0, n_embd)
-    return Estimator(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+def _name(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array, np.float64).tobytes()).hexdigest()[:16]
 
 
-def memory(full: tuple, llm: Llama, n_ctx: int) -> int:
-    """Bytes that `calibrate` needs beside the model: in each layer two matrices of about n_embd by n_embd floats, and what
-    one window of n_ctx tokens has recorded, in vectors that have room for twice as much."""
-    size = n_expert_of(llm) + llm.n_embd()
-    return sum(k > 0 for k in full) * 4 * (size * (size + llm.n_embd()) + 2 * 2 * n_ctx * llm.n_embd())
+def _progress(n: int, what: str) -> tqdm:
+    return tqdm(total=n, desc=f"estimates, {what}", unit="pass", disable=None, leave=False)
+
+
+def _whole(llm: Llama, full: tuple) -> Plan:
+    """Skips nothing, but runs only where the rule does."""
+    shapes = Estimator.shapes(len(full), n_expert_of(llm), 1, 0, llm.n_embd())
+    return Estimator(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()}).plan(sum(full), full)
+
+
+def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int) -> Optional[dict]:
+    """down: float32 [n_layer, n_size, n_embd]. errors: float64 [n_layer], with half of a layer's experts, squared."""
+    n_embd, sums = llm.n_embd(), {}
+    down, errors = np.zeros((len(full), n_size, n_embd), np.float32), np.zeros(len(full))
+    with _progress(len(token_windows), "directions") as bar:
+        for il, found in _record(llm, _whole(llm, full), token_windows, bar.update):
+            if il not in sums:
+                sums[il] = SizeSums(n_expert_of(llm), n_embd)
+            sums[il].add(found.inputs, found.experts, _log_sizes(found))
+            errors[il] += found.errors[_half(full[il])]
+    if not sums:
+        return None
+    for il in list(sums):
+        down[il] = sums.pop(il).directions(n_size).astype(np.float16)
+    return {"down": down, "errors": errors}
+
+
+def _sizes(llm: Llama, full: tuple, token_windows, apart, down: np.ndarray, sensitivity: np.ndarray, k_base: int) -> dict:
+    """Of an Estimator of sizes alone."""
+    kept = {il: [] for il, k in enumerate(full) if k}
+    with _progress(len(token_windows), "sizes") as bar:
+        for il, found in _record(llm, _whole(llm, full), token_windows, bar.update):
+            kept[il].append((found.inputs @ down[il].T, found.experts, _log_sizes(found), _log_weights(found.weights)))
+    return _arrays(_with_sizes(down, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
+
+
+def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> dict:
+    """Of plan.estimator with an estimate of the outputs that the plan skips."""
+    n_expert = n_expert_of(llm)
+    missing = {il: MissingSums(n_expert, llm.n_embd()) for il, k in enumerate(plan.expert_used_count_full) if k}
+    with _progress(len(token_windows), "outputs") as bar:
+        for il, found in _record(llm, plan, token_windows, bar.update):
+            keep = keeps(found.sizes, plan.threshold[il], plan.k_base)
+            skipped = np.zeros((len(found.inputs), n_expert), np.float32)
+            np.put_along_axis(skipped, found.experts, np.where(keep, 0.0, found.weights), axis=1)
+            missing[il].add(found.inputs, skipped, found.missing)
+    return _arrays(_with_outputs(plan.estimator, {il: missing.pop(il).fit(rank) for il in list(missing)}))
+
+
+def _arrays(estimator: Estimator) -> dict:
+    return {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+
+
+def memory(full: tuple, llm: Llama, shape: tuple) -> int:
+    """Bytes that `calibrate` needs beside the model for windows of a shape [n, n_ctx]: in each layer two matrices of about
+    n_embd by n_embd floats, what one window has recorded, in vectors that have room for twice as much, and a few floats for
+    each of a token's experts."""
+    size, n_layer = n_expert_of(llm) + llm.n_embd(), sum(k > 0 for k in full)
+    matrices = n_layer * (size * (size + llm.n_embd()) + 2 * 2 * shape[1] * llm.n_embd())
+    return 4 * (matrices + shape[0] * shape[1] * (N_SIZE * n_layer + 3 * sum(full)))
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
@@ -132,10 +179,9 @@ def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
     return keep
 
 
-def _with_sizes(down: dict, kept: dict, sensitivity: dict, apart: np.ndarray, k_base: int, full: tuple, n_expert: int):
+def _with_sizes(down: np.ndarray, kept: dict, sensitivity: np.ndarray, apart: np.ndarray, k_base: int, full: tuple, n_expert: int):
     """An Estimator of sizes alone; kept: for each layer the arrays of every window."""
-    n_size = next(iter(down.values())).shape[0]
-    log_norm = np.zeros((len(full), n_expert, n_size + 1))
+    log_norm = np.zeros((len(full), n_expert, down.shape[1] + 1))
     for il, windows in kept.items():
         u, experts, sizes, _ = (np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if not a)))
         log_norm[il] = fit_sizes(u, experts, sizes, n_expert)
@@ -152,10 +198,7 @@ def _with_sizes(down: dict, kept: dict, sensitivity: dict, apart: np.ndarray, k_
         v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
         rest = np.sort(v, axis=1)[:, : full[il] - k_base]
         quantiles[il] = np.quantile(rest, np.linspace(0, 1, N_QUANTILES))
-    arrays = np.zeros((len(full), n_size, next(iter(down.values())).shape[1]), np.float32)
-    for il, rows in down.items():
-        arrays[il] = rows
-    return Estimator(arrays, log_norm, np.zeros((len(full), n_expert, 0)), arrays[:, :0], quantiles)
+    return Estimator(down, log_norm, np.zeros((len(full), n_expert, 0)), down[:, :0], quantiles)
 
 
 def _with_outputs(estimator: Estimator, fitted: dict) -> Estimator:
@@ -195,19 +238,23 @@ def _spent(llm: Llama, plan: Plan, token_windows: np.ndarray, progress: Callable
     return llm.expert_stats(reset=True)["prefill"]["mean"]
 
 
-def _log_sensitivities(profile: Profile, errors: dict, full: tuple) -> dict:
-    """Half the log of what a squared error in a layer's output costs, from the cell at half of the layer's experts."""
-    rise, error = {}, {}
-    for il in errors:
-        row, half = profile.sensitivity[il], max(1, full[il] // 2)
-        rise[il] = row[half - 1] - row[-1] if profile.metric == "kl" else np.log(row[half - 1] / row[-1])
-        error[il] = errors[il][half]
-    largest = max(rise.values())
-    if largest <= 0:
-        return dict.fromkeys(errors, 0.0)
-    return {
-        il: 0.5 * np.log(max(rise[il], _LEAST_SENSITIVITY * largest) / error[il]) if error[il] > 0 else 0.0 for il in errors
-    }
+def _half(k: int) -> int:
+    return max(1, k // 2)
+
+
+def _log_sensitivities(profile: Profile, errors: np.ndarray, full: tuple) -> np.ndarray:
+    """float64 [n_layer]: half the log of what a squared error in a layer's output costs, from the cell at half of its experts.
+
+    errors: [n_layer], squared, of that cell.
+    """
+    rise, found = np.zeros(len(full)), np.zeros(len(full))
+    for il, row in enumerate(profile.sensitivity):
+        if full[il]:
+            half = row[_half(full[il]) - 1]
+            rise[il] = half - row[-1] if profile.metric == "kl" else np.log(half / row[-1])
+    some = (errors > 0) & (rise.max() > 0)
+    found[some] = 0.5 * np.log(np.maximum(rise, _LEAST_SENSITIVITY * rise.max())[some] / errors[some])
+    return found
 
 
 def _log_sizes(found: Recorded) -> np.ndarray:

@@ -17,6 +17,12 @@ struct allocmoe_spent {
     double  credit;         // activations left over under a strict threshold
 };
 
+// How far a strict threshold on log sizes moves for each activation that is left over, and how many of those count. A
+// hundredth: a text that would spend an eighth too little takes some 50 tokens to be met, and the threshold hardly moves
+// from token to token.
+static constexpr double ALLOCMOE_STRICT_STEP   = 0.01;
+static constexpr double ALLOCMOE_STRICT_CREDIT = 400.0;
+
 enum {
     ALLOCMOE_NODE_IDS = 1, // ids by rank, -1 where the token rule skips; src: ids [n_used, n_tokens], scores [n_expert, n_tokens]
     ALLOCMOE_NODE_WEIGHTS, // weights, `skipped` where the ids are -1;    src: weights [1, n_used, n_tokens], ids [n_used, n_tokens]

@@ -46,9 +46,9 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
         if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || plan->record) && !again) {
             params.rule      = plan->token_rule;
             params.k_base    = std::min<int64_t>(plan->k_base, k);
-            params.k         = k;
+            params.k         = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
             params.threshold = threshold;
-            params.strict    = plan->strict;
+            params.strict    = plan->strict && !plan->record;
             params.value     = plan->value;
         }
     }
@@ -200,17 +200,18 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
 
     std::vector<float> sizes(n_used);
     std::unique_ptr<bool[]> keep(new bool[n_used]);
+    auto  & spent = layer.usage->spent.get()[layer.il];
     int64_t total = 0;
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t * id = row<int32_t>(ids, t);
         estimate_sizes(log_norm, id, weights, reduced, t, n_used, sizes.data());
-        total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get());
+        total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get(), spent.credit);
         auto * out = (int32_t *) ((char *) dst->data + t*dst->nb[1]);
         for (int64_t r = 0; r < n_used; ++r) {
             out[r] = keep[r] ? id[r] : -1;
         }
     }
-    layer.usage->spent.get()[layer.il].activations[layer.phase] += total;
+    spent.activations[layer.phase] += total;
 }
 
 // node: the estimate of what a token skips, in the rows of `up`
@@ -268,7 +269,9 @@ void allocmoe_build_estimate(ggml_context * ctx, allocmoe_graph & graph, ggml_te
     layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, 4, compute_routed_by_size, 1, &layer);
     allocmoe_node node = {};
     node.kind      = ALLOCMOE_NODE_IDS_BY_SIZE;
+    node.strict    = layer.params.strict;
     node.k_base    = layer.params.k_base;
+    node.k         = layer.params.k;
     node.threshold = layer.params.threshold;
     node.spent     = layer.usage->spent.get() + layer.il;
     allocmoe_set_node(layer.routed, node);
@@ -358,7 +361,8 @@ static void record_inputs(const allocmoe_graph::layer & layer, allocmoe_usage::r
     std::unique_ptr<bool[]> keep(new bool[n_used]);
     auto & missing = record.floats[ALLOCMOE_FLOATS_MISSING];
     if (sizes) {
-        allocmoe_apply_estimate(layer.params, sizes, n_used, keep.get());
+        double credit = 0.0;
+        allocmoe_apply_estimate(layer.params, sizes, n_used, keep.get(), credit);
         missing.resize(missing.size() + n_embd);
     }
     for (int64_t r = 0; r < n_used; ++r) {

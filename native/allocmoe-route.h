@@ -252,6 +252,29 @@ ALLOCMOE_FN uint32_t allocmoe_size_key(const allocmoe_estimate_args & a, int32_t
     return allocmoe_is_nan(size) ? 0 : allocmoe_key(size);
 }
 
+// allocmoe_apply_estimate for a token whose keys are in `out`, which becomes its ids. Returns how many it keeps.
+ALLOCMOE_FN int32_t allocmoe_keep_by_size(const allocmoe_estimate_args & a, int32_t t, float at_least) {
+    const uint32_t threshold = allocmoe_key(at_least);
+    int32_t * out = a.routed + (int64_t) t*a.n_used;
+    int32_t   n   = 0;
+    for (int32_t r = 0; r < a.n_used; ++r) {
+        n += (uint32_t) out[r] >= threshold;
+    }
+    for (; n < a.node.k_base; ++n) {
+        int32_t best = -1;
+        for (int32_t r = 0; r < a.n_used; ++r) {
+            if ((uint32_t) out[r] < threshold && (best < 0 || (uint32_t) out[r] > (uint32_t) out[best])) {
+                best = r;
+            }
+        }
+        out[best] = -1; // the highest key
+    }
+    for (int32_t r = 0; r < a.n_used; ++r) {
+        out[r] = (uint32_t) out[r] >= threshold ? a.ids[t*a.stride_ids + r] : -1;
+    }
+    return n;
+}
+
 // One block's work: compute_routed_by_size. total: in the block's shared memory.
 template <class Block>
 ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_args & a, int32_t & total) {
@@ -264,28 +287,22 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
     }
     block.sync();
 
-    const uint32_t threshold = allocmoe_key(a.node.threshold);
-    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
-        int32_t * out = a.routed + (int64_t) t*a.n_used;
-        int32_t   n   = 0;
-        for (int32_t r = 0; r < a.n_used; ++r) {
-            n += (uint32_t) out[r] >= threshold;
+    if (!a.node.strict) {
+        for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+            block.add(&total, allocmoe_keep_by_size(a, t, a.node.threshold));
         }
-        for (; n < a.node.k_base; ++n) {
-            int32_t best = -1;
-            for (int32_t r = 0; r < a.n_used; ++r) {
-                if ((uint32_t) out[r] < threshold && (best < 0 || (uint32_t) out[r] > (uint32_t) out[best])) {
-                    best = r;
-                }
-            }
-            out[best] = -1; // the highest key
+        block.sync();
+    } else if (block.rank() == 0) {
+        // what a token may spend depends on all tokens before it
+        double credit = a.node.spent->credit;
+        for (int32_t t = 0; t < a.n_tokens; ++t) {
+            const int32_t n = allocmoe_keep_by_size(a, t, (float) (a.node.threshold - ALLOCMOE_STRICT_STEP*credit));
+            credit += a.node.k - n;
+            credit  = credit < -ALLOCMOE_STRICT_CREDIT ? -ALLOCMOE_STRICT_CREDIT : credit > ALLOCMOE_STRICT_CREDIT ? ALLOCMOE_STRICT_CREDIT : credit;
+            total  += n;
         }
-        for (int32_t r = 0; r < a.n_used; ++r) {
-            out[r] = (uint32_t) out[r] >= threshold ? a.ids[t*a.stride_ids + r] : -1;
-        }
-        block.add(&total, n);
+        a.node.spent->credit = credit;
     }
-    block.sync();
     if (block.rank() == 0) {
         a.node.spent->activations[a.node.phase] += total;
     }

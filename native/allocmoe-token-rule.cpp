@@ -1,5 +1,7 @@
 #include "allocmoe-token-rule.h"
 
+#include "allocmoe-custom.h"
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -80,10 +82,12 @@ static int64_t apply_threshold(const allocmoe_token_rule_params & params, const 
     return total;
 }
 
-int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep) {
+int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep, double & credit) {
+    const float threshold = params.strict ? (float) (params.threshold - ALLOCMOE_STRICT_STEP*credit) : params.threshold;
+
     int64_t n_kept = 0;
     for (int64_t r = 0; r < n_used; ++r) {
-        keep[r] = sizes[r] >= params.threshold;
+        keep[r] = sizes[r] >= threshold;
         n_kept += keep[r];
     }
     while (n_kept < std::min<int64_t>(params.k_base, n_used)) {
@@ -95,6 +99,9 @@ int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const
         }
         keep[best] = true;
         n_kept++;
+    }
+    if (params.strict) {
+        credit = std::clamp(credit + params.k - n_kept, -ALLOCMOE_STRICT_CREDIT, ALLOCMOE_STRICT_CREDIT);
     }
     return n_kept;
 }

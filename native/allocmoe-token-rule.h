@@ -10,7 +10,7 @@ struct allocmoe_token_rule_params {
     int32_t k_base;    // experts that every token keeps
     int32_t k;         // planned mean
     float   threshold;
-    bool    strict;    // threshold: never let the running mean rise above k
+    bool    strict;    // threshold: never let the running mean rise above k; estimate: keep it near k
     int32_t value;     // ALLOCMOE_VALUE_*, what rules compare
 };
 
@@ -18,8 +18,8 @@ struct allocmoe_token_rule_params {
 void allocmoe_to_values(int32_t value, float * scores, int64_t n_used);
 
 // ALLOCMOE_RULE_ESTIMATE for one token: keep[r] for each of its n_used experts, from their estimated sizes, in any order; a
-// NaN counts as -infinity. Returns how many are kept.
-int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep);
+// NaN counts as -infinity. Returns how many are kept. credit: as below.
+int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep, double & credit);
 
 // How many experts each token keeps: its first n_kept[t] of n_used, which are sorted by falling score.
 // scores: [n_tokens][n_used]. A NaN counts as -infinity. credit: activations left over so far, for `strict`.

@@ -325,6 +325,11 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
     if (cur && *cur == *plan) {
         return ALLOCMOE_OK;
     }
+    // what a strict rule of another plan has left over says nothing about this one
+    llama_synchronize(ctx);
+    auto * spent = allocmoe_access::cparams(ctx).allocmoe.usage->spent.get();
+    std::for_each(spent, spent + n_layer, [](allocmoe_spent & s) { s.credit = 0.0; });
+
     allocmoe_access::set_plan(ctx, std::move(plan));
     return ALLOCMOE_CHANGED;
 }

@@ -45,7 +45,7 @@ struct allocmoe_rule {
     int32_t token_rule;      // ALLOCMOE_RULE_*
     int32_t value;           // ALLOCMOE_VALUE_*
     int32_t k_base;          // experts that every token keeps, at least 1
-    bool    strict;          // threshold: the running mean never rises above k
+    bool    strict;          // threshold: the running mean never rises above k; estimate: the threshold moves to keep it near k
     bool    record;          // keep scores, ids and errors of all ranks for allocmoe_take_*, and run all; for calibration
     bool    record_inputs;   // with it, what allocmoe_take_floats returns
     bool    keep_outputs;    // keep the output of every layer, of the last micro-batch

@@ -158,6 +158,7 @@ static void skip(const std::vector<int32_t> & h) {
 // both nodes of the rule that goes by estimates, the second on the first one's ids
 static void estimate(const std::vector<int32_t> & h) {
     const int n_threads = h[1], n_used = h[2], n_expert = h[3], n_tokens = h[4], n_down = h[5], rank = h[6], n_columns = h[7];
+    const int k = h[9]; // 0 for a rule that is not strict
     const auto threshold = read<float>(1);
     const auto ids       = read<int32_t>((size_t) n_tokens*n_expert);
     const auto weights   = read<float>((size_t) n_tokens*n_used);
@@ -188,6 +189,8 @@ static void estimate(const std::vector<int32_t> & h) {
     args.n_columns           = n_columns;
     args.node.k_base         = h[8];
     args.node.threshold      = threshold[0];
+    args.node.strict         = k > 0;
+    args.node.k              = k;
     args.node.phase          = 1;
     args.node.spent          = &spent;
 

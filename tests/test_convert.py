@@ -140,10 +140,10 @@ def test_estimates_are_not_tried_without_the_memory(planned_path, monkeypatch, c
     llm = Llama(str(planned_path), n_ctx=64, verbose=False)
     model = metadata.read(planned_path)
     windows = np.zeros((2, 32), np.int32)
-    text = cli.calibration.CalibrationText(windows, windows, model.profile.calibration)
+    text = cli.calibration.CalibrationText(windows, windows, windows, windows, model.profile.calibration)
     args = cli.parser().parse_args([str(planned_path), "-o", "out.gguf"])
     monkeypatch.setattr(cli.memory, "available", lambda: 10**6)
-    assert cli._estimator(args, llm, model.profile, model.full, 180, text) is None
+    assert cli._estimator(args, llm, model.profile, model.full, 180, text, None) is None
     assert "not tried: to calibrate them takes 0.1 GB of memory, and 0.0 GB are free" in capsys.readouterr().err
 
 
@@ -164,6 +164,16 @@ def test_calibration_from_a_file(testbed_path, tmp_path):
     assert text.profile.shape[1] == 32 and len(text.profile) >= 3 and len(text.held_out) >= 1
     nll = negative_log_likelihood(llm, text.profile)
     assert nll.shape == (len(text.profile), 31) and (nll > 0).all()
+    # more for what takes few runs: the same windows and others, apart from what is held out
+    more = from_file(llm, tmp_path / "book.txt", 96, 32, n_fit=320)
+    assert more.profile.shape == text.profile.shape and len(more.held_out) == len(text.held_out)
+    assert len(more.fit) == 10 and len(more.spend) == 2
+
+    def rows(windows):
+        return {window.tobytes() for window in windows}
+
+    assert rows(more.profile) <= rows(more.fit) and rows(more.held_out) <= rows(more.spend)
+    assert np.array_equal(text.fit, text.profile) and np.array_equal(text.spend, text.held_out)
 
 
 # refusals

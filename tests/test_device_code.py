@@ -154,6 +154,29 @@ def test_estimates_keep_and_add_up_what_they_should(program, n_tokens, n_threads
         assert not skipped[:, rank:].any()
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_strict_estimates_move_the_threshold(program, k):
+    """Token by token, by what the tokens before have left over."""
+    rng = np.random.default_rng(k)
+    n_tokens, n_used, n_down, rank, n_columns = 60, 6, 2, 1, 32
+    ids = np.array([rng.permutation(N_EXPERT) for _ in range(n_tokens)], np.int32)
+    weights = np.exp(rng.uniform(-3, 0, (n_tokens, n_used))).astype(np.float32)
+    log_norm = np.zeros((N_EXPERT, n_down + 1), np.float32)
+    sizes, threshold, credit = np.log(weights.astype(np.float64)), np.float32(-1.5), 0.0
+    keep = np.zeros(weights.shape, bool)
+    for t in range(n_tokens):
+        assert np.abs(sizes[t] - (threshold - 0.01 * credit)).min() > 1e-5
+        keep[t] = sizes[t] >= threshold - 0.01 * credit
+        keep[t, sizes[t].argmax()] = True
+        credit += k - keep[t].sum()
+    assert abs(credit) > 15  # the threshold has moved
+    head = header(ESTIMATE, 32, n_used, N_EXPERT, n_tokens, n_down, rank, n_columns, 1, k)
+    rest = (threshold, ids, weights, np.zeros((n_tokens, n_down), np.float32), log_norm, np.zeros((N_EXPERT, rank), np.float32))
+    found = run(program, head + b"".join(array.tobytes() for array in rest))
+    routed = np.frombuffer(found, np.int32, weights.size).reshape(weights.shape)
+    assert np.array_equal(routed, np.where(keep, ids[:, :n_used], -1))
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2, 31, 32, 33, 100])
 def test_hooks_see_skipped_slots(program, n_tokens):
     """mm_ids_helper's maps and the host's sorted order, with every slot that is left to no expert marked."""

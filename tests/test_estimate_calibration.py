@@ -1,13 +1,14 @@
 """Calibrating token rule "estimate": the linear algebra against known answers, then the whole on a real model."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from allocmoe_edge import Llama, Plan, metadata
 from allocmoe_edge.convert import estimate, regression
-from allocmoe_edge.perplexity import Reference, bos_token, windows
+from allocmoe_edge.convert.checkpoint import Checkpoint
+from allocmoe_edge.perplexity import Reference, bos_token, negative_log_likelihood, windows
 
 N_EXPERT, N_EMBD = 8, 24
 
@@ -24,8 +25,7 @@ def tokens(rng, n, n_used):
 
 @pytest.mark.parametrize("n_used", [N_EXPERT, 3])
 def test_sizes_that_depend_on_three_directions(n_used):
-    """Fitted on some tokens, right on others: 97% of the variance with all experts in use, 93% with 3 of 8, where each
-    expert's own covariance is not the one that the directions are found with; the rest is the ridges' shrinking."""
+    """Fitted on some tokens, right on others: 95% of the variance; the rest is the ridges' shrinking."""
     rng = np.random.default_rng(0)
     true_down, slopes, constants = rng.standard_normal((3, N_EMBD)), rng.standard_normal((N_EXPERT, 3)), rng.standard_normal(N_EXPERT)
 
@@ -46,7 +46,7 @@ def test_sizes_that_depend_on_three_directions(n_used):
     x, experts, sizes = draw(500)
     u = np.column_stack([x @ down.T, np.ones(len(x))])
     found = np.take_along_axis(u @ fitted.T, experts.astype(int), axis=1)
-    assert 1 - np.var(found - sizes) / np.var(sizes) > (0.97 if n_used == N_EXPERT else 0.93)
+    assert 1 - np.var(found - sizes) / np.var(sizes) > 0.95
     # one direction cannot do it
     one = sums.directions(1)
     assert one.shape == (1, N_EMBD) and abs(np.corrcoef(one @ x.T, down[:1] @ x.T)[0, 1]) > 0.999
@@ -157,13 +157,13 @@ def test_keeps_the_base_and_what_reaches_the_threshold():
 def test_sensitivities_are_logs_of_divergence_per_error():
     rows = (np.array([9.0, 4.0, 1.0, 0.0]), np.empty(0), np.array([3.0, 1.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0, 0.0]))
     profile = metadata.Profile(rows, (1.0,) * 4, metadata.Calibration("made up", 1, "0"))
-    errors = {il: np.array([9.0, 4.0, 2.0, 1.0, 0.0]) for il in (0, 2, 3)}
+    errors = np.array([2.0, 0.0, 2.0, 2.0])
     found = estimate._log_sensitivities(profile, errors, (4, 0, 4, 4))
-    assert found == pytest.approx({0: 0.5 * np.log(4 / 2), 2: 0.5 * np.log(1 / 2), 3: 0.5 * np.log(0.04 / 2)})
+    assert found == pytest.approx([0.5 * np.log(4 / 2), 0.0, 0.5 * np.log(1 / 2), 0.5 * np.log(0.04 / 2)])
     logs = replace(profile, metric="perplexity", sensitivity=tuple(np.exp(row) for row in rows))
     assert estimate._log_sensitivities(logs, errors, (4, 0, 4, 4)) == pytest.approx(found)
     useless = replace(profile, sensitivity=tuple(np.zeros_like(row) for row in rows))
-    assert set(estimate._log_sensitivities(useless, errors, (4, 0, 4, 4)).values()) == {0.0}
+    assert not estimate._log_sensitivities(useless, errors, (4, 0, 4, 4)).any()
 
 
 # on a model
@@ -273,6 +273,41 @@ def test_budget_is_met_and_uniform_k_is_beaten(llm, text, calibrated):
     assert kl["estimate"] < kl["uniform"] * 2 / 3
 
 
+def test_strict_budget_holds_on_any_text(llm, text, calibrated):
+    """With thresholds that are far off: a quarter off the budget and more without; within 3% once they have moved."""
+    for shift in (-0.5, 0.5):
+        plan = calibrated.plan(180, FULL)
+        plan = replace(plan, threshold=[limit + shift for limit in plan.threshold])
+        spent = {}
+        for strict in (False, True):
+            llm.set_plan(replace(plan, strict=strict))
+            negative_log_likelihood(llm, text[9:13])
+            before = llm.expert_stats()["prefill"]
+            negative_log_likelihood(llm, text[13:17])
+            after = llm.expert_stats()["prefill"]
+            activations, tokens = ((after[what] - before[what]).astype(float) for what in ("activations", "tokens"))
+            spent[strict] = (activations / tokens).sum()
+        assert abs(spent[False] / 180 - 1) > 0.25, spent
+        assert spent[True] == pytest.approx(180, rel=0.03), spent
+
+
+def test_strict_depends_on_the_tokens_and_not_on_batches(llm, text, calibrated):
+    """Bit for bit, 7 tokens at a time or all at once."""
+    plan = replace(calibrated.plan(180, FULL), strict=True)
+    counts = []
+    for n_batch in (128, 7):
+        llm.set_plan(None)
+        llm.set_plan(plan)
+        llm.expert_stats(reset=True)
+        llm._drop_cache()
+        for start in range(0, 128, n_batch):
+            part = text[9][start : start + n_batch].tolist()
+            llm._batch.set_batch(batch=part, n_past=start, logits_all=True)
+            llm._ctx.decode(llm._batch)
+        counts.append(sum(llm.expert_stats()[phase]["activations"] for phase in ("prefill", "decode")))
+    assert np.array_equal(*counts)
+
+
 def test_sizes_are_settled_before_outputs(llm, calibrated):
     """The directions for outputs have no say in what is kept."""
     rank = calibrated.rank
@@ -282,3 +317,22 @@ def test_sizes_are_settled_before_outputs(llm, calibrated):
 def test_one_window_will_do(llm, text, profile):
     found = estimate.calibrate(llm, profile, 180, FULL, text[:1], n_size=4, rank=2)
     assert found.n_down == 6 and found.plan(180, FULL).budget_total == 180
+
+
+def test_what_an_interrupted_run_has_found_is_used(llm, text, profile, tmp_path, testbed_path, monkeypatch):
+    """The same, bit for bit, as without an interruption; stages that are done run the model no more."""
+    whole = estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2)
+    stages = []
+    with Checkpoint(tmp_path / "p", testbed_path) as checkpoint, monkeypatch.context() as patch:
+        patch.setattr(estimate, "_outputs", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+    record = estimate._record
+    monkeypatch.setattr(estimate, "_record", lambda *args: stages.append(args) or record(*args))
+    with Checkpoint(tmp_path / "p", testbed_path) as checkpoint:
+        resumed = estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+        assert len(stages) == 1
+        estimate.calibrate(llm, profile, 120, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+        assert len(stages) == 2  # another budget skips other experts
+    for field in fields(whole):
+        assert np.array_equal(getattr(whole, field.name), getattr(resumed, field.name)), field.name

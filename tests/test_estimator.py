@@ -182,8 +182,7 @@ def test_profile_plans_with_it():
     assert profile(cost=(1.0, 1.0, 3.0)).plan(5, FULL, "estimate").threshold[1] < profile().plan(5, FULL, "estimate").threshold[1]
     with pytest.raises(PlanError, match="needs an estimator"):
         profile(estimator=None).plan(5, FULL, "estimate")
-    with pytest.raises(PlanError, match="strict"):
-        profile().plan(5, FULL, "estimate", strict=True)
+    assert profile().plan(5, FULL, "estimate", strict=True) == replace(make().plan(5, FULL), strict=True)
 
 
 def test_changing_the_rule_plans_the_layers_anew():
@@ -197,7 +196,6 @@ def test_changing_the_rule_plans_the_layers_anew():
     "changes, message",
     [
         (dict(token_rule="estimate"), "threshold: found none"),
-        (dict(token_rule="estimate", threshold=[0.0] * 3, strict=True), "strict"),
         (dict(token_rule="estimate", threshold=[0.0] * 3, value="relative"), "want 'score' with token_rule 'estimate'"),
         (dict(estimator=make()), "estimator: found one, want none"),
     ],

@@ -100,9 +100,8 @@ def test_budget_and_rule_change(llm, profile):
     assert llm.set_budget(token_rule="off") == profile.plan(8, FULL, "off")
     with pytest.raises(PlanError, match="threshold table"):
         llm.set_budget(token_rule="threshold")
-    with pytest.raises(PlanError, match="strict"):
-        llm.set_budget(strict=True)
     assert llm.plan == profile.plan(8, FULL, "off")
+    assert llm.set_budget(strict=True) == profile.plan(8, FULL, "estimate", strict=True)
     assert llm.set_budget() == profile.plan(8, FULL)
     assert np.array_equal(logits(llm), found)
 

@@ -345,7 +345,7 @@ def command(path, tmp_path_factory):
     (folder / "text.txt").write_text(book(2))
     (folder / "task.jsonl").write_text(json.dumps({"query": "Question: a?", "choices": ["b", "cd"], "gold": 0}) + "\n")
     args = [path, "--text", folder / "text.txt", "--calib", folder / "calib.txt", "-o", folder / "out", "--threads", 1]
-    args += ["--budgets", 0.75, 0.5, "--repeats", 2, "--tokens", 128, "--ctx-size", 64, "--calib-tokens", 256]
+    args += ["--budgets", 0.75, 0.5, "--repeats", 2, "--tokens", 128, "--ctx-size", 64, "--calib-tokens", 256, "--estimate-tokens", 512]
     return [str(a) for a in args + ["--tasks", folder / "task.jsonl"]], folder / "out"
 
 
@@ -398,7 +398,7 @@ def test_ours_is_what_convert_writes(command, path, tmp_path):
     wanted = ("ours", 0.5, 0, False)
     (mine,) = [e for e in result["plans"] if (e["method"], e["budget"], e["sample"], e["decode"]) == wanted]
     convert = [path, "--budget", 0.5, "--calib", out / "calibration-0.txt", "--calib-tokens", 256, "--ctx-size", 64]
-    convert += ["--threads", 1, "--plan-only", "-o", tmp_path / "plan.gguf"]
+    convert += ["--estimate-tokens", 512, "--threads", 1, "--plan-only", "-o", tmp_path / "plan.gguf"]
     assert cli.main([str(a) for a in convert]) == 0
     assert metadata.read(tmp_path / "plan.gguf").plan == Plan(**{**mine["plan"]})
 
@@ -409,7 +409,7 @@ def test_plan_with_an_estimator_is_read_back(command, path, llm, text, tmp_path,
     (tmp_path / "calib.txt").write_text(book(1))
     args = main.parser().parse_args([*command[0], "--methods", "ours"])
     setting = methods.Setting(llm, FULL, path, text, tmp_path / "calib.txt", args)
-    monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=methods._ours("--token-rule", "estimate")))
+    monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=methods._ours("ours", "--token-rule", "estimate")))
     with Checkpoint(tmp_path / "cells", path) as checkpoint:
         ((_, _, first),) = main.planned(setting, {0.5: 8}, 0, checkpoint)
         monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=None))

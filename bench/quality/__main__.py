@@ -53,9 +53,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=3, help="calibration samples. Default: 3")
     p.add_argument("--tokens", type=int, default=12288, help="tokens to evaluate on. Default: 12288")
     p.add_argument("--calib-tokens", type=int, default=4096, help="tokens in a calibration sample. Default: 4096")
+    p.add_argument("--estimate-tokens", type=int, default=12288, help="tokens for ours' estimates. Default: 12288")
     p.add_argument("--isolated-tokens", type=int, help="fewer of them for the isolated profile, which needs many runs")
     p.add_argument("--ctx-size", type=int, default=512, help="tokens in a window. Default: 512")
-    p.add_argument("--no-decode", action="store_true", help="no token-by-token runs of methods that differ there")
+    p.add_argument(
+        "--decode-budgets", type=float, nargs="*", metavar="B", help="where methods that differ are run token by token. Default: all"
+    )
     p.add_argument("--tasks", type=Path, nargs="+", default=[], help="JSON-lines files of tasks")
     p.add_argument("--task-items", type=int, default=200, help="items of each task. Default: 200")
     p.add_argument("--task-budgets", type=float, nargs="+", default=[0.5], help="budgets to run tasks at. Default: 0.5")
@@ -95,17 +98,18 @@ def run(args: argparse.Namespace) -> dict:
         args.methods = ["uniform", *args.methods]
     args.output.mkdir(parents=True, exist_ok=True)
     with Checkpoint(args.output / "cells", args.model) as checkpoint:
+        decoded = args.budgets if args.decode_budgets is None else args.decode_budgets
         models = {False: load(args, args.ctx_size), True: load(args, 1)}
         text = evaluation_windows(models[False], args)
         # a quarter as many again for the held-out check of allocmoe-convert, and some to spare
-        paths = texts.samples(args.calib, args.text, int(args.calib_tokens * 1.4), args.repeats, args.output)
+        paths = texts.samples(args.calib, args.text, int(max(args.calib_tokens, args.estimate_tokens) * 1.4), args.repeats, args.output)
         found, plans = [], {}
         for sample, path in enumerate(paths):
-            calib = calibration.from_file(models[False], path, args.calib_tokens, args.ctx_size).profile
+            calib = calibration.from_file(models[False], path, args.calib_tokens, args.ctx_size, args.estimate_tokens).profile
             setting = Setting(models[False], full, args.model, calib, path, args)
             for method, budget, plan in planned(setting, totals, sample, checkpoint):
                 # one sample is enough to show that it is plain top-k, and token by token is slow
-                single = METHODS[method].decode and sample == 0 and not args.no_decode
+                single = METHODS[method].decode and sample == 0 and budget in decoded
                 for decode in (False, True) if single else (False,):
                     name = metrics.candidate_name((plan, decode))
                     plans[name] = (plan, decode)
@@ -154,7 +158,7 @@ def planned(setting: Setting, totals: dict, sample: int, checkpoint: Checkpoint)
                     checkpoint.put(key, stored)
                 plan = Plan(**stored)
                 if plan.token_rule == "estimate":
-                    plan = replace(plan, estimator=metadata.read(plan_path(setting, total)).plan.estimator)
+                    plan = replace(plan, estimator=metadata.read(plan_path(setting, method, total)).plan.estimator)
                 yield method, budget, plan
                 bar.update()
 

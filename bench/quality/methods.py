@@ -13,7 +13,7 @@ from typing import Callable, Dict, Sequence
 
 import numpy as np
 
-from allocmoe_edge import Llama, Plan, PlanError, metadata
+from allocmoe_edge import Llama, Plan, PlanError, metadata, parse_budget
 from allocmoe_edge.convert import cli, sensitivity, thresholds
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.planner import allocate
@@ -164,26 +164,42 @@ def convert_arguments(setting: Setting, total: int, *options: str) -> argparse.N
     """Of allocmoe-convert with its defaults, this calibration text, a budget of `total`, and options."""
     args = setting.args
     command = [str(setting.path), "--budget", str(total), "--calib", str(setting.calib_path), "--plan-only"]
-    command += ["--calib-tokens", str(args.calib_tokens), "--ctx-size", str(args.ctx_size)]
+    command += ["--calib-tokens", str(args.calib_tokens), "--estimate-tokens", str(args.estimate_tokens)]
+    command += ["--ctx-size", str(args.ctx_size)]
     command += ["--threads", str(args.threads), "-o", str(setting.calib_path.with_suffix(".plan"))]
     return cli.parser().parse_args([*command, *options])
 
 
-def plan_path(setting: Setting, total: int) -> Path:
-    """Where `ours` leaves a plan with an estimator, which is too large for the checkpoint."""
-    return setting.calib_path.with_suffix(f".{total}.plan.gguf")
+def plan_path(setting: Setting, method: str, total: int) -> Path:
+    """Where a method of ours leaves its plan: an estimator is too large for the checkpoint."""
+    return setting.calib_path.with_suffix(f".{method}.{total}.plan.gguf")
 
 
-def _ours(*options: str) -> Callable[[Setting, int], Plan]:
+def _keep(setting: Setting, method: str, total: int, plan: Plan, profile: metadata.Profile) -> None:
+    metadata.write_side_file(plan_path(setting, method, total), metadata.read(setting.path), plan, profile)
+
+
+def _ours(method: str, *options: str) -> Callable[[Setting, int], Plan]:
     """What allocmoe-convert writes."""
 
     def plan(setting: Setting, total: int) -> Plan:
         args = convert_arguments(setting, total, *options)
         profile, found = cli.measure(args, setting.path, setting.full, total, None)
-        if found.estimator is not None:
-            metadata.write_side_file(plan_path(setting, total), metadata.read(setting.path), found, profile)
+        _keep(setting, method, total, found, profile)
         return found
 
+    return plan
+
+
+def _one_file(setting: Setting, total: int) -> Plan:
+    """What Llama(budget=total) does with the file that allocmoe-convert writes for half."""
+    half = parse_budget("0.5", sum(setting.full), sum(k > 0 for k in setting.full))
+    path = plan_path(setting, "ours", half)
+    if not path.exists():
+        METHODS["ours"].plan(setting, half)
+    profile = metadata.read(path).profile
+    plan = profile.plan(total, setting.full)
+    _keep(setting, "ours-one-file", total, plan, profile)
     return plan
 
 
@@ -203,6 +219,7 @@ METHODS: Dict[str, Method] = {
     "naee": Method("NAEE, K > 2", _on_value("relative", "layer")),
     "dynamic-moe": Method("Dynamic-MoE, top-p", _on_value("remaining", "model")),
     "ser": Method("ik_llama.cpp -ser", _on_value("relative", "model")),
-    "ours-threshold": Method("ours without estimates (--token-rule threshold)", _ours("--token-rule", "threshold")),
-    "ours": Method("ours (allocmoe-convert)", _ours(), decode=True),
+    "ours-threshold": Method("ours without estimates (--token-rule threshold)", _ours("ours-threshold", "--token-rule", "threshold")),
+    "ours": Method("ours (allocmoe-convert)", _ours("ours"), decode=True),
+    "ours-one-file": Method("ours, the file for half at another budget", _one_file),
 }

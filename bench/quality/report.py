@@ -37,6 +37,8 @@ def rows(found: List[dict], cells: Dict[str, dict], full: dict, totals: Dict[flo
         baseline = losses(uniform[budget])
         for (method, decode), by_sample in measured.items():
             samples = []
+            if budget not in by_sample[min(by_sample)]:
+                continue  # not run token by token at this budget
             for curve in by_sample.values():
                 spent = [full["spent"], *(values["spent"] for values in curve.values())]
                 values, recovered, corrected = curve[budget], {}, {}

@@ -12,6 +12,7 @@
 #endif
 
 #include "allocmoe-cpu.h"
+#include "allocmoe-one-token.h"
 #include "allocmoe-panel.h"
 
 #include "ggml-cpu-impl.h"
@@ -101,14 +102,6 @@ template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int
 #endif
 
 #if defined(ALLOCMOE_KERNEL)
-
-// The activations of up to TILE tokens, n of them, sub-block by sub-block.
-struct tile {
-    const int8_t  * q;    // [sub-block][n][SUB]
-    const float   * d;    // [sub-block][n]
-    const float   * sum;  // [sub-block][n]: d times the sum of q, for m
-    const int32_t * init; // [sub-block][n]: -offset times the sum of q
-};
 
 // acc: [N][ROWS], added to.
 template <typename F, int N> static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
@@ -276,6 +269,28 @@ template <typename L> static void multiply_rows(
     }
 }
 
+// The same for a slab of one token.
+template <typename L> static void multiply_rows_by_one(
+        const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int, workspace & ws) {
+    const int64_t n_groups = (row1 - row0)/one_token<L>::GROUP;
+    const int64_t n_each   = (n_groups + STREAMS - 1)/STREAMS;
+    const int64_t slot     = job.slot(first);
+    float * result = (float *) ((char *) job.dst->data + slot % job.n_used*job.dst->nb[1] + slot/job.n_used*job.dst_stride);
+    const tile x = { ws.q.data(), ws.d.data(), ws.sum.data(), ws.init.data() };
+
+    for (int64_t i = 0; i < n_each; ++i) {
+        const char * rows[STREAMS];
+        float      * out [STREAMS];
+        for (int s = 0; s < STREAMS; ++s) {
+            // where there are fewer, the last one again
+            const int64_t row = row0 + std::min(s*n_each + i, n_groups - 1)*one_token<L>::GROUP;
+            rows[s] = weights + row*job.src0->nb[1];
+            out[s]  = result + row;
+        }
+        one_token<L>::multiply(rows, job.src0->ne[0], x, out);
+    }
+}
+
 #if defined(__AVX512F__)
 template <typename F, typename X> using repacked_8x8 = repacked_nibbles<F, X>;
 #else
@@ -286,10 +301,15 @@ template <typename F, typename X> using repacked_8x8 = repacked<F, X, 8, 8>;
 struct kernel {
     void (*gather)       (const job &, int64_t, int, workspace &) = nullptr;
     void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
+    void (*multiply_rows_by_one)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
 };
 
 template <typename L, typename X> static kernel kernel_for() {
-    return { gather<L, X>, multiply_rows<L> };
+    if constexpr (one_token<L>::GROUP > 0) {
+        return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L> };
+    } else {
+        return { gather<L, X>, multiply_rows<L>, nullptr };
+    }
 }
 
 static kernel find_kernel(ggml_type type, int n_rows, int step) {
@@ -361,7 +381,8 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const int nth = params->nth;
 
     const kernel run = find_kernel(src0->type, n_rows_together, step);
-    if (!run.gather || params->use_ref || n_slots < MIN_TOKENS[n_rows_together == 0]*std::min(n_expert, n_slots) ||
+    const int min_tokens = run.multiply_rows_by_one ? 1 : MIN_TOKENS[n_rows_together == 0];
+    if (!run.gather || params->use_ref || n_slots < min_tokens*std::min(n_expert, n_slots) ||
             src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
             src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && (src0->ne[2] != 1 || src1->ne[2] != 1))) {
         return false;
@@ -453,7 +474,8 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
             run.gather(job, begin, n, ws);
             gathered = slab;
         }
-        run.multiply_rows(job, (const char *) src0->data + e*src0->nb[2], row0, row1, begin, n, ws);
+        const auto multiply = n == 1 && run.multiply_rows_by_one ? run.multiply_rows_by_one : run.multiply_rows;
+        multiply(job, (const char *) src0->data + e*src0->nb[2], row0, row1, begin, n, ws);
     }
     return true;
 #else

@@ -25,7 +25,7 @@ typedef uint16_t eight __attribute__((vector_size(16)));
 #if defined(__clang__)
 #define ALLOCMOE_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define ALLOCMOE_PICK(a, b, ...) __builtin_shuffle(a, b, (eight) { __VA_ARGS__ })
+#define ALLOCMOE_PICK(a, b, ...) __builtin_shuffle(a, b, eight { __VA_ARGS__ })
 #endif
 
 static void transpose_8x8(const char * from, size_t from_stride, char * to, size_t to_stride) {

@@ -188,7 +188,7 @@ struct job {
     const ggml_tensor * dst;
     int64_t             n_used;
     size_t              dst_stride; // from token to token
-    const int32_t     * slots;   // token*n_used + rank, expert by expert; null for a dense matrix: all of them
+    const int32_t     * slots;   // token*n_used + rank, expert by expert; null for dense matrices: all of them
     const char        * x;       // src1, quantised
     size_t              x_size;  // of a row of it
 
@@ -374,9 +374,9 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
-    const int64_t n_expert = ids ? src0->ne[2] : 1;
+    const int64_t n_expert = src0->ne[2]; // without ids: matrices side by side, each with its own tokens
     const int64_t n_out    = src0->ne[1];
-    const int64_t n_slots  = ids ? ids->ne[0]*ids->ne[1] : src1->ne[1];
+    const int64_t n_slots  = ids ? ids->ne[0]*ids->ne[1] : src1->ne[1]*src1->ne[2];
     const int ith = params->ith;
     const int nth = params->nth;
 
@@ -384,7 +384,7 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const int min_tokens = run.multiply_rows_by_one ? 1 : MIN_TOKENS[n_rows_together == 0];
     if (!run.gather || params->use_ref || n_slots < min_tokens*std::min(n_expert, n_slots) ||
             src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
-            src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && (src0->ne[2] != 1 || src1->ne[2] != 1))) {
+            src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
         return false;
     }
 
@@ -453,7 +453,8 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
 
     // Threads take parts of slabs in turns: few enough that gathering the activations is not repeated much, and enough that
     // nobody waits long for the last one.
-    const int64_t n_slabs   = ids ? slabs[0] : (n_slots + SLAB - 1)/SLAB;
+    const int64_t n_dense   = (src1->ne[1] + SLAB - 1)/SLAB; // slabs of a matrix
+    const int64_t n_slabs   = ids ? slabs[0] : n_expert*n_dense;
     const int64_t n_parts   = std::max<int64_t>(1, std::min(std::max<int64_t>(2, 4*nth/std::max<int64_t>(n_slabs, 1)), n_out/64));
     const int64_t part_rows = GGML_PAD((n_out + n_parts - 1)/n_parts, ROWS);
 
@@ -462,9 +463,9 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     int64_t gathered = -1;
     for (int64_t part = ith; part < n_slabs*n_parts; part = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t slab  = part/n_parts;
-        const int64_t e     = ids ? owner[slab] : 0;
-        const int64_t begin = ids ? slabs[1 + slab] : slab*SLAB;
-        const int     n     = std::min<int64_t>(SLAB, (ids ? first[e + 1] : n_slots) - begin);
+        const int64_t e     = ids ? owner[slab] : slab/n_dense;
+        const int64_t begin = ids ? slabs[1 + slab] : e*src1->ne[1] + slab % n_dense*SLAB;
+        const int     n     = std::min<int64_t>(SLAB, (ids ? first[e + 1] : (e + 1)*src1->ne[1]) - begin);
         const int64_t row0  = part % n_parts*part_rows;
         const int64_t row1  = std::min(row0 + part_rows, n_out);
         if (row0 >= row1) {

@@ -12,6 +12,7 @@
 #endif
 
 #include "allocmoe-cpu.h"
+#include "allocmoe-one-token.h"
 #include "allocmoe-panel.h"
 
 #include "ggml-cpu-impl.h"
@@ -102,14 +103,6 @@ template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int
 
 #if defined(ALLOCMOE_KERNEL)
 
-// The activations of up to TILE tokens, n of them, sub-block by sub-block.
-struct tile {
-    const int8_t  * q;    // [sub-block][n][SUB]
-    const float   * d;    // [sub-block][n]
-    const float   * sum;  // [sub-block][n]: d times the sum of q, for m
-    const int32_t * init; // [sub-block][n]: -offset times the sum of q
-};
-
 // acc: [N][ROWS], added to.
 template <typename F, int N> static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
     for (int v = 0; v < ROWS; v += W) {
@@ -195,7 +188,7 @@ struct job {
     const ggml_tensor * dst;
     int64_t             n_used;
     size_t              dst_stride; // from token to token
-    const int32_t     * slots;   // token*n_used + rank, expert by expert; null for a dense matrix: all of them
+    const int32_t     * slots;   // token*n_used + rank, expert by expert; null for dense matrices: all of them
     const char        * x;       // src1, quantised
     size_t              x_size;  // of a row of it
 
@@ -276,6 +269,28 @@ template <typename L> static void multiply_rows(
     }
 }
 
+// The same for a slab of one token.
+template <typename L> static void multiply_rows_by_one(
+        const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int, workspace & ws) {
+    const int64_t n_groups = (row1 - row0)/one_token<L>::GROUP;
+    const int64_t n_each   = (n_groups + STREAMS - 1)/STREAMS;
+    const int64_t slot     = job.slot(first);
+    float * result = (float *) ((char *) job.dst->data + slot % job.n_used*job.dst->nb[1] + slot/job.n_used*job.dst_stride);
+    const tile x = { ws.q.data(), ws.d.data(), ws.sum.data(), ws.init.data() };
+
+    for (int64_t i = 0; i < n_each; ++i) {
+        const char * rows[STREAMS];
+        float      * out [STREAMS];
+        for (int s = 0; s < STREAMS; ++s) {
+            // where there are fewer, the last one again
+            const int64_t row = row0 + std::min(s*n_each + i, n_groups - 1)*one_token<L>::GROUP;
+            rows[s] = weights + row*job.src0->nb[1];
+            out[s]  = result + row;
+        }
+        one_token<L>::multiply(rows, job.src0->ne[0], x, out);
+    }
+}
+
 #if defined(__AVX512F__)
 template <typename F, typename X> using repacked_8x8 = repacked_nibbles<F, X>;
 #else
@@ -286,10 +301,15 @@ template <typename F, typename X> using repacked_8x8 = repacked<F, X, 8, 8>;
 struct kernel {
     void (*gather)       (const job &, int64_t, int, workspace &) = nullptr;
     void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
+    void (*multiply_rows_by_one)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
 };
 
 template <typename L, typename X> static kernel kernel_for() {
-    return { gather<L, X>, multiply_rows<L> };
+    if constexpr (one_token<L>::GROUP > 0) {
+        return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L> };
+    } else {
+        return { gather<L, X>, multiply_rows<L>, nullptr };
+    }
 }
 
 static kernel find_kernel(ggml_type type, int n_rows, int step) {
@@ -354,16 +374,17 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
-    const int64_t n_expert = ids ? src0->ne[2] : 1;
+    const int64_t n_expert = src0->ne[2]; // without ids: matrices side by side, each with its own tokens
     const int64_t n_out    = src0->ne[1];
-    const int64_t n_slots  = ids ? ids->ne[0]*ids->ne[1] : src1->ne[1];
+    const int64_t n_slots  = ids ? ids->ne[0]*ids->ne[1] : src1->ne[1]*src1->ne[2];
     const int ith = params->ith;
     const int nth = params->nth;
 
     const kernel run = find_kernel(src0->type, n_rows_together, step);
-    if (!run.gather || params->use_ref || n_slots < MIN_TOKENS[n_rows_together == 0]*std::min(n_expert, n_slots) ||
+    const int min_tokens = run.multiply_rows_by_one ? 1 : MIN_TOKENS[n_rows_together == 0];
+    if (!run.gather || params->use_ref || n_slots < min_tokens*std::min(n_expert, n_slots) ||
             src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
-            src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && (src0->ne[2] != 1 || src1->ne[2] != 1))) {
+            src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
         return false;
     }
 
@@ -432,7 +453,8 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
 
     // Threads take parts of slabs in turns: few enough that gathering the activations is not repeated much, and enough that
     // nobody waits long for the last one.
-    const int64_t n_slabs   = ids ? slabs[0] : (n_slots + SLAB - 1)/SLAB;
+    const int64_t n_dense   = (src1->ne[1] + SLAB - 1)/SLAB; // slabs of a matrix
+    const int64_t n_slabs   = ids ? slabs[0] : n_expert*n_dense;
     const int64_t n_parts   = std::max<int64_t>(1, std::min(std::max<int64_t>(2, 4*nth/std::max<int64_t>(n_slabs, 1)), n_out/64));
     const int64_t part_rows = GGML_PAD((n_out + n_parts - 1)/n_parts, ROWS);
 
@@ -441,9 +463,9 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     int64_t gathered = -1;
     for (int64_t part = ith; part < n_slabs*n_parts; part = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t slab  = part/n_parts;
-        const int64_t e     = ids ? owner[slab] : 0;
-        const int64_t begin = ids ? slabs[1 + slab] : slab*SLAB;
-        const int     n     = std::min<int64_t>(SLAB, (ids ? first[e + 1] : n_slots) - begin);
+        const int64_t e     = ids ? owner[slab] : slab/n_dense;
+        const int64_t begin = ids ? slabs[1 + slab] : e*src1->ne[1] + slab % n_dense*SLAB;
+        const int     n     = std::min<int64_t>(SLAB, (ids ? first[e + 1] : (e + 1)*src1->ne[1]) - begin);
         const int64_t row0  = part % n_parts*part_rows;
         const int64_t row1  = std::min(row0 + part_rows, n_out);
         if (row0 >= row1) {
@@ -453,7 +475,8 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
             run.gather(job, begin, n, ws);
             gathered = slab;
         }
-        run.multiply_rows(job, (const char *) src0->data + e*src0->nb[2], row0, row1, begin, n, ws);
+        const auto multiply = n == 1 && run.multiply_rows_by_one ? run.multiply_rows_by_one : run.multiply_rows;
+        multiply(job, (const char *) src0->data + e*src0->nb[2], row0, row1, begin, n, ws);
     }
     return true;
 #else

@@ -40,6 +40,14 @@ struct panel {
     alignas(64) float   scales[2*CHUNK/16*ROWS]; // [sub-block][ROWS] of d, then the same of m
 };
 
+// The activations of some tokens, n of them, sub-block by sub-block.
+struct tile {
+    const int8_t  * q;    // [sub-block][n][SUB]
+    const float   * d;    // [sub-block][n]
+    const float   * sum;  // [sub-block][n]: d times the sum of q, for m
+    const int32_t * init; // [sub-block][n]: -offset times the sum of q
+};
+
 //
 // bytes
 //
@@ -549,18 +557,22 @@ inline void interleave_8x8(const void * rows0, const void * rows8, __m512i flipp
 
 // the types of 32 nibbles in a block, of 8 rows
 template <typename F, typename X> struct repacked_nibbles : F {
+    static constexpr uint8_t FLIPPED = std::is_same<F, format_q4_0>::value ? 0x88 : 0;
+    static const uint8_t * table() {
+        return std::is_same<F, format_iq4_nl>::value ? values_iq4_nl.values :
+               std::is_same<F, format_mxfp4> ::value ? values_mxfp4.values  : nullptr;
+    }
+
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
         const auto * x0 = (const X *) rows + k0/32;
         const auto * x1 = n_rows > 8 ? (const X *) (rows + 8*row_size) + k0/32 : x0;
-        const __m512i flipped = _mm512_set1_epi8((char) (std::is_same<F, format_q4_0>::value ? 0x88 : 0));
-        const uint8_t * table = std::is_same<F, format_iq4_nl>::value ? values_iq4_nl.values :
-                                std::is_same<F, format_mxfp4> ::value ? values_mxfp4.values  : nullptr;
+        const __m512i flipped = _mm512_set1_epi8((char) FLIPPED);
         for (int i = 0; i < n/32; ++i) {
             write_scales(x0[i], p.scales + i*ROWS);
             write_scales(x1[i], p.scales + i*ROWS + 8);
             uint8_t * q = p.q + 32*i*ROWS;
-            interleave_8x8(x0[i].qs,      x1[i].qs,      flipped, table, q,          q + 16*ROWS);
-            interleave_8x8(x0[i].qs + 64, x1[i].qs + 64, flipped, table, q + 8*ROWS, q + 24*ROWS);
+            interleave_8x8(x0[i].qs,      x1[i].qs,      flipped, table(), q,          q + 16*ROWS);
+            interleave_8x8(x0[i].qs + 64, x1[i].qs + 64, flipped, table(), q + 8*ROWS, q + 24*ROWS);
         }
     }
     static void write_scales(const block_mxfp4x8 & x, float * out) {

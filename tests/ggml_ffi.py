@@ -1,4 +1,4 @@
-"""ggml's own C functions for tests that go below llama_cpp: one MUL_MAT_ID by itself, and NaN in compute buffers."""
+"""ggml's own C functions for tests that go below llama_cpp: single operations, and NaN in compute buffers."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ struct ggml_tensor * ggml_add_id(void * ctx, struct ggml_tensor * a, struct ggml
 struct ggml_tensor * ggml_swiglu_split(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_custom_4d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
     struct ggml_tensor ** args, int n_args, void * fun, int n_tasks, void * userdata);
+struct ggml_tensor * ggml_view_3d(void * ctx, struct ggml_tensor * a, int64_t ne0, int64_t ne1, int64_t ne2, size_t nb1, size_t nb2,
+    size_t offset);
+struct ggml_tensor * ggml_transpose(void * ctx, struct ggml_tensor * a);
+struct ggml_tensor * ggml_cont(void * ctx, struct ggml_tensor * a);
 void * ggml_new_graph(void * ctx);
 void   ggml_build_forward_expand(void * graph, struct ggml_tensor * tensor);
 size_t ggml_nbytes(const struct ggml_tensor * tensor);

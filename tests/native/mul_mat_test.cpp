@@ -98,7 +98,8 @@ struct data {
     size_t at(int expert, int input) const { return (size_t(expert)*2*size.max_tokens + input)*size.n_out; }
 };
 
-// One graph of one op. n_expert 0: MUL_MAT with the first expert's weights. n_inputs: of a token, 1 or n_used.
+// One graph of one op. n_expert 0: MUL_MAT with the first expert's weights; -n: n of them side by side, as latent attention
+// has one for each head, all with n_tokens. n_inputs: of a token, 1 or n_used.
 struct op {
     ggml_context * ctx;
     ggml_tensor * w, * x, * ids = nullptr, * out;
@@ -110,6 +111,10 @@ struct op {
         if (n_expert == 0) {
             w   = ggml_new_tensor_2d(ctx, d.type, d.size.n_in, d.size.n_out);
             x   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, d.size.n_in, n_tokens);
+            out = ggml_mul_mat(ctx, w, x);
+        } else if (n_expert < 0) {
+            w   = ggml_new_tensor_3d(ctx, d.type, d.size.n_in, d.size.n_out, -n_expert);
+            x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d.size.n_in, n_tokens, -n_expert);
             out = ggml_mul_mat(ctx, w, x);
         } else {
             w   = ggml_new_tensor_3d(ctx, d.type, d.size.n_in, d.size.n_out, n_expert);
@@ -176,6 +181,15 @@ struct result {
     std::string failure;
 };
 
+// Whether an expert's single token has a kernel too: below some tokens, the others are llama.cpp's.
+static bool has_kernel_for_one(ggml_type type, bool repack) {
+    if (!ggml_cpu_has_avx512() || !ggml_cpu_has_avx512_vnni()) {
+        return false;
+    }
+    return repack ? type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q4_0 || type == GGML_TYPE_IQ4_NL || type == GGML_TYPE_MXFP4
+                  : type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q5_0 || type == GGML_TYPE_Q6_K;
+}
+
 // Runs one op with 1 to 3 threads. ours: it has a kernel, whose results equal, bit for bit, those of any other op in any layout
 // for the same weights and input.
 static void check(
@@ -183,16 +197,21 @@ static void check(
     op op(d, repack, n_expert, n_used, n_inputs, n_tokens);
     const int n_in = d.size.n_in, n_out = d.size.n_out;
     ggml_backend_tensor_set(op.w, d.weights.data(), 0, ggml_nbytes(op.w));
-    for (int t = 0; t < n_tokens; ++t) {
-        ggml_backend_tensor_set(op.x, &d.x[2*t*n_in], t*n_inputs*n_in*sizeof(float), n_inputs*n_in*sizeof(float));
+    const int n_side = std::max(1, -n_expert);
+    for (int t = 0; t < n_tokens*n_side; ++t) {
+        const int64_t at = t*n_inputs*n_in*sizeof(float);
+        ggml_backend_tensor_set(op.x, &d.x[2*(t % n_tokens)*n_in], at, n_inputs*n_in*sizeof(float));
     }
-    std::vector<int32_t> ids(n_tokens*n_used, 0);
+    std::vector<int32_t> ids(n_tokens*n_used*n_side, 0);
+    for (size_t i = 0; i < ids.size(); ++i) {
+        ids[i] = i/(n_tokens*n_used);
+    }
     if (n_expert > 0) {
         ids = random_ids(n_expert, n_used, n_tokens, n_first);
         ggml_backend_tensor_set(op.ids, ids.data(), 0, ggml_nbytes(op.ids));
     }
     // fewer tokens for an expert than any instruction set's threshold: llama.cpp's own kernels may run
-    ours = ours && int(ids.size()) >= 4*std::min<int>(std::max(n_expert, 1), ids.size());
+    ours = ours && (has_kernel_for_one(d.type, repack) || int(ids.size()) >= 4*std::min<int>(std::max({ n_expert, -n_expert, 1 }), ids.size()));
     for (int n_threads = 1; n_threads <= 3; ++n_threads) {
         // more threads only where they share work differently: on few cores, waiting for each other takes long
         if ((n_threads == 2 && n_expert != N_EXPERT) || (n_threads == 3 && n_out < 64)) {
@@ -201,7 +220,7 @@ static void check(
         const std::vector<float> out = op.run(n_threads);
         result.n_ops++;
         for (size_t slot = 0; slot < ids.size(); ++slot) {
-            const int token = slot/n_used, input = 2*token + slot % n_used % n_inputs;
+            const int token = slot/n_used % n_tokens, input = 2*token + slot % n_used % n_inputs;
             for (int r = 0; r < n_out; ++r) {
                 const float y = out[slot*n_out + r];
                 const char * wrong = nullptr;
@@ -241,6 +260,9 @@ static void check_all(data & d, bool repack, bool ours, result & result) {
         }
         check(d, repack, ours, 0, 1, 1, n, n, result);
         check(d, repack, ours, 1, 1, 1, n, n, result);
+        if (!repack) { // llama.cpp repacks what MUL_MAT takes as a matrix, and what MUL_MAT_ID takes
+            check(d, repack, ours, -3, 1, 1, n, n, result);
+        }
         const int n_tokens = std::min(d.size.max_tokens, std::max(n, 32));
         for (int n_expert : { 2, 3, N_EXPERT }) {
             check(d, repack, ours, n_expert, 2, 1 + (n + n_expert) % 2, n_tokens, n, result);

@@ -22,9 +22,10 @@ def testbed_path() -> Path:
     source = Path(testbed.__file__).read_bytes()
     folder = Path(os.environ.get("ALLOCMOE_TEST_DIR", ROOT / "build"))
     folder.mkdir(exist_ok=True)
-    path = folder / f"testbed-{hashlib.sha256(source).hexdigest()[:12]}.gguf"
+    n_tokens = testbed.MIN_TOKENS  # a quarter of the default and of its time: worse routers, which no test minds
+    path = folder / f"testbed-{n_tokens}-{hashlib.sha256(source).hexdigest()[:12]}.gguf"
     if not path.exists():
-        testbed.build(path)
+        testbed.build(path, n_tokens=n_tokens)
     return path
 
 

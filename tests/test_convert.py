@@ -23,6 +23,7 @@ from gguf_factory import plan_keys, write_gguf
 COMMAND = [shutil.which("allocmoe-convert", path=os.path.dirname(sys.executable))]
 # small enough to profile 30 layers in seconds
 QUICK = ["--ctx-size", "32", "--calib-tokens", "32"]
+NO_RULE = [*QUICK, "--token-rule", "off"]  # calibrates no estimates, which takes longer than all else
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
@@ -289,7 +290,7 @@ def test_model_that_llama_cpp_cannot_load(tmp_path):
 
 def test_interrupted_and_continued(testbed_path, tmp_path):
     """Ctrl-C leaves what was measured and no output; the same command measures only the rest and comes to the same."""
-    command = [testbed_path, *QUICK, "--calib-tokens", "128", "--token-rule", "off", "--budget", "0.5", "-o", tmp_path / "o.gguf"]
+    command = [testbed_path, *NO_RULE, "--calib-tokens", "128", "--budget", "0.5", "-o", tmp_path / "o.gguf"]
     # a test run in the background of a shell has SIGINT ignored, and children inherit that
     default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     kept = tmp_path / "o.gguf.profile"
@@ -323,7 +324,7 @@ def test_interrupted_and_continued(testbed_path, tmp_path):
 
 
 def test_budget_in_milliseconds(testbed_path, tmp_path):
-    done = run(testbed_path, *QUICK, "--cost", "ms", "-o", tmp_path / "o.gguf")
+    done = run(testbed_path, *NO_RULE, "--cost", "ms", "-o", tmp_path / "o.gguf")
     assert done.returncode == 0, done.stderr
     profile = metadata.read(tmp_path / "o.gguf").profile
     # all layers are alike, so they cost the same, and the plan is the one that counts activations
@@ -332,10 +333,10 @@ def test_budget_in_milliseconds(testbed_path, tmp_path):
 
 
 def test_target_tps(testbed_path, tmp_path):
-    refused(testbed_path, *QUICK, "--target-tps", "1e9", "-o", tmp_path / "o.gguf", expect="out of reach")
+    refused(testbed_path, *NO_RULE, "--target-tps", "1e9", "-o", tmp_path / "o.gguf", expect="out of reach")
     kept = tmp_path / "o.gguf.profile"
     assert list(tmp_path.iterdir()) == [kept]  # the profile was not for nothing
-    done = run(testbed_path, *QUICK, "--target-tps", "0.001", "-o", tmp_path / "o.gguf")
+    done = run(testbed_path, *NO_RULE, "--target-tps", "0.001", "-o", tmp_path / "o.gguf")
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stderr and metadata.read(tmp_path / "o.gguf").plan.budget_total == 360
 
@@ -344,7 +345,7 @@ def test_max_ppl_increase(converted, tmp_path):
     """From stored sensitivities: no profile, but the model is run on text."""
     totals = []
     for share in ("0%", "60%", "1000000%"):
-        done = run(converted[0], *QUICK, "--max-ppl-increase", share, "-o", tmp_path / "o.gguf", "--force")
+        done = run(converted[0], *NO_RULE, "--max-ppl-increase", share, "-o", tmp_path / "o.gguf", "--force")
         assert done.returncode == 0, done.stderr
         assert "using the sensitivities" in done.stderr and "profiling" not in done.stderr
         totals.append(metadata.read(tmp_path / "o.gguf").plan.budget_total)

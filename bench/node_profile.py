@@ -5,7 +5,8 @@
 
 Every node of the graph is computed and timed by itself, each node's time being its median over the generated tokens (of
 3 passes at prefill). That costs a few microseconds a node: small nodes look dearer than they are, at decode above all.
-`sum` is the sum of these times; compare it with what allocmoe-bench measures.
+`sum` is the sum of these times; compare it with what allocmoe-bench measures. At decode, GB/s of weights stand beside the
+groups that read any, caches and activations not counted.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from pathlib import Path
 
 import numpy as np
 from allocmoe_edge import GGUFError, Plan, PlanError, metadata, parse_budget
+from allocmoe_edge.bench.weights import WeightTraffic
+from allocmoe_edge.gguf_file import GGUFFile
 
-# first match of "name op" wins; names are llama.cpp's (cb() in its graph builders), without layer
+# the nodes of a group, and its tensors: first match wins, of "name op" with llama.cpp's names (cb() in its graph builders), and
+# of the tensor's name, both without layer
 GROUPS = (
-    ("routed experts, matrices", r".* MUL_MAT_ID$"),
+    ("routed experts, matrices", r".* MUL_MAT_ID$", r".*_exps\."),
     # the sum over experts is made of nodes without a name
-    ("routed experts, the rest", r"ffn_moe_(silu|swiglu|gelu|geglu|relu|reglu|situ|weighted|out|gate|up|down)| ADD$"),
-    ("router and token rule", r"ffn_moe_|.* CUSTOM$"),
-    ("shared expert, dense FFN", r"ffn_(?!inp|norm)"),
-    ("output matrix", r"result_output"),
-    ("norms", r".*norm"),
-    ("attention and the rest", r""),
+    ("routed experts, the rest", r"ffn_moe_(silu|swiglu|gelu|geglu|relu|reglu|situ|weighted|out|gate|up|down)| ADD$", None),
+    ("router and token rule", r"ffn_moe_|.* CUSTOM$", r"ffn_gate_inp\."),
+    ("shared expert, dense FFN", r"ffn_(?!inp|norm)", r"ffn_(?!norm)"),
+    ("output matrix", r"result_output", r"output\."),
+    ("norms", r".*norm", None),
+    ("attention and the rest", r"", r"attn_.*[^m]\.weight"),
 )
 PREFILL_PASSES = 3
 VIEWS = {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
@@ -71,12 +75,27 @@ class Profile:
 
 
 def group(name: str, op: str) -> str:
-    return next(title for title, pattern in GROUPS if re.match(pattern, f"{name} {op}"))
+    return next(title for title, pattern, _ in GROUPS if re.match(pattern, f"{name} {op}"))
+
+
+def weights_read(path: Path, counts) -> dict:
+    """Bytes of weights that a generated token reads, by group, with counts[il] experts in layer il."""
+    traffic = WeightTraffic(path)
+    out: dict = collections.Counter()
+    with GGUFFile(path) as file:
+        tied = not any(tensor.name == "output.weight" for tensor in file.tensors)
+        for tensor in file.tensors:
+            name = re.sub(r"^blk\.\d+\.", "", tensor.name)
+            name = "output.weight" if tied and name == "token_embd.weight" else name
+            title = next((title for title, _, pattern in GROUPS if pattern and re.match(pattern, name)), "")
+            out[title] += tensor.n_bytes
+    out[GROUPS[0][0]] = float(traffic.experts @ np.asarray(counts, float)) / traffic.n_expert
+    return out
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a GGUF file with experts")
+    parser.add_argument("model", type=Path, help="a GGUF file with experts, in one piece")
     parser.add_argument("--budgets", default="1.0,0.5", metavar="LIST", help="default: 1.0,0.5")
     parser.add_argument("--batch-rule", action="store_true", help="the smallest budget also under token rule batch")
     parser.add_argument("--prompt", type=int, default=256, metavar="N", help="default: 256")
@@ -119,18 +138,23 @@ def main() -> int:
     except (GGUFError, PlanError, RuntimeError) as error:
         print(f"node_profile.py: error: {error}", file=sys.stderr)
         return 1
+    read = {name: weights_read(args.model, plan.expert_used_count) for name, plan in plans.items()}
     for phase, n in (("prefill", args.prompt), ("decode", 1)):
-        show(phase, n, {name: found[phase, name].seconds() for name in plans}, args.nodes)
+        show(phase, n, {name: found[phase, name].seconds() for name in plans}, args.nodes, read if n == 1 else {})
     return 0
 
 
-def show(phase: str, n: int, profiles: dict, nodes: bool) -> None:
-    """A Markdown table of one phase, n tokens a pass: milliseconds per token, and shares."""
+def show(phase: str, n: int, profiles: dict, nodes: bool, read: dict) -> None:
+    """A Markdown table of one phase, n tokens a pass: milliseconds per token, shares, and GB/s of the bytes in `read`."""
     print(f"\n| {phase}, ms per token | " + " | ".join(profiles) + " |\n| --- |" + " ---: |" * len(profiles))
     totals = {name: sum(seconds.values()) for name, seconds in profiles.items()}
 
     def line(title: str, values: dict) -> None:
-        cells = (f"{values[name] / n * 1e3:.3f} ({values[name] / totals[name]:.1%})" for name in profiles)
+        cells = []
+        for name in profiles:
+            n_bytes = read[name].get(title) if read else None
+            speed = f", {n_bytes / values[name] / 1e9:.1f} GB/s" if n_bytes and values[name] else ""
+            cells.append(f"{values[name] / n * 1e3:.3f} ({values[name] / totals[name]:.1%}{speed})")
         print(f"| {title} | " + " | ".join(cells) + " |")
 
     grouped = {name: collections.Counter() for name in profiles}
@@ -139,7 +163,7 @@ def show(phase: str, n: int, profiles: dict, nodes: bool) -> None:
         for key, value in seconds.items():
             grouped[name][group(*key)] += value
             single[name][" ".join(key).strip()] += value
-    for title, _ in GROUPS:
+    for title, _, _ in GROUPS:
         line(title, {name: grouped[name][title] for name in profiles})
     line("sum", totals)
     if nodes:

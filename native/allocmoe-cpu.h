@@ -17,6 +17,10 @@ struct ggml_compute_params;
 // as llama.cpp's repacked layouts have them; 0, 0: as in the file.
 bool allocmoe_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, int n_rows_together, int step);
 
+// MUL_MAT of a single token by half-precision matrices that several heads share: the key-value cache. Returns false, in every
+// thread, where dst is something else: nothing has been done then.
+bool allocmoe_mul_mat_cache(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
 // CONT, CPY or DUP of a transposed matrix of two-byte elements. Returns false, in every thread, where dst is none: nothing
 // has been done then.
 bool allocmoe_transpose(const struct ggml_compute_params * params, struct ggml_tensor * dst);

@@ -32,6 +32,7 @@ void * ggml_init(struct ggml_init_params params);
 void   ggml_free(void * ctx);
 struct ggml_tensor * ggml_new_tensor_2d(void * ctx, int type, int64_t ne0, int64_t ne1);
 struct ggml_tensor * ggml_new_tensor_3d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2);
+struct ggml_tensor * ggml_mul_mat(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_mul_mat_id(void * ctx, struct ggml_tensor * as, struct ggml_tensor * b, struct ggml_tensor * ids);
 struct ggml_tensor * ggml_add_id(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b, struct ggml_tensor * ids);
 struct ggml_tensor * ggml_swiglu_split(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);

@@ -29,6 +29,16 @@ def testbed_path() -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def cpu_backend():
+    """ggml's CPU backend by itself, for tests of single operations."""
+    from ggml_ffi import base, ffi, ggml
+
+    cpu = ggml.ggml_backend_init_by_type(0, ffi.NULL)
+    yield cpu
+    base.ggml_backend_free(cpu)
+
+
 def plan_from_made_up_profile(source: Path, target: Path) -> Path:
     """Writes `source` with a made-up but valid profile, in which deeper layers suffer more, and its plan for half budget."""
     import numpy as np

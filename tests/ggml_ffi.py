@@ -79,6 +79,22 @@ def op_name(tensor) -> str:
     return ffi.string(base.ggml_op_name(tensor.op)).decode()
 
 
+def compute(backend, context, out, inputs, got) -> None:
+    """Computes the tensor `out` into the array `got`, from arrays: inputs is [(tensor, array)]. Frees the context.
+
+    The result's memory holds what `got` held before.
+    """
+    graph = base.ggml_new_graph(context)
+    base.ggml_build_forward_expand(graph, out)
+    buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
+    for tensor, array in [*inputs, (out, got)]:
+        base.ggml_backend_tensor_set(tensor, ffi.from_buffer(array), 0, array.nbytes)
+    assert base.ggml_backend_graph_compute(backend, graph) == 0
+    base.ggml_backend_tensor_get(out, ffi.from_buffer(got), 0, got.nbytes)
+    base.ggml_backend_buffer_free(buffer)
+    base.ggml_free(context)
+
+
 class Poison:
     """An evaluation callback that writes NaN into compute buffers.
 

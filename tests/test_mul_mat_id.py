@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from ggml_ffi import base, ffi, ggml
+from ggml_ffi import base, ffi
 
 N_EXPERTS, N_IN, N_OUT = 6, 256, 64
 # gemv for 1, below and above the 8 rows an expert from which the tiled kernel takes over
@@ -20,13 +20,6 @@ TYPES = (
 # Of the results' standard deviation: activations are rounded to 8 bits for quantised weights, and to half precision for
 # F16 and BF16. A wrong expert or row is off by 1 and more.
 MAX_ERROR = 0.06
-
-
-@pytest.fixture(scope="module")
-def backend():
-    cpu = ggml.ggml_backend_init_by_type(0, ffi.NULL)
-    yield cpu
-    base.ggml_backend_free(cpu)
 
 
 def repack_buffer_type(backend):
@@ -121,7 +114,7 @@ def id_sets(rng, n_tokens: int):
 
 @pytest.mark.parametrize("repack", [False, True], ids=["plain", "repacked"])
 @pytest.mark.parametrize("type_name", TYPES)
-def test_skipped_slots_are_zero_and_the_rest_is_right(backend, type_name, repack):
+def test_skipped_slots_are_zero_and_the_rest_is_right(cpu_backend, type_name, repack):
     """Over a result buffer full of NaN: finite, zero where the id is -1, right elsewhere, and the same as over zeros."""
     rng = np.random.default_rng(0)
     weights = quantised(type_name, rng.standard_normal((N_EXPERTS * N_OUT, N_IN), np.float32))
@@ -132,7 +125,7 @@ def test_skipped_slots_are_zero_and_the_rest_is_right(backend, type_name, repack
     dense = dense.reshape(N_EXPERTS, N_OUT, N_IN).astype(np.float64)
     for n_tokens in N_TOKENS:
         for n_rows in (1, N_USED):
-            op = MulMatId(backend, type_name, repack, n_tokens, n_rows, weights)
+            op = MulMatId(cpu_backend, type_name, repack, n_tokens, n_rows, weights)
             for name, ids in id_sets(rng, n_tokens):
                 x = rng.standard_normal((n_tokens, n_rows, N_IN), np.float32)
                 out = op(x, ids, before=b"\xff")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ggml_ffi import base, ffi, ggml
+from ggml_ffi import base, compute, ffi
 
 TYPES = {"f16": (1, np.uint16), "bf16": (30, np.uint16), "f32": (0, np.uint32)}  # ggml.h; f32 stays ggml's own
 SIZES = (1, 31, 32, 33, 65)  # tiles are 32 by 32
@@ -13,17 +13,10 @@ N_MATRICES = 3
 PADDING = 5  # elements after each row that are no part of the matrix, as keys' rotated part in a latent cache
 
 
-@pytest.fixture(scope="module")
-def backend():
-    cpu = ggml.ggml_backend_init_by_type(0, ffi.NULL)
-    yield cpu
-    base.ggml_backend_free(cpu)
-
-
 @pytest.mark.parametrize("n_rows", SIZES)
 @pytest.mark.parametrize("n_columns", SIZES)
 @pytest.mark.parametrize("type_name", TYPES)
-def test_transposed_copy(backend, type_name, n_columns, n_rows):
+def test_transposed_copy(cpu_backend, type_name, n_columns, n_rows):
     number, dtype = TYPES[type_name]
     size = np.dtype(dtype).itemsize
     x = np.random.default_rng(0).integers(0, 2 ** (8 * size), (N_MATRICES, n_rows, n_columns + PADDING), dtype)
@@ -32,14 +25,6 @@ def test_transposed_copy(backend, type_name, n_columns, n_rows):
     cache = base.ggml_new_tensor_3d(context, number, n_columns + PADDING, n_rows, N_MATRICES)
     values = base.ggml_view_3d(context, cache, n_columns, n_rows, N_MATRICES, cache.nb[1], cache.nb[2], 0)
     out = base.ggml_cont(context, base.ggml_transpose(context, values))
-    graph = base.ggml_new_graph(context)
-    base.ggml_build_forward_expand(graph, out)
-    buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
-    base.ggml_backend_tensor_set(cache, ffi.from_buffer(x), 0, x.nbytes)
     got = np.full((N_MATRICES, n_columns, n_rows), 0xABCD, dtype)
-    base.ggml_backend_tensor_set(out, ffi.from_buffer(got), 0, got.nbytes)
-    assert base.ggml_backend_graph_compute(backend, graph) == 0
-    base.ggml_backend_tensor_get(out, ffi.from_buffer(got), 0, got.nbytes)
-    base.ggml_backend_buffer_free(buffer)
-    base.ggml_free(context)
+    compute(cpu_backend, context, out, [(cache, x)], got)
     np.testing.assert_array_equal(got, x[:, :, :n_columns].transpose(0, 2, 1))

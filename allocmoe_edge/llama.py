@@ -137,7 +137,7 @@ class Llama(llama_cpp.Llama):
         return replace(self._asked, expert_used_count=counts, expert_used_count_full=full)
 
     def set_budget(
-        self, budget: Optional[Budget] = None, *, token_rule: Optional[str] = None, strict: bool = False
+        self, budget: Optional[Budget] = None, *, token_rule: Optional[str] = None, strict: Optional[bool] = None
     ) -> Plan:
         """Changes the budget of the live model; takes effect with the next token.
 
@@ -145,7 +145,7 @@ class Llama(llama_cpp.Llama):
 
         Args:
             budget, token_rule: as in the constructor; None goes back to what the file says.
-            strict: hold every layer's running mean at its plan, see `Plan`.
+            strict: hold every layer's running mean at its plan, see `Plan`; None for True under "estimate" alone.
 
         Returns:
             The plan now in force.
@@ -171,10 +171,10 @@ class Llama(llama_cpp.Llama):
                     "file; convert it first, or pass a plan of your own to set_plan"
                 )
             plan = profile.plan(budget, full, token_rule, strict) if profile else None
-        elif profile is not None and (token_rule is not None or strict):
+        elif profile is not None and (token_rule is not None or strict is not None):
             plan = profile.with_token_rule(plan, token_rule, strict)
         elif plan is not None and token_rule == "off":
-            plan = replace(plan, token_rule="off", threshold=None, value="score", estimator=None)
+            plan = replace(plan, token_rule="off", threshold=None, strict=False, value="score", estimator=None)
         self.set_plan(plan)
         return self.plan
 
@@ -309,9 +309,12 @@ class Llama(llama_cpp.Llama):
         return stats
 
     def save_state(self):
-        """As in `llama_cpp.Llama`; the state remembers the plan that it was made with."""
+        """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, and what that has left over."""
         state = super().save_state()
         state.plan = self.plan
+        if state.plan is not None and state.plan.strict:
+            state.left = np.zeros((state.plan.n_layer, state.n_tokens), np.float32)
+            libllama.allocmoe_get_left(context_pointer(self), ffi.from_buffer("float[]", state.left), state.n_tokens)
         return state
 
     def load_state(self, state) -> None:
@@ -324,6 +327,9 @@ class Llama(llama_cpp.Llama):
                 stacklevel=2,
             )
         super().load_state(state)
+        left = getattr(state, "left", None)
+        if left is not None and then == self.plan:
+            libllama.allocmoe_set_left(context_pointer(self), ffi.from_buffer("float[]", left), state.n_tokens)
 
     def __getstate__(self):
         return {

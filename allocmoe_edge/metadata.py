@@ -114,7 +114,8 @@ def read(path) -> ModelPlan:
             if rule == "estimate" and estimator is None:
                 raise PlanError("estimator: found nothing, want one for token_rule 'estimate'")
             own = estimator if rule == "estimate" else None
-            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, value=value, estimator=own)
+            strict = rule == "estimate"  # its default, see `Profile.plan`
+            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, strict, value, own)
         except PlanError as error:
             raise PlanError(f"{path}: allocmoe.{error}") from None
         return ModelPlan(full, plan, _read_profile(file, full, estimator), **identity, side_file=side_file)

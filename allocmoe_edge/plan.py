@@ -62,7 +62,9 @@ class Plan:
     threshold: one float per layer, for "threshold" and "estimate"; unused in layers without routed experts.
     strict: for "threshold": activations are capped so that no layer's running mean rises above k_l. For "estimate": each
         layer's threshold moves, slowly, so that its running mean stays near k_l on any text. What a token gets then
-        depends on the tokens that the context has evaluated before it, in either case not on how they were cut into batches.
+        depends on the tokens before it in its text, in either case not on how they were cut into batches nor on what else
+        the context has read. The last layer, which runs only for the tokens whose output is wanted, keeps its threshold,
+        and a cap of k_l.
     value: what "batch" and "threshold" go by, from the scores that the router ranks a token's experts by. "score": the
         score itself. "relative": divided by the token's best score, as in ik_llama.cpp's -ser and NAEE. "remaining":
         1 - the sum of the scores of better ranks, as in Dynamic-MoE's top-p. The last two are for scores that are

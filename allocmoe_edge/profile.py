@@ -57,26 +57,28 @@ class Profile:
     value: str = "score"
     estimator: Optional[Estimator] = None
 
-    def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
+    def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: Optional[bool] = None) -> Plan:
         """The plan for `budget` (a fraction or a total, see `parse_budget`) on a model with K_l = full.
 
-        token_rule: None for the profile's own.
+        token_rule: None for the profile's own. strict: None for True under "estimate" and False under other rules.
         """
         token_rule = token_rule or self.token_rule
         if token_rule != "estimate":
-            return self.with_token_rule(self._allocate(budget, full), token_rule, strict)
+            return self.with_token_rule(self._allocate(budget, full), token_rule, strict or False)
         if self.estimator is None:
             raise PlanError("token_rule 'estimate' needs an estimator, and the file has none: convert it again")
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
         cost = None if all(c == 1 for c in self.cost) else self.cost
-        return replace(self.estimator.plan(total, full, self.k_base, cost), strict=strict)
+        return replace(self.estimator.plan(total, full, self.k_base, cost), strict=strict is not False)
 
-    def with_token_rule(self, plan: Plan, token_rule: Optional[str] = None, strict: bool = False) -> Plan:
+    def with_token_rule(self, plan: Plan, token_rule: Optional[str] = None, strict: Optional[bool] = None) -> Plan:
         """The same experts per layer under a token rule, None as in `plan`; as many in all where "estimate" comes or goes."""
         token_rule = token_rule or self.token_rule
         if "estimate" in (token_rule, plan.token_rule):
             same = token_rule == plan.token_rule
-            return replace(plan, strict=strict) if same else self.plan(plan.budget_total, plan.expert_used_count_full, token_rule, strict)
+            if same:
+                return replace(plan, strict=strict is not False)
+            return self.plan(plan.budget_total, plan.expert_used_count_full, token_rule, strict)
         threshold = None
         if token_rule == "threshold":
             if self.threshold_table is None:
@@ -86,7 +88,7 @@ class Profile:
                 float(row[k - 1]) if k else 0.0 for row, k in zip(self.threshold_table, plan.expert_used_count)
             ]
         value = self.value if token_rule != "off" else "score"
-        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict, value=value)
+        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value=value)
 
     def _allocate(self, budget, full: tuple) -> Plan:
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))

@@ -14,7 +14,6 @@ import multiprocessing
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from allocmoe_edge import Llama, Plan
@@ -90,8 +89,6 @@ def main() -> None:
         "uniform k": Plan.uniform(plan.expert_used_count_full, plan.budget_total),
         "the plan": plan,
     }
-    if plan.token_rule in ("threshold", "estimate"):
-        plans["strict plan"] = replace(plan, strict=True)
     for name in ("full budget", "the plan"):
         llm.set_plan(plans[name])
         chat(llm, name)
@@ -117,7 +114,7 @@ def main() -> None:
         )
     print(
         f"\nPerplexity on {held.size} tokens of the Python reference, windows of 512, and the experts that were spent on it "
-        f"(planned: {plan.budget_total}; strict holds that on any text). Speed: {PREFILL_TOKENS} prompt and "
+        f"(planned: {plan.budget_total}). Speed: {PREFILL_TOKENS} prompt and "
         f"{DECODE_TOKENS} generated tokens, medians of {ROUNDS} runs in turn, {N_THREADS} threads.\n"
         f"The planned model is {planned}; try: Llama(model_path={str(planned)!r}, budget=0.7)"
     )

@@ -128,6 +128,7 @@ static void allocmoe_cuda_compute_estimate(cudaStream_t stream, ggml_tensor * no
     args.n_tokens            = ids->ne[1];
     args.n_down              = reduced->ne[0];
     args.rank                = table->ne[0];
+    args.positions           = !skipped && node->src[4] ? (const int32_t *) node->src[4]->data : nullptr;
     args.n_columns           = node->ne[0];
     args.node                = params;
     if (skipped) {
@@ -154,6 +155,7 @@ static void allocmoe_cuda_compute(cudaStream_t stream, ggml_tensor * node) {
         allocmoe_route_args args = {};
         args.ids           = (const int32_t *) a->data;
         args.scores        = (const float   *) b->data;
+        args.positions     = (const int32_t *) (node->src[2] ? node->src[2]->data : nullptr);
         args.routed        = (int32_t       *) node->data;
         args.stride_ids    = a->nb[1]/sizeof(int32_t);
         args.stride_scores = b->nb[1]/sizeof(float);

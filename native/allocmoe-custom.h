@@ -11,23 +11,45 @@
 // -1 in MUL_MAT_ID for a slot without work: bool (*)(const ggml_tensor *), whether it runs that node.
 #define ALLOCMOE_PROC_TOKEN_RULES "allocmoe_token_rules"
 
+#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
+#define ALLOCMOE_FN static __device__ __forceinline__
+#else
+#define ALLOCMOE_FN static inline
+#endif
+
 // What a layer's token rule has spent, in memory that the host and every device that runs the rule can write.
 struct allocmoe_spent {
     int64_t activations[2]; // by ALLOCMOE_PHASE_*
-    double  credit;         // activations left over under a strict threshold
+    // Activations that a strict rule has left over after the token at each position, [n_left], positions beyond taking the
+    // first places again. By position, so that a token's experts depend on the tokens before it in its sequence, and not on
+    // what else the context has read, or has removed since.
+    float * left;
+    int32_t n_left;
 };
+
+// What is left over before the token at a position.
+ALLOCMOE_FN float allocmoe_left_before(const allocmoe_spent & spent, int32_t position) {
+    return position > 0 ? spent.left[(position - 1) % spent.n_left] : 0.0f;
+}
+
+ALLOCMOE_FN void allocmoe_leave(const allocmoe_spent & spent, int32_t position, float left) {
+    if (position >= 0) {
+        spent.left[position % spent.n_left] = left;
+    }
+}
 
 // How far a strict threshold on log sizes moves for each activation that is left over, and how many of those count. A
 // hundredth: a text that would spend an eighth too little takes some 50 tokens to be met, and the threshold hardly moves
 // from token to token.
-static constexpr double ALLOCMOE_STRICT_STEP   = 0.01;
-static constexpr double ALLOCMOE_STRICT_CREDIT = 400.0;
+static constexpr float ALLOCMOE_STRICT_STEP = 0.01f;
+static constexpr float ALLOCMOE_STRICT_LEFT = 400.0f;
 
 enum {
-    ALLOCMOE_NODE_IDS = 1, // ids by rank, -1 where the token rule skips; src: ids [n_used, n_tokens], scores [n_expert, n_tokens]
+    ALLOCMOE_NODE_IDS = 1, // ids by rank, -1 where the token rule skips; src: ids [n_used, n_tokens], scores [n_expert, n_tokens],
+                           // positions [n_tokens] if strict, null where nothing is left over from token to token
     ALLOCMOE_NODE_WEIGHTS, // weights, `skipped` where the ids are -1;    src: weights [1, n_used, n_tokens], ids [n_used, n_tokens]
     // under ALLOCMOE_RULE_ESTIMATE, u being [n_down, n_tokens]
-    ALLOCMOE_NODE_IDS_BY_SIZE, // as ALLOCMOE_NODE_IDS; src: ids, weights, u, log_norm [n_down + 1, n_expert]
+    ALLOCMOE_NODE_IDS_BY_SIZE, // as ALLOCMOE_NODE_IDS; src: ids, weights, u, log_norm [n_down + 1, n_expert], positions
     ALLOCMOE_NODE_SKIPPED,     // sum of w_e (output_e + u) over what is skipped, [rank padded with zeros, n_tokens];
                                // src: ids, weights, u, ids with -1, output [rank, n_expert]
 };

@@ -5,6 +5,7 @@
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
+#include "llama-graph.h"
 
 #include <algorithm>
 #include <cmath>
@@ -25,7 +26,41 @@ ggml_tensor * allocmoe_graph::routed(ggml_tensor * ids) const {
     return ids;
 }
 
-int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph & graph, int il, int64_t n_expert_used, int64_t n_tokens) {
+// graph input: the tokens' positions, [n_tokens]
+class allocmoe_input_positions : public llm_graph_input_i {
+public:
+    explicit allocmoe_input_positions(ggml_tensor * positions) : positions(positions) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        if (positions->buffer) {
+            ggml_backend_tensor_set(positions, ubatch->pos, 0, ggml_nbytes(positions));
+        }
+    }
+    bool can_reuse(const llm_graph_params & params) override { return positions->ne[0] == params.ubatch.n_tokens; }
+
+private:
+    ggml_tensor * positions;
+};
+
+// The input that an earlier layer has made, or a new one; null for a layer that does not see every token.
+static ggml_tensor * positions_of(ggml_context * ctx, llm_graph_result & res, const llama_cparams & cparams, int il, int64_t n_tokens) {
+    if (il + 1 >= cparams.allocmoe.usage->n_layer_main) {
+        return nullptr; // behind the choice of the tokens whose output is wanted
+    }
+    for (const auto & layer : res.allocmoe.layers) {
+        if (layer.positions) {
+            return layer.positions->ne[0] == n_tokens ? layer.positions : nullptr;
+        }
+    }
+    ggml_tensor * positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens);
+    ggml_set_input(positions);
+    ggml_set_name(positions, "allocmoe.positions");
+    res.add_input(std::make_unique<allocmoe_input_positions>(positions));
+    return positions;
+}
+
+int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cparams, llm_graph_result & res, int il, int64_t n_expert_used, int64_t n_tokens) {
+    auto & graph = res.allocmoe;
     // a warm-up run is there to touch every expert
     if (cparams.warmup || il < 0) {
         return n_expert_used;
@@ -60,6 +95,7 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
         layer.activations = k*n_tokens;
         layer.params      = params;
         layer.usage       = cparams.allocmoe.usage;
+        layer.positions   = params.strict ? positions_of(ctx, res, cparams, il, n_tokens) : nullptr;
         if (plan) {
             layer.record        = plan->record;
             layer.record_inputs = plan->record && plan->record_inputs;
@@ -69,6 +105,17 @@ int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph
     }
 
     return params.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
+}
+
+// positions: null where nothing is left over from token to token
+static float left_before(const allocmoe_spent & spent, const ggml_tensor * positions, int64_t t) {
+    return positions ? allocmoe_left_before(spent, ((const int32_t *) positions->data)[t]) : 0.0f;
+}
+
+static void leave(const allocmoe_spent & spent, const ggml_tensor * positions, int64_t t, float left) {
+    if (positions) {
+        allocmoe_leave(spent, ((const int32_t *) positions->data)[t], left);
+    }
 }
 
 // node: ids by rank, -1 where the token rule skips
@@ -95,7 +142,13 @@ static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * use
     }
 
     auto & spent = layer.usage->spent.get()[layer.il];
-    spent.activations[layer.phase] += allocmoe_apply_token_rule(layer.params, ranked.data(), n_used, n_tokens, n_kept.data(), spent.credit);
+    // a strict rule goes from token to token, the others take all at once
+    const int64_t step = layer.params.strict ? 1 : n_tokens;
+    for (int64_t t = 0; t < n_tokens; t += step) {
+        float left = left_before(spent, dst->src[2], t);
+        spent.activations[layer.phase] += allocmoe_apply_token_rule(layer.params, &ranked[t*n_used], n_used, step, &n_kept[t], left);
+        leave(spent, dst->src[2], t, left);
+    }
 
     for (int64_t t = 0; t < n_tokens; ++t) {
         const auto * id  = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
@@ -136,8 +189,8 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, allocmoe_graph & gra
         return weights; // goes by the weights that these become
     }
 
-    ggml_tensor * args_routed[] = { selected, scores };
-    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, 2, compute_routed, 1, &layer);
+    ggml_tensor * args_routed[] = { selected, scores, layer.positions };
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, layer.positions ? 3 : 2, compute_routed, 1, &layer);
 
     // for backends that run the nodes themselves
     allocmoe_node node = {};
@@ -205,7 +258,9 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t * id = row<int32_t>(ids, t);
         estimate_sizes(log_norm, id, weights, reduced, t, n_used, sizes.data());
-        total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get(), spent.credit);
+        float left = left_before(spent, dst->src[4], t);
+        total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get(), left);
+        leave(spent, dst->src[4], t, left);
         auto * out = (int32_t *) ((char *) dst->data + t*dst->nb[1]);
         for (int64_t r = 0; r < n_used; ++r) {
             out[r] = keep[r] ? id[r] : -1;
@@ -265,8 +320,8 @@ void allocmoe_build_estimate(ggml_context * ctx, allocmoe_graph & graph, ggml_te
         return; // all experts run, and the rule is applied to what they give
     }
 
-    ggml_tensor * args[] = { layer.selected, weights, layer.reduced, estimates.log_norm, nullptr };
-    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, 4, compute_routed_by_size, 1, &layer);
+    ggml_tensor * args[] = { layer.selected, weights, layer.reduced, estimates.log_norm, layer.positions };
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, layer.positions ? 5 : 4, compute_routed_by_size, 1, &layer);
     allocmoe_node node = {};
     node.kind      = ALLOCMOE_NODE_IDS_BY_SIZE;
     node.strict    = layer.params.strict;
@@ -361,8 +416,8 @@ static void record_inputs(const allocmoe_graph::layer & layer, allocmoe_usage::r
     std::unique_ptr<bool[]> keep(new bool[n_used]);
     auto & missing = record.floats[ALLOCMOE_FLOATS_MISSING];
     if (sizes) {
-        double credit = 0.0;
-        allocmoe_apply_estimate(layer.params, sizes, n_used, keep.get(), credit);
+        float left = 0.0f;
+        allocmoe_apply_estimate(layer.params, sizes, n_used, keep.get(), left);
         missing.resize(missing.size() + n_embd);
     }
     for (int64_t r = 0; r < n_used; ++r) {

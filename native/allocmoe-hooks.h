@@ -16,6 +16,7 @@ struct ggml_cgraph;
 struct ggml_context;
 struct ggml_tensor;
 struct gguf_context;
+class  llm_graph_result;
 struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
@@ -66,6 +67,8 @@ struct allocmoe_usage {
     std::shared_ptr<allocmoe_spent> spent;
     bool                            spent_on_devices = false; // the model's devices can write it too
 
+    int32_t n_layer_main = 0; // layers before the model's heads for further tokens, if it has any
+
     struct record {
         std::vector<float>   scores;  // [n_tokens][n_used], as values
         std::vector<int32_t> experts; // [n_tokens][n_used]
@@ -99,6 +102,7 @@ struct allocmoe_graph {
         std::shared_ptr<const allocmoe_estimates> estimates;
         int32_t                         phase; // ALLOCMOE_PHASE_*
 
+        ggml_tensor * positions; // of the tokens, or nullptr where nothing is left over from token to token
         ggml_tensor * selected; // expert ids by rank
         ggml_tensor * scores;   // what they were ranked by, of all experts
         ggml_tensor * routed;   // the ids with -1 where the token rule skips, or nullptr
@@ -123,7 +127,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model);
 
 // The number of experts that build_moe_ffn is to rank for each token of layer il, given the architecture's own choice:
 // the planned count, or all of them where a token rule picks among them.
-int64_t allocmoe_expert_used_count(const llama_cparams & cparams, allocmoe_graph & graph, int il, int64_t n_expert_used, int64_t n_tokens);
+int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cparams, llm_graph_result & res, int il, int64_t n_expert_used, int64_t n_tokens);
 
 // Applies the layer's token rule, if it has one, to the experts ranked by `scores`: from then on graph.routed(selected) has
 // -1 for what is skipped. Returns the weights with `skipped` (0, or -infinity ahead of a softmax) in those places.

@@ -9,11 +9,9 @@
 #include <math.h>
 
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
-#define ALLOCMOE_FN static __device__ __forceinline__
 #define ALLOCMOE_DIV(a, b) __fdiv_rn(a, b)
 #define ALLOCMOE_SUB(a, b) __fsub_rn(a, b)
 #else
-#define ALLOCMOE_FN static inline
 #define ALLOCMOE_DIV(a, b) ((a)/(b))
 #define ALLOCMOE_SUB(a, b) ((a) - (b))
 #endif
@@ -23,6 +21,7 @@ static constexpr int ALLOCMOE_MAX_BLOCK = 1024;
 struct allocmoe_route_args {
     const int32_t * ids;           // [n_tokens][n_used], by falling score
     const float   * scores;        // [n_tokens][n_expert]
+    const int32_t * positions;     // [n_tokens], null where the node has none
     int32_t       * routed;        // [n_tokens][n_used], contiguous
     int64_t         stride_ids;    // between tokens, in elements
     int64_t         stride_scores;
@@ -83,6 +82,15 @@ ALLOCMOE_FN uint32_t allocmoe_pool_key(const allocmoe_route_args & a, int32_t t,
     return allocmoe_is_nan(value) ? 0x007fffffu /* -infinity */ : allocmoe_key(value);
 }
 
+// What is left over before token t, given what is after token t - 1: read only where a sequence begins or goes on, since the
+// memory may be the host's.
+ALLOCMOE_FN float allocmoe_left(const allocmoe_spent & spent, const int32_t * positions, int32_t t, float left) {
+    if (!positions) {
+        return 0.0f;
+    }
+    return t > 0 && positions[t] == positions[t - 1] + 1 ? left : allocmoe_left_before(spent, positions[t]);
+}
+
 // Below, a token's first place in `routed` holds how many experts it keeps; all of a token is one thread's.
 
 template <class Block>
@@ -109,16 +117,19 @@ ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_
     // what a token may spend depends on all tokens before it
     block.sync();
     if (block.rank() == 0) {
-        double credit = a.node.spent->credit;
+        float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
+            left = allocmoe_left(*a.node.spent, a.positions, t, left);
             int32_t & kept = a.routed[(int64_t) t*a.n_used];
-            int32_t allowed = credit + a.node.k < a.n_used ? (int32_t) (credit + a.node.k) : a.n_used;
+            int32_t allowed = left + a.node.k < a.n_used ? (int32_t) (left + a.node.k) : a.n_used;
             allowed = allowed > a.node.k_base ? allowed : a.node.k_base;
             kept    = kept < allowed ? kept : allowed;
-            credit += a.node.k - kept;
+            left   += a.node.k - kept;
             s.total += kept;
+            if (a.positions) {
+                allocmoe_leave(*a.node.spent, a.positions[t], left);
+            }
         }
-        a.node.spent->credit = credit;
     }
 }
 
@@ -221,6 +232,7 @@ struct allocmoe_estimate_args {
     const float   * weights;  // [n_tokens][n_used]
     const float   * reduced;  // [n_tokens][n_down], u
     const float   * table;    // [n_expert][n_down + 1], log_norm; or [n_expert][rank], output
+    const int32_t * positions; // [n_tokens], null where the node has none
     int32_t       * routed;   // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
     float         * skipped;  // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
     int64_t         stride_ids; // between tokens, in elements
@@ -294,14 +306,17 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
         block.sync();
     } else if (block.rank() == 0) {
         // what a token may spend depends on all tokens before it
-        double credit = a.node.spent->credit;
+        float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
-            const int32_t n = allocmoe_keep_by_size(a, t, (float) (a.node.threshold - ALLOCMOE_STRICT_STEP*credit));
-            credit += a.node.k - n;
-            credit  = credit < -ALLOCMOE_STRICT_CREDIT ? -ALLOCMOE_STRICT_CREDIT : credit > ALLOCMOE_STRICT_CREDIT ? ALLOCMOE_STRICT_CREDIT : credit;
-            total  += n;
+            left = allocmoe_left(*a.node.spent, a.positions, t, left);
+            const int32_t n = allocmoe_keep_by_size(a, t, ALLOCMOE_SUB(a.node.threshold, ALLOCMOE_STRICT_STEP*left));
+            left  += a.node.k - n;
+            left   = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT : left;
+            total += n;
+            if (a.positions) {
+                allocmoe_leave(*a.node.spent, a.positions[t], left);
+            }
         }
-        a.node.spent->credit = credit;
     }
     if (block.rank() == 0) {
         a.node.spent->activations[a.node.phase] += total;

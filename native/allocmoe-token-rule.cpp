@@ -64,7 +64,7 @@ static int64_t apply_batch(const allocmoe_token_rule_params & params, const floa
     return n_tokens*params.k;
 }
 
-static int64_t apply_threshold(const allocmoe_token_rule_params & params, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double & credit) {
+static int64_t apply_threshold(const allocmoe_token_rule_params & params, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float & left) {
     int64_t total = 0;
     for (int64_t t = 0; t < n_tokens; ++t) {
         int32_t n = params.k_base;
@@ -72,9 +72,9 @@ static int64_t apply_threshold(const allocmoe_token_rule_params & params, const 
             n++;
         }
         if (params.strict) {
-            const auto allowed = (int32_t) std::min<double>(credit + params.k, n_used);
+            const auto allowed = (int32_t) std::min<float>(left + params.k, n_used);
             n = std::min(n, std::max(allowed, params.k_base));
-            credit += params.k - n;
+            left += params.k - n;
         }
         n_kept[t] = n;
         total += n;
@@ -82,8 +82,8 @@ static int64_t apply_threshold(const allocmoe_token_rule_params & params, const 
     return total;
 }
 
-int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep, double & credit) {
-    const float threshold = params.strict ? (float) (params.threshold - ALLOCMOE_STRICT_STEP*credit) : params.threshold;
+int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep, float & left) {
+    const float threshold = params.strict ? params.threshold - ALLOCMOE_STRICT_STEP*left : params.threshold;
 
     int64_t n_kept = 0;
     for (int64_t r = 0; r < n_used; ++r) {
@@ -101,12 +101,12 @@ int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const
         n_kept++;
     }
     if (params.strict) {
-        credit = std::clamp(credit + params.k - n_kept, -ALLOCMOE_STRICT_CREDIT, ALLOCMOE_STRICT_CREDIT);
+        left = std::clamp(left + (params.k - n_kept), -ALLOCMOE_STRICT_LEFT, ALLOCMOE_STRICT_LEFT);
     }
     return n_kept;
 }
 
-int64_t allocmoe_apply_token_rule(const allocmoe_token_rule_params & params, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double & credit) {
+int64_t allocmoe_apply_token_rule(const allocmoe_token_rule_params & params, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float & left) {
     std::vector<float> values;
     if (params.value != ALLOCMOE_VALUE_SCORE) {
         values.assign(scores, scores + n_tokens*n_used);
@@ -117,7 +117,7 @@ int64_t allocmoe_apply_token_rule(const allocmoe_token_rule_params & params, con
     }
     switch (params.rule) {
         case ALLOCMOE_RULE_BATCH:     return apply_batch    (params, scores, n_used, n_tokens, n_kept);
-        case ALLOCMOE_RULE_THRESHOLD: return apply_threshold(params, scores, n_used, n_tokens, n_kept, credit);
+        case ALLOCMOE_RULE_THRESHOLD: return apply_threshold(params, scores, n_used, n_tokens, n_kept, left);
     }
     std::fill(n_kept, n_kept + n_tokens, params.k);
     return n_tokens*params.k;

@@ -18,11 +18,11 @@ struct allocmoe_token_rule_params {
 void allocmoe_to_values(int32_t value, float * scores, int64_t n_used);
 
 // ALLOCMOE_RULE_ESTIMATE for one token: keep[r] for each of its n_used experts, from their estimated sizes, in any order; a
-// NaN counts as -infinity. Returns how many are kept. credit: as below.
-int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep, double & credit);
+// NaN counts as -infinity. Returns how many are kept. left: as below.
+int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep, float & left);
 
 // How many experts each token keeps: its first n_kept[t] of n_used, which are sorted by falling score.
-// scores: [n_tokens][n_used]. A NaN counts as -infinity. credit: activations left over so far, for `strict`.
+// scores: [n_tokens][n_used]. A NaN counts as -infinity. left: activations left over by the tokens before, for `strict`; updated.
 // Returns the sum of n_kept.
 int64_t allocmoe_apply_token_rule(
         const allocmoe_token_rule_params & params,
@@ -30,4 +30,4 @@ int64_t allocmoe_apply_token_rule(
         int64_t       n_used,
         int64_t       n_tokens,
         int32_t     * n_kept,
-        double      & credit);
+        float       & left);

@@ -88,8 +88,10 @@ static bool runs_token_rules(ggml_backend_dev_t device) {
 }
 
 // In pinned memory of the model's device where it has one that runs token rules: those write there without a copy to the host.
-static void allocate_spent(allocmoe_usage & usage, const llama_model & model) {
-    const size_t n_bytes = model.hparams.n_layer_all*sizeof(allocmoe_spent);
+// n_left: positions for which is kept what is left over.
+static void allocate_spent(allocmoe_usage & usage, const llama_model & model, int32_t n_left) {
+    const size_t n_layer = model.hparams.n_layer_all;
+    const size_t n_bytes = n_layer*(sizeof(allocmoe_spent) + n_left*sizeof(float));
     for (const auto & device : model.devices) {
         auto * type   = runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
         auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;
@@ -99,12 +101,20 @@ static void allocate_spent(allocmoe_usage & usage, const llama_model & model) {
         usage.spent.reset((allocmoe_spent *) ggml_backend_buffer_get_base(buffer), [buffer](allocmoe_spent *) { ggml_backend_buffer_free(buffer); });
         // where memory cannot be pinned, ggml gives ordinary memory instead
         usage.spent_on_devices = ggml_backend_buffer_get_type(buffer) == type;
+        memset(usage.spent.get(), 0, n_bytes);
         break;
     }
     if (!usage.spent) {
-        usage.spent.reset(new allocmoe_spent[model.hparams.n_layer_all], std::default_delete<allocmoe_spent[]>());
+        usage.spent.reset((allocmoe_spent *) calloc(1, n_bytes), free); // pages are taken as they are written
+        if (!usage.spent) {
+            throw std::bad_alloc();
+        }
     }
-    std::fill_n(usage.spent.get(), model.hparams.n_layer_all, allocmoe_spent{});
+    auto * left = (float *) (usage.spent.get() + n_layer);
+    for (size_t il = 0; il < n_layer; ++il) {
+        usage.spent.get()[il].left   = left + il*n_left;
+        usage.spent.get()[il].n_left = n_left;
+    }
 }
 
 // Why the model cannot skip single experts of a token, nullptr if it can. What can are the plain and the repacked
@@ -236,7 +246,8 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         phase.activations.resize(n_layer);
         phase.tokens     .resize(n_layer);
     }
-    allocate_spent(*usage, model);
+    allocate_spent(*usage, model, cparams.n_ctx_seq);
+    usage->n_layer_main = model.hparams.n_layer();
     usage->records.resize(n_layer);
     usage->layer_outputs.resize(n_layer);
     cparams.allocmoe.usage = std::move(usage);
@@ -325,10 +336,12 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
     if (cur && *cur == *plan) {
         return ALLOCMOE_OK;
     }
-    // what a strict rule of another plan has left over says nothing about this one
-    llama_synchronize(ctx);
-    auto * spent = allocmoe_access::cparams(ctx).allocmoe.usage->spent.get();
-    std::for_each(spent, spent + n_layer, [](allocmoe_spent & s) { s.credit = 0.0; });
+    if (cur && cur->strict) {
+        // what it has left over says nothing about this plan
+        llama_synchronize(ctx);
+        const auto & first = *allocmoe_access::cparams(ctx).allocmoe.usage->spent;
+        std::fill_n(first.left, (size_t) n_layer*first.n_left, 0.0f);
+    }
 
     allocmoe_access::set_plan(ctx, std::move(plan));
     return ALLOCMOE_CHANGED;
@@ -470,7 +483,28 @@ void allocmoe_reset_counts(llama_context * ctx) {
         std::fill(phase.activations.begin(), phase.activations.end(), 0);
         std::fill(phase.tokens     .begin(), phase.tokens     .end(), 0);
     }
-    std::fill_n(usage.spent.get(), usage.phases[0].tokens.size(), allocmoe_spent{});
+    for (size_t il = 0; il < usage.phases[0].tokens.size(); ++il) {
+        auto & activations = usage.spent.get()[il].activations;
+        std::fill(std::begin(activations), std::end(activations), 0);
+    }
+}
+
+// (layer's values, caller's values, how many) for every layer
+template <class F>
+static void for_each_left(llama_context * ctx, int32_t n_tokens, F && f) {
+    llama_synchronize(ctx); // devices write as they run
+    const auto * spent = allocmoe_access::cparams(ctx).allocmoe.usage->spent.get();
+    for (int32_t il = 0; il < allocmoe_n_layer(ctx); ++il) {
+        f(spent[il].left, (size_t) il*n_tokens, std::min(n_tokens, spent[il].n_left));
+    }
+}
+
+void allocmoe_get_left(llama_context * ctx, float * left, int32_t n_tokens) {
+    for_each_left(ctx, n_tokens, [&](const float * own, size_t first, int32_t n) { std::copy_n(own, n, left + first); });
+}
+
+void allocmoe_set_left(llama_context * ctx, const float * left, int32_t n_tokens) {
+    for_each_left(ctx, n_tokens, [&](float * own, size_t first, int32_t n) { std::copy_n(left + first, n, own); });
 }
 
 int32_t allocmoe_get_token_rule(const llama_context * ctx) {
@@ -552,7 +586,7 @@ int64_t allocmoe_set_prefetch(llama_context * ctx, bool prefetch) {
     return allocmoe_access::set_prefetch(ctx, prefetch);
 }
 
-void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit) {
+void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left) {
     allocmoe_token_rule_params params = {};
     params.rule      = rule->token_rule;
     params.k_base    = rule->k_base;
@@ -560,7 +594,7 @@ void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores
     params.threshold = rule->threshold ? rule->threshold[0] : 0.0f;
     params.strict    = rule->strict;
     params.value     = rule->value;
-    allocmoe_apply_token_rule(params, scores, n_used, n_tokens, n_kept, *credit);
+    allocmoe_apply_token_rule(params, scores, n_used, n_tokens, n_kept, *left);
 }
 
 void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {

@@ -117,6 +117,11 @@ LLAMA_API int32_t allocmoe_get_counts(const struct llama_context * ctx, int32_t 
 
 LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 
+// What a strict rule has left over after each of the first n_tokens positions, [n_layer][n_tokens]: goes with the memory of
+// those tokens where that is saved and restored.
+LLAMA_API void allocmoe_get_left(struct llama_context * ctx, float * left, int32_t n_tokens);
+LLAMA_API void allocmoe_set_left(struct llama_context * ctx, const float * left, int32_t n_tokens);
+
 // What layer il has recorded since the last call: the values, which by default are the scores and under
 // ALLOCMOE_RULE_ESTIMATE v_e, of the experts by rank, [n_tokens][n_used]. Copies at most n_max floats to values and forgets them, or with values NULL only returns how many
 // there are.
@@ -146,8 +151,8 @@ LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ct
 LLAMA_API int64_t allocmoe_set_prefetch(struct llama_context * ctx, bool prefetch);
 
 // The token rule by itself, as the graph runs it: how many of its n_used experts, ranked by falling score, each token
-// keeps. scores: [n_tokens][n_used]. credit: the activations left over so far under a strict rule, updated.
-LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, double * credit);
+// keeps. scores: [n_tokens][n_used]. left: the activations left over by tokens before, under a strict rule; updated.
+LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left);
 
 // A logger for llama_log_set that prints errors to stderr and nothing else. No Python runs in it, so none can be interrupted
 // inside llama.cpp's calls.

@@ -70,6 +70,17 @@ static void write(const std::vector<T> & data) {
     fwrite(data.data(), sizeof(T), data.size(), stdout);
 }
 
+// what a rule leaves over at the positions from `first` on, in a ring that they run around
+static const int N_LEFT = 7;
+
+static std::vector<int32_t> positions_from(int first, int n_tokens) {
+    std::vector<int32_t> positions(n_tokens);
+    for (int t = 0; t < n_tokens; ++t) {
+        positions[t] = first + t;
+    }
+    return positions;
+}
+
 static void route(const std::vector<int32_t> & h) {
     const int n_threads = h[1], n_used = h[7], n_expert = h[8], n_tokens = h[9];
     const auto numbers = read<double>(2);
@@ -77,12 +88,15 @@ static void route(const std::vector<int32_t> & h) {
     const auto scores  = read<float>((size_t) n_tokens*n_expert);
 
     std::vector<int32_t> routed((size_t) n_tokens*n_used);
-    allocmoe_spent spent = {};
-    spent.credit = numbers[1];
+    const auto positions = positions_from(5, n_tokens);
+    std::vector<float> left(N_LEFT);
+    allocmoe_spent spent = { {}, left.data(), N_LEFT };
+    allocmoe_leave(spent, positions[0] - 1, numbers[1]);
 
     allocmoe_route_args args = {};
     args.ids           = ids.data();
     args.scores        = scores.data();
+    args.positions     = positions.data();
     args.routed        = routed.data();
     args.stride_ids    = n_expert;
     args.stride_scores = n_expert;
@@ -104,7 +118,7 @@ static void route(const std::vector<int32_t> & h) {
         allocmoe_route(thread, args, *shared);
     });
     write(routed);
-    write<double>({ (double) spent.activations[0], (double) spent.activations[1], spent.credit });
+    write<double>({ (double) spent.activations[0], (double) spent.activations[1], allocmoe_left_before(spent, 5 + (h[6] ? n_tokens : 0)) });
 }
 
 // the end of mm_ids_helper, after every expert has written its own
@@ -168,12 +182,15 @@ static void estimate(const std::vector<int32_t> & h) {
 
     std::vector<int32_t> routed((size_t) n_tokens*n_used);
     std::vector<float>   skipped((size_t) n_tokens*n_columns);
-    allocmoe_spent spent = {};
+    const auto positions = positions_from(0, n_tokens);
+    std::vector<float> left(n_tokens);
+    allocmoe_spent spent = { {}, left.data(), n_tokens };
 
     allocmoe_estimate_args args = {};
     args.ids                 = ids.data();
     args.weights             = weights.data();
     args.reduced             = reduced.data();
+    args.positions           = positions.data();
     args.table               = log_norm.data();
     args.routed              = routed.data();
     args.skipped             = skipped.data();

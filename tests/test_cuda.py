@@ -196,6 +196,7 @@ def test_add_id_adds_nothing_for_a_skipped_slot(backend):
 
 NODE_OFFSET = 24  # native/allocmoe-custom.h
 NODE_MAGIC = 0x6F6C6C61
+N_LEFT = 7  # positions for which a test's layer keeps what is left over
 
 
 def set_node(tensor, kind, *, rule=0, value=0, k_base=0, k=0, strict=0, threshold=0.0, skipped=0.0, spent=0) -> None:
@@ -208,9 +209,11 @@ def set_node(tensor, kind, *, rule=0, value=0, k_base=0, k=0, strict=0, threshol
 def test_rules_give_the_ids_of_the_cpu_bit_for_bit(backend, n_tokens):
     rng = np.random.default_rng(n_tokens)
     pinned_type = base.ggml_backend_dev_host_buffer_type(base.ggml_backend_get_device(backend))
-    pinned = base.ggml_backend_buft_alloc_buffer(pinned_type, 24)
+    pinned = base.ggml_backend_buft_alloc_buffer(pinned_type, 32 + 4 * N_LEFT)
     address = int(ffi.cast("uintptr_t", base.ggml_backend_buffer_get_base(pinned)))
-    spent = np.frombuffer(ffi.buffer(ffi.cast("char *", address), 24), np.int64)
+    memory = ffi.buffer(ffi.cast("char *", address), 32 + 4 * N_LEFT)
+    spent, left = np.frombuffer(memory, np.int64, 2), np.frombuffer(memory, np.float32, offset=32)
+    memory[16:28] = struct.pack("qi", address + 32, N_LEFT)
     for i, case in enumerate(cases(rng, n_tokens)):
         if n_tokens > 129 and i % 7:
             continue
@@ -219,26 +222,29 @@ def test_rules_give_the_ids_of_the_cpu_bit_for_bit(backend, n_tokens):
         ids = np.ascontiguousarray(all_ids[:, :n_used])
 
         def build(context):
-            src = ffi.new("struct ggml_tensor *[2]")
+            src = ffi.new("struct ggml_tensor *[3]")
             src[0] = base.ggml_new_tensor_2d(context, numbered("i32"), n_used, n_tokens)
             src[1] = base.ggml_new_tensor_2d(context, numbered("f32"), N_EXPERT, n_tokens)
-            node = base.ggml_custom_4d(context, numbered("i32"), n_used, n_tokens, 1, 1, src, 2, ffi.NULL, 1, ffi.NULL)
+            src[2] = base.ggml_new_tensor_2d(context, numbered("i32"), n_tokens, 1)
+            node = base.ggml_custom_4d(context, numbered("i32"), n_used, n_tokens, 1, 1, src, 3, ffi.NULL, 1, ffi.NULL)
             names = ("rule", "value", "k_base", "k", "strict", "threshold")
             set_node(node, 1, spent=address, **{name: case[name] for name in names})
             assert base.ggml_backend_supports_op(backend, node)
-            return {"ids": src[0], "scores": src[1]}, node
+            return {"ids": src[0], "scores": src[1], "positions": src[2]}, node
 
         graph = Graph(backend, build)
         graph.set("ids", ids)
         graph.set("scores", scores)
+        graph.set("positions", np.arange(5, 5 + n_tokens, dtype=np.int32))
         spent[:] = 0
-        spent[2:].view(np.float64)[0] = case["credit"]
+        left[4] = case["left"]
         routed = graph(np.int32)[0, 0]
-        n_kept, credit = native(case, case["ranked"])
+        n_kept, left_after = native(case, case["ranked"])
         expected = np.where(np.arange(n_used) < n_kept[:, None], ids, -1)
         shown = {key: case[key] for key in case if key != "ranked"}
         assert np.array_equal(routed, expected), shown
-        assert spent[:2].tolist() == [0, n_kept.sum()] and spent[2:].view(np.float64)[0] == credit, shown
+        assert spent.tolist() == [0, n_kept.sum()], shown
+        assert left[(4 + n_tokens * case["strict"]) % N_LEFT] == left_after, shown
         graph.free()
     base.ggml_backend_buffer_free(pinned)
 

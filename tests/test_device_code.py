@@ -48,16 +48,16 @@ def header(*numbers) -> bytes:
 
 
 def native(case, ranked):
-    """(n_kept, credit) by the CPU's rules."""
+    """(n_kept, activations left over) by the CPU's rules."""
     rule = ffi.new("struct allocmoe_rule *")
     limit = ffi.new("float[1]", [case["threshold"]])
     rule.token_rule, rule.value, rule.k_base = case["rule"], case["value"], case["k_base"]
     rule.strict, rule.threshold = case["strict"], limit
     data = np.ascontiguousarray(ranked, np.float32)
-    n_kept, credit = ffi.new("int32_t[]", len(data)), ffi.new("double *", case["credit"])
+    n_kept, left = ffi.new("int32_t[]", len(data)), ffi.new("float *", case["left"])
     scores = ffi.from_buffer("float *", data)
-    libllama.allocmoe_select(rule, case["k"], scores, data.shape[1], len(data), n_kept, credit)
-    return np.array(list(n_kept)), credit[0]
+    libllama.allocmoe_select(rule, case["k"], scores, data.shape[1], len(data), n_kept, left)
+    return np.array(list(n_kept)), left[0]
 
 
 def cases(rng, n_tokens):
@@ -66,13 +66,13 @@ def cases(rng, n_tokens):
             for value in range(3):
                 k = int(rng.integers(1, n_used + 1))
                 k_base = int(rng.integers(1, k + 1))
-                common = dict(name=name, n_used=n_used, ranked=ranked, value=value, k_base=k_base, k=k, credit=0.0)
+                common = dict(name=name, n_used=n_used, ranked=ranked, value=value, k_base=k_base, k=k, left=0.0)
                 yield dict(common, rule=RULES["batch"], strict=False, threshold=0.0)
                 for threshold in (-np.inf, 0.125, float(rng.random()), np.inf):
                     strict = bool(rng.integers(2))
-                    credit = float(rng.integers(0, 6)) if strict else 0.0
+                    left = float(rng.integers(0, 6)) if strict else 0.0
                     case = dict(common, rule=RULES["threshold"], strict=strict, threshold=threshold)
-                    yield dict(case, credit=credit)
+                    yield dict(case, left=left)
 
 
 def scatter(rng, ranked):
@@ -94,19 +94,19 @@ def test_rules_give_the_ids_of_the_cpu_bit_for_bit(program, n_tokens, n_threads,
         ids, scores = scatter(rng, case["ranked"])
         numbers = (case["rule"], case["value"], case["k_base"], case["k"], case["strict"], case["n_used"])
         data += header(ROUTE, n_threads, *numbers, N_EXPERT, n_tokens)
-        data += struct.pack("2d", case["threshold"], case["credit"]) + ids.tobytes() + scores.tobytes()
+        data += struct.pack("2d", case["threshold"], case["left"]) + ids.tobytes() + scores.tobytes()
         todo.append((case, ids))
     found, at = run(program, data), 0
     for case, ids in todo:
         n_used = case["n_used"]
         routed = np.frombuffer(found, np.int32, n_tokens * n_used, at).reshape(n_tokens, n_used)
-        prefill, decode, credit = np.frombuffer(found[at + routed.nbytes : at + routed.nbytes + 24], np.float64)
+        prefill, decode, left = np.frombuffer(found[at + routed.nbytes : at + routed.nbytes + 24], np.float64)
         at += routed.nbytes + 24
-        n_kept, credit_left = native(case, case["ranked"])
+        n_kept, left_after = native(case, case["ranked"])
         expected = np.where(np.arange(n_used) < n_kept[:, None], ids[:, :n_used], -1)
         shown = {key: value for key, value in case.items() if key != "ranked"}
         assert np.array_equal(routed, expected), shown
-        assert (prefill, decode, credit) == (0, n_kept.sum(), credit_left), shown
+        assert (prefill, decode, left) == (0, n_kept.sum(), left_after), shown
     assert at == len(found) and len(todo) == 4 * 7 * 3 * 5 // every
 
 
@@ -162,14 +162,14 @@ def test_strict_estimates_move_the_threshold(program, k):
     ids = np.array([rng.permutation(N_EXPERT) for _ in range(n_tokens)], np.int32)
     weights = np.exp(rng.uniform(-3, 0, (n_tokens, n_used))).astype(np.float32)
     log_norm = np.zeros((N_EXPERT, n_down + 1), np.float32)
-    sizes, threshold, credit = np.log(weights.astype(np.float64)), np.float32(-1.5), 0.0
+    sizes, threshold, left = np.log(weights.astype(np.float64)), np.float32(-1.5), 0.0
     keep = np.zeros(weights.shape, bool)
     for t in range(n_tokens):
-        assert np.abs(sizes[t] - (threshold - 0.01 * credit)).min() > 1e-5
-        keep[t] = sizes[t] >= threshold - 0.01 * credit
+        assert np.abs(sizes[t] - (threshold - 0.01 * left)).min() > 1e-5
+        keep[t] = sizes[t] >= threshold - 0.01 * left
         keep[t, sizes[t].argmax()] = True
-        credit += k - keep[t].sum()
-    assert abs(credit) > 15  # the threshold has moved
+        left += k - keep[t].sum()
+    assert abs(left) > 15  # the threshold has moved
     head = header(ESTIMATE, 32, n_used, N_EXPERT, n_tokens, n_down, rank, n_columns, 1, k)
     rest = (threshold, ids, weights, np.zeros((n_tokens, n_down), np.float32), log_norm, np.zeros((N_EXPERT, rank), np.float32))
     found = run(program, head + b"".join(array.tobytes() for array in rest))

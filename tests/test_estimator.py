@@ -177,12 +177,13 @@ def profile(**changes) -> metadata.Profile:
 
 def test_profile_plans_with_it():
     plan = profile(token_rule="estimate").plan(5, FULL)
-    assert plan == make().plan(5, FULL)
+    assert plan == replace(make().plan(5, FULL), strict=True)  # by default
     assert profile().plan(5, FULL).token_rule == "off"
     assert profile(cost=(1.0, 1.0, 3.0)).plan(5, FULL, "estimate").threshold[1] < profile().plan(5, FULL, "estimate").threshold[1]
     with pytest.raises(PlanError, match="needs an estimator"):
         profile(estimator=None).plan(5, FULL, "estimate")
-    assert profile().plan(5, FULL, "estimate", strict=True) == replace(make().plan(5, FULL), strict=True)
+    assert profile().plan(5, FULL, "estimate", strict=True) == plan
+    assert profile().plan(5, FULL, "estimate", strict=False) == make().plan(5, FULL)
 
 
 def test_changing_the_rule_plans_the_layers_anew():

@@ -16,14 +16,14 @@ from allocmoe_edge.plan import VALUES
 RULES = {"batch": libllama.ALLOCMOE_RULE_BATCH, "threshold": libllama.ALLOCMOE_RULE_THRESHOLD}
 
 
-def native(rule, k_base, k, scores, threshold=0.0, strict=False, credit=0.0, value="score"):
-    """(n_kept per token, credit left) as the graph computes it. scores: [n_tokens, n_used], each row falling."""
+def native(rule, k_base, k, scores, threshold=0.0, strict=False, left=0.0, value="score"):
+    """(n_kept per token, activations left over) as the graph computes it. scores: [n_tokens, n_used], each row falling."""
     params = ffi.new("struct allocmoe_rule *")
     limit = ffi.new("float[1]", [threshold])
     params.token_rule, params.k_base, params.strict, params.threshold = RULES[rule], k_base, strict, limit
     params.value = VALUES.index(value)
     data = np.ascontiguousarray(scores, np.float32)
-    n_kept, left = ffi.new("int32_t[]", len(data)), ffi.new("double *", credit)
+    n_kept, left = ffi.new("int32_t[]", len(data)), ffi.new("float *", left)
     libllama.allocmoe_select(params, k, ffi.from_buffer("float *", data), data.shape[1], len(data), n_kept, left)
     return np.array(list(n_kept)), left[0]
 
@@ -136,12 +136,12 @@ def test_threshold_keeps_what_reaches_it(n_tokens):
 def test_strict_threshold_never_exceeds_the_mean():
     rng = np.random.default_rng(0)
     scores = -np.sort(-rng.random((500, 8)))
-    credit, spent = 0.0, 0
+    left, spent = 0.0, 0
     for i, row in enumerate(scores):
-        n_kept, credit = native("threshold", 1, 3, row[None], 0.2, strict=True, credit=credit)
+        n_kept, left = native("threshold", 1, 3, row[None], 0.2, strict=True, left=left)
         spent += n_kept[0]
         assert spent <= 3 * (i + 1)
-        assert credit == 3 * (i + 1) - spent
+        assert left == 3 * (i + 1) - spent
     assert spent > 0.99 * 3 * 500  # what the threshold asks for is far more, so the cap is used up
     together, _ = native("threshold", 1, 3, scores, 0.2, strict=True)
     assert together.sum() == spent

@@ -22,7 +22,7 @@ struct allocmoe_spent {
     int64_t activations[2]; // by ALLOCMOE_PHASE_*
     // Activations that a strict rule has left over after the token at each position, [n_left], positions beyond taking the
     // first places again. By position, so that a token's experts depend on the tokens before it in its sequence, and not on
-    // what else the context has read, or has removed since.
+    // what else the context has read, or has removed since. Sequences of one context share it.
     float * left;
     int32_t n_left;
 };

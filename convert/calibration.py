@@ -53,14 +53,24 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0)
     return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}", n_fit)
 
 
-def self_generated(llm: Llama, n_tokens: int, n_ctx: int, seed: int, checkpoint: Checkpoint) -> CalibrationText:
+def self_generated(
+    llm: Llama, n_tokens: int, n_ctx: int, seed: int, checkpoint: Checkpoint, n_fit: int = 0
+) -> CalibrationText:
     """Text that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text.
 
-    checkpoint: has the documents that were written before, and takes the new ones.
+    Args:
+        n_tokens: tokens for the profile; a quarter as many again are held out.
+        n_ctx: tokens in a window, at most the context of `llm`.
+        seed: of the first document; each further one takes the next.
+        checkpoint: has the documents that were written before, and takes the new ones.
+        n_fit: tokens for `fit`, and a quarter as many for `spend`, if that is more.
+
+    Raises:
+        ConvertError: the model ends its documents before they begin.
     """
     bos = bos_token(llm)
     start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
-    needed = _n_windows(n_tokens, n_ctx) * (n_ctx - (bos is not None))
+    needed = _n_windows(max(n_tokens, n_fit), n_ctx) * (n_ctx - (bos is not None))
     tokens: list = []
     document = 0
     with tqdm(total=needed, desc="calibration text", unit="tok", disable=None, leave=False) as bar:
@@ -76,7 +86,7 @@ def self_generated(llm: Llama, n_tokens: int, n_ctx: int, seed: int, checkpoint:
             document += 1
             if document > 64 and len(tokens) < document:
                 raise ConvertError("the model writes no text of its own: give calibration text with --calib")
-    return _split(llm, np.array(tokens[:needed], np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}")
+    return _split(llm, np.array(tokens[:needed], np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}", n_fit)
 
 
 def _document(llm: Llama, start: int, n_max: int, seed: int, bar: tqdm) -> list:
@@ -97,7 +107,7 @@ def _n_windows(n_tokens: int, n_ctx: int) -> int:
     return profile + max(1, profile // (HELD_OUT - 1))
 
 
-def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: str, n_fit: int = 0) -> CalibrationText:
+def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: str, n_fit: int) -> CalibrationText:
     cut = windows(tokens, n_ctx, bos_token(llm))
     if len(cut) < 2:
         raise ConvertError(

@@ -122,8 +122,8 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         default=12288,
         metavar="N",
-        help="tokens to calibrate token rule estimate on, where --calib has as many; text that the model writes has "
-        "--calib-tokens. Default: 12288",
+        help="tokens to calibrate token rule estimate on, of which --calib-tokens are profiled on too; what --calib has, if "
+        "that is less. Default: 12288",
     )
     text.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
     text.add_argument("--seed", type=int, default=0, help="for the text that the model writes. Default: 0")
@@ -210,11 +210,13 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
     with Checkpoint(_checkpoint_path(args), path) as checkpoint:
         if checkpoint.restarted:
             _say(f"{checkpoint.path} was of another model: measuring anew")
+        calibrated = stored is not None and stored.estimator is not None
+        n_fit = args.estimate_tokens if _tries_estimates(args, full, total) and not calibrated else 0
         if args.calib is not None:
-            text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size, args.estimate_tokens)
+            text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size, n_fit)
         else:
             _say("the model writes its own calibration text (--calib FILE gives it one)")
-            text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, checkpoint)
+            text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, checkpoint, n_fit)
         profile = stored or _profile(args, llm, full, text, checkpoint)
 
         decoded = text.held_out.ravel()
@@ -261,14 +263,19 @@ def _profile(args, llm: Llama, full: tuple, text: calibration.CalibrationText, c
     )
 
 
-def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: int, text, checkpoint: Checkpoint):
-    """The profile's Estimator or a new one, if token rule "estimate" is asked for, or to be tried and possible; else None."""
-    asked = args.token_rule == "estimate"
+def _tries_estimates(args: argparse.Namespace, full: tuple, total: int) -> bool:
+    """Whether token rule "estimate" is asked for, or among those to be tried and possible at this budget."""
     possible = sum(min(k, args.k_base) for k in full) <= total < sum(full)
-    if not (asked or (args.token_rule is None and possible)):
+    return args.token_rule == "estimate" or (args.token_rule is None and possible)
+
+
+def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: int, text, checkpoint: Checkpoint):
+    """The profile's Estimator or a new one, if estimates are to be tried and there is memory for them; else None."""
+    if not _tries_estimates(args, full, total):
         return None
     if profile.estimator is not None:
         return profile.estimator
+    asked = args.token_rule == "estimate"
     needed, free = estimate.memory(full, llm, text.fit.shape), memory.available()
     if not asked and free is not None and needed > free:
         _say(

@@ -22,7 +22,7 @@ from gguf_factory import plan_keys, write_gguf
 
 COMMAND = [shutil.which("allocmoe-convert", path=os.path.dirname(sys.executable))]
 # small enough to profile 30 layers in seconds
-QUICK = ["--ctx-size", "32", "--calib-tokens", "32"]
+QUICK = ["--ctx-size", "32", "--calib-tokens", "32", "--estimate-tokens", "64"]
 NO_RULE = [*QUICK, "--token-rule", "off"]  # calibrates no estimates, which takes longer than all else
 
 
@@ -100,7 +100,8 @@ def test_replanning_needs_no_profile(converted, tmp_path):
 def estimated(testbed_path, tmp_path_factory):
     """The testbed at half budget under token rule "estimate", and what the command printed."""
     path = tmp_path_factory.mktemp("estimated") / "half.gguf"
-    done = run(testbed_path, "--budget", "0.5", "--token-rule", "estimate", "--ctx-size", "64", "--calib-tokens", "64", "-o", path)
+    tokens = ["--ctx-size", "64", "--calib-tokens", "64", "--estimate-tokens", "128"]
+    done = run(testbed_path, "--budget", "0.5", "--token-rule", "estimate", *tokens, "-o", path)
     assert done.returncode == 0, done.stderr
     return path, done
 
@@ -113,7 +114,8 @@ def test_estimate_is_taken_as_asked(estimated):
     assert model.plan == model.profile.plan(180, model.full)
     names = [line.split(None, 3)[3] for line in done.stderr.splitlines() if "token rule" in line]
     assert names[:3] == ["alloc-l, token rule off", "uniform, token rule off", "token rule estimate"]
-    assert "GB beside the model" in done.stderr
+    assert "on self-generated, seed 0: 31 passes over 1 windows of 64 tokens" in done.stderr
+    assert "3 passes over 128 tokens" in done.stderr and "GB beside the model" in done.stderr
     llm = Llama(str(path), n_ctx=128, verbose=False)
     assert llm.plan == model.plan
     # another budget, and the other rules, from the same file
@@ -177,6 +179,27 @@ def test_calibration_from_a_file(testbed_path, tmp_path):
 
     assert rows(more.profile) <= rows(more.fit) and rows(more.held_out) <= rows(more.spend)
     assert np.array_equal(text.fit, text.profile) and np.array_equal(text.spend, text.held_out)
+
+
+def test_calibration_that_the_model_writes(testbed_path, tmp_path):
+    """More of it begins with the same documents, which a checkpoint gives back."""
+    from allocmoe_edge.convert.calibration import self_generated
+    from allocmoe_edge.convert.checkpoint import Checkpoint
+
+    llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, verbose=False)
+    with Checkpoint(tmp_path / "c", testbed_path) as checkpoint:
+        text = self_generated(llm, 64, 32, 7, checkpoint)
+    assert [len(rows) for rows in text[:4]] == [2, 2, 1, 1]
+    llm.generate = None  # what was written is not written again
+    with Checkpoint(tmp_path / "c", testbed_path) as checkpoint:
+        assert np.array_equal(self_generated(llm, 64, 32, 7, checkpoint).fit, text.fit)
+        with pytest.raises(TypeError, match="not callable"):
+            self_generated(llm, 64, 32, 8, checkpoint)
+    llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, verbose=False)
+    with Checkpoint(tmp_path / "c", testbed_path) as checkpoint:
+        more = self_generated(llm, 64, 32, 7, checkpoint, n_fit=128)
+    assert [len(rows) for rows in more[:4]] == [2, 4, 1, 1]
+    assert np.array_equal(more.fit[:2], text.fit) and more.source.source == "self-generated, seed 7"
 
 
 # refusals

@@ -391,13 +391,21 @@ def test_command_measures_every_method_and_resumes(command, monkeypatch, capsys)
     assert abs(result["floor"]["kl"]) < 1e-5
 
 
-def test_ours_is_what_convert_writes(command, path, tmp_path):
+@pytest.mark.parametrize("self_generated", [False, True])
+def test_ours_is_what_convert_writes(command, path, tmp_path, self_generated):
     args, out = command
-    load_main().main(args)
+    calib = ["--calib", out / "calibration-0.txt"]
+    if self_generated:
+        out = tmp_path / "out"
+        i = args.index("--calib")
+        args = [*args[:i], *args[i + 2 :], "--methods", "ours", "-o", str(out), "--repeats", "1", "--budgets", "0.5"]
+        calib = []
+    assert load_main().main(args) == 0
     result = json.loads((out / "result.json").read_text())
     wanted = ("ours", 0.5, 0, False)
     (mine,) = [e for e in result["plans"] if (e["method"], e["budget"], e["sample"], e["decode"]) == wanted]
-    convert = [path, "--budget", 0.5, "--calib", out / "calibration-0.txt", "--calib-tokens", 256, "--ctx-size", 64]
+    assert result["calibration"]["texts"] == (["self-generated"] if self_generated else ["calib.txt"])
+    convert = [path, "--budget", 0.5, *calib, "--calib-tokens", 256, "--ctx-size", 64]
     convert += ["--estimate-tokens", 512, "--threads", 1, "--plan-only", "-o", tmp_path / "plan.gguf"]
     assert cli.main([str(a) for a in convert]) == 0
     assert metadata.read(tmp_path / "plan.gguf").plan == Plan(**{**mine["plan"]})
@@ -407,8 +415,8 @@ def test_plan_with_an_estimator_is_read_back(command, path, llm, text, tmp_path,
     """It is too large for the checkpoint, which keeps the rest: the second time no method is asked."""
     main = load_main()
     (tmp_path / "calib.txt").write_text(book(1))
-    args = main.parser().parse_args([*command[0], "--methods", "ours"])
-    setting = methods.Setting(llm, FULL, path, text, tmp_path / "calib.txt", args)
+    args = main.parser().parse_args([*command[0], "--methods", "ours", "-o", str(tmp_path)])
+    setting = methods.Setting(llm, FULL, path, text, tmp_path / "calib.txt", 0, args)
     monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=methods._ours("ours", "--token-rule", "estimate")))
     with Checkpoint(tmp_path / "cells", path) as checkpoint:
         ((_, _, first),) = main.planned(setting, {0.5: 8}, 0, checkpoint)

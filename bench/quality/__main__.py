@@ -5,8 +5,8 @@
 
 Writes table.md, plot.svg and result.json into the output folder, and the table to the terminal. Perplexity, divergence
 (KL) from the full model and top-1 agreement are on windows spread over --text. Whatever a method calibrates is
-calibrated on --calib, on places that share no sentence with --text, --repeats times on different places. "Recovered"
-is the share of uniform k's loss that a method wins back, 1 - ln(P/P_full) / ln(P_uniform/P_full) and 1 - KL/KL_uniform.
+calibrated on --calib, on places that share no sentence with --text, --repeats times on different places; without it, on
+what the model writes, with as many seeds. "Recovered" is the share of uniform k's loss that a method wins back, 1 - ln(P/P_full) / ln(P_uniform/P_full) and 1 - KL/KL_uniform.
 
 Every plan and cell is saved as it is measured: the same command goes on where it stopped. After a change of a method
 in the program, name it with --again. With --tasks, accuracy on multiple-choice and last-word tasks.
@@ -20,6 +20,7 @@ import multiprocessing
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bench/quality", description=__doc__, formatter_class=raw)
     p.add_argument("model", type=Path, help="GGUF file in one piece")
     p.add_argument("--text", type=Path, required=True, help="UTF-8 text to evaluate on")
-    p.add_argument("--calib", type=Path, required=True, nargs="+", help="UTF-8 texts to calibrate on")
+    p.add_argument("--calib", type=Path, nargs="+", default=[], help="UTF-8 texts to calibrate on. Default: the model writes its own")
     p.add_argument("-o", "--output", type=Path, required=True, help="folder for results and what is measured so far")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.83, 0.67, 0.5, 0.33], help="shares beside 1.0")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help=", ".join(METHODS))
@@ -101,12 +102,10 @@ def run(args: argparse.Namespace) -> dict:
         decoded = args.budgets if args.decode_budgets is None else args.decode_budgets
         models = {False: load(args, args.ctx_size), True: load(args, 1)}
         text = evaluation_windows(models[False], args)
-        # a quarter as many again for the held-out check of allocmoe-convert, and some to spare
-        paths = texts.samples(args.calib, args.text, int(max(args.calib_tokens, args.estimate_tokens) * 1.4), args.repeats, args.output)
         found, plans = [], {}
-        for sample, path in enumerate(paths):
-            calib = calibration.from_file(models[False], path, args.calib_tokens, args.ctx_size, args.estimate_tokens).profile
-            setting = Setting(models[False], full, args.model, calib, path, args)
+        for sample, path in enumerate(calibration_paths(args)):
+            calib = calibration_windows(models[False], path, sample, args)
+            setting = Setting(models[False], full, args.model, calib, path, sample, args)
             for method, budget, plan in planned(setting, totals, sample, checkpoint):
                 # one sample is enough to show that it is plain top-k, and token by token is slow
                 single = METHODS[method].decode and sample == 0 and budget in decoded
@@ -126,7 +125,7 @@ def run(args: argparse.Namespace) -> dict:
             "machine": machine.describe(),
             "evaluation": {"text": args.text.name, "tokens": int(text.size), "ctx_size": args.ctx_size},
             "calibration": {
-                "texts": [path.name for path in args.calib],
+                "texts": [path.name for path in args.calib] or ["self-generated"],
                 "tokens": args.calib_tokens,
                 "isolated_tokens": args.isolated_tokens or args.calib_tokens,
                 "samples": args.repeats,
@@ -140,6 +139,24 @@ def run(args: argparse.Namespace) -> dict:
         result["tasks"] = accuracy(models[False], args, full, found, plans, checkpoint)
     write(result, args.output)
     return result
+
+
+def calibration_paths(args: argparse.Namespace) -> Sequence[Optional[Path]]:
+    """Of a text for each calibration sample, or None where the model writes its own."""
+    if not args.calib:
+        return [None] * args.repeats
+    # a quarter as many tokens again for the held-out check of allocmoe-convert, and some to spare
+    n_tokens = int(max(args.calib_tokens, args.estimate_tokens) * 1.4)
+    return texts.samples(args.calib, args.text, n_tokens, args.repeats, args.output)
+
+
+def calibration_windows(llm: Llama, path: Optional[Path], sample: int, args: argparse.Namespace) -> np.ndarray:
+    """int32 windows, shape [n, n_ctx]: those that allocmoe-convert profiles on."""
+    if path is not None:
+        return calibration.from_file(llm, path, args.calib_tokens, args.ctx_size, args.estimate_tokens).profile
+    # in allocmoe-convert's checkpoint, so that `ours` finds them
+    with Checkpoint(args.output / f"calibration-{sample}.plan.profile", args.model) as written:
+        return calibration.self_generated(llm, args.calib_tokens, args.ctx_size, sample, written, args.estimate_tokens).profile
 
 
 def planned(setting: Setting, totals: dict, sample: int, checkpoint: Checkpoint):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Dict, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
 import numpy as np
 
@@ -25,16 +25,22 @@ import lexi
 class Setting:
     """What a method may use.
 
-    calib: int32 windows, shape [n, n_ctx], of the calibration text `calib_path`.
-    args: of the command line; calib_tokens, isolated_tokens, ctx_size and threads are used.
+    calib: int32 windows, shape [n, n_ctx], of the calibration text in `calib_path`, or, if that is None, of what the
+    model wrote with the seed `sample`.
+    args: of the command line; calib_tokens, isolated_tokens, ctx_size, threads and output are used.
     """
 
     llm: Llama
     full: tuple
     path: Path
     calib: np.ndarray
-    calib_path: Path
+    calib_path: Optional[Path]
+    sample: int
     args: argparse.Namespace
+
+    def output(self, suffix: str) -> Path:
+        """Of what belongs to this calibration sample."""
+        return self.args.output / f"calibration-{self.sample}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -163,16 +169,17 @@ def _check_probabilities(llm: Llama, plan: Plan, window: np.ndarray) -> None:
 def convert_arguments(setting: Setting, total: int, *options: str) -> argparse.Namespace:
     """Of allocmoe-convert with its defaults, this calibration text, a budget of `total`, and options."""
     args = setting.args
-    command = [str(setting.path), "--budget", str(total), "--calib", str(setting.calib_path), "--plan-only"]
+    text = ["--calib", setting.calib_path] if setting.calib_path else ["--seed", setting.sample]
+    command = [str(setting.path), "--budget", str(total), *map(str, text), "--plan-only"]
     command += ["--calib-tokens", str(args.calib_tokens), "--estimate-tokens", str(args.estimate_tokens)]
     command += ["--ctx-size", str(args.ctx_size)]
-    command += ["--threads", str(args.threads), "-o", str(setting.calib_path.with_suffix(".plan"))]
+    command += ["--threads", str(args.threads), "-o", str(setting.output(".plan"))]
     return cli.parser().parse_args([*command, *options])
 
 
 def plan_path(setting: Setting, method: str, total: int) -> Path:
     """Where a method of ours leaves its plan: an estimator is too large for the checkpoint."""
-    return setting.calib_path.with_suffix(f".{method}.{total}.plan.gguf")
+    return setting.output(f".{method}.{total}.plan.gguf")
 
 
 def _keep(setting: Setting, method: str, total: int, plan: Plan, profile: metadata.Profile) -> None:

@@ -109,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--reprofile", action="store_true", help="measure again although the input carries sensitivities")
 
     text = p.add_argument_group("calibration text")
-    text.add_argument("--calib", type=Path, metavar="FILE", help="UTF-8 text. Default: the model writes its own")
+    text.add_argument(
+        "--calib", type=Path, metavar="FILE", help="UTF-8 text. Default: the model writes its own, at its decode speed"
+    )
     text.add_argument(
         "--calib-tokens",
         type=positive,
@@ -123,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         default=12288,
         metavar="N",
         help="tokens to calibrate token rule estimate on, of which --calib-tokens are profiled on too; what --calib has, if "
-        "that is less. Default: 12288",
+        "that is less. A quarter as many again are held out. Default: 12288",
     )
     text.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
     text.add_argument("--seed", type=int, default=0, help="for the text that the model writes. Default: 0")

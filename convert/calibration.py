@@ -89,11 +89,6 @@ def self_generated(
     return _split(llm, np.array(tokens[:needed], np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}", n_fit)
 
 
-def joined(text: CalibrationText, other: CalibrationText) -> CalibrationText:
-    """`text`, with the windows of `other` too for what takes few runs; profile and held-out check stay those of `text`."""
-    return text._replace(fit=np.concatenate([text.fit, other.fit]), spend=np.concatenate([text.spend, other.spend]))
-
-
 def _document(llm: Llama, start: int, n_max: int, seed: int, bar: tqdm) -> list:
     llm.set_seed(seed)
     tokens: list = []

@@ -113,12 +113,6 @@ def parser() -> argparse.ArgumentParser:
         "--calib", type=Path, metavar="FILE", help="UTF-8 text. Default: the model writes its own, at its decode speed"
     )
     text.add_argument(
-        "--self-generated",
-        action="store_true",
-        help="with --calib: token rule estimate is calibrated on that and on --estimate-tokens more that the model writes. "
-        "Slower; better on text that FILE does not resemble",
-    )
-    text.add_argument(
         "--calib-tokens",
         type=positive,
         default=4096,
@@ -220,15 +214,11 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
             _say(f"{checkpoint.path} was of another model: measuring anew")
         calibrated = stored is not None and stored.estimator is not None
         n_fit = args.estimate_tokens if _tries_estimates(args, full, total) and not calibrated else 0
-        if args.calib is None:
+        if args.calib is not None:
+            text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size, n_fit)
+        else:
             _say("the model writes its own calibration text (--calib FILE gives it one)")
             text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, checkpoint, n_fit)
-        else:
-            text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size, n_fit)
-            if args.self_generated and n_fit:
-                _say("the model writes more calibration text (--self-generated)")
-                own = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, checkpoint, n_fit)
-                text = calibration.joined(text, own)
         profile = stored or _profile(args, llm, full, text, checkpoint)
 
         decoded = text.held_out.ravel()

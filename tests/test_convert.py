@@ -181,17 +181,6 @@ def test_calibration_from_a_file(testbed_path, tmp_path):
     assert np.array_equal(text.fit, text.profile) and np.array_equal(text.spend, text.held_out)
 
 
-def test_calibration_on_both(testbed_path, tmp_path):
-    """Profile and check are on the file; what takes few runs is on as many tokens again that the model writes."""
-    (tmp_path / "book.txt").write_text("It was the best of times, it was the worst of times. Café. " * 40)
-    command = [testbed_path, *QUICK, "--calib", tmp_path / "book.txt", "--self-generated", "--plan-only", "-o", tmp_path / "p.gguf"]
-    done = run(*command, "--token-rule", "estimate")
-    assert done.returncode == 0, done.stderr
-    assert "profiling (fast, kl) on file book.txt: 31 passes over 1 windows" in done.stderr
-    assert "the model writes more" in done.stderr and "3 passes over 128 tokens" in done.stderr
-    assert metadata.read(tmp_path / "p.gguf").profile.calibration.source == "file book.txt"
-
-
 def test_calibration_that_the_model_writes(testbed_path, tmp_path):
     """More of it begins with the same documents, which a checkpoint gives back."""
     from allocmoe_edge.convert.calibration import self_generated

@@ -27,8 +27,7 @@ class Setting:
 
     calib: int32 windows, shape [n, n_ctx], of the calibration text in `calib_path`, or, if that is None, of what the
     model wrote with the seed `sample`.
-    args: of the command line; output, self_generated, calib_tokens, estimate_tokens, isolated_tokens, ctx_size and
-    threads are used.
+    args: of the command line; calib_tokens, isolated_tokens, ctx_size, threads and output are used.
     """
 
     llm: Llama
@@ -40,10 +39,8 @@ class Setting:
     args: argparse.Namespace
 
     def output(self, suffix: str) -> Path:
-        """Path of what belongs to this calibration sample."""
-        kinds = ["calibration"] * (self.calib_path is not None)
-        kinds += ["self-generated"] * (self.args.self_generated or self.calib_path is None)
-        return self.args.output / f"{'+'.join(kinds)}-{self.sample}{suffix}"
+        """Of what belongs to this calibration sample."""
+        return self.args.output / f"calibration-{self.sample}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -172,8 +169,7 @@ def _check_probabilities(llm: Llama, plan: Plan, window: np.ndarray) -> None:
 def convert_arguments(setting: Setting, total: int, *options: str) -> argparse.Namespace:
     """Of allocmoe-convert with its defaults, this calibration text, a budget of `total`, and options."""
     args = setting.args
-    text = ["--calib", setting.calib_path] if setting.calib_path else []
-    text += ["--seed", setting.sample] + ["--self-generated"] * args.self_generated
+    text = ["--calib", setting.calib_path] if setting.calib_path else ["--seed", setting.sample]
     command = [str(setting.path), "--budget", str(total), *map(str, text), "--plan-only"]
     command += ["--calib-tokens", str(args.calib_tokens), "--estimate-tokens", str(args.estimate_tokens)]
     command += ["--ctx-size", str(args.ctx_size)]

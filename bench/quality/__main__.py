@@ -6,7 +6,8 @@
 Writes table.md, plot.svg and result.json into the output folder, and the table to the terminal. Perplexity, divergence
 (KL) from the full model and top-1 agreement are on windows spread over --text. Whatever a method calibrates is
 calibrated on --calib, on places that share no sentence with --text, --repeats times on different places; without it, on
-what the model writes, with as many seeds. "Recovered" is the share of uniform k's loss that a method wins back, 1 - ln(P/P_full) / ln(P_uniform/P_full) and 1 - KL/KL_uniform.
+what the model writes, with as many seeds. "Recovered" is the share of uniform k's loss that a method wins back,
+1 - ln(P/P_full) / ln(P_uniform/P_full) and 1 - KL/KL_uniform.
 
 Every plan and cell is saved as it is measured: the same command goes on where it stopped. After a change of a method
 in the program, name it with --again. With --tasks, accuracy on multiple-choice and last-word tasks.
@@ -46,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bench/quality", description=__doc__, formatter_class=raw)
     p.add_argument("model", type=Path, help="GGUF file in one piece")
     p.add_argument("--text", type=Path, required=True, help="UTF-8 text to evaluate on")
-    p.add_argument("--calib", type=Path, nargs="+", default=[], help="UTF-8 texts to calibrate on. Default: the model writes its own")
+    p.add_argument(
+        "--calib", type=Path, nargs="+", default=[], help="UTF-8 texts to calibrate on. Default: the model writes its own"
+    )
     p.add_argument("-o", "--output", type=Path, required=True, help="folder for results and what is measured so far")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.83, 0.67, 0.5, 0.33], help="shares beside 1.0")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="M", help=", ".join(METHODS))
@@ -155,7 +158,7 @@ def calibration_windows(llm: Llama, path: Optional[Path], sample: int, args: arg
     if path is not None:
         return calibration.from_file(llm, path, args.calib_tokens, args.ctx_size, args.estimate_tokens).profile
     # in allocmoe-convert's checkpoint, so that `ours` finds them
-    with Checkpoint(args.output / f"calibration-{sample}.plan.profile", args.model) as written:
+    with Checkpoint(args.output / f"self-generated-{sample}.plan.profile", args.model) as written:
         return calibration.self_generated(llm, args.calib_tokens, args.ctx_size, sample, written, args.estimate_tokens).profile
 
 

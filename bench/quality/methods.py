@@ -39,8 +39,8 @@ class Setting:
     args: argparse.Namespace
 
     def output(self, suffix: str) -> Path:
-        """Of what belongs to this calibration sample."""
-        return self.args.output / f"calibration-{self.sample}{suffix}"
+        """Path of what belongs to this calibration sample."""
+        return self.args.output / f"{'calibration' if self.calib_path else 'self-generated'}-{self.sample}{suffix}"
 
 
 @dataclass(frozen=True)

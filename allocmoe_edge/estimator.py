@@ -1,9 +1,9 @@
-"""What token rule "estimate" goes by: a small linear model of every expert's output, and of the size of that.
+"""What token rule "estimate" goes by: a small model of every expert's output, and of the size of that.
 
 In each layer, with x the input that its experts read (n_embd values), w_e the weight of expert e among all K_l of the
 token's experts, and u = down x:
 
-    log size of what e contributes    v_e = log w_e + log_norm_e . (u, 1)
+    log size of what e contributes    v_e = log w_e + log_norm_e . (u, 1), of the last n_relu of u only what is positive
     estimate of its output            up^T (output_e + the first `rank` of u)
 
 A token keeps its k_base experts of largest v and every other one of at least the layer's threshold; in place of each that it
@@ -13,7 +13,7 @@ v compares across layers, and one threshold for all spreads a budget over layers
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,19 +21,21 @@ from .plan import Plan, PlanError
 
 # values of a layer's distribution of v that are kept, from the least to the largest
 N_QUANTILES = 65
+ARRAYS = ("down", "log_norm", "output", "up", "quantiles")
 
 
 @dataclass(frozen=True, eq=False)
 class Estimator:
     """Arrays of float32, one entry a layer in each; layers without routed experts have entries too, of zeros.
 
-    down: [n_layer, n_down, n_embd]; the first `rank` rows serve `up`, all serve `log_norm`.
+    down: [n_layer, n_down, n_embd]; the first `rank` rows serve `up`, all serve `log_norm`, the last `n_relu` where positive.
     log_norm: [n_layer, n_expert, n_down + 1], the constant last.
     output: [n_layer, n_expert, rank]. up: [n_layer, rank, n_embd].
     quantiles: [n_layer, N_QUANTILES], ascending: v over text like the calibration's, of the candidates that are not among
         their token's k_base best.
 
-    All but the quantiles are rounded to float16, as they are stored and run.
+    All but the quantiles are rounded to float16, as they are stored. Where n_embd is a multiple of 32, `down` runs in Q8_0, and so
+    does `up`.
 
     Raises PlanError, naming the array, for shapes that do not fit each other and for numbers beyond float16's.
     """
@@ -43,25 +45,29 @@ class Estimator:
     output: np.ndarray
     up: np.ndarray
     quantiles: np.ndarray
+    n_relu: int = 0
 
     def __post_init__(self):
-        for field in fields(self):
-            array = np.asarray(getattr(self, field.name))
-            if array.dtype.kind not in "fiu" or array.ndim != (2 if field.name == "quantiles" else 3):
-                raise PlanError(f"estimator.{field.name}: found shape {array.shape}, dtype {array.dtype}, want real numbers by layer")
+        for name in ARRAYS:
+            array = np.asarray(getattr(self, name))
+            if array.dtype.kind not in "fiu" or array.ndim != (2 if name == "quantiles" else 3):
+                raise PlanError(f"estimator.{name}: found shape {array.shape}, dtype {array.dtype}, want real numbers by layer")
             if not np.isfinite(array).all():
-                raise PlanError(f"estimator.{field.name}: found NaN or infinity, want finite numbers")
-            if field.name != "quantiles":
+                raise PlanError(f"estimator.{name}: found NaN or infinity, want finite numbers")
+            if name != "quantiles":
                 with np.errstate(over="ignore"):
                     array = array.astype(np.float16)
                 if not np.isfinite(array).all():
-                    raise PlanError(f"estimator.{field.name}: found a number beyond the range of float16")
+                    raise PlanError(f"estimator.{name}: found a number beyond the range of float16")
             array = array.astype(np.float32)
             array.flags.writeable = False
-            object.__setattr__(self, field.name, array)  # frozen; this is the one place that may set them
+            object.__setattr__(self, name, array)  # frozen; this is the one place that may set them
+        object.__setattr__(self, "n_relu", int(self.n_relu))
         shapes = self.shapes(*self.log_norm.shape[:2], self.n_down, self.rank, self.n_embd)
         if self.n_down < 1 or not 0 <= self.rank <= self.n_down:
             raise PlanError(f"estimator: found n_down {self.n_down} and rank {self.rank}, want 0 <= rank <= n_down, 1 <= n_down")
+        if not 0 <= self.n_relu <= self.n_down - self.rank:
+            raise PlanError(f"estimator.n_relu: found {self.n_relu}, want 0 to {self.n_down - self.rank}")
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise PlanError(f"estimator.{name}: found shape {getattr(self, name).shape}, want {shape}")

@@ -243,7 +243,8 @@ class Llama(llama_cpp.Llama):
         if estimator.n_layer != plan.n_layer:
             raise PlanError(f"the estimator has {estimator.n_layer} layers, the model has {plan.n_layer}")
         arrays = {name: ffi.from_buffer("float[]", getattr(estimator, name)) for name in ("down", "log_norm", "output", "up")}
-        handed = ffi.new("struct allocmoe_estimator *", {"n_down": estimator.n_down, "rank": estimator.rank, **arrays})
+        numbers = {name: getattr(estimator, name) for name in ("n_down", "rank", "n_relu")}
+        handed = ffi.new("struct allocmoe_estimator *", {**numbers, **arrays})
         sizes = estimator.n_layer, estimator.n_expert, estimator.n_embd
         status = libllama.allocmoe_set_estimator(context_pointer(self), handed, *sizes)
         if status < 0:

@@ -14,6 +14,7 @@
 | allocmoe.sensitivity.metric, .mode | string | what S holds (kl, perplexity), how it was measured (fast, single, isolated) |
 | allocmoe.threshold_table | float32[sum of K_l] | t[l,k], the threshold at which the mean is k; rows as above |
 | allocmoe.estimator.n_down, .rank, .n_embd, .n_expert | uint32 | sizes of what estimate goes by, see `estimator.py` |
+| allocmoe.estimator.n_relu | uint32 | directions that count where positive; none where the key is missing |
 | allocmoe.estimator.down, .log_norm, .output, .up | uint64[] | its arrays, of layers with experts: float16, four to an entry |
 | allocmoe.estimator.quantiles | float32[65 a layer with routed experts] | distribution of the estimated sizes, ascending |
 | allocmoe.cost | float64[block_count] | cost of one activation in each layer |
@@ -208,7 +209,7 @@ def _value(file: GGUFFile, key: str, kind: type, default):
 
 
 def _write_estimator(file: GGUFFile, estimator: Estimator, layers: tuple) -> None:
-    for name in _SIZES:
+    for name in (*_SIZES, "n_relu"):
         file.set(f"allocmoe.estimator.{name}", int(getattr(estimator, name)))
     for name in _PACKED:
         file.set(f"allocmoe.estimator.{name}", pack(getattr(estimator, name)[list(layers)]))
@@ -234,7 +235,7 @@ def _read_estimator(file: GGUFFile, full: tuple) -> Optional[Estimator]:
             values = _array(file, f"allocmoe.estimator.{name}", np.float32, n).reshape(len(layers), *shape)
         arrays[name] = np.zeros((len(full), *shape), np.float32)
         arrays[name][layers] = values
-    return Estimator(**arrays)
+    return Estimator(**arrays, n_relu=_value(file, "allocmoe.estimator.n_relu", int, 0))
 
 
 def _read_profile(file: GGUFFile, full: tuple, estimator: Optional[Estimator]) -> Optional[Profile]:

@@ -1,8 +1,9 @@
 """Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/estimator.py`), in three runs of the full model
 over a text, and short ones of the reduced model. What each of the first three has found is kept in the checkpoint.
 
-1. Inputs, and the sizes of the experts' outputs: the directions of the input on which sizes depend.
-2. The same again, on those directions alone: every expert's size as a function of them, and how sizes are distributed.
+1. Inputs, and the sizes of the experts' outputs: the directions of the input on which sizes depend linearly.
+2. The same again, on the main directions of the input alone: among them, directions whose positive parts tell more; every
+   expert's size as a function of both, and how sizes are distributed.
 3. With the rule deciding, and all experts computed: what is missing, and a low-rank estimate of it.
 4. With the rule in force, on a part of the text: what layers spend where those before them skip experts.
 """
@@ -10,7 +11,6 @@ over a text, and short ones of the reduced model. What each of the first three h
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
 from typing import Callable, Iterator, NamedTuple, Optional
 
 import numpy as np
@@ -18,15 +18,17 @@ from tqdm import tqdm
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.estimator import N_QUANTILES, Estimator
+from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator
 from allocmoe_edge.metadata import Profile
 from allocmoe_edge.perplexity import negative_log_likelihood
 
 from .checkpoint import Checkpoint, window_name
-from .regression import MissingSums, SizeSums, fit_sizes
+from .regression import MissingSums, SizeSums, fit_sizes, positive_directions
 
-# directions for sizes, and rank of the estimate of outputs
-N_SIZE, RANK = 16, 32
+# directions for sizes, further ones of which what is positive counts, and rank of the estimate of outputs
+N_SIZE, N_RELU, RANK = 16, 32, 64
+# main directions of the input among which those are sought
+_N_INPUT = 256
 # one window in so many is not fitted on, and says how sizes are distributed: on the others the fit is too good
 _APART = 4
 # an output smaller than this share of its layer's mean counts as being of this share
@@ -58,6 +60,7 @@ def calibrate(
     token_windows: np.ndarray,
     spend_windows: Optional[np.ndarray] = None,
     n_size: int = N_SIZE,
+    n_relu: int = N_RELU,
     rank: int = RANK,
     checkpoint: Optional[Checkpoint] = None,
 ) -> Optional[Estimator]:
@@ -90,8 +93,8 @@ def calibrate(
         return None
     sensitivity = _log_sensitivities(profile, found["errors"], full)
     found = stage(
-        f"estimates, {n_size} sizes, k_base {profile.k_base}, sensitivities {_name(sensitivity)}, on {text}",
-        lambda: _sizes(llm, full, token_windows, apart, found["down"], sensitivity, profile.k_base),
+        f"estimates, {n_size} and {n_relu} sizes, k_base {profile.k_base}, sensitivities {_name(sensitivity)}, on {text}",
+        lambda: _sizes(llm, full, token_windows, apart, found["down"], found["inputs"], n_relu, sensitivity, profile.k_base),
     )
     plan = Estimator(**found).plan(total, full, profile.k_base)
     found = stage(
@@ -120,9 +123,11 @@ def _whole(llm: Llama, full: tuple) -> Plan:
 
 
 def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int) -> Optional[dict]:
-    """down: float32 [n_layer, n_size, n_embd]. errors: float64 [n_layer], with half of a layer's experts, squared."""
+    """down: float32 [n_layer, n_size, n_embd]. inputs: float16 [n_layer, at most _N_INPUT, n_embd], the main ones.
+    errors: float64 [n_layer], with half of a layer's experts, squared."""
     n_embd, sums = llm.n_embd(), {}
     down, errors = np.zeros((len(full), n_size, n_embd), np.float32), np.zeros(len(full))
+    inputs = np.zeros((len(full), min(_N_INPUT, n_embd), n_embd), np.float16)
     with _progress(len(token_windows), "directions") as bar:
         for il, found in _record(llm, _whole(llm, full), token_windows, bar.update):
             if il not in sums:
@@ -132,17 +137,31 @@ def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int)
     if not sums:
         return None
     for il in list(sums):
-        down[il] = sums.pop(il).directions(n_size).astype(np.float16)
-    return {"down": down, "errors": errors}
+        of_layer = sums.pop(il)
+        down[il] = of_layer.directions(n_size).astype(np.float16)
+        inputs[il] = of_layer.main_inputs(inputs.shape[1])
+    return {"down": down, "inputs": inputs, "errors": errors}
 
 
-def _sizes(llm: Llama, full: tuple, token_windows, apart, down: np.ndarray, sensitivity: np.ndarray, k_base: int) -> dict:
+def _sizes(
+    llm: Llama, full: tuple, token_windows, apart, down: np.ndarray, inputs: np.ndarray, n_relu: int, sensitivity: np.ndarray, k_base: int
+) -> dict:
     """Of an Estimator of sizes alone."""
     kept = {il: [] for il, k in enumerate(full) if k}
+    main = {il: [] for il in kept}
     with _progress(len(token_windows), "sizes") as bar:
         for il, found in _record(llm, _whole(llm, full), token_windows, bar.update):
             kept[il].append((found.inputs @ down[il].T, found.experts, _log_sizes(found), _log_weights(found.weights)))
-    return _arrays(_with_sizes(down, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
+            main[il].append((found.inputs @ inputs[il].astype(np.float32).T).astype(np.float16))
+    positive = np.zeros((len(full), n_relu, down.shape[2]), np.float32)
+    for il in tqdm(list(kept), desc="estimates, positive directions", unit="layer", disable=None, leave=False):
+        x, windows = [rows.astype(np.float32) for rows in main.pop(il)], kept[il]
+        fit = [np.concatenate(rows) for rows in zip(*((x_, *w[:3]) for x_, w, a in zip(x, windows, apart) if not a))]
+        found = positive_directions(*fit, n_expert_of(llm), n_relu)
+        positive[il] = found @ inputs[il].astype(np.float32)
+        kept[il] = [(np.concatenate([w[0], np.maximum(x_ @ found.T, 0.0)], axis=1), *w[1:]) for x_, w in zip(x, windows)]
+    down = np.concatenate([down, positive], axis=1)
+    return _arrays(_with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
 
 
 def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> dict:
@@ -159,7 +178,7 @@ def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> di
 
 
 def _arrays(estimator: Estimator) -> dict:
-    return {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    return {name: np.asarray(getattr(estimator, name)) for name in (*ARRAYS, "n_relu")}
 
 
 def memory(full: tuple, llm: Llama, shape: tuple) -> int:
@@ -168,7 +187,7 @@ def memory(full: tuple, llm: Llama, shape: tuple) -> int:
     each of a token's experts."""
     size, n_layer = n_expert_of(llm) + llm.n_embd(), sum(k > 0 for k in full)
     matrices = n_layer * (size * (size + llm.n_embd()) + 2 * 2 * shape[1] * llm.n_embd())
-    return 4 * (matrices + shape[0] * shape[1] * (N_SIZE * n_layer + 3 * sum(full)))
+    return 4 * (matrices + shape[0] * shape[1] * ((N_SIZE + N_RELU + _N_INPUT // 2) * n_layer + 3 * sum(full)))
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
@@ -179,7 +198,7 @@ def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
     return keep
 
 
-def _with_sizes(down: np.ndarray, kept: dict, sensitivity: np.ndarray, apart: np.ndarray, k_base: int, full: tuple, n_expert: int):
+def _with_sizes(down: np.ndarray, n_relu: int, kept: dict, sensitivity: np.ndarray, apart: np.ndarray, k_base: int, full: tuple, n_expert: int):
     """An Estimator of sizes alone; kept: for each layer the arrays of every window."""
     log_norm = np.zeros((len(full), n_expert, down.shape[1] + 1))
     for il, windows in kept.items():
@@ -198,7 +217,7 @@ def _with_sizes(down: np.ndarray, kept: dict, sensitivity: np.ndarray, apart: np
         v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
         rest = np.sort(v, axis=1)[:, : full[il] - k_base]
         quantiles[il] = np.quantile(rest, np.linspace(0, 1, N_QUANTILES))
-    return Estimator(down, log_norm, np.zeros((len(full), n_expert, 0)), down[:, :0], quantiles)
+    return Estimator(down, log_norm, np.zeros((len(full), n_expert, 0)), down[:, :0], quantiles, n_relu)
 
 
 def _with_outputs(estimator: Estimator, fitted: dict) -> Estimator:
@@ -215,6 +234,7 @@ def _with_outputs(estimator: Estimator, fitted: dict) -> Estimator:
         output,
         up,
         estimator.quantiles,
+        estimator.n_relu,
     )
 
 

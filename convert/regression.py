@@ -1,4 +1,5 @@
-"""The linear algebra of `estimate.py`: closed forms from sums over tokens, so that no text has to be held in memory.
+"""The regressions of `estimate.py`: closed forms from sums over tokens, so that no text has to be held in memory, and for
+directions that count where positive a small network, trained on inputs of fewer dimensions.
 
 Sums are kept in float32 and solved in float64. All regressions are ridge regressions: a part of the mean of the inputs'
 squares is added to the diagonal of their matrix of products.
@@ -10,6 +11,7 @@ import numpy as np
 
 # of the mean of the inputs' squares, and of the squares of the weights that are skipped
 _RIDGE, _RIDGE_WEIGHTS = 0.03, 0.02
+_RIDGE_OUTPUTS = 0.03
 # The directions for sizes are to hold on text unlike the calibration's: with a ridge of 0.03, inputs that vary little there and
 # more elsewhere had sizes estimated too small by up to 0.5 in the testbed's last layers, on a manual, and 0.77 of the budget spent.
 _RIDGE_DIRECTIONS = 1.0
@@ -17,6 +19,8 @@ _RIDGE_DIRECTIONS = 1.0
 _PRIOR_TOKENS = 16.0
 # a token with more than so many times the median of what is missing counts as if it had so much
 _OUTLIER = 8.0
+# of the training of directions that count where positive: AdamW's, the rate falling to zero
+_EPOCHS, _BATCH, _RATE, _DECAY = 15, 128, 3e-3, 1e-2
 
 
 class SizeSums:
@@ -51,15 +55,25 @@ class SizeSums:
         Every expert's sizes are regressed on the input, with the covariance of all tokens' inputs in place of its own.
         The directions are the main ones of what the regressions predict (reduced-rank regression, Izenman 1975).
         """
-        mean = self.inputs / self.n
-        covariance = self.products.astype(np.float64) / self.n - np.outer(mean, mean)
+        covariance = self._covariance()
         n = np.maximum(self.expert_n, 1.0)
         of_size = (self.expert_products - self.expert_inputs * (self.expert_sizes / n)[:, None]) / n[:, None]
-        ridge = _RIDGE_DIRECTIONS * np.trace(covariance) / len(mean)
+        ridge = _RIDGE_DIRECTIONS * np.trace(covariance) / len(covariance)
         # never zero, for inputs that are all alike
-        slopes = np.linalg.solve(covariance + (ridge + 1e-30) * np.eye(len(mean)), of_size.T).T
+        slopes = np.linalg.solve(covariance + (ridge + 1e-30) * np.eye(len(covariance)), of_size.T).T
         slopes *= np.sqrt(self.expert_n / self.n)[:, None]
         return _main_directions(slopes, covariance, n_down)
+
+
+    def _covariance(self) -> np.ndarray:
+        mean = self.inputs / self.n
+        return self.products.astype(np.float64) / self.n - np.outer(mean, mean)
+
+    def main_inputs(self, n: int) -> np.ndarray:
+        """float64 [n, n_embd]: the n main directions of the inputs' covariance; divided by the root of their mean variance, so
+        that one of n_embd inputs has a variance of 1 in the mean."""
+        variance, vectors = np.linalg.eigh(self._covariance())
+        return vectors[:, ::-1][:, :n].T / np.sqrt(max(variance.mean(), 1e-30))
 
 
 def _main_directions(slopes: np.ndarray, covariance: np.ndarray, n_down: int) -> np.ndarray:
@@ -94,6 +108,53 @@ def fit_sizes(u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: i
     return found
 
 
+def positive_directions(x: np.ndarray, u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: int, n: int) -> np.ndarray:
+    """Directions whose positive parts tell about the experts' sizes what is not linear: the first layer of a small network.
+
+    Trained by AdamW (Loshchilov and Hutter, ICLR 2019) to predict the sizes from relu(directions x) and u; the same input gives
+    the same directions.
+
+    Args:
+        x: float32 [n_tokens, n_input], of variance about 1. u: float32 [n_tokens, n_down], what sizes depend on linearly.
+        experts: int [n_tokens, K]. sizes: [n_tokens, K].
+
+    Returns:
+        float32 [n, n_input].
+    """
+    rng = np.random.default_rng(0)
+    used, wanted = (np.zeros((len(x), n_expert), np.float32) for _ in range(2))
+    np.put_along_axis(used, experts, 1.0, axis=1)
+    linear = fit_sizes(u, experts, sizes, n_expert).astype(np.float32)
+    np.put_along_axis(wanted, experts, sizes, axis=1)
+    wanted -= used * linear[:, -1]
+    directions = rng.standard_normal((x.shape[1], n), np.float32) / np.float32(np.sqrt(x.shape[1]))
+    parameters = [directions, np.zeros((n, n_expert), np.float32), linear[:, :-1].T.copy(), np.zeros(n_expert, np.float32)]
+    moments = [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
+    n_batches = -(-len(x) // _BATCH)
+    for step in range(_EPOCHS * n_batches):
+        if step % n_batches == 0:
+            order = rng.permutation(len(x))
+        rows = order[step % n_batches :: n_batches]
+        gradients = _gradients(parameters, x[rows], u[rows], used[rows], wanted[rows])
+        rate = _RATE * (1 - step / (_EPOCHS * n_batches))
+        for parameter, gradient, (first, second) in zip(parameters, gradients, moments):
+            first += 0.1 * (gradient - first)
+            second += 0.001 * (gradient**2 - second)
+            corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+            parameter *= 1 - rate * _DECAY
+            parameter -= rate * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
+    return directions.T
+
+
+def _gradients(parameters: list, x: np.ndarray, u: np.ndarray, used: np.ndarray, wanted: np.ndarray) -> list:
+    """Of the mean squared error over the experts that are used."""
+    directions, of_positive, of_linear, constant = parameters
+    positive = np.maximum(x @ directions, 0.0)
+    error = used * (positive @ of_positive + u @ of_linear + constant - wanted) * np.float32(2 / used.sum())
+    back = (error @ of_positive.T) * (positive > 0)
+    return [x.T @ back, positive.T @ error, u.T @ error, error.sum(axis=0)]
+
+
 class MissingSums:
     """Sums for an estimate of what skipped experts would have given, of one layer."""
 
@@ -122,7 +183,7 @@ class MissingSums:
         sum over skipped of weight * up^T (output_e + down x), by reduced-rank ridge regression."""
         n_expert, products = self.n_expert, self.products.astype(np.float64)
         square = products.diagonal().copy()
-        ridge = np.full(len(square), _RIDGE * square[n_expert:].mean())
+        ridge = np.full(len(square), _RIDGE_OUTPUTS * square[n_expert:].mean())
         ridge[:n_expert] = _RIDGE_WEIGHTS * square[:n_expert]
         # never zero, for experts that are never skipped
         products[np.diag_indices_from(products)] += ridge + 1e-6 * square.max() + 1e-30

@@ -224,14 +224,14 @@ static float weight_of(const ggml_tensor * weights, int64_t t, int64_t r) {
 }
 
 // v_e of one token's experts by rank
-static void estimate_sizes(const ggml_tensor * log_norm, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int64_t t, int64_t n_used, float * sizes) {
+static void estimate_sizes(const ggml_tensor * log_norm, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int32_t n_relu, int64_t t, int64_t n_used, float * sizes) {
     const int64_t n_down = reduced->ne[0];
     const float * u      = row<float>(reduced, t);
     for (int64_t r = 0; r < n_used; ++r) {
         const float * coefficients = row<float>(log_norm, id[r]);
         float size = std::log(std::max(weight_of(weights, t, r), 1e-20f)) + coefficients[n_down];
         for (int64_t i = 0; i < n_down; ++i) {
-            size += coefficients[i]*u[i];
+            size += coefficients[i]*allocmoe_rectified(u, i, n_down, n_relu);
         }
         sizes[r] = size;
     }
@@ -257,7 +257,7 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     int64_t total = 0;
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t * id = row<int32_t>(ids, t);
-        estimate_sizes(log_norm, id, weights, reduced, t, n_used, sizes.data());
+        estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, sizes.data());
         float left = left_before(spent, dst->src[4], t);
         total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get(), left);
         leave(spent, dst->src[4], t, left);
@@ -324,6 +324,7 @@ void allocmoe_build_estimate(ggml_context * ctx, allocmoe_graph & graph, ggml_te
     layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, layer.positions ? 5 : 4, compute_routed_by_size, 1, &layer);
     allocmoe_node node = {};
     node.kind      = ALLOCMOE_NODE_IDS_BY_SIZE;
+    node.n_relu    = layer.estimates->n_relu;
     node.strict    = layer.params.strict;
     node.k_base    = layer.params.k_base;
     node.k         = layer.params.k;
@@ -474,7 +475,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
         }
         float * values = &record.scores[record.scores.size() - n_used];
         if (reduced) {
-            estimate_sizes(log_norm, id, weights, reduced, t, n_used, values);
+            estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, values);
         } else {
             allocmoe_to_values(layer.params.value, values, n_used);
         }

@@ -259,7 +259,7 @@ ALLOCMOE_FN uint32_t allocmoe_size_key(const allocmoe_estimate_args & a, int32_t
     const float   weight       = allocmoe_weight(a, t, r);
     float size = logf(weight > 1e-20f ? weight : 1e-20f) + coefficients[a.n_down];
     for (int32_t i = 0; i < a.n_down; ++i) {
-        size += coefficients[i]*u[i];
+        size += coefficients[i]*allocmoe_rectified(u, i, a.n_down, a.node.n_relu);
     }
     return allocmoe_is_nan(size) ? 0 : allocmoe_key(size);
 }

@@ -359,6 +359,13 @@ static ggml_backend_buffer_type_t type_beside_router(const llama_model & model, 
     return ggml_backend_dev_buffer_type(ggml_backend_buft_get_device(type));
 }
 
+// Sets a matrix of F16 or Q8_0.
+static void set_converted(ggml_tensor * tensor, const float * values) {
+    std::vector<char> data(ggml_nbytes(tensor));
+    ggml_quantize_chunk(tensor->type, values, data.data(), 0, tensor->ne[1], tensor->ne[0], nullptr);
+    ggml_backend_tensor_set(tensor, data.data(), 0, data.size());
+}
+
 int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
     const auto & model   = allocmoe_access::model(ctx);
     const auto & hparams = model.hparams;
@@ -372,7 +379,9 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
     }
     const int64_t n_down = estimator->n_down;
     const int64_t rank   = estimator->rank;
-    if (n_expert != (int32_t) hparams.n_expert || n_embd != (int32_t) hparams.n_embd || n_down < 1 || rank < 0 || rank > n_down) {
+    const int64_t n_relu = estimator->n_relu;
+    if (n_expert != (int32_t) hparams.n_expert || n_embd != (int32_t) hparams.n_embd || n_down < 1 || n_down > INT16_MAX ||
+        rank < 0 || rank > n_down || n_relu < 0 || n_relu > n_down - rank) {
         return ALLOCMOE_ERR_ESTIMATOR;
     }
     const auto finite = [](const float * values, int64_t n) {
@@ -385,9 +394,12 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
 
     auto estimates = std::make_shared<allocmoe_estimates>();
     estimates->layers.resize(n_layer);
+    estimates->n_relu = n_relu;
 
     // whole blocks; float16 would be multiplied 64 columns at a time or one by one
-    const int64_t n_columns = GGML_PAD(rank, ggml_blck_size(GGML_TYPE_Q8_0));
+    const int64_t   n_block   = ggml_blck_size(GGML_TYPE_Q8_0);
+    const int64_t   n_columns = GGML_PAD(rank, n_block);
+    const ggml_type down_type = n_embd % n_block == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> meta_by_type;
     for (int32_t il = 0; il < n_layer; ++il) {
@@ -397,7 +409,7 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
             estimates->contexts.emplace_back(meta);
         }
         auto & layer = estimates->layers[il];
-        layer.down     = ggml_new_tensor_2d(meta, GGML_TYPE_F16, n_embd, n_down);
+        layer.down     = ggml_new_tensor_2d(meta, down_type, n_embd, n_down);
         layer.log_norm = ggml_new_tensor_2d(meta, GGML_TYPE_F32, n_down + 1, n_expert);
         layer.output   = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_F32, rank, n_expert) : nullptr;
         layer.up       = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_Q8_0, n_columns, n_embd) : nullptr;
@@ -412,12 +424,10 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
         estimates->buffers.emplace_back(buffer);
     }
 
-    std::vector<ggml_fp16_t> down(n_down*n_embd);
-    std::vector<float>       transposed(n_columns*n_embd);
+    std::vector<float> transposed(n_columns*n_embd);
     for (int32_t il = 0; il < n_layer; ++il) {
         auto & layer = estimates->layers[il];
-        ggml_fp32_to_fp16_row(estimator->down + il*n_down*n_embd, down.data(), down.size());
-        ggml_backend_tensor_set(layer.down,     down.data(), 0, ggml_nbytes(layer.down));
+        set_converted(layer.down, estimator->down + il*n_down*n_embd);
         ggml_backend_tensor_set(layer.log_norm, estimator->log_norm + il*n_expert*(n_down + 1), 0, ggml_nbytes(layer.log_norm));
         if (rank == 0) {
             continue;
@@ -425,9 +435,7 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
         for (int64_t i = 0; i < rank*n_embd; ++i) {
             transposed[i%n_embd*n_columns + i/n_embd] = estimator->up[il*rank*n_embd + i];
         }
-        std::vector<char> up(ggml_nbytes(layer.up));
-        ggml_quantize_chunk(GGML_TYPE_Q8_0, transposed.data(), up.data(), 0, n_embd, n_columns, nullptr);
-        ggml_backend_tensor_set(layer.up,     up.data(), 0, up.size());
+        set_converted(layer.up, transposed.data());
         ggml_backend_tensor_set(layer.output, estimator->output + il*n_expert*rank, 0, ggml_nbytes(layer.output));
     }
     current = std::move(estimates);

@@ -53,15 +53,16 @@ struct allocmoe_rule {
     const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE; copied
 };
 
-// What ALLOCMOE_RULE_ESTIMATE goes by: for every expert e a linear model of its output y_e, and of the size of that, on a few
+// What ALLOCMOE_RULE_ESTIMATE goes by: for every expert e a small model of its output y_e, and of the size of that, on a few
 // directions u = down x of the layer's input x. With w_e the weight of e among all of the token's experts,
-//   estimated size:    v_e  = log w_e + log_norm_e . (u, 1)
+//   estimated size:    v_e  = log w_e + log_norm_e . (u, 1), where of the last `n_relu` of u only what is positive counts
 //   estimated output:  y'_e = up^T (output_e + the first `rank` of u)
 // and a layer gives  sum over kept of w_e y_e + sum over skipped of w_e y'_e.
 // Layers without routed experts have entries too; nothing reads them.
 struct allocmoe_estimator {
     int32_t n_down; // at least 1
     int32_t rank;   // 0 to n_down
+    int32_t n_relu; // 0 to n_down - rank
     const float * down;     // [n_layer][n_down][n_embd]
     const float * log_norm; // [n_layer][n_expert][n_down + 1]
     const float * output;   // [n_layer][n_expert][rank]

@@ -210,6 +210,7 @@ static void estimate(const std::vector<int32_t> & h) {
     args.n_columns           = n_columns;
     args.node.k_base         = h[8];
     args.node.threshold      = threshold[0];
+    args.node.n_relu         = h[10];
     args.node.strict         = k > 0;
     args.node.k              = k;
     args.node.phase          = 1;
@@ -238,7 +239,7 @@ static void estimate(const std::vector<int32_t> & h) {
 int main() {
     int32_t kind;
     while (fread(&kind, sizeof(kind), 1, stdin) == 1) {
-        std::vector<int32_t> header = read<int32_t>(9);
+        std::vector<int32_t> header = read<int32_t>(10);
         header.insert(header.begin(), kind);
         (kind == 0 ? route : kind == 1 ? mark : kind == 2 ? skip : estimate)(header);
     }

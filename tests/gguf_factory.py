@@ -90,7 +90,7 @@ def write_imatrix(path: Path, sums: dict) -> Path:
     return path
 
 
-def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank: int, seed: int):
+def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank: int, seed: int, n_relu: int = 0):
     """Of a size like the outputs of a tiny model's experts, and different in every entry."""
     from allocmoe_edge.estimator import N_QUANTILES, Estimator
 
@@ -102,4 +102,5 @@ def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank
         output=draw(n_layer, n_expert, rank, scale=0.5),
         up=draw(n_layer, rank, n_embd, scale=0.1),
         quantiles=np.zeros((n_layer, N_QUANTILES)),
+        n_relu=n_relu,
     )

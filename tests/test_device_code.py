@@ -44,7 +44,7 @@ def run(program, data: bytes) -> bytes:
 
 
 def header(*numbers) -> bytes:
-    return struct.pack("10i", *numbers, *[0] * (10 - len(numbers)))
+    return struct.pack("11i", *numbers, *[0] * (11 - len(numbers)))
 
 
 def native(case, ranked):
@@ -115,7 +115,7 @@ def test_rules_give_the_ids_of_the_cpu_bit_for_bit(program, n_tokens, n_threads,
 def test_estimates_keep_and_add_up_what_they_should(program, n_tokens, n_threads, n_used, k_base):
     """Against numpy in float64: ids where no size is within rounding of the threshold, sums to 1e-5 of the largest term."""
     rng = np.random.default_rng(n_tokens * 10 + n_used)
-    n_down, rank, n_columns = 12, 5, 32
+    n_down, rank, n_columns, n_relu = 12, 5, 32, 3
     ids = np.array([rng.permutation(N_EXPERT) for _ in range(n_tokens)], np.int32)
     used = ids[:, :n_used]
     weights = rng.random((n_tokens, n_used), np.float32)
@@ -129,13 +129,15 @@ def test_estimates_keep_and_add_up_what_they_should(program, n_tokens, n_threads
         weights[0] = 1.0
 
     sizes = np.log(np.maximum(weights.astype(np.float64), 1e-20)) + log_norm.astype(np.float64)[used, -1]
-    sizes += np.einsum("tri,ti->tr", log_norm.astype(np.float64)[used, :-1], reduced.astype(np.float64))
+    rectified = reduced.astype(np.float64)
+    rectified[:, -n_relu:] = np.maximum(rectified[:, -n_relu:], 0.0)  # NaN stays
+    sizes += np.einsum("tri,ti->tr", log_norm.astype(np.float64)[used, :-1], rectified)
     numbers = np.sort(sizes[np.isfinite(sizes)])
     numbers = np.array([numbers[0] - 1, *numbers])
     widest = np.diff(numbers).argmax()
     for threshold in (np.inf, numbers[-1] + 1, numbers[widest : widest + 2].mean(), -1e30):
         assert np.isinf(threshold) or np.nanmin(np.abs(sizes - threshold)) > 1e-5
-        head = header(ESTIMATE, n_threads, n_used, N_EXPERT, n_tokens, n_down, rank, n_columns, k_base)
+        head = header(ESTIMATE, n_threads, n_used, N_EXPERT, n_tokens, n_down, rank, n_columns, k_base, 0, n_relu)
         arrays = (np.float32([threshold]), ids, weights, reduced, log_norm, output)
         found = run(program, head + b"".join(array.tobytes() for array in arrays))
         routed = np.frombuffer(found, np.int32, used.size).reshape(used.shape)

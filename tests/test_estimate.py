@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ from test_transformers_parity import one_torch_thread  # noqa: E402, F401  (a fi
 from tiny_models import TINY_MODELS  # noqa: E402
 
 N_LAYER, N_USED, N_EMBD = 4, 4, 64
-N_DOWN, RANK = 10, 7
+N_DOWN, RANK, N_RELU = 10, 7, 2
 
 # The estimate passes through float16 and Q8_0, rounded on both sides of each product, and may not tip a later decision.
 # Measured: at most 5e-3 over all models; with a wrong estimate 0.14 and more.
@@ -34,7 +35,21 @@ MODELS = [name for name in TINY_MODELS if name != "llama4"]
 
 
 def estimator(n_expert: int, seed: int = 5) -> Estimator:
-    return random_estimator(N_LAYER, n_expert, N_EMBD, N_DOWN, RANK, seed)
+    return random_estimator(N_LAYER, n_expert, N_EMBD, N_DOWN, RANK, seed, N_RELU)
+
+
+def q8_0(values: np.ndarray) -> np.ndarray:
+    """As the runtime rounds both sides of a product with `down`."""
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return gguf.dequantize(gguf.quantize(np.ascontiguousarray(values), kind), kind)
+
+
+def estimated_sizes(e: Estimator, il: int, x: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """v_e of each token's experts, [n_tokens, K]."""
+    u = q8_0(x) @ q8_0(e.down[il]).T
+    u[:, -N_RELU:] = u[:, -N_RELU:].clip(0)
+    log_norm = e.log_norm[il][experts]
+    return np.log(weights) + (log_norm[..., :-1] * u[:, None]).sum(-1) + log_norm[..., -1]
 
 
 class ReferenceEstimate:
@@ -63,8 +78,7 @@ class ReferenceEstimate:
         shape, x = x.shape, x.reshape(-1, N_EMBD)
         weights = weights if weights.shape == ids.shape else weights.gather(-1, ids)
         u = x @ tensor(e.down).T
-        log_norm = tensor(e.log_norm)[ids]
-        sizes = weights.log() + (log_norm[..., :-1] * u[:, None]).sum(-1) + log_norm[..., -1]
+        sizes = torch.from_numpy(estimated_sizes(e, il, *(t.numpy() for t in (x, ids, weights))))
         best = torch.zeros_like(sizes, dtype=bool).scatter(-1, sizes.topk(self.k_base)[1], True)
         others = sizes[~best].sort(descending=True)[0]
         n = max(range(len(others) // 4, 3 * len(others) // 4), key=lambda n: others[n - 1] - others[n])
@@ -183,10 +197,7 @@ def test_records(reference, llm):
     assert np.abs(missing).max() > 0.01
     weights = take(llm, libllama.ALLOCMOE_FLOATS_WEIGHT, first, N_USED)
     np.testing.assert_allclose(sizes, by_rank(rule.sizes), atol=1e-2)
-    u = inputs @ estimates.down[first].T
-    log_norm = estimates.log_norm[first][experts]
-    by_hand = np.log(weights) + (log_norm[..., :-1] * u[:, None]).sum(-1) + log_norm[..., -1]
-    np.testing.assert_allclose(sizes, by_hand, atol=1e-2)
+    np.testing.assert_allclose(sizes, estimated_sizes(estimates, first, inputs, experts, weights), atol=1e-3)
     libllama.allocmoe_clear_records(context_pointer(llm))
     llm.set_plan(None)
 
@@ -208,7 +219,7 @@ def handed(olmoe, n_layer=N_LAYER, n_expert=8, n_embd=N_EMBD, **changes) -> int:
     for name, value in [(name, value) for name, value in changes.items() if name in arrays]:
         arrays[name][3] = value
         del changes[name]
-    struct = ffi.new("struct allocmoe_estimator *", {"n_down": N_DOWN, "rank": RANK, **arrays, **changes})
+    struct = ffi.new("struct allocmoe_estimator *", {"n_down": N_DOWN, "rank": RANK, "n_relu": N_RELU, **arrays, **changes})
     return libllama.allocmoe_set_estimator(context_pointer(olmoe), struct, n_layer, n_expert, n_embd)
 
 
@@ -216,6 +227,7 @@ def test_the_native_side_refuses_what_does_not_fit(olmoe):
     assert handed(olmoe) == libllama.ALLOCMOE_OK
     assert handed(olmoe, n_layer=3) == libllama.ALLOCMOE_ERR_N_LAYER
     sizes = dict(n_expert=7), dict(n_embd=32), dict(n_down=0), dict(rank=-1), dict(rank=N_DOWN + 1)
+    sizes += dict(n_relu=-1), dict(n_relu=N_DOWN - RANK + 1), dict(n_down=1 << 15)
     numbers = [{name: bad} for name in ("down", "log_norm", "output", "up") for bad in (np.nan, np.inf, 1e6)]
     for changes in (*sizes, *numbers):
         assert handed(olmoe, **changes) == libllama.ALLOCMOE_ERR_ESTIMATOR, changes

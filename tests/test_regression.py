@@ -1,0 +1,66 @@
+"""The trained part of what token rule "estimate" goes by (`convert/regression.py`), by itself."""
+
+import numpy as np
+import pytest
+
+from allocmoe_edge.convert.regression import SizeSums, _gradients, fit_sizes, positive_directions
+
+N_TOKENS, N_INPUT, N_EXPERT, K = 12000, 20, 6, 3
+
+
+def test_gradients_are_those_of_the_squared_error():
+    """Against differences in float64; 1e-6, where a step of 1e-6 crosses no corner."""
+    rng = np.random.default_rng(0)
+    x, u = rng.standard_normal((8, 5)), rng.standard_normal((8, 2))
+    used = (rng.random((8, 4)) < 0.6).astype(float)
+    wanted = rng.standard_normal((8, 4)) * used
+    parameters = [rng.standard_normal(shape) for shape in ((5, 3), (3, 4), (2, 4), (4,))]
+
+    def loss():
+        directions, of_positive, of_linear, constant = parameters
+        found = np.maximum(x @ directions, 0) @ of_positive + u @ of_linear + constant
+        return (used * (found - wanted) ** 2).sum() / used.sum()
+
+    for parameter, gradient in zip(parameters, _gradients(parameters, x, u, used, wanted)):
+        for i in np.ndindex(parameter.shape):
+            before = parameter[i]
+            parameter[i] = before + 1e-6
+            high = loss()
+            parameter[i] = before - 1e-6
+            low = loss()
+            parameter[i] = before
+            assert gradient[i] == pytest.approx((high - low) / 2e-6, abs=1e-6)
+
+
+def test_positive_directions_find_what_is_not_linear():
+    """Sizes |a_e . x|, of which nothing linear tells anything: the positive parts of 12 directions tell nearly all."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2 * N_TOKENS, N_INPUT)).astype(np.float32)
+    slopes = rng.standard_normal((N_EXPERT, N_INPUT)) / np.sqrt(N_INPUT)
+    experts = np.array([rng.permutation(N_EXPERT)[:K] for _ in x])
+    sizes = np.take_along_axis(np.abs(x @ slopes.T), experts, 1)
+    fit, apart = slice(N_TOKENS), slice(N_TOKENS, None)
+
+    def explained(u):
+        found = fit_sizes(u[fit], experts[fit], sizes[fit], N_EXPERT)
+        values = np.einsum("tri,ti->tr", found[experts[apart], :-1], u[apart]) + found[experts[apart], -1]
+        return 1 - ((sizes[apart] - values) ** 2).mean() / sizes[apart].var()
+
+    linear = x[:, :4]
+    directions = positive_directions(x[fit], linear[fit], experts[fit], sizes[fit], N_EXPERT, 12)
+    assert directions.shape == (12, N_INPUT)
+    assert explained(linear) < 0.05
+    assert explained(np.concatenate([linear, np.maximum(x @ directions.T, 0)], 1)) > 0.8
+    again = positive_directions(x[fit], linear[fit], experts[fit], sizes[fit], N_EXPERT, 12)
+    assert np.array_equal(directions, again)
+
+
+def test_main_inputs_are_the_main_directions():
+    rng = np.random.default_rng(2)
+    x = (rng.standard_normal((5000, 8)) * np.arange(1, 9) + 3).astype(np.float32)
+    sums = SizeSums(N_EXPERT, 8)
+    sums.add(x, np.zeros((5000, 1), int), np.zeros((5000, 1)))
+    found = sums.main_inputs(3)
+    # one of eight inputs has a variance of 1 in the mean: the largest are 64, 49 and 36 of 25.5
+    np.testing.assert_allclose((x @ found.T).var(axis=0), np.array([64, 49, 36]) / 25.5, rtol=0.1)
+    assert (np.abs(found).argmax(axis=1) == [7, 6, 5]).all()

@@ -11,7 +11,6 @@ import numpy as np
 
 # of the mean of the inputs' squares, and of the squares of the weights that are skipped
 _RIDGE, _RIDGE_WEIGHTS = 0.03, 0.02
-_RIDGE_OUTPUTS = 0.03
 # The directions for sizes are to hold on text unlike the calibration's: with a ridge of 0.03, inputs that vary little there and
 # more elsewhere had sizes estimated too small by up to 0.5 in the testbed's last layers, on a manual, and 0.77 of the budget spent.
 _RIDGE_DIRECTIONS = 1.0
@@ -183,7 +182,7 @@ class MissingSums:
         sum over skipped of weight * up^T (output_e + down x), by reduced-rank ridge regression."""
         n_expert, products = self.n_expert, self.products.astype(np.float64)
         square = products.diagonal().copy()
-        ridge = np.full(len(square), _RIDGE_OUTPUTS * square[n_expert:].mean())
+        ridge = np.full(len(square), _RIDGE * square[n_expert:].mean())
         ridge[:n_expert] = _RIDGE_WEIGHTS * square[:n_expert]
         # never zero, for experts that are never skipped
         products[np.diag_indices_from(products)] += ridge + 1e-6 * square.max() + 1e-30

@@ -90,6 +90,12 @@ def write_imatrix(path: Path, sums: dict) -> Path:
     return path
 
 
+def q8_0(values: np.ndarray) -> np.ndarray:
+    """As the runtime rounds both sides of a product with `down`."""
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return gguf.dequantize(gguf.quantize(np.ascontiguousarray(values), kind), kind)
+
+
 def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank: int, seed: int, n_relu: int = 0):
     """Of a size like the outputs of a tiny model's experts, and different in every entry."""
     from allocmoe_edge.estimator import N_QUANTILES, Estimator

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import gguf
 import numpy as np
 import pytest
 
@@ -18,7 +17,7 @@ pytest.importorskip("tokenizers", reason="the tiny models need a tokenizer")
 from allocmoe_edge import Llama, Plan, PlanError, metadata  # noqa: E402
 from allocmoe_edge._native import context_pointer, ffi, libllama  # noqa: E402
 from allocmoe_edge.estimator import N_QUANTILES, Estimator  # noqa: E402
-from gguf_factory import random_estimator  # noqa: E402
+from gguf_factory import q8_0, random_estimator  # noqa: E402
 from test_transformers_parity import MAX_ERROR, MIN_DIFFERENCE, TOKENS, Reference, distance, runtime_logits  # noqa: E402
 from test_transformers_parity import one_torch_thread  # noqa: E402, F401  (a fixture, for this module too)
 from tiny_models import TINY_MODELS  # noqa: E402
@@ -36,12 +35,6 @@ MODELS = [name for name in TINY_MODELS if name != "llama4"]
 
 def estimator(n_expert: int, seed: int = 5) -> Estimator:
     return random_estimator(N_LAYER, n_expert, N_EMBD, N_DOWN, RANK, seed, N_RELU)
-
-
-def q8_0(values: np.ndarray) -> np.ndarray:
-    """As the runtime rounds both sides of a product with `down`."""
-    kind = gguf.GGMLQuantizationType.Q8_0
-    return gguf.dequantize(gguf.quantize(np.ascontiguousarray(values), kind), kind)
 
 
 def estimated_sizes(e: Estimator, il: int, x: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from allocmoe_edge import Llama, Plan, metadata
 from allocmoe_edge.convert import estimate, regression
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.perplexity import Reference, bos_token, windows
+from gguf_factory import q8_0
 
 N_EXPERT, N_EMBD = 8, 24
 
@@ -212,10 +213,14 @@ def test_recorded_norms_and_weights_add_up(llm, text):
 
 
 def test_recorded_sizes_are_the_estimators(llm, text, calibrated):
-    """The native v is log w + log_norm . (down x, 1). 0.02: inputs are rounded to float16 on the way."""
+    """The native v is log w + log_norm . (down x, 1), of the last of down x what is positive. 0.02: both sides are rounded."""
+    assert calibrated.n_relu == estimate.N_RELU
     plan = calibrated.plan(180, FULL)
     for il, found in recorded(llm, plan, text[9]).items():
-        u = np.column_stack([found.inputs @ calibrated.down[il].T, np.ones(128)])
+        u = np.column_stack([q8_0(found.inputs) @ q8_0(calibrated.down[il]).T, np.ones(128)])
+        positive = slice(-1 - calibrated.n_relu, -1)
+        assert (u[:, positive] < 0).any()
+        u[:, positive] = u[:, positive].clip(0)
         want = np.log(found.weights) + np.einsum("tri,ti->tr", calibrated.log_norm[il][found.experts], u)
         np.testing.assert_allclose(found.sizes, want, atol=0.02)
 
@@ -342,8 +347,8 @@ def test_sizes_are_settled_before_outputs(llm, calibrated):
 
 
 def test_one_window_will_do(llm, text, profile):
-    found = estimate.calibrate(llm, profile, 180, FULL, text[:1], n_size=4, rank=2)
-    assert found.n_down == 6 and found.plan(180, FULL).budget_total == 180
+    found = estimate.calibrate(llm, profile, 180, FULL, text[:1], n_size=4, n_relu=3, rank=2)
+    assert found.n_down == 9 and found.n_relu == 3 and found.plan(180, FULL).budget_total == 180
 
 
 def test_what_an_interrupted_run_has_found_is_used(llm, text, profile, tmp_path, testbed_path, monkeypatch):

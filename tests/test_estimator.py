@@ -24,7 +24,7 @@ def make(n_layer=3, n_expert=8, n_embd=32, n_down=3, rank=2, seed=0, moe=(1, 2))
         arrays[name] = np.zeros(shape, np.float32)
         arrays[name][list(moe)] = rng.standard_normal((len(moe), *shape[1:]))
     arrays["quantiles"].sort(axis=1)
-    return Estimator(**arrays)
+    return Estimator(**arrays, n_relu=1)
 
 
 def same(one: Estimator, other: Estimator) -> bool:
@@ -62,6 +62,12 @@ def test_malformed_arrays_are_refused(name, change, message):
 def test_no_directions_are_refused():
     with pytest.raises(PlanError, match="n_down 0"):
         make(n_down=0, rank=0)
+
+
+@pytest.mark.parametrize("n_relu", [-1, 2])
+def test_directions_for_outputs_do_not_count_where_positive(n_relu):
+    with pytest.raises(PlanError, match=f"estimator.n_relu: found {n_relu}, want 0 to 1"):
+        replace(make(), n_relu=n_relu)
 
 
 def test_numbers_are_float16s_that_cannot_be_changed():
@@ -227,6 +233,11 @@ def test_what_is_written_is_read_back(side_file, tmp_path):
         assert found.profile.plan(5, FULL) == found.plan
 
 
+def test_without_the_key_no_direction_counts_where_positive(side_file, tmp_path):
+    found = metadata.read(changed(side_file, tmp_path / "old.gguf", estimator__n_relu=None)).plan.estimator
+    assert found.n_relu == 0 and same(replace(found, n_relu=1), make())
+
+
 def test_plan_without_a_profile_keeps_it(side_file, tmp_path):
     model = metadata.read(tmp_path / "m.gguf")
     metadata.write_side_file(tmp_path / "bare.gguf", model, make().plan(5, FULL), None)
@@ -263,6 +274,8 @@ def changed(path, target, **keys):
         (dict(estimator__n_down=2**31), "estimator.down: found 48 entries"),
         (dict(estimator__rank=None), "estimator.rank: found None"),
         (dict(estimator__rank=3), "estimator.output: found 8 entries, want 12"),
+        (dict(estimator__n_relu=2), "estimator.n_relu: found 2, want 0 to 1"),
+        (dict(estimator__n_relu="1"), "estimator.n_relu: found '1'"),
         (dict(estimator__n_embd=0), "estimator.n_embd: found 0"),
         (dict(estimator__n_expert=0), "estimator.n_expert: found 0"),
         (dict(estimator__n_expert=9), "estimator.log_norm: found 16 entries, want 18"),

@@ -38,8 +38,9 @@ def test_architecture(model_type, results):
     if model_type not in results and not SAME_VERSION:
         pytest.skip(f"not in transformers {transformers.__version__}")
     result, detail = results[model_type]
-    if ROWS[model_type] != "runs" and not SAME_VERSION:
-        pytest.skip(f"{result} under transformers {transformers.__version__}")
+    # "transformers": there is nothing to compare with. 5.24 cannot run Llama4ForConditionalGeneration without an image
+    if not SAME_VERSION and (ROWS[model_type] != "runs" or result == "transformers"):
+        pytest.skip(f"{result} under transformers {transformers.__version__}: {detail}")
     assert result == ROWS[model_type], detail
 
 

@@ -21,6 +21,7 @@ from .plan import Plan, PlanError
 
 # values of a layer's distribution of v that are kept, from the least to the largest
 N_QUANTILES = 65
+# the arrays of an Estimator
 ARRAYS = ("down", "log_norm", "output", "up", "quantiles")
 
 

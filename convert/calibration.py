@@ -114,19 +114,19 @@ def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: st
             f"calibration text ({source}): {len(tokens)} tokens, want at least {2 * n_ctx} "
             f"(two windows of {n_ctx}, one to profile and one to check)"
         )
-    cut = _spread(cut, _n_windows(max(n_tokens, n_fit), n_ctx))
+    cut = spread(cut, _n_windows(max(n_tokens, n_fit), n_ctx))
     held_out = np.zeros(len(cut), bool)
     held_out[HELD_OUT - 1 :: HELD_OUT] = True
     if not held_out.any():
         held_out[-1] = True
     fit, spend = cut[~held_out], cut[held_out]
     n_profile = max(1, n_tokens // n_ctx)
-    profile = _spread(fit, n_profile)
+    profile = spread(fit, n_profile)
     digest = hashlib.sha256(profile.tobytes()).hexdigest()
-    check = _spread(spend, _n_windows(n_tokens, n_ctx) - n_profile)
+    check = spread(spend, _n_windows(n_tokens, n_ctx) - n_profile)
     return CalibrationText(profile, fit, check, spend, Calibration(source, profile.size, digest))
 
 
-def _spread(rows: np.ndarray, n: int) -> np.ndarray:
+def spread(rows: np.ndarray, n: int) -> np.ndarray:
     """At most n rows, spread evenly."""
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]

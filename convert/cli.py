@@ -125,7 +125,8 @@ def parser() -> argparse.ArgumentParser:
         default=12288,
         metavar="N",
         help="tokens to calibrate token rule estimate on, of which --calib-tokens are profiled on too; what --calib has, if "
-        "that is less. A quarter as many again are held out. Default: 12288",
+        "that is less. A quarter as many again are held out. Two or three passes over them; ten times as many pay where the "
+        "model loses much. Default: 12288",
     )
     text.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
     text.add_argument("--seed", type=int, default=0, help="for the text that the model writes. Default: 0")
@@ -285,7 +286,7 @@ def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: 
             "are free (--token-rule estimate tries them all the same)"
         )
         return None
-    _say(f"calibrating estimates of experts: 3 passes over {text.fit.size} tokens, {needed / 1e9:.1f} GB beside the model")
+    _say(f"calibrating estimates of experts on {text.fit.size} tokens, {needed / 1e9:.1f} GB beside the model")
     # at full budget nothing is skipped to learn from
     at = total if total < sum(full) else parse_budget("0.5", sum(full), sum(k > 0 for k in full))
     found = estimate.calibrate(llm, profile, at, full, text.fit, text.spend, checkpoint=checkpoint)

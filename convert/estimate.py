@@ -1,9 +1,10 @@
 """Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/estimator.py`), in three runs of the full model
 over a text, and short ones of the reduced model. What each of the first three has found is kept in the checkpoint.
 
-1. Inputs, and the sizes of the experts' outputs: the directions of the input on which sizes depend linearly.
-2. The same again, on the main directions of the input alone: among them, directions whose positive parts tell more; every
-   expert's size as a function of both, and how sizes are distributed.
+1. On a part of a long text, inputs and the sizes of the experts' outputs: the directions of the input on which sizes depend
+   linearly.
+2. The same of all of it, on the main directions of the input alone: among them, directions whose positive parts tell more;
+   every expert's size as a function of both, and how sizes are distributed.
 3. With the rule deciding, and all experts computed: what is missing, and a low-rank estimate of it.
 4. With the rule in force, on a part of the text: what layers spend where those before them skip experts.
 """
@@ -22,6 +23,7 @@ from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator
 from allocmoe_edge.metadata import Profile
 from allocmoe_edge.perplexity import negative_log_likelihood
 
+from .calibration import spread
 from .checkpoint import Checkpoint, window_name
 from .regression import MissingSums, SizeSums, fit_sizes, positive_directions
 
@@ -29,8 +31,11 @@ from .regression import MissingSums, SizeSums, fit_sizes, positive_directions
 N_SIZE, N_RELU, RANK = 16, 32, 64
 # main directions of the input among which those are sought
 _N_INPUT = 256
-# one window in so many is not fitted on, and says how sizes are distributed: on the others the fit is too good
-_APART = 4
+# one window in so many, and no more tokens than so many, are not fitted on, and say how sizes are distributed: on the others the
+# fit is too good
+_APART, _APART_TOKENS = 4, 4096
+# the first run needs no more tokens: its regressions are linear
+_DIRECTION_TOKENS = 12288
 # an output smaller than this share of its layer's mean counts as being of this share
 _LEAST = np.exp(-4.0)
 # runs with the rule in force, each from thresholds that the one before has corrected
@@ -73,22 +78,24 @@ def calibrate(
         profile: the layers' sensitivities, and k_base.
         token_windows: int32, shape [n_windows, n_ctx]; n_ctx is at most the micro-batch of `llm`.
         spend_windows: further windows; nothing is fitted to them, but what they spend under the rule counts when thresholds
-            are corrected. A few windows alone can be some 10% off.
+            are corrected, as many of them as are kept apart of the others. A few windows alone can be some 10% off.
         checkpoint: has what earlier runs found, and takes what this one finds.
 
     Returns:
         None where the model, or the backend that it runs on, has no use for it.
     """
-    apart = np.arange(len(token_windows)) % _APART == _APART - 1
-    if not apart.any():
-        apart[-1] = len(apart) > 1
+    n_ctx = token_windows.shape[1]
+    apart = _apart(len(token_windows), n_ctx)
     held = token_windows[apart] if apart.any() else token_windows
     if spend_windows is not None:
-        held = np.concatenate([held, spend_windows])
+        held = np.concatenate([held, spread(spend_windows, max(len(held), 1))])
     stage = (lambda _name, compute: compute()) if checkpoint is None else checkpoint.arrays
+    first = spread(token_windows[~apart], max(_DIRECTION_TOKENS // n_ctx, 1))
     text = f"{window_name(token_windows)} {token_windows.shape}"
 
-    found = stage(f"estimates, {n_size} directions on {text}", lambda: _directions(llm, full, token_windows[~apart], n_size))
+    found = stage(
+        f"estimates, {n_size} directions on {window_name(first)} {first.shape}", lambda: _directions(llm, full, first, n_size)
+    )
     if found is None:
         return None
     sensitivity = _log_sensitivities(profile, found["errors"], full)
@@ -106,6 +113,14 @@ def calibrate(
         for _ in range(_CORRECTIONS):
             estimator = _corrected(llm, estimator, estimator.plan(total, full, profile.k_base), held, bar.update)
     return estimator
+
+
+def _apart(n: int, n_ctx: int) -> np.ndarray:
+    """bool [n]: which of n windows are kept apart; of more than one, one at least."""
+    apart = np.arange(n) % max(_APART, -(-n * n_ctx // _APART_TOKENS)) == _APART - 1
+    if not apart.any():
+        apart[-1] = n > 1
+    return apart
 
 
 def _name(array: np.ndarray) -> str:

@@ -115,7 +115,7 @@ def test_estimate_is_taken_as_asked(estimated):
     names = [line.split(None, 3)[3] for line in done.stderr.splitlines() if "token rule" in line]
     assert names[:3] == ["alloc-l, token rule off", "uniform, token rule off", "token rule estimate"]
     assert "on self-generated, seed 0: 31 passes over 1 windows of 64 tokens" in done.stderr
-    assert "3 passes over 128 tokens" in done.stderr and "GB beside the model" in done.stderr
+    assert "estimates of experts on 128 tokens" in done.stderr and "GB beside the model" in done.stderr
     llm = Llama(str(path), n_ctx=128, verbose=False)
     assert llm.plan == model.plan
     # another budget, and the other rules, from the same file

@@ -138,6 +138,14 @@ def test_one_huge_token_does_not_take_the_ranks():
     assert left(sums.fit(2), *draw()) < 0.1
 
 
+def test_windows_kept_apart():
+    assert estimate._apart(1, 512).tolist() == [False]
+    assert estimate._apart(2, 512).tolist() == [False, True]
+    assert np.flatnonzero(estimate._apart(12, 512)).tolist() == [3, 7, 11]
+    for n in (32, 39, 96, 256, 1000):
+        assert 2048 < estimate._apart(n, 512).sum() * 512 <= 4096
+
+
 def test_nothing_missing_is_estimated_as_nothing():
     sums = regression.MissingSums(N_EXPERT, N_EMBD)
     sums.add(np.ones((9, N_EMBD), np.float32), np.zeros((9, N_EXPERT)), np.zeros((9, N_EMBD), np.float32))

@@ -88,7 +88,7 @@ def calibrate(
     apart = _apart(len(token_windows), n_ctx)
     held = token_windows[apart] if apart.any() else token_windows
     if spend_windows is not None:
-        held = np.concatenate([held, spread(spend_windows, max(len(held), 1))])
+        held = np.concatenate([held, spread(spend_windows, len(held))])
     stage = (lambda _name, compute: compute()) if checkpoint is None else checkpoint.arrays
     first = spread(token_windows[~apart], max(_DIRECTION_TOKENS // n_ctx, 1))
     text = f"{window_name(token_windows)} {token_windows.shape}"

@@ -30,7 +30,7 @@ def evenly_spread(llm: Llama, path: Path, n_ctx: int, n_windows: int) -> np.ndar
     cut = windows(llm.tokenize(path.read_bytes(), add_bos=False, special=False), n_ctx, bos_token(llm))
     if len(cut) < n_windows:
         sys.exit(f"{path}: {len(cut)} windows of {n_ctx} tokens, wanted {n_windows}")
-    return cut[np.linspace(0, len(cut) - 1, n_windows).astype(int)]
+    return calibration.spread(cut, n_windows)
 
 
 def rules(llm: Llama, plan: Plan, calib: np.ndarray) -> dict:

@@ -194,7 +194,7 @@ def evaluation_windows(llm: Llama, args: argparse.Namespace) -> np.ndarray:
     wanted = max(1, args.tokens // args.ctx_size)
     if len(cut) < wanted:
         raise ValueError(f"text {args.text}: {len(cut)} windows of {args.ctx_size} tokens, want {wanted} (--tokens)")
-    return cut[np.linspace(0, len(cut) - 1, wanted).astype(int)]
+    return calibration.spread(cut, wanted)
 
 
 def text_noise(found: list, cells: dict, full: dict) -> list:

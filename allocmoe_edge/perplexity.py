@@ -74,6 +74,16 @@ def negative_log_likelihood(llm, token_windows: np.ndarray, progress: Optional[C
     return out
 
 
+def evaluate(llm, token_windows: np.ndarray, progress: Optional[Callable[[], None]] = None) -> None:
+    """Runs the windows as `negative_log_likelihood` does, for what the runtime counts or records on the way."""
+    for window in token_windows:
+        for _ in _run(llm, window):
+            pass
+        if progress is not None:
+            progress()
+    llm._ctx.kv_cache_clear()
+
+
 def perplexity(llm, token_windows: np.ndarray) -> float:
     """exp of the mean negative log-likelihood over all scored tokens of the windows."""
     return float(np.exp(negative_log_likelihood(llm, token_windows).mean()))

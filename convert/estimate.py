@@ -21,7 +21,7 @@ from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator
 from allocmoe_edge.metadata import Profile
-from allocmoe_edge.perplexity import negative_log_likelihood
+from allocmoe_edge.perplexity import evaluate
 
 from .calibration import spread
 from .checkpoint import Checkpoint, window_name
@@ -269,7 +269,7 @@ def _spent(llm: Llama, plan: Plan, token_windows: np.ndarray, progress: Callable
     """float64 [n_layer], activations per token."""
     llm._set_native_plan(plan)
     llm.expert_stats(reset=True)
-    negative_log_likelihood(llm, token_windows, progress)
+    evaluate(llm, token_windows, progress)
     return llm.expert_stats(reset=True)["prefill"]["mean"]
 
 
@@ -316,7 +316,7 @@ def _record(llm: Llama, plan: Plan, token_windows: np.ndarray, progress: Callabl
         return
     for window in token_windows:
         libllama.allocmoe_clear_records(context)
-        negative_log_likelihood(llm, window[None])
+        evaluate(llm, window[None])
         for il, n_used in enumerate(plan.expert_used_count_full):
             if n_used:
                 yield il, _taken(context, il, n_used)

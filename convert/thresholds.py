@@ -9,7 +9,7 @@ import numpy as np
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.perplexity import negative_log_likelihood
+from allocmoe_edge.perplexity import evaluate
 
 
 def table_row(scores: np.ndarray, k_base: int) -> np.ndarray:
@@ -77,5 +77,5 @@ def recorded_values(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Option
             values[il].append(recorded.reshape(-1, max(n_used, 1)))
         libllama.allocmoe_clear_records(context)
 
-    negative_log_likelihood(llm, token_windows, progress=take)
+    evaluate(llm, token_windows, progress=take)
     return [np.concatenate(rows) for rows in values]

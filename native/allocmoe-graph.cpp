@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
+#include <numeric>
 
 static_assert((int) ALLOCMOE_NODE_RULE_BATCH      == ALLOCMOE_RULE_BATCH     &&
               (int) ALLOCMOE_NODE_RULE_THRESHOLD  == ALLOCMOE_RULE_THRESHOLD &&
@@ -405,6 +407,22 @@ ggml_tensor * allocmoe_build_sum(ggml_context * ctx, const allocmoe_graph & grap
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);
 }
 
+// Sum of value(0..n - 1), in double; in parts that do not wait for each other.
+template <typename F>
+static double sum_of(int64_t n, F value) {
+    double  parts[8] = {};
+    int64_t i        = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int64_t j = 0; j < 8; ++j) {
+            parts[j] += value(i + j);
+        }
+    }
+    for (; i < n; ++i) {
+        parts[0] += value(i);
+    }
+    return std::accumulate(parts, parts + 8, 0.0);
+}
+
 // What of token t goes into record.floats; sizes: null unless the rule goes by them.
 static void record_inputs(const allocmoe_graph::layer & layer, allocmoe_usage::record & record, const ggml_tensor * weighted, const ggml_tensor * weights, const ggml_tensor * input, int64_t t, const float * sizes) {
     const int64_t n_embd = weighted->ne[0];
@@ -424,12 +442,10 @@ static void record_inputs(const allocmoe_graph::layer & layer, allocmoe_usage::r
     for (int64_t r = 0; r < n_used; ++r) {
         const float   w = weight_of(weights, t, r);
         const float * y = (const float *) weighted->data + (t*n_used + r)*n_embd;
-        double norm = 0.0;
-        for (int64_t i = 0; i < n_embd; ++i) {
-            norm += (double) y[i]*y[i];
-            if (sizes && !keep[r]) {
-                missing[missing.size() - n_embd + i] += y[i];
-            }
+        const double norm = sum_of(n_embd, [&](int64_t i) { return (double) y[i]*y[i]; });
+        if (sizes && !keep[r]) {
+            float * sum = missing.data() + missing.size() - n_embd;
+            std::transform(y, y + n_embd, sum, sum, std::plus<float>());
         }
         record.floats[ALLOCMOE_FLOATS_WEIGHT].push_back(w);
         record.floats[ALLOCMOE_FLOATS_NORM  ].push_back(w != 0.0f ? std::sqrt(norm)/std::abs(w) : 0.0f);
@@ -485,12 +501,11 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
         const float * all = &sums[n_used*n_embd];
         for (int64_t k = 0; k <= n_used; ++k) {
             const float scale = layer.renormalised && weight[k] > 0.0f ? weight[n_used]/weight[k] : 1.0f;
-            double error = 0.0;
-            for (int64_t i = 0; i < n_embd; ++i) {
-                const float d = all[i] - scale*sums[k*n_embd + i];
-                error += d*d;
-            }
-            record.errors[k] += error;
+            const float * some = &sums[k*n_embd];
+            record.errors[k] += sum_of(n_embd, [&](int64_t i) {
+                const float d = all[i] - scale*some[i];
+                return (double) (d*d);
+            });
         }
     }
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .._native import context_pointer, ffi, libllama
-from ..perplexity import negative_log_likelihood
+from ..perplexity import evaluate
 from ..plan import Plan
 
 SEGMENT_LENGTHS = (4, 16, 64, 256)
@@ -147,7 +147,7 @@ def record(llm, token_windows: np.ndarray, progress=None) -> list:
         if progress is not None:
             progress()
 
-    negative_log_likelihood(llm, token_windows, progress=after_window)
+    evaluate(llm, token_windows, progress=after_window)
     for il, (rows, k) in enumerate(zip(recorded, full)):
         for ids in rows:
             if ids.size != token_windows.shape[1] * k:

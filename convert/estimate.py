@@ -28,9 +28,9 @@ from .checkpoint import Checkpoint, window_name
 from .regression import MissingSums, SizeSums, fit_sizes, positive_directions
 
 # directions for sizes, further ones of which what is positive counts, and rank of the estimate of outputs
-N_SIZE, N_RELU, RANK = 16, 32, 64
+N_SIZE, N_RELU, RANK = 8, 40, 64
 # main directions of the input among which those are sought
-_N_INPUT = 256
+_N_INPUT = 768
 # one window in so many, and no more tokens than so many, are not fitted on, and say how sizes are distributed: on the others the
 # fit is too good
 _APART, _APART_TOKENS = 4, 4096
@@ -170,11 +170,11 @@ def _sizes(
             main[il].append((found.inputs @ inputs[il].astype(np.float32).T).astype(np.float16))
     positive = np.zeros((len(full), n_relu, down.shape[2]), np.float32)
     for il in tqdm(list(kept), desc="estimates, positive directions", unit="layer", disable=None, leave=False):
-        x, windows = [rows.astype(np.float32) for rows in main.pop(il)], kept[il]
+        x, windows = main.pop(il), kept[il]
         fit = [np.concatenate(rows) for rows in zip(*((x_, *w[:3]) for x_, w, a in zip(x, windows, apart) if not a))]
         found = positive_directions(*fit, n_expert_of(llm), n_relu)
         positive[il] = found @ inputs[il].astype(np.float32)
-        kept[il] = [(np.concatenate([w[0], np.maximum(x_ @ found.T, 0.0)], axis=1), *w[1:]) for x_, w in zip(x, windows)]
+        kept[il] = [(np.concatenate([w[0], np.maximum(x_.astype(np.float32) @ found.T, 0.0)], axis=1), *w[1:]) for x_, w in zip(x, windows)]
     down = np.concatenate([down, positive], axis=1)
     return _arrays(_with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
 
@@ -198,11 +198,11 @@ def _arrays(estimator: Estimator) -> dict:
 
 def memory(full: tuple, llm: Llama, shape: tuple) -> int:
     """Bytes that `calibrate` needs beside the model for windows of a shape [n, n_ctx]: in each layer two matrices of about
-    n_embd by n_embd floats, what one window has recorded, in vectors that have room for twice as much, and a few floats for
-    each of a token's experts."""
+    n_embd by n_embd floats, what one window has recorded, in vectors that have room for twice as much, the main inputs in
+    float16, and a few floats for each of a token's experts."""
     size, n_layer = n_expert_of(llm) + llm.n_embd(), sum(k > 0 for k in full)
     matrices = n_layer * (size * (size + llm.n_embd()) + 2 * 2 * shape[1] * llm.n_embd())
-    return 4 * (matrices + shape[0] * shape[1] * ((N_SIZE + N_RELU + _N_INPUT // 2) * n_layer + 3 * sum(full)))
+    return 4 * (matrices + shape[0] * shape[1] * ((N_SIZE + N_RELU + min(_N_INPUT, llm.n_embd()) // 2) * n_layer + 3 * sum(full)))
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:

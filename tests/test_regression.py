@@ -33,7 +33,7 @@ def test_gradients_are_those_of_the_squared_error():
 
 
 def test_positive_directions_find_what_is_not_linear():
-    """Sizes |a_e . x|, of which nothing linear tells anything: the positive parts of 12 directions tell nearly all."""
+    """Sizes |a_e . x|, of which nothing linear tells anything: the positive parts of 16 directions tell nearly all."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2 * N_TOKENS, N_INPUT)).astype(np.float32)
     slopes = rng.standard_normal((N_EXPERT, N_INPUT)) / np.sqrt(N_INPUT)
@@ -47,11 +47,11 @@ def test_positive_directions_find_what_is_not_linear():
         return 1 - ((sizes[apart] - values) ** 2).mean() / sizes[apart].var()
 
     linear = x[:, :4]
-    directions = positive_directions(x[fit], linear[fit], experts[fit], sizes[fit], N_EXPERT, 12)
-    assert directions.shape == (12, N_INPUT)
+    directions = positive_directions(x[fit], linear[fit], experts[fit], sizes[fit], N_EXPERT, 16)
+    assert directions.shape == (16, N_INPUT)
     assert explained(linear) < 0.05
     assert explained(np.concatenate([linear, np.maximum(x @ directions.T, 0)], 1)) > 0.8
-    again = positive_directions(x[fit], linear[fit], experts[fit], sizes[fit], N_EXPERT, 12)
+    again = positive_directions(x[fit], linear[fit], experts[fit], sizes[fit], N_EXPERT, 16)
     assert np.array_equal(directions, again)
 
 

@@ -19,13 +19,16 @@ from .checkpoint import Checkpoint
 
 # one window in HELD_OUT is kept out of the profile, for the check against uniform k
 HELD_OUT = 5
+# Windows of a longer text are put together of pieces of about so many tokens from as many places: many subjects tell more than
+# many tokens. Shorter pieces would be read with hardly any context of their own.
+PIECE = 128
 
 
 class CalibrationText(NamedTuple):
     """int32 windows, shape [n, n_ctx], spread over the text; no token of the last two is in the first two.
 
-    profile: for what takes many runs. fit: for what takes a few, the profile's among them.
-    held_out: to check plans on. spend: to count on what plans spend, those of held_out among them.
+    profile: for what takes many runs. fit: for what takes a few, the profile's among them. Both may be put together of pieces.
+    held_out: to check plans on. spend: to count on what plans spend, those of held_out among them. Text as it is.
     """
 
     profile: np.ndarray
@@ -71,11 +74,12 @@ def self_generated(
     bos = bos_token(llm)
     start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
     needed = _n_windows(max(n_tokens, n_fit), n_ctx) * (n_ctx - (bos is not None))
+    n_max = min(PIECE, n_ctx - 2)
     tokens: list = []
     document = 0
     with tqdm(total=needed, desc="calibration text", unit="tok", disable=None, leave=False) as bar:
         while len(tokens) < needed:
-            name = f"document {document} of seed {seed}, up to {n_ctx - 2} tokens"
+            name = f"document {document} of seed {seed}, up to {n_max} tokens"
             written = checkpoint.get(name)
             if written is None:
                 written = _document(llm, start, n_ctx - 2, seed + document, bar)
@@ -114,17 +118,28 @@ def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: st
             f"calibration text ({source}): {len(tokens)} tokens, want at least {2 * n_ctx} "
             f"(two windows of {n_ctx}, one to profile and one to check)"
         )
-    cut = spread(cut, _n_windows(max(n_tokens, n_fit), n_ctx))
+    n = min(_n_windows(max(n_tokens, n_fit), n_ctx), len(cut))
+    n_spend = max(1, n // HELD_OUT)
+    cut = spread(cut, n * max(1, n_ctx // PIECE))
     held_out = np.zeros(len(cut), bool)
     held_out[HELD_OUT - 1 :: HELD_OUT] = True
     if not held_out.any():
         held_out[-1] = True
-    fit, spend = cut[~held_out], cut[held_out]
+    fit, spend = _mixed(cut[~held_out], n - n_spend), spread(cut[held_out], n_spend)
     n_profile = max(1, n_tokens // n_ctx)
     profile = spread(fit, n_profile)
     digest = hashlib.sha256(profile.tobytes()).hexdigest()
     check = spread(spend, _n_windows(n_tokens, n_ctx) - n_profile)
     return CalibrationText(profile, fit, check, spend, Calibration(source, profile.size, digest))
+
+
+def _mixed(rows: np.ndarray, n: int) -> np.ndarray:
+    """At most n windows, their first part from one of the rows, their second from another, and so on, as far as rows suffice."""
+    n_ctx = rows.shape[1]
+    n_parts = max(1, min(n_ctx // PIECE, len(rows) // n))
+    rows = spread(rows, n * n_parts).reshape(n_parts, -1, n_ctx)
+    ends = np.linspace(0, n_ctx, n_parts + 1).astype(int)
+    return np.concatenate([of[:, start:end] for of, start, end in zip(rows, ends, ends[1:])], axis=1)
 
 
 def spread(rows: np.ndarray, n: int) -> np.ndarray:

@@ -181,6 +181,34 @@ def test_calibration_from_a_file(testbed_path, tmp_path):
     assert np.array_equal(text.fit, text.profile) and np.array_equal(text.spend, text.held_out)
 
 
+def test_calibration_windows_of_many_places(testbed_path, tmp_path):
+    """Of a text with more than enough windows are put together of pieces from far apart, 128 tokens each; held-out ones are not."""
+    from allocmoe_edge.convert.calibration import from_file
+
+    llm = Llama(str(testbed_path), n_ctx=256, n_batch=256, verbose=False)
+    (tmp_path / "book.txt").write_text(" ".join(f"{n} sheep" for n in range(20000)))
+    tokens = llm.tokenize((tmp_path / "book.txt").read_bytes(), add_bos=False)
+    place = {tuple(tokens[i : i + 128]): i for i in range(len(tokens) - 127)}
+
+    def starts(windows):
+        return [(place[tuple(row[:128].tolist())], place[tuple(row[128:].tolist())]) for row in windows]
+
+    text = from_file(llm, tmp_path / "book.txt", 1024, 256)
+    assert [len(rows) for rows in text[:4]] == [4, 4, 1, 1]
+    apart = starts(text.fit)
+    assert all(second - first > len(tokens) / 3 for first, second in apart)
+    assert apart[0][0] == 0 and apart[-1][1] > 0.8 * len(tokens)
+    [(first, second)] = starts(text.held_out)
+    assert second == first + 128
+    taken = {n for start in sum(apart, ()) for n in range(start, start + 128)}
+    assert not taken & set(range(first, first + 256))
+    # no more text than is asked for: windows as they are
+    short = tmp_path / "short.txt"
+    short.write_bytes((tmp_path / "book.txt").read_bytes()[: len("12345 sheep") * 300])
+    few = from_file(llm, short, 1024, 256)
+    assert all(second == first + 128 for first, second in starts(few.fit))
+
+
 def test_calibration_that_the_model_writes(testbed_path, tmp_path):
     """More of it begins with the same documents, which a checkpoint gives back."""
     from allocmoe_edge.convert.calibration import self_generated

@@ -245,17 +245,17 @@ def test_samples_share_nothing(tmp_path):
     for i, file in enumerate(files):
         file.write_text(book(i))
     evaluation = tmp_path / "e.txt"
-    evaluation.write_text(book(7) + book(0)[:1200])  # a part of the first file
-    written = texts.samples(files, evaluation, 300, 3, tmp_path)
+    evaluation.write_text(book(7) + book(0)[:120])  # a part of the first file
+    written = texts.samples(files, evaluation, 1500, 3, tmp_path)
     contents = [file.read_text() for file in written]
-    assert len(set(contents)) == 3 and all(len(text) > 300 * 5 for text in contents)
+    assert len(set(contents)) == 3 and all(len(text) > 1500 * 5 for text in contents)
     for one, other in itertools.combinations([*contents, evaluation.read_text()], 2):
         # any stretch of two spans would show
         assert not texts.shares_text(one, texts.spans(other))
     # the parts that were left out lie at the start of the first file: without the evaluation text they would be used
     evaluation.write_text(book(7))
-    first = texts.samples(files, evaluation, 300, 3, tmp_path)[0].read_text()
-    assert texts.shares_text(first, texts.spans(book(0)[:1200]))
+    first = texts.samples(files, evaluation, 1500, 3, tmp_path)[0].read_text()
+    assert texts.shares_text(first, texts.spans(book(0)[:120]))
 
 
 def test_overlap_is_refused(tmp_path):
@@ -263,9 +263,9 @@ def test_overlap_is_refused(tmp_path):
     file.write_text(book(0))
     copy.write_text(book(0))
     with pytest.raises(ValueError, match="is the evaluation text"):
-        texts.samples([file], file, 300, 1, tmp_path)
+        texts.samples([file], file, 1500, 1, tmp_path)
     with pytest.raises(ValueError, match="a.txt.*in the evaluation text"):
-        texts.samples([file], copy, 300, 1, tmp_path)
+        texts.samples([file], copy, 1500, 1, tmp_path)
 
 
 # tasks

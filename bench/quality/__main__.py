@@ -148,8 +148,9 @@ def calibration_paths(args: argparse.Namespace) -> Sequence[Optional[Path]]:
     """Of a text for each calibration sample, or None where the model writes its own."""
     if not args.calib:
         return [None] * args.repeats
-    # a quarter as many tokens again for the held-out check of allocmoe-convert, and some to spare
-    n_tokens = int(max(args.calib_tokens, args.estimate_tokens) * 1.4)
+    # a quarter as many tokens again for the held-out check of allocmoe-convert, some to spare, and all that its windows are
+    # pieces of
+    n_tokens = int(max(args.calib_tokens, args.estimate_tokens) * 1.4 * max(1, args.ctx_size // calibration.PIECE))
     return texts.samples(args.calib, args.text, n_tokens, args.repeats, args.output)
 
 

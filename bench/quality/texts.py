@@ -10,7 +10,7 @@ from tqdm import tqdm
 # Text shared over twice this many characters is found: a sentence, not a phrase.
 SPAN = 40
 # Pieces of a sample, spread over all of a file: of one place in a book a model reads one story.
-PIECES = 4
+PIECES = 32
 _BYTES_PER_TOKEN = 6
 
 

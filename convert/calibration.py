@@ -39,7 +39,7 @@ class CalibrationText(NamedTuple):
 
 
 def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0) -> CalibrationText:
-    """Windows spread evenly over a UTF-8 text file.
+    """Windows spread evenly over a UTF-8 text file, put together of pieces from all over it if it is much longer than they are.
 
     Args:
         n_tokens: tokens for the profile; a quarter as many again are held out.
@@ -59,7 +59,7 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0)
 def self_generated(
     llm: Llama, n_tokens: int, n_ctx: int, seed: int, checkpoint: Checkpoint, n_fit: int = 0
 ) -> CalibrationText:
-    """Text that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text.
+    """Short documents that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text.
 
     Args:
         n_tokens: tokens for the profile; a quarter as many again are held out.

@@ -110,7 +110,11 @@ def parser() -> argparse.ArgumentParser:
 
     text = p.add_argument_group("calibration text")
     text.add_argument(
-        "--calib", type=Path, metavar="FILE", help="UTF-8 text. Default: the model writes its own, at its decode speed"
+        "--calib",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text, best of many subjects: of a long one, windows are put together of short pieces from all over it. "
+        "Default: the model writes its own, at its decode speed",
     )
     text.add_argument(
         "--calib-tokens",

@@ -82,7 +82,7 @@ def self_generated(
             name = f"document {document} of seed {seed}, up to {n_max} tokens"
             written = checkpoint.get(name)
             if written is None:
-                written = _document(llm, start, n_ctx - 2, seed + document, bar)
+                written = _document(llm, start, n_max, seed + document, bar)
                 checkpoint.put(name, written)
             else:
                 bar.update(len(written))

@@ -228,6 +228,12 @@ def test_calibration_that_the_model_writes(testbed_path, tmp_path):
         more = self_generated(llm, 64, 32, 7, checkpoint, n_fit=128)
     assert [len(rows) for rows in more[:4]] == [2, 4, 1, 1]
     assert np.array_equal(more.fit[:2], text.fit) and more.source.source == "self-generated, seed 7"
+    # documents are short, however long the windows are
+    llm = Llama(str(testbed_path), n_ctx=160, n_batch=160, verbose=False)
+    with Checkpoint(tmp_path / "long", testbed_path) as checkpoint:
+        assert self_generated(llm, 160, 160, 7, checkpoint).fit.shape == (1, 160)
+        documents = [checkpoint.get(f"document {n} of seed 7, up to 128 tokens") for n in range(3)]
+    assert max(map(len, documents)) == 128
 
 
 # refusals

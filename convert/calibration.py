@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint
 HELD_OUT = 5
 # Windows of a longer text are put together of pieces of about so many tokens from as many places: many subjects tell more than
 # many tokens. Shorter pieces would be read with hardly any context of their own.
-PIECE = 128
+_PIECE = 128
 
 
 class CalibrationText(NamedTuple):
@@ -74,7 +74,7 @@ def self_generated(
     bos = bos_token(llm)
     start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
     needed = _n_windows(max(n_tokens, n_fit), n_ctx) * (n_ctx - (bos is not None))
-    n_max = min(PIECE, n_ctx - 2)
+    n_max = min(_PIECE, n_ctx - 2)
     tokens: list = []
     document = 0
     with tqdm(total=needed, desc="calibration text", unit="tok", disable=None, leave=False) as bar:
@@ -106,6 +106,11 @@ def _document(llm: Llama, start: int, n_max: int, seed: int, bar: tqdm) -> list:
     return tokens
 
 
+def n_pieces(n_ctx: int) -> int:
+    """Of how many pieces a window is put together, of a text that is as many times as long as its windows."""
+    return max(1, n_ctx // _PIECE)
+
+
 def _n_windows(n_tokens: int, n_ctx: int) -> int:
     profile = max(1, n_tokens // n_ctx)
     return profile + max(1, profile // (HELD_OUT - 1))
@@ -120,7 +125,7 @@ def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: st
         )
     n = min(_n_windows(max(n_tokens, n_fit), n_ctx), len(cut))
     n_spend = max(1, n // HELD_OUT)
-    cut = spread(cut, n * max(1, n_ctx // PIECE))
+    cut = spread(cut, n * n_pieces(n_ctx))
     held_out = np.zeros(len(cut), bool)
     held_out[HELD_OUT - 1 :: HELD_OUT] = True
     if not held_out.any():
@@ -136,7 +141,7 @@ def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: st
 def _mixed(rows: np.ndarray, n: int) -> np.ndarray:
     """At most n windows, their first part from one of the rows, their second from another, and so on, as far as rows suffice."""
     n_ctx = rows.shape[1]
-    n_parts = max(1, min(n_ctx // PIECE, len(rows) // n))
+    n_parts = max(1, min(n_pieces(n_ctx), len(rows) // n))
     rows = spread(rows, n * n_parts).reshape(n_parts, -1, n_ctx)
     ends = np.linspace(0, n_ctx, n_parts + 1).astype(int)
     return np.concatenate([of[:, start:end] for of, start, end in zip(rows, ends, ends[1:])], axis=1)

@@ -150,7 +150,7 @@ def calibration_paths(args: argparse.Namespace) -> Sequence[Optional[Path]]:
         return [None] * args.repeats
     # a quarter as many tokens again for the held-out check of allocmoe-convert, some to spare, and all that its windows are
     # pieces of
-    n_tokens = int(max(args.calib_tokens, args.estimate_tokens) * 1.4 * max(1, args.ctx_size // calibration.PIECE))
+    n_tokens = int(max(args.calib_tokens, args.estimate_tokens) * 1.4 * calibration.n_pieces(args.ctx_size))
     return texts.samples(args.calib, args.text, n_tokens, args.repeats, args.output)
 
 

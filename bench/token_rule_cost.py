@@ -48,7 +48,7 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
 
 def random_estimator(llm: Llama, n_layer: int) -> Estimator:
     rng = np.random.default_rng(0)
-    n_embd, rank, n_down = llm.n_embd(), estimate.RANK, estimate.RANK + estimate.N_SIZE + estimate.N_RELU
+    n_embd, rank, n_down = llm.n_embd(), estimate.RANK, estimate.RANK + estimate.N_SIZE + estimate.MOST_RELU
     n_expert = estimate.n_expert_of(llm)
 
     def draw(*shape, scale):
@@ -60,7 +60,7 @@ def random_estimator(llm: Llama, n_layer: int) -> Estimator:
         draw(n_layer, n_expert, rank, scale=0.1),
         draw(n_layer, rank, n_embd, scale=0.01),
         np.zeros((n_layer, N_QUANTILES)),
-        estimate.N_RELU,
+        estimate.MOST_RELU,
     )
 
 

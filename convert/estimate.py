@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator
+from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator, as_it_runs
 from allocmoe_edge.metadata import Profile
 from allocmoe_edge.perplexity import evaluate
 
@@ -27,8 +27,10 @@ from .calibration import spread
 from .checkpoint import Checkpoint, window_name
 from .regression import MissingSums, SizeSums, fit_sizes, positive_directions
 
-# directions for sizes, further ones of which what is positive counts, and rank of the estimate of outputs
-N_SIZE, N_RELU, RANK = 8, 40, 64
+# directions for sizes, and rank of the estimate of outputs
+N_SIZE, RANK = 8, 96
+# further directions for sizes, of which what is positive counts: one for so many tokens, no fewer and no more than so many
+_TOKENS_A_RELU, _LEAST_RELU, MOST_RELU = 1024, 40, 128
 # main directions of the input among which those are sought
 _N_INPUT = 768
 # one window in so many, and no more tokens than so many, are not fitted on, and say how sizes are distributed: on the others the
@@ -65,7 +67,7 @@ def calibrate(
     token_windows: np.ndarray,
     spend_windows: Optional[np.ndarray] = None,
     n_size: int = N_SIZE,
-    n_relu: int = N_RELU,
+    n_relu: Optional[int] = None,
     rank: int = RANK,
     checkpoint: Optional[Checkpoint] = None,
 ) -> Optional[Estimator]:
@@ -79,12 +81,14 @@ def calibrate(
         token_windows: int32, shape [n_windows, n_ctx]; n_ctx is at most the micro-batch of `llm`.
         spend_windows: further windows; nothing is fitted to them, but what they spend under the rule counts when thresholds
             are corrected, as many of them as are kept apart of the others. A few windows alone can be some 10% off.
+        n_relu: by default `n_relu_for` the tokens.
         checkpoint: has what earlier runs found, and takes what this one finds.
 
     Returns:
         None where the model, or the backend that it runs on, has no use for it.
     """
     n_ctx = token_windows.shape[1]
+    n_relu = n_relu_for(token_windows.size) if n_relu is None else n_relu
     apart = _apart(len(token_windows), n_ctx)
     held = token_windows[apart] if apart.any() else token_windows
     if spend_windows is not None:
@@ -113,6 +117,11 @@ def calibrate(
         for _ in range(_CORRECTIONS):
             estimator = _corrected(llm, estimator, estimator.plan(total, full, profile.k_base), held, bar.update)
     return estimator
+
+
+def n_relu_for(n_tokens: int) -> int:
+    """How many directions of which what is positive counts that many tokens can tell."""
+    return int(np.clip(n_tokens // _TOKENS_A_RELU, _LEAST_RELU, MOST_RELU))
 
 
 def _apart(n: int, n_ctx: int) -> np.ndarray:
@@ -153,7 +162,7 @@ def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int)
         return None
     for il in list(sums):
         of_layer = sums.pop(il)
-        down[il] = of_layer.directions(n_size).astype(np.float16)
+        down[il] = as_it_runs(of_layer.directions(n_size))
         inputs[il] = of_layer.main_inputs(inputs.shape[1])
     return {"down": down, "inputs": inputs, "errors": errors}
 
@@ -173,7 +182,9 @@ def _sizes(
         x, windows = main.pop(il), kept[il]
         fit = [np.concatenate(rows) for rows in zip(*((x_, *w[:3]) for x_, w, a in zip(x, windows, apart) if not a))]
         found = positive_directions(*fit, n_expert_of(llm), n_relu)
-        positive[il] = found @ inputs[il].astype(np.float32)
+        basis = inputs[il].astype(np.float32)
+        positive[il] = as_it_runs(found @ basis)
+        found = positive[il] @ basis.T / (basis**2).sum(axis=1)  # the rounded ones; the basis is orthogonal
         kept[il] = [(np.concatenate([w[0], np.maximum(x_.astype(np.float32) @ found.T, 0.0)], axis=1), *w[1:]) for x_, w in zip(x, windows)]
     down = np.concatenate([down, positive], axis=1)
     return _arrays(_with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
@@ -200,9 +211,10 @@ def memory(full: tuple, llm: Llama, shape: tuple) -> int:
     """Bytes that `calibrate` needs beside the model for windows of a shape [n, n_ctx]: in each layer two matrices of about
     n_embd by n_embd floats, what one window has recorded, in vectors that have room for twice as much, the main inputs in
     float16, and a few floats for each of a token's experts."""
-    size, n_layer = n_expert_of(llm) + llm.n_embd(), sum(k > 0 for k in full)
+    size, n_layer, n_tokens = n_expert_of(llm) + llm.n_embd(), sum(k > 0 for k in full), shape[0] * shape[1]
     matrices = n_layer * (size * (size + llm.n_embd()) + 2 * 2 * shape[1] * llm.n_embd())
-    return 4 * (matrices + shape[0] * shape[1] * ((N_SIZE + N_RELU + min(_N_INPUT, llm.n_embd()) // 2) * n_layer + 3 * sum(full)))
+    of_token = (N_SIZE + n_relu_for(n_tokens) + min(_N_INPUT, llm.n_embd()) // 2) * n_layer + 3 * sum(full)
+    return 4 * (matrices + n_tokens * of_token)
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:

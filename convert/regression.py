@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from allocmoe_edge.estimator import as_it_runs
+
 # of the mean of the inputs' squares, and of the squares of the weights that are skipped
 _RIDGE, _RIDGE_WEIGHTS = 0.03, 0.02
 # The directions for sizes are to hold on text unlike the calibration's: with a ridge of 0.03, inputs that vary little there and
@@ -179,7 +181,8 @@ class MissingSums:
 
     def fit(self, rank: int) -> tuple:
         """(output [n_expert, rank], down [rank, n_embd], up [rank, n_embd]), float64: missing is estimated as
-        sum over skipped of weight * up^T (output_e + down x), by reduced-rank ridge regression."""
+        sum over skipped of weight * up^T (output_e + down x), by reduced-rank ridge regression; `up` to what is left of `down`
+        when it runs."""
         n_expert, products = self.n_expert, self.products.astype(np.float64)
         square = products.diagonal().copy()
         ridge = np.full(len(square), _RIDGE * square[n_expert:].mean())
@@ -194,5 +197,9 @@ class MissingSums:
         # both factors of like size: entries are stored in float16
         scale = np.sqrt(np.abs(up).max(axis=0) / np.maximum(np.abs(inner).max(axis=0), 1e-30))
         scale = np.where(np.abs(inner).max(axis=0) > 0, scale, 1.0)
-        inner, up = inner * scale, up / scale
-        return inner[:n_expert], inner[n_expert:].T, up.T
+        inner = inner * scale
+        inner[n_expert:] = as_it_runs(inner[n_expert:].T).T
+        matrix = inner.T @ products @ inner
+        matrix[np.diag_indices_from(matrix)] += 1e-6 * matrix.diagonal().max() + 1e-30
+        up = np.linalg.solve(matrix, inner.T @ targets)
+        return inner[:n_expert], inner[n_expert:].T, up

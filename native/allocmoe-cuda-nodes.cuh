@@ -46,9 +46,9 @@ static __global__ void __launch_bounds__(ALLOCMOE_MAX_BLOCK) allocmoe_route_kern
 }
 
 static __global__ void __launch_bounds__(ALLOCMOE_MAX_BLOCK) allocmoe_route_by_size_kernel(const allocmoe_estimate_args args) {
-    __shared__ int32_t total;
+    __shared__ allocmoe_estimate_shared shared;
     allocmoe_cuda_block block;
-    allocmoe_route_by_size(block, args, total);
+    allocmoe_route_by_size(block, args, shared);
 }
 
 // a block a token
@@ -135,7 +135,7 @@ static void allocmoe_cuda_compute_estimate(cudaStream_t stream, ggml_tensor * no
         allocmoe_sum_skipped_kernel<<<args.n_tokens, args.n_columns, 0, stream>>>(args);
     } else {
         GGML_ASSERT(params.spent);
-        const int n_threads = std::min<int>(GGML_PAD(args.n_tokens*args.n_used, WARP_SIZE), ALLOCMOE_MAX_BLOCK);
+        const int n_threads = std::min<int>(args.n_tokens*args.n_used*WARP_SIZE, ALLOCMOE_MAX_BLOCK);
         allocmoe_route_by_size_kernel<<<1, n_threads, 0, stream>>>(args);
     }
 }

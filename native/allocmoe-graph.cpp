@@ -225,17 +225,32 @@ static float weight_of(const ggml_tensor * weights, int64_t t, int64_t r) {
     return *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]);
 }
 
-// v_e of one token's experts by rank
-static void estimate_sizes(const ggml_tensor * log_norm, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int32_t n_relu, int64_t t, int64_t n_used, float * sizes) {
+// Sum of value(0..n - 1), in parts that do not wait for each other.
+template <typename F>
+static auto sum_of(int64_t n, F value) {
+    decltype(value(0)) parts[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int64_t j = 0; j < 8; ++j) {
+            parts[j] += value(i + j);
+        }
+    }
+    for (; i < n; ++i) {
+        parts[0] += value(i);
+    }
+    return std::accumulate(parts, parts + 8, decltype(value(0)){});
+}
+
+// v_e of one token's experts by rank; u: room for as many values as `reduced` has for a token
+static void estimate_sizes(const ggml_tensor * log_norm, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int32_t n_relu, int64_t t, int64_t n_used, float * u, float * sizes) {
     const int64_t n_down = reduced->ne[0];
-    const float * u      = row<float>(reduced, t);
+    for (int64_t i = 0; i < n_down; ++i) {
+        u[i] = allocmoe_rectified(row<float>(reduced, t), i, n_down, n_relu);
+    }
     for (int64_t r = 0; r < n_used; ++r) {
         const float * coefficients = row<float>(log_norm, id[r]);
-        float size = std::log(std::max(weight_of(weights, t, r), 1e-20f)) + coefficients[n_down];
-        for (int64_t i = 0; i < n_down; ++i) {
-            size += coefficients[i]*allocmoe_rectified(u, i, n_down, n_relu);
-        }
-        sizes[r] = size;
+        sizes[r] = std::log(std::max(weight_of(weights, t, r), 1e-20f)) + coefficients[n_down] +
+            sum_of(n_down, [&](int64_t i) { return coefficients[i]*u[i]; });
     }
 }
 
@@ -254,12 +269,13 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     const int64_t n_used = dst->ne[0];
 
     std::vector<float> sizes(n_used);
+    std::vector<float> u(reduced->ne[0]);
     std::unique_ptr<bool[]> keep(new bool[n_used]);
     auto  & spent = layer.usage->spent.get()[layer.il];
     int64_t total = 0;
     for (int64_t t = 0; t < dst->ne[1]; ++t) {
         const int32_t * id = row<int32_t>(ids, t);
-        estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, sizes.data());
+        estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, u.data(), sizes.data());
         float left = left_before(spent, dst->src[4], t);
         total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get(), left);
         leave(spent, dst->src[4], t, left);
@@ -407,22 +423,6 @@ ggml_tensor * allocmoe_build_sum(ggml_context * ctx, const allocmoe_graph & grap
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);
 }
 
-// Sum of value(0..n - 1), in double; in parts that do not wait for each other.
-template <typename F>
-static double sum_of(int64_t n, F value) {
-    double  parts[8] = {};
-    int64_t i        = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (int64_t j = 0; j < 8; ++j) {
-            parts[j] += value(i + j);
-        }
-    }
-    for (; i < n; ++i) {
-        parts[0] += value(i);
-    }
-    return std::accumulate(parts, parts + 8, 0.0);
-}
-
 // What of token t goes into record.floats; sizes: null unless the rule goes by them.
 static void record_inputs(const allocmoe_graph::layer & layer, allocmoe_usage::record & record, const ggml_tensor * weighted, const ggml_tensor * weights, const ggml_tensor * input, int64_t t, const float * sizes) {
     const int64_t n_embd = weighted->ne[0];
@@ -476,6 +476,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
     record.errors.resize(n_used + 1);
     std::vector<float> sums((n_used + 1)*n_embd); // outputs with the first k experts, not renormalised
     std::vector<float> weight(n_used + 1);
+    std::vector<float> u(reduced ? reduced->ne[0] : 0);
     for (int64_t t = 0; t < n_tokens; ++t) {
         const auto * id    = (const int32_t *) ((const char *) ids   ->data + t*ids   ->nb[1]);
         const auto * score = (const float   *) ((const char *) scores->data + t*scores->nb[1]);
@@ -491,7 +492,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
         }
         float * values = &record.scores[record.scores.size() - n_used];
         if (reduced) {
-            estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, values);
+            estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, u.data(), values);
         } else {
             allocmoe_to_values(layer.params.value, values, n_used);
         }

@@ -29,10 +29,10 @@ struct allocmoe_estimates {
     std::vector<ggml_backend_buffer_ptr> buffers;
 
     struct layer {
-        ggml_tensor * down;     // Q8_0, or F16 where n_embd is no multiple of its block, [n_embd, n_down]
+        ggml_tensor * down;     // Q4_0, or F16 where n_embd is no multiple of its block, [n_embd, n_down]
         ggml_tensor * log_norm; // F32 [n_down + 1, n_expert]
         ggml_tensor * output;   // F32 [rank, n_expert], null for rank 0
-        ggml_tensor * up;       // Q8_0 [rank padded with zeros, n_embd], null for rank 0
+        ggml_tensor * up;       // Q4_0 [rank padded with zeros, n_embd], null for rank 0
     };
     std::vector<layer> layers; // [block_count]
     int32_t            n_relu = 0;

@@ -252,16 +252,49 @@ ALLOCMOE_FN float allocmoe_weight(const allocmoe_estimate_args & a, int32_t t, i
     return a.weights[t*a.stride_weights + r*a.stride_weights_rank];
 }
 
-// v_e, ordered as an integer; 0 for NaN, which is below all
-ALLOCMOE_FN uint32_t allocmoe_size_key(const allocmoe_estimate_args & a, int32_t t, int32_t r) {
+struct allocmoe_estimate_shared {
+    int32_t total;
+    float   parts[ALLOCMOE_MAX_BLOCK];
+};
+
+// What one of n_lanes threads adds to v_e.
+ALLOCMOE_FN float allocmoe_size_part(const allocmoe_estimate_args & a, int32_t t, int32_t r, int32_t lane, int32_t n_lanes) {
     const float * u            = a.reduced + t*a.stride_reduced;
     const float * coefficients = a.table + a.ids[t*a.stride_ids + r]*a.stride_table;
-    const float   weight       = allocmoe_weight(a, t, r);
-    float size = logf(weight > 1e-20f ? weight : 1e-20f) + coefficients[a.n_down];
-    for (int32_t i = 0; i < a.n_down; ++i) {
-        size += coefficients[i]*allocmoe_rectified(u, i, a.n_down, a.node.n_relu);
+    float part = 0.0f;
+    if (lane == 0) {
+        const float weight = allocmoe_weight(a, t, r);
+        part = logf(weight > 1e-20f ? weight : 1e-20f) + coefficients[a.n_down];
     }
-    return allocmoe_is_nan(size) ? 0 : allocmoe_key(size);
+    for (int32_t i = lane; i < a.n_down; i += n_lanes) {
+        part += coefficients[i]*allocmoe_rectified(u, i, a.n_down, a.node.n_relu);
+    }
+    return part;
+}
+
+// v_e of all experts, ordered as integers, 0 for NaN, which is below all: in the places of the ids.
+template <class Block>
+ALLOCMOE_FN void allocmoe_to_size_keys(Block & block, const allocmoe_estimate_args & a, allocmoe_estimate_shared & s) {
+    // a single token's experts are few, so each of them has several threads
+    const int32_t n = a.n_tokens*a.n_used;
+    int32_t n_lanes = 1;
+    while (n_lanes < 32 && 2*n_lanes*n <= block.size() && block.size() % (2*n_lanes) == 0) {
+        n_lanes *= 2;
+    }
+    const int32_t lane = block.rank() % n_lanes;
+    for (int32_t i0 = 0; i0 < n; i0 += block.size()/n_lanes) {
+        const int32_t i = i0 + block.rank()/n_lanes;
+        s.parts[block.rank()] = i < n ? allocmoe_size_part(a, i/a.n_used, i%a.n_used, lane, n_lanes) : 0.0f;
+        block.sync();
+        if (lane == 0 && i < n) {
+            float size = 0.0f;
+            for (int32_t j = 0; j < n_lanes; ++j) {
+                size += s.parts[block.rank() + j];
+            }
+            a.routed[i] = (int32_t) (allocmoe_is_nan(size) ? 0 : allocmoe_key(size));
+        }
+        block.sync();
+    }
 }
 
 // allocmoe_apply_estimate for a token whose keys are in `out`, which becomes its ids. Returns how many it keeps.
@@ -287,21 +320,17 @@ ALLOCMOE_FN int32_t allocmoe_keep_by_size(const allocmoe_estimate_args & a, int3
     return n;
 }
 
-// One block's work: compute_routed_by_size. total: in the block's shared memory.
+// One block's work: compute_routed_by_size.
 template <class Block>
-ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_args & a, int32_t & total) {
+ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_args & a, allocmoe_estimate_shared & s) {
     if (block.rank() == 0) {
-        total = 0;
+        s.total = 0;
     }
-    // first the keys, in the places of the ids
-    for (int32_t i = block.rank(); i < a.n_tokens*a.n_used; i += block.size()) {
-        a.routed[i] = (int32_t) allocmoe_size_key(a, i/a.n_used, i%a.n_used);
-    }
-    block.sync();
+    allocmoe_to_size_keys(block, a, s);
 
     if (!a.node.strict) {
         for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
-            block.add(&total, allocmoe_keep_by_size(a, t, a.node.threshold));
+            block.add(&s.total, allocmoe_keep_by_size(a, t, a.node.threshold));
         }
         block.sync();
     } else if (block.rank() == 0) {
@@ -312,14 +341,14 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
             const int32_t n = allocmoe_keep_by_size(a, t, ALLOCMOE_SUB(a.node.threshold, ALLOCMOE_STRICT_STEP*left));
             left  += a.node.k - n;
             left   = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT : left;
-            total += n;
+            s.total += n;
             if (a.positions) {
                 allocmoe_leave(*a.node.spent, a.positions[t], left);
             }
         }
     }
     if (block.rank() == 0) {
-        a.node.spent->activations[a.node.phase] += total;
+        a.node.spent->activations[a.node.phase] += s.total;
     }
 }
 

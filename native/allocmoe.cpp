@@ -359,7 +359,7 @@ static ggml_backend_buffer_type_t type_beside_router(const llama_model & model, 
     return ggml_backend_dev_buffer_type(ggml_backend_buft_get_device(type));
 }
 
-// Sets a matrix of F16 or Q8_0.
+// Sets a matrix of F16 or Q4_0.
 static void set_converted(ggml_tensor * tensor, const float * values) {
     std::vector<char> data(ggml_nbytes(tensor));
     ggml_quantize_chunk(tensor->type, values, data.data(), 0, tensor->ne[1], tensor->ne[0], nullptr);
@@ -397,9 +397,9 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
     estimates->n_relu = n_relu;
 
     // whole blocks; float16 would be multiplied 64 columns at a time or one by one
-    const int64_t   n_block   = ggml_blck_size(GGML_TYPE_Q8_0);
+    const int64_t   n_block   = ggml_blck_size(GGML_TYPE_Q4_0);
     const int64_t   n_columns = GGML_PAD(rank, n_block);
-    const ggml_type down_type = n_embd % n_block == 0 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    const ggml_type down_type = n_embd % n_block == 0 ? GGML_TYPE_Q4_0 : GGML_TYPE_F16;
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> meta_by_type;
     for (int32_t il = 0; il < n_layer; ++il) {
@@ -412,7 +412,7 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
         layer.down     = ggml_new_tensor_2d(meta, down_type, n_embd, n_down);
         layer.log_norm = ggml_new_tensor_2d(meta, GGML_TYPE_F32, n_down + 1, n_expert);
         layer.output   = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_F32, rank, n_expert) : nullptr;
-        layer.up       = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_Q8_0, n_columns, n_embd) : nullptr;
+        layer.up       = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_Q4_0, n_columns, n_embd) : nullptr;
         ggml_format_name(layer.down, "allocmoe.down-%d", il);
     }
     for (const auto & [type, meta] : meta_by_type) {

@@ -95,7 +95,7 @@ LLAMA_API int32_t allocmoe_n_layer(const struct llama_context * ctx);
 LLAMA_API int32_t allocmoe_set_plan(struct llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer, const struct allocmoe_rule * rule);
 
 // What ALLOCMOE_RULE_ESTIMATE is to go by in plans that are set from now on; NULL for none. Copied, n_layer being the block
-// count; down is kept in float16, up in Q8_0.
+// count; down and up are kept in Q4_0, down in float16 where n_embd is no multiple of 32.
 LLAMA_API int32_t allocmoe_set_estimator(struct llama_context * ctx, const struct allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd);
 
 // The token rule in force.

@@ -216,11 +216,11 @@ static void estimate(const std::vector<int32_t> & h) {
     args.node.phase          = 1;
     args.node.spent          = &spent;
 
-    int32_t total;
+    auto shared = std::make_unique<allocmoe_estimate_shared>();
     shared_block block(n_threads);
     run_block(n_threads, [&](int i) {
         thread_block thread{block, i};
-        allocmoe_route_by_size(thread, args, total);
+        allocmoe_route_by_size(thread, args, *shared);
     });
     args.table        = output.data();
     args.stride_table = rank;

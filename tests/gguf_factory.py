@@ -90,10 +90,14 @@ def write_imatrix(path: Path, sums: dict) -> Path:
     return path
 
 
-def q8_0(values: np.ndarray) -> np.ndarray:
-    """As the runtime rounds both sides of a product with `down`."""
-    kind = gguf.GGMLQuantizationType.Q8_0
+def rounded(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """As the runtime rounds one side of a product with an estimator's `down` or `up`: those to Q4_0, the other to Q8_0."""
     return gguf.dequantize(gguf.quantize(np.ascontiguousarray(values), kind), kind)
+
+
+def reduced(x: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """down x of an estimator as the runtime rounds it. x: [n, n_embd]. down: [n_down, n_embd]."""
+    return rounded(x, gguf.GGMLQuantizationType.Q8_0) @ rounded(down, gguf.GGMLQuantizationType.Q4_0).T
 
 
 def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank: int, seed: int, n_relu: int = 0):

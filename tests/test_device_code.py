@@ -110,7 +110,7 @@ def test_rules_give_the_ids_of_the_cpu_bit_for_bit(program, n_tokens, n_threads,
     assert at == len(found) and len(todo) == 4 * 7 * 3 * 5 // every
 
 
-@pytest.mark.parametrize("n_tokens, n_threads", [(1, 32), (9, 40)])
+@pytest.mark.parametrize("n_tokens, n_threads", [(1, 32), (1, 256), (3, 96), (9, 40)])
 @pytest.mark.parametrize("n_used, k_base", [(1, 1), (6, 1), (8, 3)])
 def test_estimates_keep_and_add_up_what_they_should(program, n_tokens, n_threads, n_used, k_base):
     """Against numpy in float64: ids where no size is within rounding of the threshold, sums to 1e-5 of the largest term."""

@@ -9,7 +9,7 @@ from allocmoe_edge import Llama, Plan, metadata
 from allocmoe_edge.convert import estimate, regression
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.perplexity import Reference, bos_token, windows
-from gguf_factory import q8_0
+from gguf_factory import reduced
 
 N_EXPERT, N_EMBD = 8, 24
 
@@ -222,10 +222,10 @@ def test_recorded_norms_and_weights_add_up(llm, text):
 
 def test_recorded_sizes_are_the_estimators(llm, text, calibrated):
     """The native v is log w + log_norm . (down x, 1), of the last of down x what is positive. 0.02: both sides are rounded."""
-    assert calibrated.n_relu == estimate.N_RELU
+    assert calibrated.n_relu == estimate.n_relu_for(text[:8].size)
     plan = calibrated.plan(180, FULL)
     for il, found in recorded(llm, plan, text[9]).items():
-        u = np.column_stack([q8_0(found.inputs) @ q8_0(calibrated.down[il]).T, np.ones(128)])
+        u = np.column_stack([reduced(found.inputs, calibrated.down[il]), np.ones(128)])
         positive = slice(-1 - calibrated.n_relu, -1)
         assert (u[:, positive] < 0).any()
         u[:, positive] = u[:, positive].clip(0)

@@ -36,7 +36,7 @@ class Estimator:
     quantiles: [n_layer, N_QUANTILES], ascending: v over text like the calibration's, of the candidates that are not among
         their token's k_base best.
 
-    All but the quantiles are rounded: `down` as `as_it_runs` says, and all to float16, as they are stored. `up` runs in Q4_0.
+    All but the quantiles are rounded to float16, as they are stored. `down` runs as `as_it_runs` says, `up` in Q4_0.
 
     Raises PlanError, naming the array, for shapes that do not fit each other and for numbers beyond float16's.
     """
@@ -57,7 +57,7 @@ class Estimator:
                 raise PlanError(f"estimator.{name}: found NaN or infinity, want finite numbers")
             if name != "quantiles":
                 with np.errstate(over="ignore"):
-                    array = (as_it_runs(array) if name == "down" else array).astype(np.float16)
+                    array = array.astype(np.float16)
                 if not np.isfinite(array).all():
                     raise PlanError(f"estimator.{name}: found a number beyond the range of float16")
             array = array.astype(np.float32)

@@ -8,6 +8,7 @@ import pytest
 from allocmoe_edge import Llama, Plan, metadata
 from allocmoe_edge.convert import estimate, regression
 from allocmoe_edge.convert.checkpoint import Checkpoint
+from allocmoe_edge.estimator import as_it_runs
 from allocmoe_edge.perplexity import Reference, bos_token, windows
 from gguf_factory import reduced
 
@@ -231,6 +232,15 @@ def test_recorded_sizes_are_the_estimators(llm, text, calibrated):
         u[:, positive] = u[:, positive].clip(0)
         want = np.log(found.weights) + np.einsum("tri,ti->tr", calibrated.log_norm[il][found.experts], u)
         np.testing.assert_allclose(found.sizes, want, atol=0.02)
+
+
+def test_directions_are_fitted_as_they_run(calibrated):
+    np.testing.assert_allclose(as_it_runs(calibrated.down), calibrated.down, rtol=1e-3)
+
+
+@pytest.mark.parametrize("n_tokens, n", [(1024, 40), (12288, 40), (65536, 64), (10**6, 128)])
+def test_more_text_more_directions(n_tokens, n):
+    assert estimate.n_relu_for(n_tokens) == n
 
 
 def test_recorded_missing_is_what_the_rule_skips(llm, text, calibrated):

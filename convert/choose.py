@@ -22,13 +22,11 @@ ESTIMATE = "token rule estimate"
 
 
 class Score(NamedTuple):
-    """A plan over the held-out windows: divergence from the full model in nats per token, the mean and float64 [n] of every
-    token; activations per token."""
+    """A plan over the held-out windows: divergence from the full model in nats per token, activations per token."""
 
     perplexity: float
     kl: float
     spent: float
-    divergence: np.ndarray
 
 
 class Choice(NamedTuple):
@@ -39,8 +37,7 @@ class Choice(NamedTuple):
 
 def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.ndarray) -> Dict[str, Score]:
     """Every plan's Score, and the full model's under the name "full"; windows int32, shape [n_windows, n_ctx]."""
-    nll, spent = ({name: 0.0 for name in ("full", *plans)} for _ in range(2))
-    divergences: Dict[str, list] = {name: [] for name in ("full", *plans)}
+    nll, kl, spent = ({name: 0.0 for name in ("full", *plans)} for _ in range(3))
     total = len(token_windows) * (1 + len(plans))
     n = len(token_windows)
     with tqdm(total=total, desc="held-out check", unit="pass", disable=None, leave=False) as bar:
@@ -48,34 +45,17 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
             llm._set_native_plan(Plan.full(full))
             reference = Reference(llm, window)
             nll["full"] += reference.nll.mean() / n
-            divergences["full"].append(np.zeros(reference.nll.size))
             bar.update()
             for name, plan in plans.items():
                 llm._set_native_plan(plan)
                 llm.expert_stats(reset=True)
                 values, divergence = reference.compare(llm)
                 nll[name] += values.mean() / n
-                divergences[name].append(divergence.ravel())
+                kl[name] += divergence.mean() / n
                 spent[name] += llm.expert_stats()["prefill"]["mean"].sum() / n
                 bar.update()
     spent["full"] = float(sum(full))
-    by_token = {name: np.concatenate(windows) for name, windows in divergences.items()}
-    return {name: Score(float(np.exp(nll[name])), float(by_token[name].mean()), spent[name], by_token[name]) for name in nll}
-
-
-def simplest_good(found: Dict[str, Score], names: list, limit: float = np.inf) -> str:
-    """The first of some plans, named from the simplest on, that none is clearly better than: by twice the standard error of what
-    they differ by, token by token (after the one-standard-error rule, Breiman et al., CART, 1984). What is fitted to more may be
-    worse on other text than it is here. One whose perplexity is within the limit goes before any that is not.
-    """
-    best = min(names, key=lambda name: (found[name].perplexity > limit, found[name].kl))
-    good = [name for name in names if found[name].perplexity <= limit or found[best].perplexity > limit]
-    return next(name for name in good if not _clearly_better(found[best], found[name]))
-
-
-def _clearly_better(one: Score, other: Score) -> bool:
-    less = other.divergence - one.divergence
-    return less.mean() > 2 * less.std() / np.sqrt(less.size)
+    return {name: Score(float(np.exp(nll[name])), kl[name], spent[name]) for name in nll}
 
 
 def choose(
@@ -87,8 +67,7 @@ def choose(
     token_rule: Optional[str] = None,
     max_increase: float = np.inf,
 ) -> Choice:
-    """The simplest plan of `total` activations that none is clearly better than on text the profile has not seen, by divergence
-    from the full model.
+    """The plan of `total` activations with the least divergence from the full model on text the profile has not seen.
 
     Args:
         profile: with an estimator, unless the rule "estimate" is not to be tried.
@@ -96,7 +75,7 @@ def choose(
         max_increase: of perplexity over the full model's; a plan within it goes before any that is not.
     """
     candidates = {}
-    for allocation in ("uniform", "alloc-l"):  # from the simplest on
+    for allocation in ("alloc-l", "uniform"):
         candidate = replace(profile, allocation=allocation, token_rule="off", threshold_table=None, held_out=None)
         plan = candidate.plan(total, full)
         # "estimate" has layers of its own; these are what it is compared with
@@ -114,13 +93,17 @@ def choose(
         candidates[ESTIMATE] = (profile, profile.plan(total, full, "estimate"))
     found = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
     limit = found["full"].perplexity * (1 + max_increase)
-    best = ESTIMATE if token_rule == "estimate" else simplest_good(found, list(candidates), limit)
+
+    def best_of(names: list) -> str:
+        return min(names, key=lambda name: (found[name].perplexity > limit, found[name].kl))
+
+    best = ESTIMATE if token_rule == "estimate" else best_of(list(candidates))
     uniform = next(found[name] for name in candidates if name.startswith("uniform"))
     held_out = HeldOut(
         int(text.held_out.size), found["full"].perplexity, uniform.perplexity, found[best].perplexity, uniform.kl, found[best].kl
     )
     # what else the profile says is for other rules
-    chosen = replace(candidates[simplest_good(found, others, limit)][0], held_out=held_out)
+    chosen = replace(candidates[best_of(others)][0], held_out=held_out)
     if best == ESTIMATE:
         chosen = replace(chosen, token_rule="estimate")
     else:

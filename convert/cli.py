@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
         "estimated to be large, and a low-rank estimate stands in for the others (CPU and CUDA; to calibrate it takes "
         "memory beside the model, which is printed); threshold: a token gets more where its routing scores are high and less "
         "where they are low; batch: the same by ranking each micro-batch, which does nothing for single tokens; off: the "
-        "same number for all. Default: off, threshold or estimate, the first that none does clearly better than on held-out text",
+        "same number for all. Default: estimate, threshold or off, whichever does best on held-out text",
     )
     where.add_argument("--k-base", type=positive, default=1, metavar="N", help="experts that every token keeps. Default: 1")
     where.add_argument("--reprofile", action="store_true", help="measure again although the input carries sensitivities")
@@ -250,8 +250,8 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
             _say("this plan does worse than uniform k on held-out text; it is written because --token-rule asks for it")
     elif choice.profile.allocation == "uniform":
         _say(
-            "Alloc-L's plan does not clearly beat uniform k on held-out text, so the uniform plan is written; more calibration text "
-            "(--calib, --calib-tokens) gives a better profile and a surer check"
+            "Alloc-L's plan does not beat uniform k on held-out text, so the uniform plan is written; more calibration text "
+            "(--calib, --calib-tokens) gives a better profile"
         )
     if args.target_tps is not None:
         _say(f"measured with this plan: {1000 / costs.decode_ms(llm, choice.plan, decoded):.1f} tokens/s")

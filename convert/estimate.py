@@ -121,7 +121,8 @@ def calibrate(
 
 def n_relu_for(n_tokens: int) -> int:
     """How many directions of which what is positive counts that many tokens can tell."""
-    return int(np.clip(n_tokens // _TOKENS_A_RELU, _LEAST_RELU, MOST_RELU))
+    # rows are repacked by eights
+    return int(np.clip(n_tokens // (8 * _TOKENS_A_RELU) * 8, _LEAST_RELU, MOST_RELU))
 
 
 def _apart(n: int, n_ctx: int) -> np.ndarray:

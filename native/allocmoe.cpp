@@ -359,6 +359,29 @@ static ggml_backend_buffer_type_t type_beside_router(const llama_model & model, 
     return ggml_backend_dev_buffer_type(ggml_backend_buft_get_device(type));
 }
 
+// Where on the CPU products with a matrix are quickest: in a buffer type that repacks it, if there is one for such a matrix.
+static ggml_backend_buffer_type_t type_for_products(ggml_backend_buffer_type_t plain, ggml_type type, int64_t n_in, int64_t n_out) {
+    if (plain != ggml_backend_cpu_buffer_type()) {
+        return plain;
+    }
+    auto * device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto * proc   = ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
+    if (!proc) {
+        return plain;
+    }
+    for (auto * extra = ((ggml_backend_dev_get_extra_bufts_t) proc)(device); extra && *extra; ++extra) {
+        ggml_context_ptr meta(ggml_init({ 3*ggml_tensor_overhead(), nullptr, true }));
+        ggml_tensor * matrix  = ggml_new_tensor_2d(meta.get(), type, n_in, n_out);
+        ggml_tensor * product = ggml_mul_mat(meta.get(), matrix, ggml_new_tensor_1d(meta.get(), GGML_TYPE_F32, n_in));
+        ggml_backend_buffer_ptr empty(ggml_backend_buft_alloc_buffer(*extra, 0));
+        matrix->buffer = empty.get();
+        if (ggml_backend_dev_supports_op(device, product)) {
+            return *extra;
+        }
+    }
+    return plain;
+}
+
 // Sets a matrix of F16 or Q4_0.
 static void set_converted(ggml_tensor * tensor, const float * values) {
     std::vector<char> data(ggml_nbytes(tensor));
@@ -402,17 +425,21 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
     const ggml_type down_type = n_embd % n_block == 0 ? GGML_TYPE_Q4_0 : GGML_TYPE_F16;
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> meta_by_type;
-    for (int32_t il = 0; il < n_layer; ++il) {
-        auto *& meta = meta_by_type[type_beside_router(model, il)];
+    const auto new_matrix = [&](ggml_backend_buffer_type_t buft, ggml_type type, int64_t n_in, int64_t n_out) {
+        auto *& meta = meta_by_type[buft];
         if (!meta) {
             meta = ggml_init({ 4*n_layer*ggml_tensor_overhead(), nullptr, true });
             estimates->contexts.emplace_back(meta);
         }
+        return ggml_new_tensor_2d(meta, type, n_in, n_out);
+    };
+    for (int32_t il = 0; il < n_layer; ++il) {
+        auto * type  = type_beside_router(model, il);
         auto & layer = estimates->layers[il];
-        layer.down     = ggml_new_tensor_2d(meta, down_type, n_embd, n_down);
-        layer.log_norm = ggml_new_tensor_2d(meta, GGML_TYPE_F32, n_down + 1, n_expert);
-        layer.output   = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_F32, rank, n_expert) : nullptr;
-        layer.up       = rank > 0 ? ggml_new_tensor_2d(meta, GGML_TYPE_Q4_0, n_columns, n_embd) : nullptr;
+        layer.down     = new_matrix(type_for_products(type, down_type, n_embd, n_down), down_type, n_embd, n_down);
+        layer.log_norm = new_matrix(type, GGML_TYPE_F32, n_down + 1, n_expert);
+        layer.output   = rank > 0 ? new_matrix(type, GGML_TYPE_F32, rank, n_expert) : nullptr;
+        layer.up       = rank > 0 ? new_matrix(type_for_products(type, GGML_TYPE_Q4_0, n_columns, n_embd), GGML_TYPE_Q4_0, n_columns, n_embd) : nullptr;
         ggml_format_name(layer.down, "allocmoe.down-%d", il);
     }
     for (const auto & [type, meta] : meta_by_type) {

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import gguf
 import numpy as np
 
 from .plan import Plan, PlanError
@@ -36,7 +35,8 @@ class Estimator:
     quantiles: [n_layer, N_QUANTILES], ascending: v over text like the calibration's, of the candidates that are not among
         their token's k_base best.
 
-    All but the quantiles are rounded to float16, as they are stored. `down` runs as `as_it_runs` says, `up` in Q4_0.
+    All but the quantiles are rounded to float16, as they are stored. `up` runs in Q4_0, and so does `down` where n_embd is a
+    multiple of 32.
 
     Raises PlanError, naming the array, for shapes that do not fit each other and for numbers beyond float16's.
     """
@@ -170,15 +170,6 @@ def _rounded(means: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -
     while counts.sum() > total:
         counts[np.argmin(np.where(counts > low, means - counts, np.inf))] -= 1
     return counts.tolist()
-
-
-def as_it_runs(down: np.ndarray) -> np.ndarray:
-    """float32 of the same shape, [..., n_embd]: directions rounded as the runtime multiplies by them, to Q4_0 where n_embd is a
-    multiple of its block of 32, else to float16. What is fitted on products with them should be fitted on the rounded ones."""
-    if down.shape[-1] % 32 or not down.size:
-        return down.astype(np.float16).astype(np.float32)
-    kind = gguf.GGMLQuantizationType.Q4_0
-    return gguf.dequantize(gguf.quantize(np.ascontiguousarray(down, np.float32), kind), kind)
 
 
 def pack(values: np.ndarray) -> np.ndarray:

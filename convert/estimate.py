@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator, as_it_runs
+from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator
 from allocmoe_edge.metadata import Profile
 from allocmoe_edge.perplexity import evaluate
 
 from .calibration import spread
 from .checkpoint import Checkpoint, window_name
-from .regression import MissingSums, SizeSums, fit_sizes, positive_directions
+from .regression import MissingSums, SizeSums, as_it_runs, fit_sizes, positive_directions
 
 # directions for sizes, and rank of the estimate of outputs
 N_SIZE, RANK = 8, 96

@@ -7,9 +7,8 @@ squares is added to the diagonal of their matrix of products.
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
-
-from allocmoe_edge.estimator import as_it_runs
 
 # of the mean of the inputs' squares, and of the squares of the weights that are skipped
 _RIDGE, _RIDGE_WEIGHTS = 0.03, 0.02
@@ -23,6 +22,15 @@ _OUTLIER = 8.0
 # of the training of directions that count where positive: AdamW's, the rate falling to zero. At a rate of 3e-3 up to half of the
 # directions ended where no token is.
 _EPOCHS, _BATCH, _RATE, _DECAY = 15, 128, 1e-3, 1e-2
+
+
+def as_it_runs(down: np.ndarray) -> np.ndarray:
+    """float32 of the same shape, [..., n_embd]: directions rounded as the runtime multiplies by them, to Q4_0 where n_embd is a
+    multiple of its block of 32, else to float16. What is fitted on products with them should be fitted on the rounded ones."""
+    if down.shape[-1] % 32 or not down.size:
+        return down.astype(np.float16).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    return gguf.dequantize(gguf.quantize(np.ascontiguousarray(down, np.float32), kind), kind)
 
 
 class SizeSums:

@@ -8,7 +8,6 @@ import pytest
 from allocmoe_edge import Llama, Plan, metadata
 from allocmoe_edge.convert import estimate, regression
 from allocmoe_edge.convert.checkpoint import Checkpoint
-from allocmoe_edge.estimator import as_it_runs
 from allocmoe_edge.perplexity import Reference, bos_token, windows
 from gguf_factory import reduced
 
@@ -235,7 +234,7 @@ def test_recorded_sizes_are_the_estimators(llm, text, calibrated):
 
 
 def test_directions_are_fitted_as_they_run(calibrated):
-    np.testing.assert_allclose(as_it_runs(calibrated.down), calibrated.down, rtol=1e-3)
+    np.testing.assert_allclose(regression.as_it_runs(calibrated.down), calibrated.down, rtol=1e-3)
 
 
 @pytest.mark.parametrize("n_tokens, n", [(1024, 40), (12288, 40), (65536, 64), (10**6, 128)])

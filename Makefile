@@ -30,7 +30,7 @@ $(VENV)/.llama-cpp-python: native/upstream.json | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
-	$(PIP) install ".[bench]"
+	$(PIP) install .
 	@touch $@
 
 $(VENV)/.installed-test: $(SOURCES) $(VENV)/.llama-cpp-python

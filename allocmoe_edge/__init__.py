@@ -10,8 +10,7 @@ Importing this package makes llama_cpp load our build of llama.cpp, so import it
 from . import _native  # noqa: F401  first: it decides which libllama the process runs
 from .gguf_file import GGUFError
 from .llama import Llama
-from .plan import Plan, PlanError, parse_budget
-from .planner import allocate
+from .plan import Plan, PlanError, allocate, parse_budget
 
 __version__ = "0.1.0"
 __all__ = ["GGUFError", "Llama", "Plan", "PlanError", "allocate", "parse_budget"]

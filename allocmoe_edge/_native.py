@@ -5,9 +5,9 @@ Importing this module is what decides which libllama the process runs, so it mus
 
 import ctypes
 import os
+from pathlib import Path
 import re
 import sys
-from pathlib import Path
 
 import cffi
 

@@ -4,13 +4,14 @@ Tensor data is never touched or loaded, so that opening a 40 GB file costs milli
 """
 
 import os
-import re
 from pathlib import Path
+import re
 from typing import Any, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 
-from ._native import ffi, libggml_base as gguf
+from ._native import ffi
+from ._native import libggml_base as gguf
 
 _STRING, _ARRAY = 8, 9
 # enum gguf_type
@@ -123,9 +124,7 @@ class GGUFFile:
             gguf.gguf_set_val_u32(self._ctx, name, value)
         else:
             data = np.ascontiguousarray(value)
-            gguf.gguf_set_arr_data(
-                self._ctx, name, _TYPE_IDS[data.dtype], ffi.from_buffer(data), data.size
-            )
+            gguf.gguf_set_arr_data(self._ctx, name, _TYPE_IDS[data.dtype], ffi.from_buffer(data), data.size)
 
     def write_metadata(self, path: Union[str, os.PathLike]) -> None:
         """Writes header, metadata and tensor table, padded to where the tensor data starts, to a new file.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 import inspect
 import os
 import sys
-import warnings
-from dataclasses import replace
 from typing import Dict, Optional, Sequence, Union
+import warnings
 
 import numpy as np
 
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
-from . import memory, metadata
 from .gguf_file import model_paths
-from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, parse_budget
+from .measure import memory
+from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget
 
 Budget = Union[float, int, str]
 
@@ -237,12 +237,16 @@ class Llama(llama_cpp.Llama):
         holders = (plan, self._stored.profile, self._stored.plan)
         estimator = next((h.estimator for h in holders if h is not None and h.estimator is not None), None)
         if estimator is None:
-            raise PlanError(f"{self.model_path}: token_rule 'estimate' needs an estimator, and neither plan nor file has one")
+            raise PlanError(
+                f"{self.model_path}: token_rule 'estimate' needs an estimator, and neither plan nor file has one"
+            )
         if estimator is self._estimator:
             return
         if estimator.n_layer != plan.n_layer:
             raise PlanError(f"the estimator has {estimator.n_layer} layers, the model has {plan.n_layer}")
-        arrays = {name: ffi.from_buffer("float[]", getattr(estimator, name)) for name in ("down", "log_norm", "output", "up")}
+        arrays = {
+            name: ffi.from_buffer("float[]", getattr(estimator, name)) for name in ("down", "log_norm", "output", "up")
+        }
         numbers = {name: getattr(estimator, name) for name in ("n_down", "rank", "n_relu")}
         handed = ffi.new("struct allocmoe_estimator *", {**numbers, **arrays})
         sizes = estimator.n_layer, estimator.n_expert, estimator.n_embd

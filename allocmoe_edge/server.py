@@ -15,7 +15,9 @@ def main() -> None:
     try:
         from llama_cpp.server.__main__ import main as serve
     except ImportError as error:
-        raise SystemExit(f"the server needs more packages ({error.name}): pip install 'allocmoe-edge[server]'") from None
+        raise SystemExit(
+            f"the server needs more packages ({error.name}): pip install 'allocmoe-edge[server]'"
+        ) from None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--n_cpu_moe", type=int, default=0)
     parser.add_argument("--no_repack", action="store_true")

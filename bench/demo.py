@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+from pathlib import Path
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge.perplexity import bos_token, perplexity, windows
 from allocmoe_edge.convert import cli as convert
-
+from allocmoe_edge.measure.perplexity import bos_token, perplexity, windows
 import testbed
 
 QUESTION = "What is the capital of France, and what is it known for?"

@@ -13,16 +13,16 @@ mean over the layers:
 
 from __future__ import annotations
 
-import observed  # first, so that llama_cpp loads our libraries
-
 import argparse
-import sys
 from pathlib import Path
+import sys
 
+from allocmoe_edge import GGUFError
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.plan import metadata
 import llama_cpp
 import numpy as np
-from allocmoe_edge import GGUFError, metadata
-from allocmoe_edge.gguf_file import GGUFFile
+import observed  # first, so that llama_cpp loads our libraries
 
 
 def router_logits(path: Path, text: bytes | None, n_tokens: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:

@@ -19,12 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import gpu_carry
 
@@ -114,9 +114,10 @@ class Run:
             for library in ("cublas", "cublasLt"):
                 found = sorted((self.cublas / "lib").glob(f"lib{library}.so*"))
                 options.append(f"-DCUDA_{library}_LIBRARY={found[0]}")
-        if not shutil.which("ldconfig") or "libcuda.so " not in subprocess.run(
-            ["ldconfig", "-p"], capture_output=True, text=True
-        ).stdout:
+        if (
+            not shutil.which("ldconfig")
+            or "libcuda.so " not in subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
+        ):
             options.append("-DGGML_CUDA_NO_VMM=ON")  # there is no driver library to link
         command = ["cmake", "-S", ROOT / "native", "-B", OUT / "cmake", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
         self.run("configure", [*command, f"-DPython_EXECUTABLE={sys.executable}", *options], 300)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent.parent / "native"
 PIN = json.loads((NATIVE / "upstream.json").read_text())

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 import statistics
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError
 from allocmoe_edge._native import LIB_DIR, llama_cpp
 from allocmoe_edge.bench import machine
 from allocmoe_edge.bench.measure import turns
-from allocmoe_edge.bench.weights import WeightTraffic
 from allocmoe_edge.convert import thresholds
+from allocmoe_edge.measure.traffic import WeightTraffic
+import numpy as np
 
 WARMUP = 8  # steps before the clock starts: ggml's CUDA graphs are ready after two
 

@@ -11,27 +11,31 @@ groups that read any, caches and activations not counted.
 
 from __future__ import annotations
 
-import observed  # first, so that llama_cpp loads our libraries
-
 import argparse
 import collections
+from dataclasses import replace
+from pathlib import Path
 import re
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
-from allocmoe_edge import GGUFError, Plan, PlanError, metadata, parse_budget
-from allocmoe_edge.bench.weights import WeightTraffic
+from allocmoe_edge import GGUFError, Plan, PlanError, parse_budget
 from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.measure.traffic import WeightTraffic
+from allocmoe_edge.plan import metadata
+import numpy as np
+import observed  # first, so that llama_cpp loads our libraries
 
 # the nodes of a group, and its tensors: first match wins, of "name op" with llama.cpp's names (cb() in its graph builders), and
 # of the tensor's name, both without layer
 GROUPS = (
     ("routed experts, matrices", r".* MUL_MAT_ID$", r".*_exps\."),
     # the sum over experts is made of nodes without a name
-    ("routed experts, the rest", r"ffn_moe_(silu|swiglu|gelu|geglu|relu|reglu|situ|weighted|out|gate|up|down)| ADD$", None),
+    (
+        "routed experts, the rest",
+        r"ffn_moe_(silu|swiglu|gelu|geglu|relu|reglu|situ|weighted|out|gate|up|down)| ADD$",
+        None,
+    ),
     ("router and token rule", r"ffn_moe_|.* CUSTOM$", r"ffn_gate_inp\."),
     ("shared expert, dense FFN", r"ffn_(?!inp|norm)", r"ffn_(?!norm)"),
     ("output matrix", r"result_output", r"output\."),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import allocmoe_edge  # noqa: F401  first, so that llama_cpp loads our libraries
-
 import contextlib
 import ctypes
 import logging
@@ -11,10 +9,11 @@ import multiprocessing
 from pathlib import Path
 from typing import Callable, Optional
 
-import llama_cpp
-import numpy as np
+import allocmoe_edge  # noqa: F401  first, so that llama_cpp loads our libraries
 from allocmoe_edge._native import ffi, libllama
+import llama_cpp
 from llama_cpp._ctypes_extensions import load_shared_library
+import numpy as np
 
 
 def _ggml():

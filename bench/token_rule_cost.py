@@ -11,18 +11,17 @@ the same number of experts and what is left is the rule's own cost. `batch` at d
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import sys
 from dataclasses import replace
+import multiprocessing
 from pathlib import Path
+import sys
 
-import numpy as np
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError, parse_budget
 from allocmoe_edge.bench import BenchError, machine, measure, report
-from allocmoe_edge.bench.weights import WeightTraffic
 from allocmoe_edge.convert import estimate, thresholds
-from allocmoe_edge.estimator import N_QUANTILES, Estimator
+from allocmoe_edge.measure.traffic import WeightTraffic
+from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
+import numpy as np
 
 
 def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
@@ -36,7 +35,9 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
     plans = {"off": plan, "threshold": replace(plan, token_rule="threshold", threshold=cut)}
     if item.phase == "prefill":
         plans["batch"] = replace(plan, token_rule="batch")
-    by_size = replace(plan, token_rule="estimate", threshold=(0.0,) * plan.n_layer, estimator=random_estimator(llm, plan.n_layer))
+    by_size = replace(
+        plan, token_rule="estimate", threshold=(0.0,) * plan.n_layer, estimator=random_estimator(llm, plan.n_layer)
+    )
     sizes = thresholds.recorded_values(llm, by_size, window)
     if sizes is not None:
         table = [thresholds.table_row(np.sort(rows)[:, ::-1], plan.k_base) if rows.size else [] for rows in sizes]
@@ -80,7 +81,12 @@ def main() -> int:
     try:
         n_ctx = max(item.context for item in items)
         llm = Llama(
-            str(args.model), n_ctx=n_ctx, n_batch=512, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
+            str(args.model),
+            n_ctx=n_ctx,
+            n_batch=512,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+            verbose=False,
         )
         if llm.plan is None:
             raise BenchError(f"{args.model}: a dense model: it has no experts to budget")

@@ -25,26 +25,25 @@ transformers' grouped_mm. A resumed run is exactly the same with the same --thre
 from __future__ import annotations
 
 import argparse
+from dataclasses import astuple, dataclass
 import hashlib
 import json
 import math
 import os
+from pathlib import Path
 import shutil
 import signal
 import sys
 import time
-from dataclasses import astuple, dataclass
-from pathlib import Path
 
 import numpy as np
 
 try:
     import torch
     import torch.nn.functional as F
+    from training_text import batch_at, new_tokenizer, tokenized
     import transformers
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    from training_text import batch_at, new_tokenizer, tokenized
 except ImportError as error:
     sys.exit(f"train_moe.py: {error}; it needs torch and transformers: pip install 'allocmoe-edge[hf]'")
 from tqdm import tqdm
@@ -208,7 +207,9 @@ class Run:
             return
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         if state["identity"] != self.identity:
-            raise ValueError(f"{path}: of another run (architecture, size, seed, tokens or texts differ): use another -o")
+            raise ValueError(
+                f"{path}: of another run (architecture, size, seed, tokens or texts differ): use another -o"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
@@ -283,14 +284,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="for the model")
     p.add_argument("--arch", choices=ARCHITECTURES, default="qwen3moe", help="Default: qwen3moe")
     p.add_argument("--size", choices=SIZES, default="5m", help="Default: 5m")
-    p.add_argument("--tokens", type=count, default=20_000_000, help="in as many passes over the text as it takes. Default: 20M")
+    p.add_argument(
+        "--tokens", type=count, default=20_000_000, help="in as many passes over the text as it takes. Default: 20M"
+    )
     p.add_argument("--vocab", type=count, default=4096, help="tokens of the new tokenizer. Default: 4096")
     p.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="use this Hugging Face tokenizer instead")
     p.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the text. Default: 0")
     p.add_argument("--save-minutes", type=float, default=5, metavar="M", help="between checkpoints. Default: 5")
     p.add_argument("--export", action="store_true", help="write FOLDER from the last checkpoint and end")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps. Default: auto, the best there is")
-    p.add_argument("--dtype", choices=("auto", "bf16", "f32"), default="auto", help="of products. Default: what is fast")
+    p.add_argument(
+        "--dtype", choices=("auto", "bf16", "f32"), default="auto", help="of products. Default: what is fast"
+    )
     p.add_argument("--compile", action="store_true", help="by torch.compile; see above")
     p.add_argument("--threads", type=count, help="of a CPU. Default: all cores")
     return p

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+import sys
 from typing import Iterator, Sequence
 
 import numpy as np
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+import transformers
 
 END = "<|endoftext|>"
 HELD_OUT = 0.01  # of each text, its end
@@ -34,7 +34,9 @@ def new_tokenizer(paths: Sequence[Path], vocab: int) -> transformers.PreTrainedT
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab <= len(alphabet):
-        raise ValueError(f"--vocab {vocab}: want more than {len(alphabet)}, one token for every byte and one for the end")
+        raise ValueError(
+            f"--vocab {vocab}: want more than {len(alphabet)}, one token for every byte and one for the end"
+        )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )

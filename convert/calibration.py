@@ -6,13 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from tqdm import tqdm
-
 from allocmoe_edge import Llama
 from allocmoe_edge._native import llama_cpp
-from allocmoe_edge.metadata import Calibration
-from allocmoe_edge.perplexity import bos_token, read_tokens, windows
+from allocmoe_edge.measure.perplexity import bos_token, read_tokens, windows
+from allocmoe_edge.plan.metadata import Calibration
+import numpy as np
+from tqdm import tqdm
 
 from . import ConvertError
 from .checkpoint import Checkpoint

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Callable, Dict, Optional, Union
 
-import numpy as np
-
 from allocmoe_edge.gguf_file import GGUFFile, model_paths
+import numpy as np
 
 from . import ConvertError
 
@@ -93,11 +92,14 @@ class Checkpoint:
         stored = self.get(name)
         if stored is not None:
             return {
-                what: np.frombuffer(base64.b64decode(data), dtype).reshape(shape) for what, (dtype, shape, data) in stored.items()
+                what: np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
+                for what, (dtype, shape, data) in stored.items()
             }
         found = compute()
         if found is not None:
-            packed = {what: (str(a.dtype), a.shape, base64.b64encode(a.tobytes()).decode()) for what, a in found.items()}
+            packed = {
+                what: (str(a.dtype), a.shape, base64.b64encode(a.tobytes()).decode()) for what, a in found.items()
+            }
             self.put(name, packed)
         return found
 
@@ -105,7 +107,7 @@ class Checkpoint:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
-    def __enter__(self) -> "Checkpoint":
+    def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_) -> None:

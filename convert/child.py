@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 import signal
 import subprocess
 import tempfile
 import threading
-from pathlib import Path
 from typing import Optional
 
 from tqdm import tqdm

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
+import sys
 from typing import Dict, NamedTuple, Optional
 
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge.measure.perplexity import Reference
+from allocmoe_edge.plan.metadata import HeldOut, Profile
 import numpy as np
 from tqdm import tqdm
 
-from allocmoe_edge import Llama, Plan
-from allocmoe_edge.metadata import HeldOut, Profile
-from allocmoe_edge.perplexity import Reference
-
 from . import thresholds
 from .calibration import CalibrationText
-
 
 # how the candidate with this rule is called
 ESTIMATE = "token rule estimate"
@@ -37,7 +35,7 @@ class Choice(NamedTuple):
 
 def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.ndarray) -> Dict[str, Score]:
     """Every plan's Score, and the full model's under the name "full"; windows int32, shape [n_windows, n_ctx]."""
-    nll, kl, spent = ({name: 0.0 for name in ("full", *plans)} for _ in range(3))
+    nll, kl, spent = (dict.fromkeys(("full", *plans), 0.0) for _ in range(3))
     total = len(token_windows) * (1 + len(plans))
     n = len(token_windows)
     with tqdm(total=total, desc="held-out check", unit="pass", disable=None, leave=False) as bar:
@@ -100,7 +98,12 @@ def choose(
     best = ESTIMATE if token_rule == "estimate" else best_of(list(candidates))
     uniform = next(found[name] for name in candidates if name.startswith("uniform"))
     held_out = HeldOut(
-        int(text.held_out.size), found["full"].perplexity, uniform.perplexity, found[best].perplexity, uniform.kl, found[best].kl
+        int(text.held_out.size),
+        found["full"].perplexity,
+        uniform.perplexity,
+        found[best].perplexity,
+        uniform.kl,
+        found[best].kl,
     )
     # what else the profile says is for other rules
     chosen = replace(candidates[best_of(others)][0], held_out=held_out)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 import multiprocessing
+from pathlib import Path
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Optional, Sequence
 
-from allocmoe_edge import GGUFError, Llama, PlanError, __version__, memory, metadata, parse_budget
+from allocmoe_edge import GGUFError, Llama, PlanError, __version__, parse_budget
 from allocmoe_edge.arguments import add_n_cpu_moe, positive
-from allocmoe_edge.plan import TOKEN_RULES
+from allocmoe_edge.measure import memory
+from allocmoe_edge.plan import TOKEN_RULES, metadata
 
 from . import ConvertError, calibration, choose, costs, estimate, output, sensitivity, source
 from .checkpoint import Checkpoint
@@ -54,9 +55,15 @@ def parser() -> argparse.ArgumentParser:
         "of a repository there (org/name)",
     )
     p.add_argument(
-        "-o", "--output", type=Path, required=True, help="the file to write; of a split model, its files, named after this"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="the file to write; of a split model, its files, named after this",
     )
-    p.add_argument("--plan-only", action="store_true", help="write the plan alone, without the model, for Llama(plan_path=...)")
+    p.add_argument(
+        "--plan-only", action="store_true", help="write the plan alone, without the model, for Llama(plan_path=...)"
+    )
     p.add_argument("--force", action="store_true", help="replace the output if it exists")
 
     spend = p.add_argument_group("how much to spend (one of these)").add_mutually_exclusive_group()
@@ -72,7 +79,10 @@ def parser() -> argparse.ArgumentParser:
         help="as little as keeps perplexity on held-out text within this share of the full model's (3%%, 0.03)",
     )
     spend.add_argument(
-        "--target-tps", type=_positive_float, metavar="N", help="as much as still decodes N tokens/s on this machine, measured"
+        "--target-tps",
+        type=_positive_float,
+        metavar="N",
+        help="as much as still decodes N tokens/s on this machine, measured",
     )
 
     where = p.add_argument_group("where to spend it")
@@ -105,8 +115,12 @@ def parser() -> argparse.ArgumentParser:
         "where they are low; batch: the same by ranking each micro-batch, which does nothing for single tokens; off: the "
         "same number for all. Default: estimate, threshold or off, whichever does best on held-out text",
     )
-    where.add_argument("--k-base", type=positive, default=1, metavar="N", help="experts that every token keeps. Default: 1")
-    where.add_argument("--reprofile", action="store_true", help="measure again although the input carries sensitivities")
+    where.add_argument(
+        "--k-base", type=positive, default=1, metavar="N", help="experts that every token keeps. Default: 1"
+    )
+    where.add_argument(
+        "--reprofile", action="store_true", help="measure again although the input carries sensitivities"
+    )
 
     text = p.add_argument_group("calibration text")
     text.add_argument(
@@ -137,8 +151,12 @@ def parser() -> argparse.ArgumentParser:
 
     source.add_arguments(p)
     machine = p.add_argument_group("machine")
-    machine.add_argument("--threads", type=positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores")
-    machine.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all. Default: 0")
+    machine.add_argument(
+        "--threads", type=positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores"
+    )
+    machine.add_argument(
+        "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all. Default: 0"
+    )
     add_n_cpu_moe(machine)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
@@ -169,7 +187,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("\nallocmoe-convert: interrupted, no output was written", file=sys.stderr)
         if _checkpoint_path(args).exists():
             print(
-                f"  what was measured is in {_checkpoint_path(args)}; the same command goes on from there", file=sys.stderr
+                f"  what was measured is in {_checkpoint_path(args)}; the same command goes on from there",
+                file=sys.stderr,
             )
         return 130
     return 0
@@ -203,11 +222,18 @@ def _planned(args: argparse.Namespace, path: Path, model: metadata.ModelPlan) ->
     if stored is not None:
         _say(f"using the sensitivities in {args.model} (measured on {stored.calibration.source})")
         known = args.token_rule != "estimate" or stored.estimator is not None
-        if known and args.max_ppl_increase is None and args.target_tps is None and args.cost in (None, stored.cost_unit):
+        if (
+            known
+            and args.max_ppl_increase is None
+            and args.target_tps is None
+            and args.cost in (None, stored.cost_unit)
+        ):
             profile = replace(stored, held_out=None)
             return profile, profile.plan(total, full, args.token_rule)
     if model.side_file:
-        raise ConvertError(f"{args.model}: has sensitivities and no model, and this needs the model; give the model's file")
+        raise ConvertError(
+            f"{args.model}: has sensitivities and no model, and this needs the model; give the model's file"
+        )
     return measure(args, path, full, total, stored)
 
 
@@ -230,7 +256,9 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
         if args.cost == "ms" or args.target_tps is not None:
             cost = costs.measure(llm, full, decoded)
             profile = replace(profile, cost=cost.activation_ms, cost_unit="ms")
-            _say(f"decoding takes {cost.decode_ms(full):.1f} ms a token at full budget, {cost.fixed_ms:.1f} ms of it not experts")
+            _say(
+                f"decoding takes {cost.decode_ms(full):.1f} ms a token at full budget, {cost.fixed_ms:.1f} ms of it not experts"
+            )
         elif args.cost == "activations":
             profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
         if args.target_tps is not None:
@@ -258,13 +286,17 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
     return choice.profile, choice.plan
 
 
-def _profile(args, llm: Llama, full: tuple, text: calibration.CalibrationText, checkpoint: Checkpoint) -> metadata.Profile:
+def _profile(
+    args, llm: Llama, full: tuple, text: calibration.CalibrationText, checkpoint: Checkpoint
+) -> metadata.Profile:
     passes = sensitivity.n_passes(full, args.profile)
     windows = f"{len(text.profile)} windows of {args.ctx_size} tokens"
     _say(f"profiling ({args.profile}, {args.metric}) on {text.source.source}: {passes} passes over {windows}")
     start = time.monotonic()
     rows, reused = sensitivity.measure(llm, full, text.profile, args.profile, args.metric, checkpoint)
-    _say(f"profiled in {time.monotonic() - start:.0f} s" + (f", {reused} cells of it measured before" if reused else ""))
+    _say(
+        f"profiled in {time.monotonic() - start:.0f} s" + (f", {reused} cells of it measured before" if reused else "")
+    )
     return metadata.Profile(
         rows, (1.0,) * len(full), text.source, metric=args.metric, mode=args.profile, k_base=args.k_base
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-import numpy as np
-from tqdm import tqdm
-
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
+import numpy as np
+from tqdm import tqdm
 
 from . import ConvertError
 

@@ -1,4 +1,4 @@
-"""Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/estimator.py`), in three runs of the full model
+"""Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/plan/estimator.py`), in three runs of the full model
 over a text, and short ones of the reduced model. What each of the first three has found is kept in the checkpoint.
 
 1. On a part of a long text, inputs and the sizes of the experts' outputs: the directions of the input on which sizes depend
@@ -14,14 +14,13 @@ from __future__ import annotations
 import hashlib
 from typing import Callable, Iterator, NamedTuple, Optional
 
-import numpy as np
-from tqdm import tqdm
-
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.estimator import ARRAYS, N_QUANTILES, Estimator
-from allocmoe_edge.metadata import Profile
-from allocmoe_edge.perplexity import evaluate
+from allocmoe_edge.measure.perplexity import evaluate
+from allocmoe_edge.plan.estimator import ARRAYS, N_QUANTILES, Estimator
+from allocmoe_edge.plan.metadata import Profile
+import numpy as np
+from tqdm import tqdm
 
 from .calibration import spread
 from .checkpoint import Checkpoint, window_name
@@ -98,14 +97,17 @@ def calibrate(
     text = f"{window_name(token_windows)} {token_windows.shape}"
 
     found = stage(
-        f"estimates, {n_size} directions on {window_name(first)} {first.shape}", lambda: _directions(llm, full, first, n_size)
+        f"estimates, {n_size} directions on {window_name(first)} {first.shape}",
+        lambda: _directions(llm, full, first, n_size),
     )
     if found is None:
         return None
     sensitivity = _log_sensitivities(profile, found["errors"], full)
     found = stage(
         f"estimates, {n_size} and {n_relu} sizes, k_base {profile.k_base}, sensitivities {_name(sensitivity)}, on {text}",
-        lambda: _sizes(llm, full, token_windows, apart, found["down"], found["inputs"], n_relu, sensitivity, profile.k_base),
+        lambda: _sizes(
+            llm, full, token_windows, apart, found["down"], found["inputs"], n_relu, sensitivity, profile.k_base
+        ),
     )
     plan = Estimator(**found).plan(total, full, profile.k_base)
     found = stage(
@@ -169,7 +171,15 @@ def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int)
 
 
 def _sizes(
-    llm: Llama, full: tuple, token_windows, apart, down: np.ndarray, inputs: np.ndarray, n_relu: int, sensitivity: np.ndarray, k_base: int
+    llm: Llama,
+    full: tuple,
+    token_windows,
+    apart,
+    down: np.ndarray,
+    inputs: np.ndarray,
+    n_relu: int,
+    sensitivity: np.ndarray,
+    k_base: int,
 ) -> dict:
     """Of an Estimator of sizes alone."""
     kept = {il: [] for il, k in enumerate(full) if k}
@@ -186,7 +196,10 @@ def _sizes(
         basis = inputs[il].astype(np.float32)
         positive[il] = as_it_runs(found @ basis)
         found = positive[il] @ basis.T / (basis**2).sum(axis=1)  # the rounded ones; the basis is orthogonal
-        kept[il] = [(np.concatenate([w[0], np.maximum(x_.astype(np.float32) @ found.T, 0.0)], axis=1), *w[1:]) for x_, w in zip(x, windows)]
+        kept[il] = [
+            (np.concatenate([w[0], np.maximum(x_.astype(np.float32) @ found.T, 0.0)], axis=1), *w[1:])
+            for x_, w in zip(x, windows)
+        ]
     down = np.concatenate([down, positive], axis=1)
     return _arrays(_with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
 
@@ -226,7 +239,16 @@ def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
     return keep
 
 
-def _with_sizes(down: np.ndarray, n_relu: int, kept: dict, sensitivity: np.ndarray, apart: np.ndarray, k_base: int, full: tuple, n_expert: int):
+def _with_sizes(
+    down: np.ndarray,
+    n_relu: int,
+    kept: dict,
+    sensitivity: np.ndarray,
+    apart: np.ndarray,
+    k_base: int,
+    full: tuple,
+    n_expert: int,
+):
     """An Estimator of sizes alone; kept: for each layer the arrays of every window."""
     log_norm = np.zeros((len(full), n_expert, down.shape[1] + 1))
     for il, windows in kept.items():
@@ -241,7 +263,9 @@ def _with_sizes(down: np.ndarray, n_relu: int, kept: dict, sensitivity: np.ndarr
     for il, windows in kept.items():
         if full[il] <= k_base:
             continue
-        u, experts, _, weights = (np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if a or not apart.any())))
+        u, experts, _, weights = (
+            np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if a or not apart.any()))
+        )
         v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
         rest = np.sort(v, axis=1)[:, : full[il] - k_base]
         quantiles[il] = np.quantile(rest, np.linspace(0, 1, N_QUANTILES))

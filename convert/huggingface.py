@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 import json
+from pathlib import Path
 import re
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Iterator, Optional
 
 from allocmoe_edge._native import BUILD_DIR

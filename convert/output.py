@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
+import shutil
 from typing import Optional
 
 from allocmoe_edge import GGUFError, Plan
-from allocmoe_edge import metadata
 from allocmoe_edge.gguf_file import GGUFFile, model_paths, split_paths
+from allocmoe_edge.plan import metadata
 
 from . import ConvertError
 

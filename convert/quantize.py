@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import json
+from pathlib import Path
 import re
 import sys
-from pathlib import Path
 from typing import Optional
-
-import numpy as np
 
 from allocmoe_edge import GGUFError
 from allocmoe_edge._native import llama_cpp
 from allocmoe_edge.gguf_file import GGUFFile
+import numpy as np
 
 from . import ConvertError, child
 
@@ -89,7 +88,9 @@ def quantize(
         elif error.out_of_disk:
             reason = "out of disk, or of what you may write on it"
         elif "requantizing" in reason:
-            reason += ": the model is quantised already, and doing so twice loses more; --allow-requantize does it anyway"
+            reason += (
+                ": the model is quantised already, and doing so twice loses more; --allow-requantize does it anyway"
+            )
         elif "imatrix" in reason or "importance matrix" in reason:
             reason += " (--imatrix FILE, made by llama-imatrix from this model)"
         raise ConvertError(f"quantising {source.name} to {name}: {reason}") from None

@@ -117,7 +117,9 @@ def fit_sizes(u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: i
     return found
 
 
-def positive_directions(x: np.ndarray, u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: int, n: int) -> np.ndarray:
+def positive_directions(
+    x: np.ndarray, u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: int, n: int
+) -> np.ndarray:
     """Directions whose positive parts tell about the experts' sizes what is not linear: the first layer of a small network.
 
     Trained by AdamW (Loshchilov and Hutter, ICLR 2019) to predict the sizes from relu(directions x) and u; the same input gives
@@ -137,7 +139,12 @@ def positive_directions(x: np.ndarray, u: np.ndarray, experts: np.ndarray, sizes
     np.put_along_axis(wanted, experts, sizes, axis=1)
     wanted -= used * linear[:, -1]
     directions = rng.standard_normal((x.shape[1], n), np.float32) / np.float32(np.sqrt(x.shape[1]))
-    parameters = [directions, np.zeros((n, n_expert), np.float32), linear[:, :-1].T.copy(), np.zeros(n_expert, np.float32)]
+    parameters = [
+        directions,
+        np.zeros((n, n_expert), np.float32),
+        linear[:, :-1].T.copy(),
+        np.zeros(n_expert, np.float32),
+    ]
     moments = [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
     n_batches = -(-len(x) // _BATCH)
     for step in range(_EPOCHS * n_batches):

@@ -17,12 +17,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Dict, Tuple
 
-import numpy as np
-from tqdm import tqdm
-
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.perplexity import Reference
+from allocmoe_edge.measure.perplexity import Reference
+import numpy as np
+from tqdm import tqdm
 
 from .checkpoint import Checkpoint, window_name
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 import signal
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Iterator, NamedTuple
 
 from allocmoe_edge.gguf_file import GGUFFile, model_paths
@@ -84,7 +84,9 @@ def as_gguf(args: argparse.Namespace) -> Iterator[Source]:
 def _from_gguf(args: argparse.Namespace, stack: ExitStack) -> Source:
     for option, value in (("--outtype", args.outtype), ("--pre-tokenizer", args.pre_tokenizer)):
         if value is not None:
-            raise ConvertError(f"{option} is for Hugging Face models; {args.model} is a GGUF file (--quantize converts it)")
+            raise ConvertError(
+                f"{option} is for Hugging Face models; {args.model} is a GGUF file (--quantize converts it)"
+            )
     sources = model_paths(args.model)
     if args.quantize is None:
         output.check_target(sources[:1] if args.plan_only else sources, args.output, args.force)
@@ -125,7 +127,9 @@ def _from_huggingface(args: argparse.Namespace, stack: ExitStack) -> Source:
     if args.quantize:
         quantized = quantize.n_bytes(n_weights, args.quantize)
         needed += quantized
-        purpose = f"{args.output.name} ({quantized / 1e9:.1f} GB in {args.quantize}) and, meanwhile, the same in {outtype}"
+        purpose = (
+            f"{args.output.name} ({quantized / 1e9:.1f} GB in {args.quantize}) and, meanwhile, the same in {outtype}"
+        )
     output.check_space(args.output.parent, needed + output.METADATA_SLACK, purpose)
 
     converted = _temporary(args, stack, "converted")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Optional
 
-import numpy as np
-
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.perplexity import evaluate
+from allocmoe_edge.measure.perplexity import evaluate
+import numpy as np
 
 
 def table_row(scores: np.ndarray, k_base: int) -> np.ndarray:

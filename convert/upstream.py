@@ -6,8 +6,8 @@ PRE_TOKENIZER: the name to write for a tokenizer that upstream does not recognis
 that is printed is the error, if there is one. Imports nothing of this package, so that it needs no native library.
 """
 
-import sys
 from pathlib import Path
+import sys
 
 
 def main() -> None:
@@ -21,8 +21,8 @@ def main() -> None:
 
 def convert(pre_tokenizer: str, options: list) -> None:
     """Upstream's main(), in this process; upstream's folder is on sys.path. `options` begins with the model's folder."""
-    import convert_hf_to_gguf
     from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, TextModel, get_model_architecture, get_model_class
+    import convert_hf_to_gguf
 
     architecture = get_model_architecture(ModelBase.load_hparams(Path(options[0]), False), ModelType.TEXT)
     if architecture not in TEXT_MODEL_MAP:
@@ -42,8 +42,8 @@ def convert(pre_tokenizer: str, options: list) -> None:
 
 def moe_architectures() -> list:
     """Names of the architectures whose GGUF form can have experts."""
-    import gguf
     from conversion import ModelBase, ModelType, load_all_models
+    import gguf
 
     load_all_models()
     experts = gguf.MODEL_TENSOR.FFN_DOWN_EXP

@@ -8,15 +8,15 @@ cublas_v2.h may come from the toolkit, from a folder in CPATH, or from the packa
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 import os
+from pathlib import Path
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parent
 CUDA = "ggml/src/ggml-cuda"

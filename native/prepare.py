@@ -16,12 +16,12 @@ written only if it differs, so that an edited patch rebuilds just what it change
 import hashlib
 import json
 import os
+from pathlib import Path
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from pathlib import Path
 
 try:
     import patch_ng
@@ -52,9 +52,7 @@ def sha256(path: Path) -> str:
 def verify(path: Path, origin: str) -> Path:
     found = sha256(path)
     if found != PIN["sha256"]:
-        sys.exit(
-            f"{origin}: sha256 is {found}, but native/upstream.json pins {PIN_NAME} to {PIN['sha256']}"
-        )
+        sys.exit(f"{origin}: sha256 is {found}, but native/upstream.json pins {PIN_NAME} to {PIN['sha256']}")
     return path
 
 

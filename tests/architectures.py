@@ -17,15 +17,15 @@ Either leaves an error in ROOT/NAME.error. The second prints the name that it is
 from __future__ import annotations
 
 import ast
+from functools import partial
 import importlib.util
 import json
 import os
+from pathlib import Path
 import subprocess
 import sys
 import tempfile
 import traceback
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,9 +120,11 @@ PARTICULAR: dict[str, dict] = {
     "ernie4_5_moe": dict(intermediate_size=128),
     "glm4v_moe": dict(
         # of the 8 of 16 values of a head that this model turns
-        text_config=dict(rope_parameters=dict(
-            rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 2]
-        )),
+        text_config=dict(
+            rope_parameters=dict(
+                rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[1, 1, 2]
+            )
+        ),
         vision_config=dict(num_heads=4, depth=2, out_hidden_size=64),
     ),  # fmt: skip
     "glm5_next": dict(
@@ -134,7 +136,9 @@ PARTICULAR: dict[str, dict] = {
     ),
     "granitemoehybrid": dict(layer_types=["linear_attention", "full_attention"] * 2),
     "kimi_linear": dict(
-        layer_types=["linear_attention", "full_attention"] * 2, linear_head_dim=16, linear_num_heads=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_head_dim=16,
+        linear_num_heads=4,
         q_lora_rank=None,
         # transformers writes a dense layer under the name of the sparse ones, which the released files do not
         mlp_layer_types=["sparse"] * 4,
@@ -152,8 +156,13 @@ PARTICULAR: dict[str, dict] = {
     "minimax_m2": dict(rotary_dim=8),
     "minimax_m3_vl": dict(
         text_config=dict(
-            dense_intermediate_size=96, shared_intermediate_size=96, index_head_dim=16, index_n_heads=2, rotary_dim=8,
-            layer_types=["full_attention", *["minimax_m3_sparse"] * 3], mlp_layer_types=["dense", *["sparse"] * 3],
+            dense_intermediate_size=96,
+            shared_intermediate_size=96,
+            index_head_dim=16,
+            index_n_heads=2,
+            rotary_dim=8,
+            layer_types=["full_attention", *["minimax_m3_sparse"] * 3],
+            mlp_layer_types=["dense", *["sparse"] * 3],
             rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
         )
     ),  # fmt: skip
@@ -183,7 +192,9 @@ PARTICULAR: dict[str, dict] = {
     ),
     "step3p7": dict(
         text_config=dict(
-            pad_token_id=0, share_expert_dim=32, layer_types=["full_attention", *["sliding_attention"] * 3],
+            pad_token_id=0,
+            share_expert_dim=32,
+            layer_types=["full_attention", *["sliding_attention"] * 3],
             mlp_layer_types=["dense", *["sparse"] * 3],
             rope_parameters=dict(
                 full_attention=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
@@ -221,37 +232,60 @@ AS_RELEASED: dict[str, dict] = {
     "dots3_note_text": DOTS3_AS_RELEASED,
     # llama.cpp knows the released one to be sigmoid by the sizes of its vocabulary and depth
     "glm4_moe_lite": dict(first_k_dense_replace=1, scoring_func="sigmoid"),
-    "glm5_next": dict(text_config=dict(
-        linear_attn_config=dict(num_heads=4, head_dim=16, short_conv_kernel_size=4, gate_lower_bound=-5.0),
-        mla_use_nope=True, first_k_dense_replace=1,
-    )),  # fmt: skip
+    "glm5_next": dict(
+        text_config=dict(
+            linear_attn_config=dict(num_heads=4, head_dim=16, short_conv_kernel_size=4, gate_lower_bound=-5.0),
+            mla_use_nope=True,
+            first_k_dense_replace=1,
+        )
+    ),  # fmt: skip
     "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
     "kimi_linear": dict(
         linear_attn_config=dict(
             full_attn_layers=[2, 4], kda_layers=[1, 3], head_dim=16, num_heads=4, short_conv_kernel_size=4
         ),
-        num_experts=N_EXPERT, num_experts_per_token=N_EXPERT_USED, num_shared_experts=1, first_k_dense_replace=0,
-        moe_router_activation_func="sigmoid", moe_renormalize=True,
+        num_experts=N_EXPERT,
+        num_experts_per_token=N_EXPERT_USED,
+        num_shared_experts=1,
+        first_k_dense_replace=0,
+        moe_router_activation_func="sigmoid",
+        moe_renormalize=True,
     ),  # fmt: skip
     "mimo_v2_flash": dict(
-        swa_head_dim=16, swa_num_attention_heads=4, swa_v_head_dim=16, swa_num_key_value_heads=4,
-        topk_method="noaux_tc", scoring_func="sigmoid", hybrid_layer_pattern=[0, 1, 1, 1], partial_rotary_factor=0.5,
+        swa_head_dim=16,
+        swa_num_attention_heads=4,
+        swa_v_head_dim=16,
+        swa_num_key_value_heads=4,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        hybrid_layer_pattern=[0, 1, 1, 1],
+        partial_rotary_factor=0.5,
     ),  # fmt: skip
     "exaone_moe": dict(scoring_func="sigmoid"),
     "minimax_m2": dict(rotary_dim=8, scoring_func="sigmoid"),
     "minimax_m3_vl": dict(
         text_config=dict(
-            n_shared_experts=1, scoring_func="sigmoid", moe_layer_freq=[0, 1, 1, 1],
+            n_shared_experts=1,
+            scoring_func="sigmoid",
+            moe_layer_freq=[0, 1, 1, 1],
             sparse_attention_config=dict(
-                sparse_num_index_heads=2, sparse_index_dim=16, sparse_topk_blocks=16, sparse_block_size=128,
-                sparse_local_block=1, sparse_attention_freq=[0, 1, 1, 1],
+                sparse_num_index_heads=2,
+                sparse_index_dim=16,
+                sparse_topk_blocks=16,
+                sparse_block_size=128,
+                sparse_local_block=1,
+                sparse_attention_freq=[0, 1, 1, 1],
             ),
         )
     ),
     "step3p7": dict(
         text_config=dict(
-            num_attention_groups=2, moe_num_experts=N_EXPERT, moe_top_k=N_EXPERT_USED, norm_expert_weight=True,
-            partial_rotary_factors=[0.5, 1.0, 1.0, 1.0], moe_layers_enum="1,2,3",
+            num_attention_groups=2,
+            moe_num_experts=N_EXPERT,
+            moe_top_k=N_EXPERT_USED,
+            norm_expert_weight=True,
+            partial_rotary_factors=[0.5, 1.0, 1.0, 1.0],
+            moe_layers_enum="1,2,3",
         )
     ),
 }
@@ -259,7 +293,16 @@ AS_RELEASED: dict[str, dict] = {
 TRANSPOSED = {"qwen3_vl_moe"}
 SENTENCEPIECE = {"ernie4_5_moe", "jamba"}
 ADD_BOS = {"deepseek_v32"}
-SPECIAL_TOKENS = ["<unk>", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+SPECIAL_TOKENS = [
+    "<unk>",
+    "<|endoftext|>",
+    "[gMASK]",
+    "<sop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+]
 SPECIAL_TOKENS += ["<|endofassistant|>", "<|startoftext|>"]
 
 
@@ -506,8 +549,9 @@ def _run(root: str, *names: str) -> None:
 
 
 def _run_one(path: Path) -> str:
-    from allocmoe_edge import Llama, Plan, metadata
+    from allocmoe_edge import Llama, Plan
     from allocmoe_edge.convert import output
+    from allocmoe_edge.plan import metadata
 
     # half of the experts in every layer that has some: no layer stays at full count by chance
     full = metadata.read(f"{path}.gguf").full

@@ -1,7 +1,7 @@
-import os
-import sys
 from dataclasses import replace
+import os
 from pathlib import Path
+import sys
 
 # before anything imports llama_cpp: this decides which libllama the process runs
 import allocmoe_edge  # noqa: F401
@@ -41,10 +41,9 @@ def cpu_backend():
 
 def plan_from_made_up_profile(source: Path, target: Path) -> Path:
     """Writes `source` with a made-up but valid profile, in which deeper layers suffer more, and its plan for half budget."""
-    import numpy as np
-
-    from allocmoe_edge import metadata
     from allocmoe_edge.convert import output
+    from allocmoe_edge.plan import metadata
+    import numpy as np
 
     full = metadata.read(source).full
     rows = tuple(np.linspace(2.0, 1.0, k) * (il + 1) if k else np.empty(0) for il, k in enumerate(full))

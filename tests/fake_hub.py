@@ -1,11 +1,11 @@
 """A model hub on this machine, of one repository from a folder, for huggingface_hub's own client to talk to."""
 
-import hashlib
-import json
-import threading
 from contextlib import contextmanager
+import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import json
 from pathlib import Path
+import threading
 
 COMMIT = "1" * 40
 

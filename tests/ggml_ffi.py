@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 
-import cffi
-import llama_cpp.llama_cpp as raw
-
 from allocmoe_edge import Llama
 from allocmoe_edge._native import BUILD_DIR, LIB_DIR, _library_path
+import cffi
+import llama_cpp.llama_cpp as raw
 
 
 def _tensor_struct() -> str:

@@ -102,7 +102,7 @@ def reduced(x: np.ndarray, down: np.ndarray) -> np.ndarray:
 
 def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank: int, seed: int, n_relu: int = 0):
     """Of a size like the outputs of a tiny model's experts, and different in every entry."""
-    from allocmoe_edge.estimator import N_QUANTILES, Estimator
+    from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
 
     rng = np.random.default_rng(seed)
     draw = lambda *shape, scale: (rng.standard_normal(shape) * scale).astype(np.float32)  # noqa: E731

@@ -8,8 +8,8 @@ with itself, at expert counts that the file or the model's own rules give.
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
+import zlib
 
 import gguf
 import numpy as np
@@ -131,7 +131,12 @@ def write_deepseek4(path: Path, n_hash_layers: int, table_seed: int = 0) -> Path
     table = np.random.default_rng(table_seed)
     for il in range(N_LAYER):
         blk = f"blk.{il}"
-        for name, n in (("attn_norm", N_EMBD), ("ffn_norm", N_EMBD), ("attn_q_a_norm", q_rank), ("attn_kv_a_norm", head_dim)):
+        for name, n in (
+            ("attn_norm", N_EMBD),
+            ("ffn_norm", N_EMBD),
+            ("attn_q_a_norm", q_rank),
+            ("attn_kv_a_norm", head_dim),
+        ):
             w.ones(f"{blk}.{name}.weight", n)
         w.matrix(f"{blk}.attn_sinks.weight", N_HEAD)
         w.matrix(f"{blk}.attn_q_a.weight", q_rank, N_EMBD)

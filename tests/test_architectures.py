@@ -1,15 +1,15 @@
 """docs/architectures.md is true: every class goes as far as its table says, from a tiny random folder to generation."""
 
-import re
 from pathlib import Path
+import re
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="makes the models, and upstream's converter needs it")
 transformers = pytest.importorskip("transformers", minversion="5", reason="the model classes")
 
-import architectures  # noqa: E402  (imports follow the skips)
 from allocmoe_edge._native import BUILD_DIR  # noqa: E402
+import architectures  # noqa: E402  (imports follow the skips)
 
 PAGE = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `(\w+)` \| `\w+` \| ([\w.]+) \|", PAGE, re.MULTILINE))

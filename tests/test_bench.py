@@ -5,13 +5,13 @@ import json
 import os
 from pathlib import Path
 
-import gguf
-import numpy as np
-import pytest
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.bench import cli, machine, measure, report
-from allocmoe_edge.bench.weights import WeightTraffic
+from allocmoe_edge.measure.traffic import WeightTraffic
+import gguf
 from gguf_factory import write_gguf
+import numpy as np
+import pytest
 
 TINY = ["--prompt", "24", "--depth", "0,16", "--gen", "4", "--repeats", "2"]
 
@@ -52,7 +52,9 @@ def test_table_and_csv_say_what_json_says(run):
     assert len(lines) == len(found["results"])
     for row, line in zip(found["results"], lines):
         assert line["plan"] == row["plan"]
-        assert float(line["tokens_per_second"]) == row["tokens_per_second"] == row["n_tokens"] / np.median(row["seconds"])
+        assert (
+            float(line["tokens_per_second"]) == row["tokens_per_second"] == row["n_tokens"] / np.median(row["seconds"])
+        )
         assert [float(line["ratio_q1"]), float(line["ratio_q3"])] == row["ratio_quartiles"]
         assert f" {row['tokens_per_second']:.2f} |" in out
     assert f"{found['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s" in out
@@ -106,7 +108,20 @@ def test_the_file_s_own_plan_is_the_default(planned_path, capsys):
 def test_text_and_token_rule(testbed_path, tmp_path, capsys):
     text, output = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    args = ["--budgets", "0.5", "--token-rule", "batch", "--prompt", "32", "--gen", "0", "--repeats", "1", "--text", str(text)]
+    args = [
+        "--budgets",
+        "0.5",
+        "--token-rule",
+        "batch",
+        "--prompt",
+        "32",
+        "--gen",
+        "0",
+        "--repeats",
+        "1",
+        "--text",
+        str(text),
+    ]
     assert cli.main([str(testbed_path), *args, "--json", str(output)]) == 0
     rows = json.loads(output.read_text())["results"]
     assert [row["token_rule"] for row in rows] == ["off", "batch"]
@@ -118,7 +133,19 @@ def test_text_and_token_rule(testbed_path, tmp_path, capsys):
 @pytest.mark.parametrize("prefetch, found", [("on", True), ("off", False), ("auto", False)])
 def test_prefetch(planned_path, tmp_path, capsys, prefetch, found):
     output = tmp_path / "out.json"
-    args = ["--no-repack", "--prefetch", prefetch, "--prompt", "0", "--gen", "2", "--repeats", "1", "--json", str(output)]
+    args = [
+        "--no-repack",
+        "--prefetch",
+        prefetch,
+        "--prompt",
+        "0",
+        "--gen",
+        "2",
+        "--repeats",
+        "1",
+        "--json",
+        str(output),
+    ]
     assert cli.main([str(planned_path), *args]) == 0
     assert json.loads(output.read_text())["workload"]["prefetch"] is found
     assert ("experts prefetched" in capsys.readouterr().out) == found

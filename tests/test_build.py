@@ -5,17 +5,18 @@ import os
 import subprocess
 import sys
 
-import llama_cpp
-import pytest
-
 import allocmoe_edge
 from allocmoe_edge._native import BUILD_DIR, LIB_DIR
+import llama_cpp
+import pytest
 
 INCLUDE = BUILD_DIR / "include"
 
 
 def python(code: str, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd="/")
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd="/"
+    )
 
 
 def clean_env() -> dict:
@@ -72,7 +73,9 @@ def test_multimodal_library_loads():
 def test_libraries_find_each_other_by_relative_rpath():
     for library in LIB_DIR.glob("*.so"):
         dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-        rpath = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "RUNPATH" in line or "RPATH" in line]
+        rpath = [
+            line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "RUNPATH" in line or "RPATH" in line
+        ]
         assert rpath in ([], ["$ORIGIN"]), f"{library.name}: {rpath}"
         assert not library.is_symlink()
 

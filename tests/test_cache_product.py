@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from ggml_ffi import base, compute, ffi
 import numpy as np
 import pytest
-
-from ggml_ffi import base, compute, ffi
 
 F32, F16 = 0, 1  # ggml.h
 PADDING = 3  # elements after each line that are no part of the matrix

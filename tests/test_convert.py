@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge.convert import cli
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.measure.perplexity import negative_log_likelihood
+from allocmoe_edge.plan import metadata
+from gguf_factory import plan_keys, write_gguf
 import numpy as np
 import pytest
-
-from allocmoe_edge import Llama, Plan, metadata
-from allocmoe_edge.gguf_file import GGUFFile
-from allocmoe_edge.perplexity import negative_log_likelihood, perplexity
-from allocmoe_edge.convert import cli, sensitivity
-
-from gguf_factory import plan_keys, write_gguf
 
 COMMAND = [shutil.which("allocmoe-convert", path=os.path.dirname(sys.executable))]
 # small enough to profile 30 layers in seconds
@@ -137,7 +136,11 @@ def test_estimates_are_calibrated_with_stored_sensitivities(planned_path, tmp_pa
     """A file that was converted without them: the model runs, but takes no new profile."""
     done = run(planned_path, "--budget", "0.5", "--token-rule", "estimate", *QUICK, "-o", tmp_path / "half.gguf")
     assert done.returncode == 0, done.stderr
-    assert "using the sensitivities" in done.stderr and "calibrating estimates" in done.stderr and "profiling" not in done.stderr
+    assert (
+        "using the sensitivities" in done.stderr
+        and "calibrating estimates" in done.stderr
+        and "profiling" not in done.stderr
+    )
     assert metadata.read(tmp_path / "half.gguf").plan.token_rule == "estimate"
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import ctypes
 import struct
 
-import gguf
-import llama_cpp
-import numpy as np
-import pytest
-from llama_cpp._logger import llama_log_callback
-
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, libllama
 from allocmoe_edge._native import ffi as native_ffi
 from ggml_ffi import base, ffi, ggml
+import gguf
 from gguf_factory import random_estimator
+import llama_cpp
+from llama_cpp._logger import llama_log_callback
+import numpy as np
+import pytest
 from test_device_code import N_EXPERT, cases, native, scatter
 from test_mul_mat_id import MAX_ERROR, numbered
 
@@ -321,7 +320,13 @@ def plans(tiny):
         "threshold": Plan(half, full, token_rule="threshold", threshold=cut),
         "strict": Plan(half, full, token_rule="threshold", threshold=cut, strict=True),
         # about half of the experts weigh more than the mean weight
-        "estimate": Plan(half, full, token_rule="estimate", threshold=[-1.4] * 4, estimator=random_estimator(4, 8, 256, 10, 7, seed=5)),
+        "estimate": Plan(
+            half,
+            full,
+            token_rule="estimate",
+            threshold=[-1.4] * 4,
+            estimator=random_estimator(4, 8, 256, 10, 7, seed=5),
+        ),
     }
 
 

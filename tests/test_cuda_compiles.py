@@ -3,9 +3,8 @@
 import subprocess
 import sys
 
-import pytest
-
 from conftest import ROOT
+import pytest
 
 
 @pytest.mark.slow

@@ -10,11 +10,10 @@ from __future__ import annotations
 import struct
 import subprocess
 
-import numpy as np
-import pytest
-
 from allocmoe_edge._native import BUILD_DIR, ffi, libllama
 from conftest import ROOT
+import numpy as np
+import pytest
 from test_token_rule import RULES, score_sets
 
 N_EXPERT = 20
@@ -175,7 +174,14 @@ def test_strict_estimates_move_the_threshold(program, k):
         after.append(left)
     assert max(map(abs, after)) > 15  # the threshold has moved
     head = header(ESTIMATE, 32, n_used, N_EXPERT, n_tokens, n_down, rank, n_columns, 1, k)
-    rest = (threshold, ids, weights, np.zeros((n_tokens, n_down), np.float32), log_norm, np.zeros((N_EXPERT, rank), np.float32))
+    rest = (
+        threshold,
+        ids,
+        weights,
+        np.zeros((n_tokens, n_down), np.float32),
+        log_norm,
+        np.zeros((N_EXPERT, rank), np.float32),
+    )
     found = run(program, head + b"".join(array.tobytes() for array in rest))
     routed = np.frombuffer(found, np.int32, weights.size).reshape(weights.shape)
     assert np.array_equal(routed, np.where(keep, ids[:, :n_used], -1))

@@ -15,12 +15,20 @@ torch = pytest.importorskip("torch", reason="the reference logits are computed b
 pytest.importorskip("transformers", minversion="5", reason="the reference models")
 pytest.importorskip("tokenizers", reason="the tiny models need a tokenizer")
 
-from allocmoe_edge import Llama, Plan, PlanError, metadata  # noqa: E402
+from allocmoe_edge import Llama, Plan, PlanError  # noqa: E402
 from allocmoe_edge._native import context_pointer, ffi, libllama  # noqa: E402
-from allocmoe_edge.estimator import N_QUANTILES, Estimator  # noqa: E402
+from allocmoe_edge.plan import metadata  # noqa: E402
+from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator  # noqa: E402
 from gguf_factory import random_estimator, reduced, rounded  # noqa: E402
-from test_transformers_parity import MAX_ERROR, MIN_DIFFERENCE, TOKENS, Reference, distance, runtime_logits  # noqa: E402
-from test_transformers_parity import one_torch_thread  # noqa: E402, F401  (a fixture, for this module too)
+from test_transformers_parity import (  # noqa: E402
+    MAX_ERROR,
+    MIN_DIFFERENCE,
+    TOKENS,
+    Reference,
+    distance,
+    one_torch_thread,  # noqa: F401  (a fixture, for this module too)
+    runtime_logits,
+)
 from tiny_models import TINY_MODELS  # noqa: E402
 
 N_LAYER, N_USED, N_EMBD = 4, 4, 64
@@ -57,7 +65,9 @@ class ReferenceEstimate:
 
     def __init__(self, model: Reference, estimates: Estimator, k_base: int = 1) -> None:
         self.estimates, self.k_base = estimates, k_base
-        self.threshold, self.kept, self.sizes, self.inputs, self.missing, self.norms, self.ids = ([None] * N_LAYER for _ in range(7))
+        self.threshold, self.kept, self.sizes, self.inputs, self.missing, self.norms, self.ids = (
+            [None] * N_LAYER for _ in range(7)
+        )
         self.restore = []
         for il, layer in enumerate(model.model.model.layers):
             for module in layer.modules():
@@ -85,7 +95,9 @@ class ReferenceEstimate:
         assert others[n - 1] - others[n] > 0.02  # 10 times the rounding of a size
         self.threshold[il] = float(others[n - 1] + others[n]) / 2
         kept = best | (sizes >= self.threshold[il])
-        outputs = torch.stack([run(x, ids[:, r : r + 1], torch.ones_like(weights[:, :1])) for r in range(ids.shape[1])], 1)
+        outputs = torch.stack(
+            [run(x, ids[:, r : r + 1], torch.ones_like(weights[:, :1])) for r in range(ids.shape[1])], 1
+        )
         estimate = (tensor(e.output)[ids] + u[:, None, :RANK]) @ torch.from_numpy(rounded_up(e.up[il]))
         keep = kept[..., None]
         self.kept[il], self.sizes[il], self.inputs[il] = kept.numpy(), sizes.numpy(), x.numpy()
@@ -215,11 +227,15 @@ def olmoe(built):
 def handed(olmoe, n_layer=N_LAYER, n_expert=8, n_embd=N_EMBD, **changes) -> int:
     """What the native side says to an estimator with `changes` in its struct."""
     e = estimator(8)
-    arrays = {name: ffi.new("float[]", getattr(e, name).ravel().tolist()) for name in ("down", "log_norm", "output", "up")}
+    arrays = {
+        name: ffi.new("float[]", getattr(e, name).ravel().tolist()) for name in ("down", "log_norm", "output", "up")
+    }
     for name, value in [(name, value) for name, value in changes.items() if name in arrays]:
         arrays[name][3] = value
         del changes[name]
-    struct = ffi.new("struct allocmoe_estimator *", {"n_down": N_DOWN, "rank": RANK, "n_relu": N_RELU, **arrays, **changes})
+    struct = ffi.new(
+        "struct allocmoe_estimator *", {"n_down": N_DOWN, "rank": RANK, "n_relu": N_RELU, **arrays, **changes}
+    )
     return libllama.allocmoe_set_estimator(context_pointer(olmoe), struct, n_layer, n_expert, n_embd)
 
 
@@ -266,7 +282,9 @@ def test_thresholds_take_the_place_of_estimates(built, tmp_path):
     """Where only estimates cannot run and the file has thresholds too."""
     model = metadata.read(built["llama4"].gguf_path)
     rows = tuple(np.linspace(2.0, 1.0, k) if k else np.empty(0) for k in model.full)
-    table = tuple(np.array([np.inf, 0.6, 0.4, -np.inf][-k:], np.float32) if k else np.empty(0, np.float32) for k in model.full)
+    table = tuple(
+        np.array([np.inf, 0.6, 0.4, -np.inf][-k:], np.float32) if k else np.empty(0, np.float32) for k in model.full
+    )
     estimates = replace(estimator(16), quantiles=np.tile(np.linspace(-1, 1, N_QUANTILES), (N_LAYER, 1)))
     calibration = metadata.Calibration("made up for a test", 1, "0" * 64)
     profile = metadata.Profile(

@@ -2,14 +2,14 @@
 
 from dataclasses import fields, replace
 
-import numpy as np
-import pytest
-
-from allocmoe_edge import Llama, Plan, metadata
+from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import estimate, regression
 from allocmoe_edge.convert.checkpoint import Checkpoint
-from allocmoe_edge.perplexity import Reference, bos_token, windows
+from allocmoe_edge.measure.perplexity import Reference, bos_token, windows
+from allocmoe_edge.plan import metadata
 from gguf_factory import reduced
+import numpy as np
+import pytest
 
 N_EXPERT, N_EMBD = 8, 24
 
@@ -28,7 +28,11 @@ def tokens(rng, n, n_used):
 def test_sizes_that_depend_on_three_directions(n_used):
     """Fitted on some tokens, right on others: 95% of the variance; the rest is the ridges' shrinking."""
     rng = np.random.default_rng(0)
-    true_down, slopes, constants = rng.standard_normal((3, N_EMBD)), rng.standard_normal((N_EXPERT, 3)), rng.standard_normal(N_EXPERT)
+    true_down, slopes, constants = (
+        rng.standard_normal((3, N_EMBD)),
+        rng.standard_normal((N_EXPERT, 3)),
+        rng.standard_normal(N_EXPERT),
+    )
 
     def draw(n):
         x, experts = tokens(rng, n, n_used)
@@ -159,7 +163,11 @@ def test_nothing_missing_is_estimated_as_nothing():
 def test_keeps_the_base_and_what_reaches_the_threshold():
     sizes = np.array([[0.0, 3.0, -1.0, 1.0], [-9.0, -8.0, -7.0, -6.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
     assert estimate.keeps(sizes, 1.0, 1).tolist() == [[False, True, False, True], [False] * 3 + [True], [True] * 4]
-    assert estimate.keeps(sizes, 2.5, 2).tolist() == [[False, True, False, True], [False, False, True, True], [True, True, False, False]]
+    assert estimate.keeps(sizes, 2.5, 2).tolist() == [
+        [False, True, False, True],
+        [False, False, True, True],
+        [True, True, False, False],
+    ]
     assert estimate.keeps(sizes, -np.inf, 1).all() and estimate.keeps(sizes, np.inf, 3).sum() == 9
 
 
@@ -212,7 +220,7 @@ def recorded(llm, plan, window):
 
 def test_recorded_norms_and_weights_add_up(llm, text):
     """|w y| of the best expert alone is what remains, in the errors, between none and one; 1e-4: sums in float32."""
-    for il, found in recorded(llm, Plan(FULL, FULL, "batch"), text[0]).items():
+    for found in recorded(llm, Plan(FULL, FULL, "batch"), text[0]).values():
         assert found.inputs.shape == (128, 576) and found.norms.shape == found.experts.shape == (128, 12)
         assert found.errors.shape == (13,) and found.missing.shape[0] == 0
         last = ((found.weights[:, -1] * found.norms[:, -1]) ** 2).sum(dtype=float)
@@ -258,7 +266,7 @@ def test_recorded_missing_is_what_the_rule_skips(llm, text, calibrated):
 def test_sizes_are_predicted_on_other_text(llm, text, calibrated):
     """Against the mean of each expert: a good part of the variance of log norms, in every layer some."""
     shares = []
-    for il, found in recorded(llm, calibrated.plan(180, FULL), text[9]).items():
+    for found in recorded(llm, calibrated.plan(180, FULL), text[9]).values():
         sizes = np.log(found.norms)
         predicted = found.sizes - np.log(found.weights)
         predicted -= predicted.mean() - sizes.mean()

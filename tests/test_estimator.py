@@ -2,16 +2,15 @@
 
 from dataclasses import fields, replace
 
-import numpy as np
-import pytest
+from allocmoe_edge import Plan, PlanError
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator, _rounded, pack, unpack
+from gguf_factory import plan_keys, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from allocmoe_edge import Plan, PlanError, metadata
-from allocmoe_edge.estimator import N_QUANTILES, Estimator, _rounded, pack, unpack
-from allocmoe_edge.gguf_file import GGUFFile
-
-from gguf_factory import plan_keys, write_gguf
+import numpy as np
+import pytest
 
 FULL = (0, 4, 4)
 
@@ -185,7 +184,10 @@ def test_profile_plans_with_it():
     plan = profile(token_rule="estimate").plan(5, FULL)
     assert plan == replace(make().plan(5, FULL), strict=True)  # by default
     assert profile().plan(5, FULL).token_rule == "off"
-    assert profile(cost=(1.0, 1.0, 3.0)).plan(5, FULL, "estimate").threshold[1] < profile().plan(5, FULL, "estimate").threshold[1]
+    assert (
+        profile(cost=(1.0, 1.0, 3.0)).plan(5, FULL, "estimate").threshold[1]
+        < profile().plan(5, FULL, "estimate").threshold[1]
+    )
     with pytest.raises(PlanError, match="needs an estimator"):
         profile(estimator=None).plan(5, FULL, "estimate")
     assert profile().plan(5, FULL, "estimate", strict=True) == plan

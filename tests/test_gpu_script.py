@@ -5,11 +5,10 @@ import subprocess
 import sys
 import time
 
-import pytest
-
+from conftest import ROOT
 import gpu
 import gpu_carry
-from conftest import ROOT
+import pytest
 
 TINY = ["--n-gpu-layers", "0", "--prompt", "16", "--steps", "3", "--batches", "1,3", "--rounds", "1"]
 

@@ -8,16 +8,15 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.inspect import cli, measure, plot, report, text
+from allocmoe_edge.measure.perplexity import perplexity
+from allocmoe_edge.plan import metadata
 import gguf
+from gguf_factory import plan_keys, write_gguf
 import numpy as np
 import pytest
-
-from allocmoe_edge import Llama, Plan, metadata
-from allocmoe_edge.gguf_file import GGUFFile
-from allocmoe_edge.inspection import cli, measure, plot, report, text
-from allocmoe_edge.perplexity import perplexity
-
-from gguf_factory import plan_keys, write_gguf
 
 COMMAND = shutil.which("allocmoe-inspect", path=os.path.dirname(sys.executable))
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -404,7 +403,7 @@ def test_disk_full_while_plotting(planned_path, tmp_path):
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); import signal;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.dont_write_bytecode = True;"
-        "from allocmoe_edge.inspection.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from allocmoe_edge.inspect.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "p.png").write_text("old")
     command = [sys.executable, "-c", script, planned_path, "--plot", tmp_path / "p.png"]

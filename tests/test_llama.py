@@ -5,15 +5,14 @@ import pickle
 import sys
 import warnings
 
+from allocmoe_edge import GGUFError, Llama, Plan, PlanError
+from allocmoe_edge.convert import output
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.plan import metadata
+from gguf_factory import plan_keys, write_gguf
 import llama_cpp
 import numpy as np
 import pytest
-
-from allocmoe_edge import GGUFError, Llama, Plan, PlanError, metadata
-from allocmoe_edge.convert import output
-from allocmoe_edge.gguf_file import GGUFFile
-
-from gguf_factory import plan_keys, write_gguf
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
 
@@ -129,7 +128,9 @@ def test_rule_that_the_profile_cannot_give_is_refused(llm, planned_path):
 
 
 @pytest.mark.parametrize(
-    "counts", [[6] * 29, [6] * 31, [0] * 30, [13] * 30, [6.0] * 30, [-1] * 30], ids=["short", "long", "0", "13", "6.0", "-1"]
+    "counts",
+    [[6] * 29, [6] * 31, [0] * 30, [13] * 30, [6.0] * 30, [-1] * 30],
+    ids=["short", "long", "0", "13", "6.0", "-1"],
 )
 def test_plan_that_does_not_fit_is_refused(llm, counts):
     before = llm.plan
@@ -239,7 +240,11 @@ def test_load_logs_one_line(planned_path, capfd):
 def logger_runs(testbed_path, verbose) -> int:
     """How often llama_cpp's logger, which is Python code, ran while a model was loaded and evaluated."""
     logger, runs = llama_cpp._logger.__file__, []
-    sys.setprofile(lambda frame, event, _: event == "call" and frame.f_code.co_filename == logger and runs.append(frame.f_code.co_name))
+    sys.setprofile(
+        lambda frame, event, _: (
+            event == "call" and frame.f_code.co_filename == logger and runs.append(frame.f_code.co_name)
+        )
+    )
     try:
         Llama(str(testbed_path), n_ctx=64, verbose=verbose).eval([1, 2, 3])
     finally:
@@ -303,7 +308,9 @@ def test_grammar(llm):
 
 
 def test_embeddings_depend_on_the_plan(planned_path):
-    llm = Llama(str(planned_path), n_ctx=64, embedding=True, verbose=False, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN)
+    llm = Llama(
+        str(planned_path), n_ctx=64, embedding=True, verbose=False, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_MEAN
+    )
     half = np.array(llm.embed("hello world"))
     llm.set_budget(1.0)
     full = np.array(llm.embed("hello world"))

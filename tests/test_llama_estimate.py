@@ -1,15 +1,15 @@
 """`Llama` under token rule "estimate": from a file, from a side file, and as the budget changes. A random estimator will do."""
 
+from dataclasses import replace
 import pickle
 import warnings
-from dataclasses import replace
 
+from allocmoe_edge import Llama, Plan, PlanError
+from allocmoe_edge.convert import output
+from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan.estimator import Estimator
 import numpy as np
 import pytest
-
-from allocmoe_edge import Llama, Plan, PlanError, metadata
-from allocmoe_edge.convert import output
-from allocmoe_edge.estimator import Estimator
 
 TOKENS = list(range(3, 43))
 FULL = (4,) * 4
@@ -184,4 +184,6 @@ def test_state_remembers_it(llm):
 def test_load_logs_one_line(planned, capfd):
     Llama(str(planned), n_ctx=64, verbose=True)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("allocmoe: ")]
-    assert lines == ["allocmoe: budget 0.50: 8 of 16 expert activations per token, mean 2.0 of 4.0, token rule estimate"]
+    assert lines == [
+        "allocmoe: budget 0.50: 8 of 16 expert activations per token, mean 2.0 of 4.0, token rule estimate"
+    ]

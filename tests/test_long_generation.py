@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge.convert import thresholds
+from allocmoe_edge.measure.perplexity import bos_token, windows
 import llama_cpp
 import numpy as np
 import pytest
-
-from allocmoe_edge import Llama, Plan
-from allocmoe_edge.convert import thresholds
-from allocmoe_edge.perplexity import bos_token, windows
 
 N_CTX = 1024
 TEMPERATURE = 0.8

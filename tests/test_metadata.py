@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
+from allocmoe_edge import GGUFError, Plan, PlanError
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.plan import metadata
+from gguf_factory import plan_keys, write_gguf
 import numpy as np
 import pytest
-
-from allocmoe_edge import GGUFError, Plan, PlanError, metadata
-from allocmoe_edge.gguf_file import GGUFFile
-
-from gguf_factory import plan_keys, write_gguf
 
 
 def test_reads_experts_per_layer(tmp_path):
@@ -199,7 +198,10 @@ def test_cost_of_a_layer_without_experts_does_not_matter(tmp_path):
     [
         ([], "allocmoe.model.expert_used_count is missing"),
         ([("allocmoe.model.expert_used_count", np.array([0, 4, 4], np.int32))], "allocmoe.version is None"),
-        ([("allocmoe.model.expert_used_count", np.array([0, 0, 0], np.int32)), *plan_keys()], "no routed experts|at least one layer"),
+        (
+            [("allocmoe.model.expert_used_count", np.array([0, 0, 0], np.int32)), *plan_keys()],
+            "no routed experts|at least one layer",
+        ),
         ([("allocmoe.model.expert_used_count", np.array([0, 1, 4], np.int32)), *plan_keys()], "layer 1: found 2"),
     ],
 )

@@ -5,13 +5,13 @@ Selection bias, groups of experts and weights ahead of the experts are in test_t
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-
-import odd_models
-from allocmoe_edge import Llama, Plan, metadata
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge.plan import metadata
 from ggml_ffi import Poison, ffi
+import numpy as np
+import odd_models
 from odd_models import N_EXPERT, N_EXPERT_USED, N_LAYER, VOCAB_SIZE
+import pytest
 
 TOKENS = np.random.default_rng(2).integers(1, VOCAB_SIZE, 20).tolist()
 # n_ubatch: more than TOKENS, one graph an evaluation
@@ -89,7 +89,9 @@ def spy():
         name = ffi.string(tensor.name).decode()
         if name.startswith("ffn_moe_down-"):
             ids = tensor.src[2]
-            rows = [ffi.buffer(ffi.cast("char *", ids.data) + t * ids.nb[1], 4 * ids.ne[0])[:] for t in range(ids.ne[1])]
+            rows = [
+                ffi.buffer(ffi.cast("char *", ids.data) + t * ids.nb[1], 4 * ids.ne[0])[:] for t in range(ids.ne[1])
+            ]
             seen[int(name.split("-")[1])] = np.array([np.frombuffer(row, np.int32) for row in rows])
 
     poison.after = after
@@ -119,9 +121,7 @@ def test_hash_layers_keep_their_given_experts(deepseek4, spy, rule, n_batch):
     """Under every rule: all of the table's ids in the hash layers, planned numbers of ids in the others."""
     full = deepseek4.plan.expert_used_count_full
     table = np.random.default_rng(0)  # as odd_models draws it
-    given = [
-        np.array([table.permutation(N_EXPERT)[:N_EXPERT_USED] for _ in range(VOCAB_SIZE)]) for _ in range(N_HASH)
-    ]
+    given = [np.array([table.permutation(N_EXPERT)[:N_EXPERT_USED] for _ in range(VOCAB_SIZE)]) for _ in range(N_HASH)]
     counts = [0] * N_HASH + [2] * (N_LAYER - N_HASH)
     threshold = {"threshold": [0.9] * N_LAYER, "only the base": [np.inf] * N_LAYER}.get(rule)
     name = rule if threshold is None else "threshold"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from ggml_ffi import base, ffi
 import gguf
 import numpy as np
 import pytest
-
-from ggml_ffi import base, ffi
 
 N_EXPERTS, N_IN, N_OUT = 6, 256, 64
 # gemv for 1, below and above the 8 rows an expert from which the tiled kernel takes over
@@ -43,7 +42,13 @@ def quantised(type_name: str, weights: np.ndarray) -> bytes:
     out = ffi.new("char[]", base.ggml_row_size(number, N_IN) * N_EXPERTS * N_OUT)
     importance = np.ones(N_IN, np.float32)
     base.ggml_quantize_chunk(
-        number, ffi.from_buffer("float *", weights), out, 0, N_EXPERTS * N_OUT, N_IN, ffi.from_buffer("float *", importance)
+        number,
+        ffi.from_buffer("float *", weights),
+        out,
+        0,
+        N_EXPERTS * N_OUT,
+        N_IN,
+        ffi.from_buffer("float *", importance),
     )
     return ffi.buffer(out)[:]
 
@@ -119,8 +124,10 @@ def test_skipped_slots_are_zero_and_the_rest_is_right(cpu_backend, type_name, re
     rng = np.random.default_rng(0)
     weights = quantised(type_name, rng.standard_normal((N_EXPERTS * N_OUT, N_IN), np.float32))
     kind = gguf.GGMLQuantizationType[type_name.upper()]
-    dense = gguf.quants.dequantize(np.frombuffer(weights, np.uint8), kind) if kind > 1 else np.frombuffer(
-        weights, np.float32 if kind == 0 else np.float16
+    dense = (
+        gguf.quants.dequantize(np.frombuffer(weights, np.uint8), kind)
+        if kind > 1
+        else np.frombuffer(weights, np.float32 if kind == 0 else np.float16)
     )
     dense = dense.reshape(N_EXPERTS, N_OUT, N_IN).astype(np.float64)
     for n_tokens in N_TOKENS:

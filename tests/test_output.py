@@ -2,17 +2,16 @@
 
 import functools
 import os
+from pathlib import Path
 import resource
 import shutil
-from pathlib import Path
 
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge.convert import ConvertError, output
+from allocmoe_edge.plan import metadata
+from gguf_factory import plan_keys, write_gguf
 import numpy as np
 import pytest
-
-from allocmoe_edge import GGUFError, Llama, Plan, metadata
-from allocmoe_edge.convert import ConvertError, output
-
-from gguf_factory import plan_keys, write_gguf
 from test_convert import refused, run, tensor_hashes
 
 
@@ -72,7 +71,12 @@ def test_split_replanned_onto_itself(tiny_split, out):
 
 
 def test_split_not_the_first_file(tiny_split, out):
-    refused(tiny_split[1], "-o", out / "m.gguf", expect="file 2 of 3 of a split model: give the first one, tiny-00001-of-00003.gguf")
+    refused(
+        tiny_split[1],
+        "-o",
+        out / "m.gguf",
+        expect="file 2 of 3 of a split model: give the first one, tiny-00001-of-00003.gguf",
+    )
 
 
 def test_split_with_a_file_missing(tiny_split, tmp_path, out):

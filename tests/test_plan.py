@@ -1,19 +1,20 @@
 """The plan type: what it accepts, what it refuses and how, uniform plans, budgets."""
+
 import dataclasses
 import math
 import pickle
 
-import numpy as np
-import pytest
+from allocmoe_edge.plan import Plan, PlanError, parse_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from allocmoe_edge.plan import Plan, PlanError, parse_budget
+import numpy as np
+import pytest
 
 FULL = (0, 8, 8, 6)
 
 
 # --- what it is -----------------------------------------------------------------------------
+
 
 def test_properties():
     plan = Plan((0, 4, 2, 6), FULL)
@@ -57,6 +58,7 @@ def test_full():
 
 
 # --- what it refuses ------------------------------------------------------------------------
+
 
 def refused(match, planned=(0, 4, 2, 6), full=FULL, **kw):
     with pytest.raises(PlanError, match=match):
@@ -151,6 +153,7 @@ def test_refuses_unknown_token_rule(rule):
 
 # --- uniform --------------------------------------------------------------------------------
 
+
 def test_uniform_spreads_the_remainder_over_depth():
     assert Plan.uniform([8] * 8, 8 * 4 + 2).expert_used_count == (4, 5, 4, 4, 4, 5, 4, 4)
 
@@ -218,11 +221,28 @@ def test_uniform_is_even_over_depth_where_all_layers_are_alike(K, n, data):
 
 # --- parse_budget ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("budget, total", [
-    (0.5, 180), (1.0, 360), ("0.5", 180), ("50%", 180), (" 50 % ", 180), (".5", 180), ("100%", 360), ("1.0", 360),
-    (180, 180), ("180", 180), (30, 30), (360, 360), (np.int64(90), 90), (np.float32(0.25), 90),
-    (0.2513, 90), (0.2514, 91),  # 90.47, 90.50
-])
+
+@pytest.mark.parametrize(
+    "budget, total",
+    [
+        (0.5, 180),
+        (1.0, 360),
+        ("0.5", 180),
+        ("50%", 180),
+        (" 50 % ", 180),
+        (".5", 180),
+        ("100%", 360),
+        ("1.0", 360),
+        (180, 180),
+        ("180", 180),
+        (30, 30),
+        (360, 360),
+        (np.int64(90), 90),
+        (np.float32(0.25), 90),
+        (0.2513, 90),
+        (0.2514, 91),  # 90.47, 90.50
+    ],
+)
 def test_parse_budget(budget, total):
     got = parse_budget(budget, 360, 30)
     assert got == total and type(got) is int
@@ -249,11 +269,49 @@ def test_parse_budget_share_and_percent_agree(n):
     assert parse_budget(share, 10**6, 1) == parse_budget(percent, 10**6, 1) == parse_budget(float(share), 10**6, 1)
 
 
-@pytest.mark.parametrize("budget", [
-    0, 0.0, -0.5, -180, 0.01, 1.0001, 180.0, 29, 361, 10**30, math.nan, math.inf, -math.inf,
-    "", "%", ".", "0", "0%", "101%", "29", "361", "-0.5", "half", "nan", "inf", "1e-1", "3_0", "0x50", "٥٠", "50%%",
-    "9" * 5000, True, False, np.True_, None, [180], b"180", 1j,
-])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        0,
+        0.0,
+        -0.5,
+        -180,
+        0.01,
+        1.0001,
+        180.0,
+        29,
+        361,
+        10**30,
+        math.nan,
+        math.inf,
+        -math.inf,
+        "",
+        "%",
+        ".",
+        "0",
+        "0%",
+        "101%",
+        "29",
+        "361",
+        "-0.5",
+        "half",
+        "nan",
+        "inf",
+        "1e-1",
+        "3_0",
+        "0x50",
+        "٥٠",
+        "50%%",
+        "9" * 5000,
+        True,
+        False,
+        np.True_,
+        None,
+        [180],
+        b"180",
+        1j,
+    ],
+)
 def test_parse_budget_refuses_with_the_range(budget):
     with pytest.raises(PlanError, match=r"budget: found .*want a share from 0.0834 to 1.0, or a .* from 30 .*to 360"):
         parse_budget(budget, 360, 30)

@@ -1,16 +1,15 @@
 """Alloc-L against brute force: exact, never above the budget, ties as documented."""
+
+from fractions import Fraction
 import itertools
 import math
-from fractions import Fraction
 
-import numpy as np
-import pytest
+from allocmoe_edge.plan import Plan, PlanError, planner
+from allocmoe_edge.plan.planner import allocate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from allocmoe_edge import planner
-from allocmoe_edge.plan import Plan, PlanError
-from allocmoe_edge.planner import allocate
+import numpy as np
+import pytest
 
 
 def total_damage(sensitivity, plan):
@@ -177,7 +176,11 @@ FULL = (0, 4, 2)
 
 def test_spends_where_it_helps_most():
     assert [allocate(S, b, FULL).expert_used_count for b in (2, 3, 4, 5, 6)] == [
-        (0, 1, 1), (0, 1, 2), (0, 2, 2), (0, 3, 2), (0, 4, 2),
+        (0, 1, 1),
+        (0, 1, 2),
+        (0, 2, 2),
+        (0, 3, 2),
+        (0, 4, 2),
     ]
 
 
@@ -232,6 +235,7 @@ def test_large_model_has_the_optimum_of_convex_rows():
 
 
 # --- what it refuses ------------------------------------------------------------------------
+
 
 def refused(match, sensitivity=S, budget=4, full=FULL, **kw):
     with pytest.raises(PlanError, match=match):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
+from allocmoe_edge import Plan
+from ggml_ffi import Poison, ffi, op_name
 import llama_cpp.llama_cpp as raw
 import numpy as np
 import pytest
-
-from allocmoe_edge import Plan
-from ggml_ffi import Poison, ffi, op_name
 from tiny_models import TINY_MODELS
 
 N_TOKENS = 24

@@ -9,14 +9,15 @@ import pickle
 import re
 import sys
 
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge._native import context_pointer, ffi, libllama
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.measure import memory
 import llama_cpp
 import numpy as np
 import pytest
 import random_gguf
 import shapes
-from allocmoe_edge import Llama, Plan, memory
-from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.gguf_file import GGUFFile
 
 PAGE = mmap.PAGESIZE
 N_LAYER, N_EXPERT, N_USED = 4, 16, 4
@@ -92,7 +93,9 @@ def drop(path) -> None:
     with open(path, "rb") as file:
         for first, n_bytes in experts(path):
             begin, end = first // PAGE * PAGE, -(-(first + n_bytes) // PAGE) * PAGE
-            assert libc.madvise(ctypes.c_void_p(mapped_at(path) + begin), ctypes.c_size_t(end - begin), 4) == 0  # DONTNEED
+            assert (
+                libc.madvise(ctypes.c_void_p(mapped_at(path) + begin), ctypes.c_size_t(end - begin), 4) == 0
+            )  # DONTNEED
             os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
     if resident(path)[expert_pages(path)].mean() > 0.01:
         pytest.skip("this file system keeps its files in memory")
@@ -104,7 +107,12 @@ def resident(path) -> np.ndarray:
     found = np.zeros(-(-size // PAGE), np.uint8)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
         address = np.frombuffer(view, np.uint8).ctypes.data
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), found.ctypes.data_as(ctypes.c_void_p)) == 0
+        assert (
+            ctypes.CDLL(None).mincore(
+                ctypes.c_void_p(address), ctypes.c_size_t(size), found.ctypes.data_as(ctypes.c_void_p)
+            )
+            == 0
+        )
     return found % 2 == 1
 
 

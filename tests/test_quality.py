@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import importlib.util
 import itertools
 import json
-import sys
-from dataclasses import replace
 from pathlib import Path
+import sys
 
-import numpy as np
-import pytest
-
-from allocmoe_edge import Llama, Plan, PlanError, metadata
+from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge.convert import cli, thresholds
 from allocmoe_edge.convert.checkpoint import Checkpoint
+from allocmoe_edge.plan import metadata
+import numpy as np
+import pytest
 
 pytest.importorskip("gguf", reason="LExI reads weights with it")
 FOLDER = Path(__file__).resolve().parent.parent / "bench" / "quality"
@@ -207,7 +207,7 @@ def test_thresholds_meet_the_budget_in_the_mean(llm, text, value, scope):
         assert plan.value == value and plan.token_rule == "threshold" and plan.k_base == 1
         llm.set_plan(plan)
         llm.expert_stats(reset=True)
-        from allocmoe_edge.perplexity import negative_log_likelihood
+        from allocmoe_edge.measure.perplexity import negative_log_likelihood
 
         negative_log_likelihood(llm, text)
         mean = llm.expert_stats()["prefill"]["mean"]
@@ -345,7 +345,21 @@ def command(path, tmp_path_factory):
     (folder / "text.txt").write_text(book(2))
     (folder / "task.jsonl").write_text(json.dumps({"query": "Question: a?", "choices": ["b", "cd"], "gold": 0}) + "\n")
     args = [path, "--text", folder / "text.txt", "--calib", folder / "calib.txt", "-o", folder / "out", "--threads", 1]
-    args += ["--budgets", 0.75, 0.5, "--repeats", 2, "--tokens", 128, "--ctx-size", 64, "--calib-tokens", 256, "--estimate-tokens", 512]
+    args += [
+        "--budgets",
+        0.75,
+        0.5,
+        "--repeats",
+        2,
+        "--tokens",
+        128,
+        "--ctx-size",
+        64,
+        "--calib-tokens",
+        256,
+        "--estimate-tokens",
+        512,
+    ]
     return [str(a) for a in args + ["--tasks", folder / "task.jsonl"]], folder / "out"
 
 
@@ -417,7 +431,11 @@ def test_plan_with_an_estimator_is_read_back(command, path, llm, text, tmp_path,
     (tmp_path / "calib.txt").write_text(book(1))
     args = main.parser().parse_args([*command[0], "--methods", "ours", "-o", str(tmp_path)])
     setting = methods.Setting(llm, FULL, path, text, tmp_path / "calib.txt", 0, args)
-    monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=methods._ours("ours", "--token-rule", "estimate")))
+    monkeypatch.setitem(
+        methods.METHODS,
+        "ours",
+        replace(methods.METHODS["ours"], plan=methods._ours("ours", "--token-rule", "estimate")),
+    )
     with Checkpoint(tmp_path / "cells", path) as checkpoint:
         ((_, _, first),) = main.planned(setting, {0.5: 8}, 0, checkpoint)
         monkeypatch.setitem(methods.METHODS, "ours", replace(methods.METHODS["ours"], plan=None))

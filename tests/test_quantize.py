@@ -1,16 +1,14 @@
 """Quantisation through libllama, against gguf's own Python implementation of the types."""
 
-import re
 from pathlib import Path
+import re
 
+from allocmoe_edge.convert import ConvertError, quantize
+from allocmoe_edge.plan import metadata
 import gguf
+from gguf_factory import write_imatrix
 import numpy as np
 import pytest
-
-from allocmoe_edge import metadata
-from allocmoe_edge.convert import ConvertError, quantize
-
-from gguf_factory import write_imatrix
 from test_convert import refused, run
 
 QUICK = ["--ctx-size", "32", "--calib-tokens", "64", "--token-rule", "off"]
@@ -57,7 +55,9 @@ def test_mixture_is_upstreams(tiny, out):
     assert types["blk.1.ffn_gate_inp.weight"] == types["blk.1.attn_norm.weight"] == "F32"
 
 
-@pytest.mark.parametrize("name", ["IQ4_XS", "IQ2_XXS", *(pytest.param(n, marks=pytest.mark.slow) for n in quantize.FTYPES)])
+@pytest.mark.parametrize(
+    "name", ["IQ4_XS", "IQ2_XXS", *(pytest.param(n, marks=pytest.mark.slow) for n in quantize.FTYPES)]
+)
 def test_every_type(name, tiny, out):
     """Each name makes a file that says it is of that type, or asks for the importance matrix that it needs."""
     if re.fullmatch("IQ1_.*|IQ2_.*|IQ3_XX?S|Q2_K_S", name):

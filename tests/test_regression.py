@@ -1,9 +1,8 @@
 """The trained part of what token rule "estimate" goes by (`convert/regression.py`), by itself."""
 
+from allocmoe_edge.convert.regression import SizeSums, _gradients, fit_sizes, positive_directions
 import numpy as np
 import pytest
-
-from allocmoe_edge.convert.regression import SizeSums, _gradients, fit_sizes, positive_directions
 
 N_TOKENS, N_INPUT, N_EXPERT, K = 12000, 20, 6, 3
 

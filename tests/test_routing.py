@@ -7,10 +7,9 @@ import shutil
 import subprocess
 import sys
 
+from allocmoe_edge.inspect import routing
 import numpy as np
 import pytest
-
-from allocmoe_edge.inspection import routing
 
 
 def random_experts(rng, n_sequences, n_tokens, n_expert, k) -> np.ndarray:
@@ -45,9 +44,7 @@ def test_srp_is_the_best_f1_of_any_segment_router(seed):
 @pytest.mark.parametrize("m", [1, 2, 5, 7])
 def test_histogram_counts_activations_in_segments(m):
     experts = random_experts(np.random.default_rng(1), 3, 7, 5, 2)
-    counts = [
-        sum(e in experts[s, p + i] for i in range(m)) for s, p in segments(experts, m) for e in range(5)
-    ]
+    counts = [sum(e in experts[s, p + i] for i in range(m)) for s, p in segments(experts, m) for e in range(5)]
     expected = np.bincount(counts, minlength=m + 1)
     np.testing.assert_array_equal(routing.segment_histogram(routing.activations(experts, 5), m), expected)
 
@@ -134,9 +131,9 @@ def test_recorded_experts_are_those_of_transformers(built):
     """A tiny OLMoE: per layer and token the top 4 of 8 router logits, in order, in another implementation."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", minversion="5")
-    import tiny_models
     from allocmoe_edge import Llama
     from test_transformers_parity import TOKENS
+    import tiny_models
 
     model = transformers.AutoModelForCausalLM.from_pretrained(built["olmoe"].hf_path, dtype=torch.float32).eval()
     windows = np.array([TOKENS, TOKENS[::-1]], np.int32)
@@ -145,7 +142,9 @@ def test_recorded_experts_are_those_of_transformers(built):
     expected = [torch.topk(layer, 4).indices.numpy().reshape(2, len(TOKENS), 4) for layer in logits]
 
     # micro-batches shorter than a window: what each records is put together
-    llm = Llama(str(built["olmoe"].gguf_path), n_ctx=len(TOKENS), n_batch=len(TOKENS), n_ubatch=7, n_threads=2, verbose=False)
+    llm = Llama(
+        str(built["olmoe"].gguf_path), n_ctx=len(TOKENS), n_batch=len(TOKENS), n_ubatch=7, n_threads=2, verbose=False
+    )
     found = routing.record(llm, windows)
     assert len(found) == len(expected) == tiny_models.N_LAYERS
     for ids, reference in zip(found, expected):

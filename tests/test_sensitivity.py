@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge.convert import ConvertError, sensitivity
+from allocmoe_edge.convert.checkpoint import Checkpoint, fingerprint
+from allocmoe_edge.measure.perplexity import Reference, perplexity
+from allocmoe_edge.plan import metadata
 import numpy as np
 import pytest
-
-from allocmoe_edge import Llama, Plan, metadata
-from allocmoe_edge.convert import sensitivity
-from allocmoe_edge.convert.checkpoint import Checkpoint, fingerprint
-from allocmoe_edge.convert import ConvertError
-from allocmoe_edge.perplexity import Reference, perplexity
 
 FULL = (12,) * 30
 
@@ -135,7 +134,9 @@ def last_hidden(llm, counts, window) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("name", ["olmoe", "qwen2moe", "qwen3moe", "mixtral", "deepseek2", "deepseek3", "gpt-oss", "granitemoe"])
+@pytest.mark.parametrize(
+    "name", ["olmoe", "qwen2moe", "qwen3moe", "mixtral", "deepseek2", "deepseek3", "gpt-oss", "granitemoe"]
+)
 def test_late_start_is_the_whole_run(name, built):
     """Bit for bit, on every architecture, from every layer, with the layers before it as they were kept."""
     path = built[name].gguf_path
@@ -179,7 +180,9 @@ def test_checkpoint_keeps_what_was_put(testbed_path, tmp_path):
     with open(path, "a") as file:
         file.write('{"name": "half')
     with Checkpoint(path, testbed_path) as checkpoint:
-        assert checkpoint.get("a") == [1.5, 2.0] and checkpoint.get("b") == {"x": [1]} and checkpoint.get("half") is None
+        assert (
+            checkpoint.get("a") == [1.5, 2.0] and checkpoint.get("b") == {"x": [1]} and checkpoint.get("half") is None
+        )
         checkpoint.put("c", [3])
     with Checkpoint(path, testbed_path) as checkpoint:
         assert checkpoint.get("c") == [3] and not checkpoint.restarted

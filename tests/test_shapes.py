@@ -4,6 +4,7 @@ import ctypes
 import json
 
 import allocmoe_edge  # noqa: F401
+from allocmoe_edge import Llama
 import expert_usage
 import gguf
 import llama_cpp
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import random_gguf
 import shapes
-from allocmoe_edge import Llama
 
 # the real models' structure at small sizes; 96 is no multiple of 256, so types have to fall back
 SMALL = dict(

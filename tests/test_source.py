@@ -3,21 +3,20 @@
 import functools
 import json
 import os
+from pathlib import Path
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from allocmoe_edge import Llama
+from allocmoe_edge.convert import child, cli, huggingface, output, source
+from allocmoe_edge.plan import metadata
+from fake_hub import serve
 import gguf
 import pytest
-
-from allocmoe_edge import Llama, metadata
-from allocmoe_edge.convert import child, cli, huggingface, output, source
-
-from fake_hub import serve
 from test_convert import COMMAND, refused, run, tensor_hashes
 from test_quantize import check_q8_0
 
@@ -29,8 +28,6 @@ GPT2 = ["--pre-tokenizer", "gpt-2"]
 def folder(tiny, tmp_path) -> Path:
     """A copy of the Hugging Face folder, to be damaged."""
     return Path(shutil.copytree(tiny.hf_path, tmp_path / "in" / "model"))
-
-
 
 
 def test_folder_in_one_command(tiny, out):
@@ -178,7 +175,9 @@ def test_pre_tokenizer_is_not_recognised(folder, out):
 
 
 def test_pre_tokenizer_is_unknown(folder, out, capsys):
-    refused_here(capsys, folder, "--pre-tokenizer", "gpt-3", "-o", out / "m.gguf", expect="llama.cpp has none of that name")
+    refused_here(
+        capsys, folder, "--pre-tokenizer", "gpt-3", "-o", out / "m.gguf", expect="llama.cpp has none of that name"
+    )
 
 
 def test_architecture_is_not_supported(folder, out):
@@ -198,7 +197,9 @@ def test_options_are_checked_first(folder, tiny_planned, out, tmp_path, capsys):
     refused_here(capsys, folder, "--budget", "1.5", *target, expect="budget")
     refused_here(capsys, folder, "--calib", tmp_path / "none.txt", *target, expect="No such file")
     refused_here(capsys, folder, "--imatrix", tiny_planned, *target, expect="--imatrix is for --quantize")
-    refused_here(capsys, folder, "--quantize", "Q4_0", "--imatrix", tiny_planned, *target, expect="no importance matrix")
+    refused_here(
+        capsys, folder, "--quantize", "Q4_0", "--imatrix", tiny_planned, *target, expect="no importance matrix"
+    )
     refused_here(capsys, tiny_planned, "--outtype", "f16", *target, expect="--outtype is for Hugging Face models")
     refused_here(capsys, folder, "-o", out / "no" / "m.gguf", expect="no such folder")
     (out / "m.gguf").touch()

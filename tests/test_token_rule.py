@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-import pytest
-
 from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge._native import ffi, libllama
 from allocmoe_edge.convert import thresholds
-from allocmoe_edge.perplexity import bos_token, windows
+from allocmoe_edge.measure.perplexity import bos_token, windows
 from allocmoe_edge.plan import VALUES
+import numpy as np
+import pytest
 
 RULES = {"batch": libllama.ALLOCMOE_RULE_BATCH, "threshold": libllama.ALLOCMOE_RULE_THRESHOLD}
 

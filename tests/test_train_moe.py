@@ -13,10 +13,11 @@ torch = pytest.importorskip("torch", reason="models are trained with it")
 transformers = pytest.importorskip("transformers", minversion="5", reason="models are trained with it")
 pytest.importorskip("tokenizers", reason="tokenizers are trained with it")
 
+from allocmoe_edge import Llama, Plan  # noqa: E402
+from allocmoe_edge.convert import cli  # noqa: E402
+from allocmoe_edge.plan import metadata  # noqa: E402
 import train_moe  # noqa: E402  (imports follow the skips)
 import training_text  # noqa: E402
-from allocmoe_edge import Llama, Plan, metadata  # noqa: E402
-from allocmoe_edge.convert import cli  # noqa: E402
 
 TOKENS = 24 * 4 * 64  # 24 steps
 

@@ -21,8 +21,8 @@ transformers = pytest.importorskip(
 )
 pytest.importorskip("tokenizers", reason="the tiny models need a tokenizer")
 
-import tiny_models  # noqa: E402  (imports follow the skips)
 from allocmoe_edge import Llama, Plan  # noqa: E402
+import tiny_models  # noqa: E402  (imports follow the skips)
 from tiny_models import TINY_MODELS, TinyModel  # noqa: E402
 
 # Errors and differences below are max |a - b| over all logits of all tokens, divided by the
@@ -72,9 +72,7 @@ class Reference:
         ).eval()
         # The count is `top_k` of the router, the innermost module that has one (Mixtral's block
         # keeps a copy; set all, outermost first).
-        self.routers = [
-            [m for m in layer.modules() if hasattr(m, "top_k")] for layer in self.model.model.layers
-        ]
+        self.routers = [[m for m in layer.modules() if hasattr(m, "top_k")] for layer in self.model.model.layers]
         moe_layers = [bool(modules) for modules in self.routers]
         assert moe_layers == [k > 0 for k in spec.plan(4, 4, 4, 4)], (
             f"{spec.name}: MoE layers found by their `top_k`: {moe_layers}; has transformers "
@@ -202,8 +200,7 @@ def test_reference_is_stable(reference, expected):
         }
     )
     moved = {
-        name: distance(reference.logits(reference.spec.plan(*plan)), expected[name])
-        for name, plan in PLANS.items()
+        name: distance(reference.logits(reference.spec.plan(*plan)), expected[name]) for name, plan in PLANS.items()
     }
     reference.model.load_state_dict(original)
     assert max(moved.values()) < MIN_DIFFERENCE / 2, moved
@@ -278,7 +275,9 @@ def test_token_rule_matches(rule, reference, expected, llm):
     its softmax over the kept experts only.
     """
     spec, n_tokens = reference.spec, len(TOKENS)
-    rule_there = ReferenceRule(spec, range(n_tokens, n_tokens + 1) if rule == "batch" else range(n_tokens, 2 * n_tokens))
+    rule_there = ReferenceRule(
+        spec, range(n_tokens, n_tokens + 1) if rule == "batch" else range(n_tokens, 2 * n_tokens)
+    )
     hooks = [layer[-1].register_forward_hook(rule_there) for layer in reference.routers if layer]
     wanted = reference.logits(spec.plan(4, 4, 4, 4))
     for hook in hooks:

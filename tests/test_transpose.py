@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from ggml_ffi import base, compute, ffi
 import numpy as np
 import pytest
-
-from ggml_ffi import base, compute, ffi
 
 TYPES = {"f16": (1, np.uint16), "bf16": (30, np.uint16), "f32": (0, np.uint32)}  # ggml.h; f32 stays ggml's own
 SIZES = (1, 31, 32, 33, 65)  # tiles are 32 by 32

@@ -6,13 +6,12 @@ import ctypes
 import pickle
 import re
 
-import llama_cpp
-import numpy as np
-import pytest
-from llama_cpp._logger import llama_log_callback
-
 from allocmoe_edge import Llama
 from allocmoe_edge._native import context_pointer, ffi, libllama
+import llama_cpp
+from llama_cpp._logger import llama_log_callback
+import numpy as np
+import pytest
 
 SIZES = dict(n_ctx=64, logits_all=True, verbose=False)
 

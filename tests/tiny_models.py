@@ -11,13 +11,13 @@ Run as a script, this file is the converter process:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 import os
+from pathlib import Path
 import subprocess
 import sys
-import zlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Iterable
+import zlib
 
 import numpy as np
 
@@ -321,15 +321,13 @@ def _write_tokenizer(path: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 2], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>"
-    ).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>").save_pretrained(path)
 
 
 def _convert(pairs: list[str]) -> None:
     """Convert (folder, file) pairs in this process; upstream is on PYTHONPATH."""
-    import convert_hf_to_gguf  # puts upstream's gguf-py on sys.path
     from conversion.base import TextModel
+    import convert_hf_to_gguf  # puts upstream's gguf-py on sys.path
 
     # The converter knows pre-tokenizers by a hash of released ones; ours is plain GPT-2.
     TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 import multiprocessing
+from pathlib import Path
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np
@@ -15,9 +15,9 @@ import numpy as np
 from .. import GGUFError, Llama, Plan, PlanError, __version__, parse_budget
 from .._native import llama_cpp
 from ..arguments import add_n_cpu_moe, not_negative, positive
+from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES
 from . import BenchError, machine, measure, report
-from .weights import WeightTraffic
 
 _DESCRIPTION = """\
 Measures what an activation budget buys on this machine: prefill and decode speed of a model at full budget and at each
@@ -59,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--token-rule", choices=TOKEN_RULES, help="for the budgets. Default: the file's")
     p.add_argument(
-        "--prompt", type=_lengths, default=[512], metavar="LIST", help="prompt lengths to time; 0 for none. Default: 512"
+        "--prompt",
+        type=_lengths,
+        default=[512],
+        metavar="LIST",
+        help="prompt lengths to time; 0 for none. Default: 512",
     )
     p.add_argument(
         "--depth", type=_lengths, default=[0], metavar="LIST", help="tokens before those that are generated. Default: 0"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 import platform
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Optional
 
 import numpy as np
 
-from ..memory import read_meminfo
+from ..measure.memory import read_meminfo
 
 _BANDWIDTH_BYTES = 1 << 30
 _BANDWIDTH_PASSES = 8

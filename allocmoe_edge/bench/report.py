@@ -10,9 +10,9 @@ from typing import Callable, Dict, List, Optional
 
 import numpy as np
 
+from ..measure.traffic import WeightTraffic
 from ..plan import Plan
 from .measure import Item, Result, Samples
-from .weights import WeightTraffic
 
 
 def rows(result: Result, plans: Dict[str, Plan], traffic: WeightTraffic, bandwidth: float) -> List[dict]:

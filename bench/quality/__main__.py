@@ -16,27 +16,26 @@ in the program, name it with --again. With --tasks, accuracy on multiple-choice 
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields, replace
 import json
 import multiprocessing
-import sys
-from dataclasses import fields, replace
 from pathlib import Path
+import sys
 from typing import Optional, Sequence
 
-import numpy as np
-from tqdm import tqdm
-
-from allocmoe_edge import GGUFError, Llama, Plan, PlanError, __version__, metadata, parse_budget
+from allocmoe_edge import GGUFError, Llama, Plan, PlanError, __version__, parse_budget
 from allocmoe_edge.bench import machine
 from allocmoe_edge.convert import ConvertError, calibration
 from allocmoe_edge.convert.checkpoint import Checkpoint, window_name
-from allocmoe_edge.perplexity import bos_token, read_tokens, windows
-
+from allocmoe_edge.measure.perplexity import bos_token, read_tokens, windows
+from allocmoe_edge.plan import metadata
+from methods import METHODS, Setting, plan_path
 import metrics
+import numpy as np
 import report
 import tasks
 import texts
-from methods import METHODS, Setting, plan_path
+from tqdm import tqdm
 
 # the noise floor needs no more text: it is a few orders of magnitude below anything else
 _FLOOR_WINDOWS = 2
@@ -48,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=Path, help="GGUF file in one piece")
     p.add_argument("--text", type=Path, required=True, help="UTF-8 text to evaluate on")
     p.add_argument(
-        "--calib", type=Path, nargs="+", default=[], help="UTF-8 texts to calibrate on. Default: the model writes its own"
+        "--calib",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="UTF-8 texts to calibrate on. Default: the model writes its own",
     )
     p.add_argument("-o", "--output", type=Path, required=True, help="folder for results and what is measured so far")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.83, 0.67, 0.5, 0.33], help="shares beside 1.0")
@@ -61,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--isolated-tokens", type=int, help="fewer of them for the isolated profile, which needs many runs")
     p.add_argument("--ctx-size", type=int, default=512, help="tokens in a window. Default: 512")
     p.add_argument(
-        "--decode-budgets", type=float, nargs="*", metavar="B", help="where methods that differ are run token by token. Default: all"
+        "--decode-budgets",
+        type=float,
+        nargs="*",
+        metavar="B",
+        help="where methods that differ are run token by token. Default: all",
     )
     p.add_argument("--tasks", type=Path, nargs="+", default=[], help="JSON-lines files of tasks")
     p.add_argument("--task-items", type=int, default=200, help="items of each task. Default: 200")
@@ -160,7 +167,9 @@ def calibration_windows(llm: Llama, path: Optional[Path], sample: int, args: arg
         return calibration.from_file(llm, path, args.calib_tokens, args.ctx_size, args.estimate_tokens).profile
     # in allocmoe-convert's checkpoint, so that `ours` finds them
     with Checkpoint(args.output / f"self-generated-{sample}.plan.profile", args.model) as written:
-        return calibration.self_generated(llm, args.calib_tokens, args.ctx_size, sample, written, args.estimate_tokens).profile
+        return calibration.self_generated(
+            llm, args.calib_tokens, args.ctx_size, sample, written, args.estimate_tokens
+        ).profile
 
 
 def planned(setting: Setting, totals: dict, sample: int, checkpoint: Checkpoint):

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Dict, Optional, Sequence
 
-import numpy as np
-
-from allocmoe_edge import Llama, Plan, PlanError, metadata, parse_budget
+from allocmoe_edge import Llama, Plan, PlanError, parse_budget
 from allocmoe_edge.convert import cli, sensitivity, thresholds
 from allocmoe_edge.convert.checkpoint import Checkpoint
-from allocmoe_edge.planner import allocate
-
+from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan.planner import allocate
 import lexi
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,9 @@ METHODS: Dict[str, Method] = {
     "naee": Method("NAEE, K > 2", _on_value("relative", "layer")),
     "dynamic-moe": Method("Dynamic-MoE, top-p", _on_value("remaining", "model")),
     "ser": Method("ik_llama.cpp -ser", _on_value("relative", "model")),
-    "ours-threshold": Method("ours without estimates (--token-rule threshold)", _ours("ours-threshold", "--token-rule", "threshold")),
+    "ours-threshold": Method(
+        "ours without estimates (--token-rule threshold)", _ours("ours-threshold", "--token-rule", "threshold")
+    ),
     "ours": Method("ours (allocmoe-convert)", _ours("ours"), decode=True),
     "ours-one-file": Method("ours, the file for half at another budget", _one_file),
 }

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
-import numpy as np
-from tqdm import tqdm
-
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert.checkpoint import Checkpoint, window_name
-from allocmoe_edge.perplexity import Reference
+from allocmoe_edge.measure.perplexity import Reference
+import numpy as np
+from tqdm import tqdm
 
 # A plan, and whether it is evaluated token by token, as in decoding, instead of a window at a time.
 Candidate = Tuple[Plan, bool]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Dict, List
 
-import numpy as np
-
-import metrics
 from methods import METHODS
+import metrics
+import numpy as np
 
 # a mean further than this from the budget is corrected for in the column "at the budget"
 TOLERANCE = 0.005

@@ -9,10 +9,9 @@ import json
 from pathlib import Path
 from typing import List
 
-import numpy as np
-
 from allocmoe_edge import Llama
-from allocmoe_edge.perplexity import _log_sum_exp, bos_token
+from allocmoe_edge.measure.perplexity import _log_sum_exp, bos_token
+import numpy as np
 
 
 def read(path: Path, n_items: int, n_ctx: int, llm: Llama) -> List[dict]:

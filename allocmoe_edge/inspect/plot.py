@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import io
 import os
+from pathlib import Path
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 

@@ -52,7 +52,9 @@ class Estimator:
         for name in ARRAYS:
             array = np.asarray(getattr(self, name))
             if array.dtype.kind not in "fiu" or array.ndim != (2 if name == "quantiles" else 3):
-                raise PlanError(f"estimator.{name}: found shape {array.shape}, dtype {array.dtype}, want real numbers by layer")
+                raise PlanError(
+                    f"estimator.{name}: found shape {array.shape}, dtype {array.dtype}, want real numbers by layer"
+                )
             if not np.isfinite(array).all():
                 raise PlanError(f"estimator.{name}: found NaN or infinity, want finite numbers")
             if name != "quantiles":
@@ -66,7 +68,9 @@ class Estimator:
         object.__setattr__(self, "n_relu", int(self.n_relu))
         shapes = self.shapes(*self.log_norm.shape[:2], self.n_down, self.rank, self.n_embd)
         if self.n_down < 1 or not 0 <= self.rank <= self.n_down:
-            raise PlanError(f"estimator: found n_down {self.n_down} and rank {self.rank}, want 0 <= rank <= n_down, 1 <= n_down")
+            raise PlanError(
+                f"estimator: found n_down {self.n_down} and rank {self.rank}, want 0 <= rank <= n_down, 1 <= n_down"
+            )
         if not 0 <= self.n_relu <= self.n_down - self.rank:
             raise PlanError(f"estimator.n_relu: found {self.n_relu}, want 0 to {self.n_down - self.rank}")
         for name, shape in shapes.items():

@@ -7,7 +7,7 @@ from typing import Callable, Iterator, Optional, Tuple
 
 import numpy as np
 
-from ._native import llama_cpp
+from .._native import llama_cpp
 
 # a text is read up to this size: more than any measurement needs, and quick to tokenize
 _MAX_BYTES = 8 << 20
@@ -53,7 +53,9 @@ def windows(tokens: np.ndarray, n_ctx: int, bos: Optional[int] = None) -> np.nda
     return cut if bos is None else np.concatenate([np.full((n, 1), bos, np.int32), cut], axis=1)
 
 
-def negative_log_likelihood(llm, token_windows: np.ndarray, progress: Optional[Callable[[], None]] = None) -> np.ndarray:
+def negative_log_likelihood(
+    llm, token_windows: np.ndarray, progress: Optional[Callable[[], None]] = None
+) -> np.ndarray:
     """Negative log-likelihood of every token but the first of each window.
 
     Args:

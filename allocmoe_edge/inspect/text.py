@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from typing import Iterator
 
-
 from ..plan import Plan
 
 _LABEL = 15

@@ -6,14 +6,13 @@ import argparse
 import json
 import multiprocessing
 import os
+from pathlib import Path
 import shutil
 import sys
-from pathlib import Path
 from typing import Optional, Sequence
 
 from .. import GGUFError, PlanError, __version__
 from ..arguments import add_n_cpu_moe, positive
-
 from . import InspectError, report, text
 
 _DESCRIPTION = """\

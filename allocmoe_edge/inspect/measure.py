@@ -9,8 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import Llama, Plan, parse_budget
-from ..perplexity import bos_token, negative_log_likelihood, read_tokens, windows
-
+from ..measure.perplexity import bos_token, negative_log_likelihood, read_tokens, windows
 from . import InspectError, routing
 
 _SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)

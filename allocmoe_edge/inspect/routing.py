@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .._native import context_pointer, ffi, libllama
-from ..perplexity import evaluate
+from ..measure.perplexity import evaluate
 from ..plan import Plan
 
 SEGMENT_LENGTHS = (4, 16, 64, 256)

@@ -82,13 +82,17 @@ class Profile:
         threshold = None
         if token_rule == "threshold":
             if self.threshold_table is None:
-                raise PlanError("token_rule 'threshold' needs a threshold table, and the file has none: convert it again")
+                raise PlanError(
+                    "token_rule 'threshold' needs a threshold table, and the file has none: convert it again"
+                )
             # layers without experts have no row, and nothing reads their entry
             threshold = [
                 float(row[k - 1]) if k else 0.0 for row, k in zip(self.threshold_table, plan.expert_used_count)
             ]
         value = self.value if token_rule != "off" else "score"
-        return replace(plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value=value)
+        return replace(
+            plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value=value
+        )
 
     def _allocate(self, budget, full: tuple) -> Plan:
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))

@@ -5,6 +5,7 @@ layer, of which exactly one item k is taken, DP[l,b] = min over k of DP[l-1,b-k]
 the same recursion but as a Pareto front instead of a table over b: with unit costs the front has
 at most one state per b, and costs that are real numbers (bytes, microseconds) need no grid.
 """
+
 from __future__ import annotations
 
 import math

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 import dataclasses
 import os
 import re
-from collections import defaultdict
 from typing import Any, Optional
 
 import numpy as np
 
-from .. import metadata
 from ..gguf_file import GGUFError, GGUFFile, model_paths
-from ..plan import Plan
+from ..plan import Plan, metadata
 
 # version of the dict's keys: raised when one changes its meaning or goes
 FORMAT = 1

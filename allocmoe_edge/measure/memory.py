@@ -45,8 +45,8 @@ def _group_limits(membership: Path, root: Path) -> Iterator[int]:
             continue
         # in a container the path may be the host's, and the container's own group what is mounted as the root
         top = root / controllers
-        folder = top / group.lstrip("/")
-        for folder in (folder, *folder.parents):
+        own = top / group.lstrip("/")
+        for folder in (own, *own.parents):
             try:
                 text = (folder / ("memory.limit_in_bytes" if controllers else "memory.max")).read_text().strip()
             except OSError:

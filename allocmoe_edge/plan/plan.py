@@ -3,13 +3,14 @@
 A `Plan` is checked once, when it is made, and cannot change afterwards, so code that holds one
 need not check again. `parse_budget` turns what a user typed into the plan's total.
 """
+
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field
 from fractions import Fraction
+import math
 from numbers import Integral, Real
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:

@@ -39,14 +39,14 @@ A side file is a GGUF file of these keys and no tensors, for models that nobody 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
+import math
 from typing import Optional
 
 import numpy as np
 
+from ..gguf_file import GGUFFile, expert_used_count_full
 from .estimator import Estimator, pack, unpack
-from .gguf_file import GGUFError, GGUFFile, expert_used_count_full
 from .plan import Plan, PlanError
 from .profile import Calibration, HeldOut, Profile
 
@@ -133,7 +133,9 @@ def read_for(path, model: ModelPlan) -> ModelPlan:
         raise PlanError(f"{path}: has no plan; allocmoe-convert --plan-only writes one")
     if found.architecture != model.architecture or found.full != model.full:
         made_for = f"{found.architecture}, experts per token {found.full}"
-        raise PlanError(f"{path}: was made for another model ({made_for}) than this ({model.architecture}, {model.full})")
+        raise PlanError(
+            f"{path}: was made for another model ({made_for}) than this ({model.architecture}, {model.full})"
+        )
     return replace(model, plan=found.plan, profile=found.profile)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 # Share of the embeddings' variance that all tokens have in common, and standard deviation of router logits.
-# Set by bench/expert_usage.py on a trained model, see docs/speed.md.
+# Set by bench/expert_usage.py on a trained model, see docs/notes/2026-11-speed.md.
 COMMON, SPREAD = 0.1, 1.5
 
 Type = gguf.GGMLQuantizationType

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Writes the two pages that are made from docstrings: docs/python.md and docs/file-format.md.
+
+    python docs/generate.py
+
+Run it after a change to a docstring of a public name, or to that of allocmoe_edge/plan/metadata.py, and commit both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+import re
+
+import allocmoe_edge
+from allocmoe_edge.plan import metadata
+
+DOCS = Path(__file__).resolve().parent
+
+_PYTHON = """\
+# Python API
+
+Made by `docs/generate.py` from the docstrings of `allocmoe_edge`. Terms are explained in [how it works](how-it-works.md#terms),
+how to pick a budget in [choosing a budget](budget.md).
+
+Import `allocmoe_edge` before `llama_cpp`: it decides which build of llama.cpp the process loads.
+
+```python
+from allocmoe_edge import Llama
+
+llm = Llama(model_path="model-half.gguf", n_ctx=4096, verbose=False)
+print(llm.create_completion("The capital of France is", max_tokens=16)["choices"][0]["text"])
+```
+"""
+
+_FILE_FORMAT = """\
+# File format
+
+Made by `docs/generate.py` from the docstring of `allocmoe_edge/plan/metadata.py`, the module that reads and writes these keys.
+Terms are explained in [how it works](how-it-works.md#terms). To see what a file holds: `allocmoe-inspect FILE`.
+
+"""
+
+
+def python_page() -> str:
+    """docs/python.md: every name of allocmoe_edge.__all__, the classes first."""
+    names = sorted(allocmoe_edge.__all__, key=lambda name: (not inspect.isclass(getattr(allocmoe_edge, name)), name))
+    # the class that people come for
+    names.sort(key=lambda name: name != "Llama")
+    return "\n".join([_PYTHON, *(_entry(name, getattr(allocmoe_edge, name)) for name in names)])
+
+
+def file_format_page() -> str:
+    """docs/file-format.md: the docstring itself, which is Markdown."""
+    title, _, text = inspect.getdoc(metadata).partition("\n")
+    return f"{_FILE_FORMAT}{title}\n{text}\n"
+
+
+def _entry(name: str, thing) -> str:
+    if not inspect.isclass(thing):
+        return _section("##", f"{name}{_signature(thing)}", thing)
+    if issubclass(thing, Exception):
+        return _section("##", f"{name}({thing.__bases__[0].__name__})", thing)
+    parts = [_section("##", f"{name}{_signature(thing.__init__, thing)}", thing)]
+    for member, value in vars(thing).items():
+        if member.startswith("_"):
+            continue
+        if isinstance(value, property):
+            parts.append(_section("###", f"{name}.{member}", value))
+        elif isinstance(value, classmethod):
+            parts.append(_section("###", f"{name}.{member}{_signature(value.__func__)}", value.__func__))
+        elif inspect.isfunction(value):
+            parts.append(_section("###", f"{name}.{member}{_signature(value)}", value))
+    return "\n".join(part for part in parts if part)
+
+
+def _section(level: str, title: str, thing) -> str:
+    """A heading and the docstring below; nothing for a member that has none, such as a setter's."""
+    text = inspect.getdoc(thing)
+    if not text:
+        return ""
+    # "Llama(model_path: str, ...)" is too long for a heading
+    name = re.split(r"\(", title, maxsplit=1)[0]
+    code = f"```text\n{title}\n```\n\n" if "(" in title else ""
+    names = () if isinstance(thing, property) else _parameters(thing)
+    return f"{level} {name}\n\n{code}{_markdown(text, names)}\n"
+
+
+def _own_parameters(function, owner=None) -> list:
+    """Parameters but self and cls, and of a subclass of llama_cpp.Llama only those that are not inherited."""
+    parameters = list(inspect.signature(function).parameters.values())[1 if _is_method(function) else 0 :]
+    base = next((b for b in (owner.__mro__[1:] if owner else ()) if b is not object and "__init__" in vars(b)), None)
+    if base is not None:
+        inherited = inspect.signature(base.__init__).parameters
+        parameters = [p for p in parameters if p.name not in inherited or p.name in ("model_path", "kwargs")]
+    return parameters
+
+
+def _is_method(function) -> bool:
+    return next(iter(inspect.signature(function).parameters), None) in ("self", "cls")
+
+
+def _parameters(thing) -> list:
+    owner = thing if inspect.isclass(thing) else None
+    return [p.name for p in _own_parameters(thing.__init__ if owner else thing, owner)]
+
+
+def _signature(function, owner=None) -> str:
+    """As it is called, without types: they are in the text."""
+    parts, keyword_only = [], False
+    for p in _own_parameters(function, owner):
+        if p.kind == p.KEYWORD_ONLY and not keyword_only:
+            parts.append("*")
+            keyword_only = True
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        parts.append(f"{stars}{p.name}" + ("" if p.default is p.empty else f"={p.default!r}"))
+    return f"({', '.join(parts)})"
+
+
+def _markdown(text: str, names: list) -> str:
+    """A docstring as Markdown: headings such as Args in bold, "name: what it is" of a parameter as an item of a list."""
+    lines, open_item = [], None
+    for line in text.splitlines():
+        stripped = line.strip()
+        indent = len(line) - len(line.lstrip())
+        heading = re.fullmatch(r"(Args|Returns|Raises|Yields):", stripped)
+        item = re.match(r"(\*{0,2}\w+(?:, \w+)*): ", stripped)
+        known = item and all(n.strip("*") in names or n[:1].isupper() for n in re.split(r", ", item[1]))
+        if heading:
+            lines += [f"**{heading[1]}**", ""]
+            open_item = None
+        elif known and (open_item is None or indent <= open_item):
+            if lines and lines[-1] and not lines[-1].startswith(("- ", "  ")):
+                lines.append("")
+            lines.append(f"- `{item[1]}`: {stripped[item.end() :]}")
+            open_item = indent
+        elif stripped and open_item is not None and indent > open_item:
+            lines.append(f"  {stripped}")
+        else:
+            if stripped and open_item is not None and lines[-1]:
+                lines.append("")
+            open_item = open_item if not stripped else None
+            lines.append(stripped)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def pages() -> dict:
+    """The text of each page by its path."""
+    return {DOCS / "python.md": python_page(), DOCS / "file-format.md": file_format_page()}
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")

@@ -78,6 +78,16 @@ def _allocmoe_cdef() -> str:
     return "struct llama_context;\n" + re.sub(r"//[^\n]*|LLAMA_API ", "", body)
 
 
+def _wait_politely() -> None:
+    """Threads that wait for each other give up their core after some 0.1 ms, unless the user has said how to wait.
+
+    GCC's OpenMP would spin some 100 times as long, for the core that another program runs on. It reads this once, when it is
+    loaded, so a program that has loaded it before keeps what it had.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "2000"
+
+
 def _import_llama_cpp(lib_dir: Path):
     loaded_before = "llama_cpp.llama_cpp" in sys.modules
     os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(lib_dir))
@@ -97,6 +107,7 @@ def _import_llama_cpp(lib_dir: Path):
     return llama_cpp, Path(raw._base_path)
 
 
+_wait_politely()
 llama_cpp, LIB_DIR = _import_llama_cpp(BUILD_DIR / "lib")
 
 ffi = cffi.FFI()

@@ -135,3 +135,26 @@ def test_version_is_the_packages():
     from importlib.metadata import version
 
     assert allocmoe_edge.__version__ == version("allocmoe-edge")
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    ids=["by default", "as the user says", "by the user's policy"],
+)
+def test_threads_wait_politely(given, spins):
+    """libgomp itself says how long its threads spin before they give up their core."""
+    env = {k: v for k, v in clean_env().items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import allocmoe_edge"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**env, **given, "OMP_DISPLAY_ENV": "verbose"},
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not shown:
+        pytest.skip("this build's threads are not libgomp's")
+    assert shown[-1] == spins

@@ -1,6 +1,9 @@
 # make demo   set everything up, build the small real MoE model, convert it at half budget, chat, print the table
 # make test   set everything up and run every test
 #
+# make test-install   what the README shows, in a second environment with the wheel and its base dependencies alone
+# make lint           ruff; make format puts right what it can
+#
 # VENV=...        where the virtual environment goes (.venv)
 # PYTHON=...      the Python to make it from (python3)
 # CMAKE_ARGS=...  options of upstream's build, e.g. -DGGML_CUDA=ON
@@ -11,7 +14,9 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 SOURCES := pyproject.toml $(wildcard allocmoe_edge/*.py allocmoe_edge/*/*.py convert/*.py native/* native/patches/*)
 
-.PHONY: demo test clean
+LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
+
+.PHONY: demo test test-install lint format clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -26,7 +31,7 @@ $(VENV)/bin/python:
 # llama-cpp-python's Python part only: its own libraries would never be loaded. --no-cache-dir keeps that wheel
 # without libraries out of pip's cache, where other projects would find it.
 $(VENV)/.llama-cpp-python: native/upstream.json | $(VENV)/bin/python
-	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(PIP) install --no-cache-dir llama-cpp-python==0.3.36
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(PIP) install --no-cache-dir $(LLAMA_CPP_PYTHON)
 	@touch $@
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
@@ -36,6 +41,29 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
 $(VENV)/.installed-test: $(SOURCES) $(VENV)/.llama-cpp-python
 	$(PIP) install ".[test]"
 	@touch $@ $(VENV)/.installed
+
+FRESH := build/fresh
+test-install: $(VENV)/.installed
+	rm -rf $(FRESH) && mkdir -p $(FRESH)/empty
+	$(PYTHON) -m venv $(FRESH)/venv
+	$(PIP) wheel --quiet --no-deps --wheel-dir $(FRESH) .
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(FRESH)/venv/bin/pip install --quiet --no-cache-dir $(LLAMA_CPP_PYTHON)
+	$(FRESH)/venv/bin/pip install --quiet $(FRESH)/*.whl
+	cd $(FRESH)/empty && ../venv/bin/python $(CURDIR)/tests/install_check.py
+
+LINT := build/lint/bin
+$(LINT)/ruff: Makefile
+	$(PYTHON) -m venv build/lint
+	$(LINT)/pip install --quiet --disable-pip-version-check 'ruff==0.17.*' 'mypy==2.4.*' 'clang-format==23.*'
+	@touch $@
+
+lint: $(LINT)/ruff
+	$(LINT)/ruff check .
+	$(LINT)/ruff format --check .
+
+format: $(LINT)/ruff
+	$(LINT)/ruff check --fix .
+	$(LINT)/ruff format .
 
 clean:
 	rm -rf build $(VENV)

@@ -9,6 +9,7 @@ with itself, at expert counts that the file or the model's own rules give.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 import zlib
 
 import gguf
@@ -17,13 +18,17 @@ import numpy as np
 VOCAB_SIZE, N_EMBD, N_LAYER, N_HEAD, N_FF = 64, 64, 4, 4, 32
 N_EXPERT, N_EXPERT_USED = 8, 4
 SQRT_SOFTPLUS = 4  # gating function, llama-hparams.h
+_HEAD_DIM = 32
+# what stands for a line feed, a space and the other printed letters in a byte-level vocabulary
+_LETTERS = ["\u010a", "\u0120", *map(chr, range(33, 127))]
 
 
 class _Writer(gguf.GGUFWriter):
     """A GGUF file with seeded random weights and a vocabulary that stands for nothing."""
 
-    def __init__(self, path: Path, arch: str, head_dim: int):
+    def __init__(self, path: Path, arch: str, head_dim: int, tokens: Optional[list] = None):
         super().__init__(str(path), arch)
+        tokens = tokens or [f"t{i}" for i in range(VOCAB_SIZE)]
         self.add_block_count(N_LAYER)
         self.add_context_length(256)
         self.add_embedding_length(N_EMBD)
@@ -34,14 +39,14 @@ class _Writer(gguf.GGUFWriter):
         self.add_expert_count(N_EXPERT)
         self.add_expert_used_count(N_EXPERT_USED)
         self.add_expert_feed_forward_length(N_FF)
-        self.add_vocab_size(VOCAB_SIZE)
+        self.add_vocab_size(len(tokens))
         self.add_tokenizer_model("gpt2")
         self.add_tokenizer_pre("gpt-2")
-        self.add_token_list([f"t{i}" for i in range(VOCAB_SIZE)])
-        self.add_token_types([gguf.TokenType.NORMAL] * VOCAB_SIZE)
+        self.add_token_list(tokens)
+        self.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
         self.add_token_merges(["t 1"])
-        self.matrix("token_embd.weight", VOCAB_SIZE, N_EMBD, scale=8)  # unit size
-        self.matrix("output.weight", VOCAB_SIZE, N_EMBD)
+        self.matrix("token_embd.weight", len(tokens), N_EMBD, scale=8)  # unit size
+        self.matrix("output.weight", len(tokens), N_EMBD)
         self.ones("output_norm.weight", N_EMBD)
 
     def matrix(self, name: str, *shape: int, scale: float = 1.5) -> None:
@@ -64,27 +69,41 @@ class _Writer(gguf.GGUFWriter):
         self.close()
 
 
+def write_qwen3moe(path: Path) -> Path:
+    """Nothing odd, with a vocabulary of single letters in which any English text can be written."""
+    w = _Writer(path, "qwen3moe", _HEAD_DIM, tokens=[*_LETTERS, "<|endoftext|>"])
+    w.add_eos_token_id(len(_LETTERS))
+    w.add_head_count_kv(N_HEAD)
+    _qwen3_layers(w)
+    w.finish()
+    return path
+
+
 def write_grovemoe(path: Path) -> Path:
     """Each chosen expert brings in, beside itself, the adjugate expert of its group of two."""
-    head_dim = 32
-    w = _Writer(path, "grovemoe", head_dim)
+    w = _Writer(path, "grovemoe", _HEAD_DIM)
     w.add_head_count_kv(N_HEAD)
     w.add_expert_chunk_feed_forward_length(N_FF)
     w.add_experts_per_group(2)
     w.add_expert_group_scale(0.5)
+    _qwen3_layers(w)
+    for il in range(N_LAYER):
+        w.experts(il, "chexps", N_EXPERT // 2)
+    w.finish()
+    return path
+
+
+def _qwen3_layers(w: _Writer) -> None:
     for il in range(N_LAYER):
         for name in ("attn_norm", "ffn_norm"):
             w.ones(f"blk.{il}.{name}.weight", N_EMBD)
         for name in ("attn_q_norm", "attn_k_norm"):
-            w.ones(f"blk.{il}.{name}.weight", head_dim)
+            w.ones(f"blk.{il}.{name}.weight", _HEAD_DIM)
         for name in ("attn_q", "attn_k", "attn_v"):
-            w.matrix(f"blk.{il}.{name}.weight", N_HEAD * head_dim, N_EMBD)
-        w.matrix(f"blk.{il}.attn_output.weight", N_EMBD, N_HEAD * head_dim)
+            w.matrix(f"blk.{il}.{name}.weight", N_HEAD * _HEAD_DIM, N_EMBD)
+        w.matrix(f"blk.{il}.attn_output.weight", N_EMBD, N_HEAD * _HEAD_DIM)
         w.matrix(f"blk.{il}.ffn_gate_inp.weight", N_EXPERT, N_EMBD)
         w.experts(il, "exps", N_EXPERT)
-        w.experts(il, "chexps", N_EXPERT // 2)
-    w.finish()
-    return path
 
 
 def write_deepseek4(path: Path, n_hash_layers: int, table_seed: int = 0) -> Path:

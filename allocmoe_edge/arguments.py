@@ -4,21 +4,65 @@ from __future__ import annotations
 
 import argparse
 
+from .measure.cores import physical_cores
+
+# the native side's numbers are int32, its seeds uint32 of which the last means a random one
+_MAX_INT, _MAX_SEED = 2**31 - 1, 2**32 - 2
+# above, a file of any size is on the GPU, and llama.cpp's sums stay within int32
+_MAX_LAYERS = 10_000
+# more threads than any machine has; llama.cpp aborts where it cannot make them
+_MAX_THREADS = 512
+
 
 def not_negative(text: str) -> int:
     """A whole number from 0 on, for argparse."""
-    return _at_least(0, text)
+    return _within(0, _MAX_INT, text)
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
-    return _at_least(1, text)
+    return _within(1, _MAX_INT, text)
 
 
-def _at_least(minimum: int, text: str) -> int:
-    if not text.strip().removeprefix("-").isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"{text}: want a whole number of at least {minimum}")
+def seed(text: str) -> int:
+    """A seed of random numbers, for argparse."""
+    return _within(0, _MAX_SEED, text)
+
+
+def context_size(text: str) -> int:
+    """Tokens of a window that is evaluated by itself, for argparse: the first one is predicted from nothing."""
+    return _within(2, _MAX_INT, text)
+
+
+def _within(minimum: int, maximum: int, text: str) -> int:
+    # int() takes more than digits, and refuses thousands of them with an error of its own
+    if not text.strip().removeprefix("-").isdecimal() or len(text) > 20 or not minimum <= int(text) <= maximum:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: want a whole number from {minimum} to {maximum}")
     return int(text)
+
+
+def _gpu_layers(text: str) -> int:
+    return _within(-1, _MAX_LAYERS, text)
+
+
+def _threads(text: str) -> int:
+    return _within(1, _MAX_THREADS, text)
+
+
+def add_threads(parser) -> None:
+    """--threads, to a parser or a group of one."""
+    parser.add_argument(
+        "--threads", type=_threads, default=physical_cores(), metavar="N",
+        help="default: the physical cores that this process may use, %(default)s here",
+    )  # fmt: skip
+
+
+def add_gpu(parser) -> None:
+    """--n-gpu-layers and --n-cpu-moe, to a parser or a group of one."""
+    parser.add_argument(
+        "--n-gpu-layers", type=_gpu_layers, default=0, metavar="N", help="layers on the GPU, -1 for all. Default: 0"
+    )
+    add_n_cpu_moe(parser)
 
 
 def add_n_cpu_moe(parser) -> None:

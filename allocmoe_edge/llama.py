@@ -126,9 +126,19 @@ class Llama(llama_cpp.Llama):
         self._model_params = params
 
     @property
+    def stored(self) -> metadata.ModelPlan:
+        """What the model's file, or the one in plan_path, says of experts: the plan, and the profile if it has one."""
+        return self._stored
+
+    @property
+    def expert_used_count_full(self) -> tuple:
+        """The model's own experts per token in each layer, 0 where a layer routes none."""
+        return self._expert_used_count(libllama.allocmoe_get_full)
+
+    @property
     def plan(self) -> Optional[Plan]:
         """The plan in force, as the native side has it; None for a dense model."""
-        full = self._expert_used_count(libllama.allocmoe_get_full)
+        full = self.expert_used_count_full
         if not any(full):
             return None
         counts = self._expert_used_count(libllama.allocmoe_get_plan)
@@ -155,7 +165,7 @@ class Llama(llama_cpp.Llama):
                 "threshold" or "estimate", or a file without what is needed: a profile for any budget but the full one, for any
                 rule but "off" and for `strict`, thresholds for "threshold", an estimator for "estimate".
         """
-        full = self._expert_used_count(libllama.allocmoe_get_full)
+        full = self.expert_used_count_full
         if not any(full):
             raise PlanError(f"{self.model_path}: a dense model: it has no experts to budget")
         profile, plan = self._stored.profile, self._stored.plan
@@ -193,7 +203,7 @@ class Llama(llama_cpp.Llama):
                 self._drop_cache()
             self._asked = None
             return
-        full = self._expert_used_count(libllama.allocmoe_get_full)
+        full = self.expert_used_count_full
         if not isinstance(plan, Plan):
             plan = Plan(integer_tuple("expert_used_count", plan), full)
         # a plan made for the file's counts, on a model whose counts were overridden: no layer above its own
@@ -202,11 +212,11 @@ class Llama(llama_cpp.Llama):
             plan = replace(plan, expert_used_count=counts, expert_used_count_full=full)
         else:
             raise PlanError(f"the plan has {len(plan.expert_used_count)} layers, the model has {len(full)}")
-        if self._set_native_plan(plan):
-            self._drop_cache()
+        if self.apply_plan(plan):
+            self.clear_cache()
         self._warn_if_degraded()
 
-    def _set_native_plan(
+    def apply_plan(
         self,
         plan: Plan,
         *,
@@ -215,7 +225,18 @@ class Llama(llama_cpp.Llama):
         keep_outputs: bool = False,
         start_layer: int = 0,
     ) -> bool:
-        """Hands the plan to the native side; returns whether that changed anything. For the rest see allocmoe.h."""
+        """For measurements: sets a plan that fits the model, and leaves what is cached as it was computed.
+
+        Args:
+            record, record_inputs, keep_outputs, start_layer: what the runtime keeps of the next evaluations, and in which
+                layer it begins, see `struct allocmoe_rule` in allocmoe.h.
+
+        Returns:
+            Whether the plan is another one than before.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
         if plan.token_rule == "estimate":
             self._set_native_estimator(plan)
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
@@ -259,9 +280,45 @@ class Llama(llama_cpp.Llama):
             )
         self._estimator = estimator
 
-    def _drop_cache(self) -> None:
+    _set_native_plan = apply_plan  # until the last caller has changed
+
+    def clear_cache(self) -> None:
+        """Forgets every token evaluated so far: the next ones are computed from nothing."""
         self.reset()
         self._ctx.kv_cache_clear()
+
+    _drop_cache = clear_cache  # until the last caller has changed
+
+    def rewind(self, n_past: int) -> bool:
+        """Forgets the tokens from position n_past on; False where the model's memory cannot forget a part (recurrent ones)."""
+        self.n_tokens = min(self.n_tokens, n_past)
+        self._requires_eval = True
+        return self._ctx.kv_cache_seq_rm(0, n_past, -1)
+
+    def decode(self, tokens: Sequence[int], n_past: int = 0, logits_all: bool = False) -> np.ndarray:
+        """For measurements: evaluates tokens after the n_past ones that are cached, in one batch.
+
+        Other than `eval` it keeps neither tokens nor logits: what is generated next computes its prompt anew.
+
+        Args:
+            tokens: at most n_batch token ids.
+            n_past: the position of the first of them; what is cached from there on is forgotten.
+            logits_all: the logits of every token, not of the last one alone.
+
+        Returns:
+            float32, [len(tokens), n_vocab], or [1, n_vocab] without logits_all: the runtime's own memory, which the next
+            evaluation overwrites.
+
+        Raises:
+            RuntimeError: llama.cpp cannot evaluate them, for instance beyond the context's size.
+        """
+        if not 0 < len(tokens) <= self.n_batch:
+            raise ValueError(f"tokens: found {len(tokens)}, want 1 to {self.n_batch} (n_batch)")
+        self.rewind(n_past)
+        self.n_tokens = 0
+        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)
+        self._ctx.decode(self._batch)
+        return np.ctypeslib.as_array(self._ctx.get_logits(), (len(tokens) if logits_all else 1, self.n_vocab()))
 
     def _warn_if_degraded(self) -> None:
         asked = self._asked.token_rule if self._asked else "off"

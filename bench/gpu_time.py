@@ -59,11 +59,11 @@ def evaluate(llm: Sequences, batch, tokens: np.ndarray, n_past: int) -> None:
 def timed(llm: Sequences, batch, item: tuple, tokens: np.ndarray) -> float:
     """Seconds for one run of an item: ("prefill", tokens) or ("decode", sequences), the latter per step."""
     phase, n = item
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     if phase == "prefill":
         evaluate(llm, batch, tokens[:1, :n], 0)  # a warm-up of the same shape: buffers, graphs
         llama_cpp.llama_synchronize(llm.ctx)
-        llm._ctx.kv_cache_clear()
+        llm.clear_cache()
         start = time.perf_counter()
         evaluate(llm, batch, tokens[:1, :n], 0)
         llama_cpp.llama_synchronize(llm.ctx)
@@ -131,7 +131,7 @@ def main() -> int:
         for order in turns(list(configurations), args.rounds):
             for name in order:
                 if configurations[name] is not None:
-                    llm._set_native_plan(configurations[name])
+                    llm.apply_plan(configurations[name])
                 llm.expert_stats(reset=True)
                 steps = tokens[:, : WARMUP + args.steps] if item[0] == "decode" else tokens
                 seconds[name].append(timed(llm, batch, item, steps))

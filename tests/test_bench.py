@@ -259,6 +259,4 @@ def test_text_too_short(testbed_path, tmp_path, capsys):
 
 @pytest.mark.parametrize("args", [["--repeats", "0"], ["--depth", "-1"], ["--prompt", "x"], ["--token-rule", "x"]])
 def test_arguments_are_checked(args):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["model.gguf", *args])
-    assert exit_.value.code == 2
+    assert cli.main(["model.gguf", *args]) == 2

@@ -287,8 +287,7 @@ TOKENS = np.random.default_rng(5).integers(1, 300, 80).tolist()  # above 32 ggml
 
 
 def logits(llm, n_batch):
-    llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     llm.expert_stats(reset=True)
     for start in range(0, len(TOKENS), n_batch):
         llm.eval(TOKENS[start : start + n_batch])

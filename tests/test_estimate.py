@@ -183,8 +183,8 @@ def test_records(reference, llm):
         reference.logits(reference.spec.plan(4, 4, 4, 4))
     first = next(il for il, kept in enumerate(rule.kept) if kept is not None)  # later ones have other inputs there
     plan = planned(llm, estimates, rule.threshold)
-    llm._drop_cache()
-    llm._set_native_plan(plan, record=True, record_inputs=True)
+    llm.clear_cache()
+    llm.apply_plan(plan, record=True, record_inputs=True)
     libllama.allocmoe_clear_records(context_pointer(llm))
     llm.eval(TOKENS)
     assert distance(llm.scores[: len(TOKENS)], expected) < MAX_ERROR

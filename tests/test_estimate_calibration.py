@@ -293,7 +293,7 @@ def test_budget_is_met_and_uniform_k_is_beaten(llm, text, calibrated):
     for name, candidate in {"uniform": Plan.uniform(FULL, 180), "estimate": plan}.items():
         kl[name] = 0.0
         for window in text[9:12]:
-            llm._set_native_plan(Plan.full(FULL))
+            llm.apply_plan(Plan.full(FULL))
             reference = Reference(llm, window)
             llm.set_plan(candidate)
             llm.expert_stats(reset=True)

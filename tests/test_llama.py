@@ -200,8 +200,7 @@ def test_changed_plan_drops_the_cached_prompt(llm):
     text(llm)
     llm.set_budget(1.0)
     after_switch = text(llm)
-    llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     assert after_switch == text(llm)
 
 

@@ -28,7 +28,7 @@ def load(path, **kwargs) -> Llama:
 
 
 def logits(llm) -> np.ndarray:
-    llm._drop_cache()
+    llm.clear_cache()
     llm.eval(TOKENS)
     return llm.scores[: len(TOKENS)].copy()
 

@@ -21,25 +21,26 @@ PROMPT = b"The history of the world, told in one book.\n\nChapter 1\n\n"
 
 def write(llm, n_tokens: int, seed: int = 1) -> list:
     """n_tokens sampled at TEMPERATURE, end-of-text left out; the older half of a full context is shifted out."""
-    llm._drop_cache()
+    llm.clear_cache()
     rng = np.random.default_rng(seed)
-    end = [t for t in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(llm._model.vocab, t)]
+    vocab, memory = llama_cpp.llama_model_get_vocab(llm.model), llama_cpp.llama_get_memory(llm.ctx)
+    end = [t for t in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, t)]
     prompt, text = llm.tokenize(PROMPT), []
-    llm.eval(prompt)
+    next_logits, n_past = llm.decode(prompt), len(prompt)
     while True:
-        logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(llm.n_vocab(),)).astype(np.float64)
+        logits = next_logits[0].astype(np.float64)
         assert np.isfinite(logits).all(), f"token {len(text)}"
         logits[end] = -np.inf
         p = np.exp((logits - logits.max()) / TEMPERATURE)
         text.append(int(rng.choice(len(p), p=p / p.sum())))
         if len(text) == n_tokens:
             return text
-        if llm.n_tokens == N_CTX:
+        if n_past == N_CTX:
             half = (N_CTX - len(prompt)) // 2
-            llm._ctx.kv_cache_seq_rm(0, len(prompt), len(prompt) + half)
-            llm._ctx.kv_cache_seq_shift(0, len(prompt) + half, N_CTX, -half)
-            llm.n_tokens -= half
-        llm.eval(text[-1:])
+            llama_cpp.llama_memory_seq_rm(memory, 0, len(prompt), len(prompt) + half)
+            llama_cpp.llama_memory_seq_add(memory, 0, len(prompt) + half, N_CTX, -half)
+            n_past -= half
+        next_logits, n_past = llm.decode(text[-1:], n_past), n_past + 1
 
 
 def distinct(text: list, n: int = 4) -> float:

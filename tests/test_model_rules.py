@@ -19,8 +19,7 @@ SIZES = dict(n_ctx=64, n_threads=2, n_threads_batch=2, logits_all=True, verbose=
 
 
 def logits(llm, n_batch=len(TOKENS)) -> np.ndarray:
-    llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     for start in range(0, len(TOKENS), n_batch):
         llm.eval(TOKENS[start : start + n_batch])
     found = llm.scores[: len(TOKENS)].copy()

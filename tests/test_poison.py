@@ -23,8 +23,7 @@ SIZES = dict(n_ctx=64, n_threads=2, n_threads_batch=2, logits_all=True, verbose=
 
 
 def logits(llm, poison, tokens, n_batch) -> np.ndarray:
-    llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     for start in range(0, len(tokens), n_batch):
         poison.new_graph()
         llm.eval(tokens[start : start + n_batch])

@@ -66,8 +66,7 @@ class Watched(Llama):
 
 def logits(llm) -> np.ndarray:
     """Of a prompt and of three tokens after it."""
-    llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     llm.eval(list(range(20, 40)))
     for token in (5, 6, 7):
         llm.eval([token])
@@ -157,7 +156,7 @@ def test_reads_the_chosen_experts_and_nothing_else(path):
     """One token on a file whose experts are not in memory: what it chose is then, in one go and not page by page."""
     llm = Llama(str(path), prefetch=True, **SIZES)
     plan = Plan([N_USED] * N_LAYER, [N_USED] * N_LAYER)
-    llm._set_native_plan(plan, record=True)
+    llm.apply_plan(plan, record=True)
     llm.eval([1, 2, 3])
     libllama.allocmoe_clear_records(context_pointer(llm))
     drop(path)
@@ -215,9 +214,8 @@ def test_with_layers_left_out(path):
         llm = Watched(str(path), prefetch=prefetch, **SIZES)
         full = Plan([N_USED] * N_LAYER, [N_USED] * N_LAYER)
         for arguments in (dict(keep_outputs=True), dict(start_layer=2)):
-            llm._set_native_plan(full, **arguments)
-            llm.reset()
-            llm._ctx.kv_cache_clear()
+            llm.apply_plan(full, **arguments)
+            llm.clear_cache()
             llm.nodes.clear()
             llm.eval(list(range(20, 40)))
             found.append(llm.scores[:20].copy())

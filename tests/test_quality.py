@@ -101,8 +101,7 @@ def definition(llm, plan, text) -> dict:
 
     def log_p(plan, window):
         llm.set_plan(plan)
-        llm.reset()
-        llm._ctx.kv_cache_clear()
+        llm.clear_cache()
         llm.eval(window.tolist())
         logits = np.array(llm.eval_logits, np.float64)[:-1]
         return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -279,8 +278,7 @@ def test_choice_scores_are_those_of_whole_sequences(llm, tmp_path):
     llm.set_plan([1, 2, 1, 2])
     sums = []
     for tokens in item["continuations"]:
-        llm.reset()
-        llm._ctx.kv_cache_clear()
+        llm.clear_cache()
         llm.eval(item["context"] + tokens)
         logits = np.array(llm.eval_logits, np.float64)
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -301,8 +299,7 @@ def test_last_word_is_right_when_greedy_decoding_writes_it(llm, tmp_path):
     llm.set_plan(None)
     written = []
     for _ in range(3):
-        llm.reset()
-        llm._ctx.kv_cache_clear()
+        llm.clear_cache()
         llm.eval(item["context"] + written)
         written.append(int(np.argmax(llm.eval_logits[-1])))
     assert tasks.score(llm, {**item, "continuations": [written]}) == {"acc": True}

@@ -126,7 +126,7 @@ def last_hidden(llm, counts, window) -> np.ndarray:
     """The last layer's output before the final norm, float32 [n_tokens, n_embd]."""
     from allocmoe_edge._native import context_pointer, ffi, libllama
 
-    llm._set_native_plan(Plan(counts, metadata.read(llm.model_path).full), keep_outputs=True)
+    llm.apply_plan(Plan(counts, metadata.read(llm.model_path).full), keep_outputs=True)
     Reference(llm, window)
     il = len(counts) - 1
     out = np.empty(libllama.allocmoe_get_kept_output(context_pointer(llm), il, ffi.NULL, 0), np.float32)
@@ -150,9 +150,8 @@ def test_late_start_is_the_whole_run(name, built):
         logits = []
         for start in (0, il):
             sensitivity._reference(llm, full, window)
-            llm._set_native_plan(plan, start_layer=start)
-            llm.reset()
-            llm._ctx.kv_cache_clear()
+            llm.apply_plan(plan, start_layer=start)
+            llm.clear_cache()
             llm.expert_stats(reset=True)
             llm.eval(window.tolist())
             logits.append(np.array(llm.eval_logits))
@@ -165,7 +164,7 @@ def test_late_start_without_what_it_needs_is_a_whole_run(llm, text):
     llm.set_plan(FULL)
     reference = Reference(llm, text[0])
     sensitivity._reference(llm, FULL, text[1, :20])  # what is kept has another length
-    llm._set_native_plan(Plan.full(FULL), start_layer=15)
+    llm.apply_plan(Plan.full(FULL), start_layer=15)
     assert np.abs(reference.compare(llm)[1]).max() < 1e-5
 
 

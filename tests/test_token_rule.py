@@ -187,8 +187,7 @@ def planned(llm, text):
 
 
 def logits(llm, tokens, n_batch=None):
-    llm.reset()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     for start in range(0, len(tokens), n_batch or len(tokens)):
         llm.eval(tokens[start : start + (n_batch or len(tokens))])
     return llm.scores[: len(tokens)].copy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-import multiprocessing
 from pathlib import Path
 import sys
 import time
@@ -12,9 +11,10 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
-from .. import GGUFError, Llama, Plan, PlanError, __version__, parse_budget
+from .. import GGUFError, Llama, Plan, PlanError, __version__, output_file, parse_budget
 from .._native import llama_cpp
-from ..arguments import add_n_cpu_moe, not_negative, positive
+from ..arguments import add_gpu, add_threads, not_negative, positive, seed
+from ..command import run_command
 from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES
 from . import BenchError, machine, measure, report
@@ -71,12 +71,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gen", type=not_negative, default=32, metavar="N", help="tokens to generate. Default: 32")
     p.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds. Default: 5")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to evaluate, UTF-8. Default: random tokens")
-    p.add_argument("--seed", type=int, default=0, help="of the random tokens. Default: 0")
-    cores = multiprocessing.cpu_count()
-    p.add_argument("--threads", type=positive, default=cores, metavar="N", help="default: all cores")
+    p.add_argument("--seed", type=seed, default=0, help="of the random tokens. Default: 0")
+    add_threads(p)
     p.add_argument("--ubatch", type=positive, default=512, metavar="N", help="micro-batch, in tokens. Default: 512")
-    p.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="on the GPU, -1 for all. Default: 0")
-    add_n_cpu_moe(p)
+    add_gpu(p)
     p.add_argument(
         "--no-repack", action="store_true",
         help="leave the weights as the file has them: less memory, slower prefill; for models larger than memory",
@@ -107,15 +105,7 @@ def _lengths(text: str) -> List[int]:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        bench(args)
-    except (BenchError, GGUFError, PlanError, OSError) as error:
-        print(f"allocmoe-bench: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command(parser(), bench, argv)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -124,8 +114,7 @@ def bench(args: argparse.Namespace) -> None:
     if not items:
         raise BenchError("nothing to measure: want a prompt length above 0, or tokens to generate and a depth")
     for path in filter(None, (args.json, args.csv, args.plot)):
-        if not path.resolve().parent.is_dir():
-            raise BenchError(f"{path}: no such folder")
+        output_file.check(path)
     if args.plot:
         _need_matplotlib()
     text = args.text.read_bytes() if args.text else None
@@ -202,7 +191,7 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
     Raises:
         PlanError: a dense model, a budget out of range, or a token rule that the file cannot serve.
     """
-    stored = llm._stored
+    stored = llm.stored
     if stored.full is None or not any(stored.full):
         raise PlanError(f"{llm.model_path}: a dense model: it has no experts to budget")
     llm.set_plan(None)

@@ -98,40 +98,38 @@ def run(llm: Llama, plans: Dict[str, Plan], items: Sequence[Item], n_rounds: int
                     for name in order:
                         bar.set_postfix_str(f"{item}, {name}")
                         # set_plan would drop the cache, and with it the depth; speed does not depend on its content
-                        llm._set_native_plan(plans[name])
+                        llm.apply_plan(plans[name])
                         _run_once(llm, item, cheapest, tokens, samples[name], energy)
                         bar.update()
     finally:
         llm.set_plan(before)
-        llm._drop_cache()
+        llm.clear_cache()
     return result
 
 
 def _evaluate(llm: Llama, tokens: Sequence[int], n_past: int) -> int:
     """Evaluates tokens and returns the likeliest next one."""
     for start in range(0, len(tokens), llm.n_batch):
-        llm._batch.set_batch(batch=tokens[start : start + llm.n_batch], n_past=n_past + start, logits_all=False)
         try:
-            llm._ctx.decode(llm._batch)
+            logits = llm.decode(tokens[start : start + llm.n_batch], n_past + start)
         except RuntimeError as error:
             raise BenchError(f"llama.cpp failed to evaluate {len(tokens)} tokens after {n_past}: {error}") from None
-    # waits for the result
-    return int(np.ctypeslib.as_array(llm._ctx.get_logits(), (llm.n_vocab(),)).argmax())
+    return int(logits.argmax())  # waits for the result
 
 
 def _prepare(llm: Llama, item: Item, plan: Plan, tokens: Sequence[int]) -> None:
     """An empty cache for prefill; for decode one filled to the depth, under the cheapest plan to save time."""
-    llm._drop_cache()
+    llm.clear_cache()
     if item.phase == "decode" and item.length:
-        llm._set_native_plan(plan)
+        llm.apply_plan(plan)
         _evaluate(llm, tokens[: item.length], 0)
 
 
 def _rewind(llm: Llama, item: Item, plan: Plan, tokens: Sequence[int]) -> None:
     """The cache as `_prepare` left it."""
     if item.phase == "prefill" or not item.length:
-        llm._drop_cache()
-    elif not llm._ctx.kv_cache_seq_rm(0, item.length, -1):  # a recurrent model cannot
+        llm.clear_cache()
+    elif not llm.rewind(item.length):
         _prepare(llm, item, plan, tokens)
 
 
@@ -145,7 +143,7 @@ def _run_once(
         depth += _WARMUP_DECODE
     else:
         _evaluate(llm, tokens[:_WARMUP_PREFILL], 0)
-        llm._drop_cache()
+        llm.clear_cache()
     llm.expert_stats(reset=True)
     joules = energy.read()
     start = time.perf_counter()

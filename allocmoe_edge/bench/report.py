@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Dict, List, Optional
 
 import numpy as np
 
+from .. import output_file
 from ..measure.traffic import WeightTraffic
 from ..plan import Plan
 from .measure import Item, Result, Samples
@@ -142,25 +143,21 @@ _DECODE: List[tuple] = [
 
 
 def write_json(path: Path, report: dict) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(report, indent=1) + "\n"))
+    output_file.write(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def write_csv(path: Path, all_rows: List[dict]) -> None:
     """One line a row, without the single runs, which only the JSON has."""
-
-    def write(temporary: Path) -> None:
-        flat = []
-        for row in all_rows:
-            row = {key: value for key, value in row.items() if key not in ("seconds", "step_seconds")}
-            row["ratio_q1"], row["ratio_q3"] = row.pop("ratio_quartiles")
-            flat.append(row)
-        fields = list(dict.fromkeys(key for row in flat for key in row))
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
-            writer.writeheader()
-            writer.writerows(flat)
-
-    _replace(path, write)
+    flat = []
+    for row in all_rows:
+        row = {key: value for key, value in row.items() if key not in ("seconds", "step_seconds")}
+        row["ratio_q1"], row["ratio_q3"] = row.pop("ratio_quartiles")
+        flat.append(row)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in flat for key in row)))
+    writer.writeheader()
+    writer.writerows(flat)
+    output_file.write(path, text.getvalue().encode())
 
 
 def write_plot(path: Path, all_rows: List[dict], title: str) -> None:
@@ -185,18 +182,9 @@ def write_plot(path: Path, all_rows: List[dict], title: str) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     figure.suptitle(title)
-    suffix = path.suffix.lstrip(".") or "png"
-    _replace(path, lambda temporary: figure.savefig(temporary, format=suffix))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix.lstrip(".") or "png")
+    output_file.write(path, data.getvalue())
 
 
 def gigabytes(n_bytes: Optional[float]) -> str:

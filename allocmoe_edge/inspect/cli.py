@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 from pathlib import Path
 import shutil
 import sys
 from typing import Optional, Sequence
 
-from .. import GGUFError, PlanError, __version__
-from ..arguments import add_n_cpu_moe, positive
-from . import InspectError, report, text
+from .. import __version__
+from ..arguments import add_gpu, add_threads, context_size, positive
+from ..command import run_command
+from . import report, text
 
 _DESCRIPTION = """\
 Shows what a GGUF file holds: the model, the plan for its expert activations, what the plan saves and what it was made
@@ -61,27 +60,15 @@ def parser() -> argparse.ArgumentParser:
         help="local routing consistency (Liang et al., arXiv 2505.16056) at full budget on a UTF-8 text",
     )
     run.add_argument("--tokens", type=positive, default=4096, metavar="N", help="tokens of TEXT to use. Default: 4096")
-    run.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
-    run.add_argument("--threads", type=positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all")
-    run.add_argument("--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1: all. Default: 0")
-    add_n_cpu_moe(run)
+    run.add_argument("--ctx-size", type=context_size, default=512, metavar="N", help="tokens per window. Default: 512")
+    add_threads(run)
+    add_gpu(run)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        print(inspect(args), end="", flush=True)
-    except (InspectError, GGUFError, PlanError) as error:
-        print(f"allocmoe-inspect: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nallocmoe-inspect: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, head or less, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return run_command(parser(), lambda args: print(inspect(args), end="", flush=True), argv)
 
 
 def inspect(args: argparse.Namespace) -> str:
@@ -99,7 +86,7 @@ def inspect(args: argparse.Namespace) -> str:
         plot.write(found, args.plot)
     if args.json:
         return json.dumps(found, indent=1, allow_nan=False) + "\n"
-    encoding = (sys.stdout.encoding or "ascii").lower()
+    encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
     shown = text.render(found, shutil.get_terminal_size().columns, encoding.replace("-", "") == "utf8")
     return shown.encode(encoding, "replace").decode(encoding)
 

@@ -82,7 +82,7 @@ def measured_curve(llm: Llama, token_windows: np.ndarray, totals: list, full: tu
         Dicts of budget_total, budget, plan (None for a file without a profile) and uniform. The plan of `llm` is left
         as it was set last.
     """
-    profile = llm._stored.profile
+    profile = llm.stored.profile
     points, n_runs = [], 2 * len(totals) * len(token_windows)
     with tqdm(total=n_runs, desc="perplexity", unit="window", disable=None, leave=False) as bar:
 

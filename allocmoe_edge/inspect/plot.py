@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-import os
 from pathlib import Path
 import re
 import warnings
 
 import numpy as np
 
+from .. import output_file
 from . import InspectError
 
 _SUFFIXES = (".png", ".svg", ".html")
@@ -50,14 +50,11 @@ def check_target(target: Path) -> None:
     """Refuses, before any work is done, a plot that could not be written at the end.
 
     Raises:
-        InspectError: an unknown suffix, no such folder, or matplotlib is not installed.
+        CommandError: an unknown suffix, a file that cannot be written, or matplotlib is not installed.
     """
     if target.suffix.lower() not in _SUFFIXES:
         raise InspectError(f"{target}: want a name that ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
-    if not target.parent.is_dir():
-        raise InspectError(f"{target}: no such folder: {target.parent}")
-    if target.is_dir():
-        raise InspectError(f"{target}: is a folder, want the name of a file")
+    output_file.check(target)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -71,7 +68,7 @@ def write(report: dict, target: Path) -> None:
         report: from `report.build`, with predicted_curve.
 
     Raises:
-        InspectError: there is nothing to draw, or the file cannot be written.
+        CommandError: there is nothing to draw, or the file cannot be written.
     """
     kind = target.suffix.lower()[1:]
     figure = draw(report)
@@ -88,14 +85,7 @@ def write(report: dict, target: Path) -> None:
         # matplotlib repeats texts in comments, and control characters in a name would not be XML
         svg = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", "?", content.decode())
         content = (page(report, svg) if kind == "html" else svg).encode()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, target)
-    except OSError as error:
-        raise InspectError(f"{target}: could not be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    output_file.write(target, content)
 
 
 def draw(report: dict):

@@ -128,9 +128,9 @@ def record(llm, token_windows: np.ndarray, progress=None) -> list:
     Raises:
         ValueError: a layer did not record every token.
     """
-    full = llm._expert_used_count(libllama.allocmoe_get_full)
+    full = llm.expert_used_count_full
     context = context_pointer(llm)
-    llm._set_native_plan(Plan(full, full, "batch"), record=True)
+    llm.apply_plan(Plan(full, full, "batch"), record=True)
     if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
         return None
     libllama.allocmoe_clear_records(context)

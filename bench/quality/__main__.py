@@ -246,7 +246,7 @@ def accuracy(llm: Llama, args, full: tuple, found: list, plans: dict, checkpoint
                     key = f"item {path.stem} {window_name(tokens)} {metrics.candidate_name((plan, False))}"
                     score = checkpoint.get(key)
                     if score is None:
-                        llm._set_native_plan(plan)
+                        llm.apply_plan(plan)
                         score = tasks.score(llm, item)
                         checkpoint.put(key, score)
                     scores.append(score)

@@ -51,7 +51,7 @@ def measure(
                 cell = checkpoint.get(key)
                 if cell is None:
                     if reference is None:
-                        models[False]._set_native_plan(Plan.full(full))
+                        models[False].apply_plan(Plan.full(full))
                         reference = Reference(models[False], window)
                     cell = _cell(models[single], plan, single, reference)
                     checkpoint.put(key, cell)
@@ -62,7 +62,7 @@ def measure(
 
 
 def _cell(llm: Llama, plan: Plan, single: bool, reference: Reference) -> dict:
-    llm._set_native_plan(plan)
+    llm.apply_plan(plan)
     llm.expert_stats(reset=True)
     nll, kl, same = reference.compare_tokens(llm)
     stats = llm.expert_stats()["decode" if single else "prefill"]

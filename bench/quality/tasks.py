@@ -68,26 +68,20 @@ def score(llm: Llama, item: dict) -> dict:
         multiple choice: {"acc": bool, "acc_norm": bool}, by the sum of log-likelihoods and by that sum per byte of the
         choice; LAMBADA: {"acc": bool}, whether greedy decoding writes the continuation.
     """
-    llm._drop_cache()
+    llm.clear_cache()
     context = item["context"]
-    before = _evaluate(llm, context, 0)[-1:].copy()
+    before = llm.decode(context, logits_all=True)[-1:].copy()
     sums, greedy = [], []
     for tokens in item["continuations"]:
-        llm._ctx.kv_cache_seq_rm(-1, len(context), -1)
-        rows = before if len(tokens) == 1 else np.concatenate([before, _evaluate(llm, tokens[:-1], len(context))])
+        rows = before
+        if len(tokens) > 1:
+            rows = np.concatenate([before, llm.decode(tokens[:-1], len(context), logits_all=True)])
         sums.append(float((rows[np.arange(len(tokens)), tokens] - _log_sum_exp(rows)).sum()))
         greedy.append(bool((rows.argmax(axis=1) == tokens).all()))
     if item["gold"] is None:
         return {"acc": greedy[0]}
     per_byte = np.array(sums) / np.maximum(item["lengths"], 1)
     return {"acc": bool(np.argmax(sums) == item["gold"]), "acc_norm": bool(np.argmax(per_byte) == item["gold"])}
-
-
-def _evaluate(llm: Llama, tokens: list, n_past: int) -> np.ndarray:
-    """Logits of every token, float32 [n, n_vocab]; overwritten by the next call."""
-    llm._batch.set_batch(batch=tokens, n_past=n_past, logits_all=True)
-    llm._ctx.decode(llm._batch)
-    return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(tokens), llm.n_vocab()))
 
 
 def main_metric(item: dict) -> str:

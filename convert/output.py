@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 import shutil
-from typing import Optional
+from typing import Iterable, Iterator, Optional
 
 from allocmoe_edge import GGUFError, Plan
 from allocmoe_edge.gguf_file import GGUFFile, model_paths, split_paths
@@ -28,29 +28,48 @@ def target_paths(target: Path, n_split: int) -> list:
     return split_paths(target.with_name(f"{prefix}-00001-of-{n_split:05d}.gguf"), n_split)
 
 
-def check_target(sources: list, target: Path, force: bool) -> None:
-    """Refuses, before any work is done, a target that could not be written at the end.
+def check_target(
+    sources: list, target: Path, force: bool, inputs: Iterable = (), n_split: Optional[int] = None
+) -> None:
+    """Refuses, before any work is done, a target that could not be written at the end, or that is an input.
+
+    Inputs are told by what they are and not by their names: a link to one is one.
 
     Args:
         sources: the files of the input, as from `model_paths`; empty if the model is made from something else.
+        inputs: further files, and folders, that the command reads.
+        n_split: how many files are written, by default as many as there are sources.
 
     Raises:
-        ConvertError: the target is the source, exists (without force), or its folder is missing or cannot be written.
+        ConvertError: the target is a file of the input, exists (without force), or its folder is missing or cannot be written.
     """
     folder = target.parent
     if not folder.is_dir():
         raise ConvertError(f"{target}: no such folder: {folder}")
-    for path in target_paths(target, max(1, len(sources))):
+    for i, path in enumerate(target_paths(target, n_split or max(1, len(sources)))):
         if not path.exists():
             continue
-        if path.is_dir():
-            raise ConvertError(f"{path}: is a folder, want the name of a file")
-        if sources and path.samefile(sources[0]):
-            raise ConvertError(f"{path}: is the input itself; give the output another name")
+        if not path.is_file():
+            raise ConvertError(f"{path}: is a {'folder' if path.is_dir() else 'device'}, want the name of a file")
+        # what an earlier run has linked to the same file of the input is linked to it again
+        again = sources[i] if 0 < i < len(sources) else None
+        for file in _files([*sources, *inputs]):
+            if file != again and path.samefile(file):
+                what = "the input itself" if file in sources[:1] else f"a file of the input, {file}"
+                raise ConvertError(f"{path}: is {what}; give the output another name")
         if not force:
             raise ConvertError(f"{path}: exists; --force replaces it")
     if not os.access(folder, os.W_OK):
         raise ConvertError(f"{folder}: no permission to write there")
+
+
+def _files(paths: list) -> Iterator[Path]:
+    """The paths that exist, and of folders all that is in them."""
+    for path in paths:
+        if path.is_dir():
+            yield from (file for file in path.rglob("*") if file.is_file())
+        elif path.exists():
+            yield path
 
 
 def check_space(folder: Path, needed: int, purpose: str) -> None:

@@ -88,12 +88,12 @@ def _from_gguf(args: argparse.Namespace, stack: ExitStack) -> Source:
                 f"{option} is for Hugging Face models; {args.model} is a GGUF file (--quantize converts it)"
             )
     sources = model_paths(args.model)
+    n_split = 1 if args.plan_only or args.quantize else len(sources)
+    output.check_target(sources, args.output, args.force, _other_inputs(args), n_split)
     if args.quantize is None:
-        output.check_target(sources[:1] if args.plan_only else sources, args.output, args.force)
         needed = output.METADATA_SLACK if args.plan_only else output.copy_size(sources, args.output)
         output.check_space(args.output.parent, needed, args.output.name)
         return Source(args.model, temporary=False)
-    output.check_target(sources[:1], args.output, args.force)
     n_elements = 0
     for path in sources:
         with GGUFFile(path) as file:
@@ -106,7 +106,7 @@ def _from_gguf(args: argparse.Namespace, stack: ExitStack) -> Source:
 
 def _from_huggingface(args: argparse.Namespace, stack: ExitStack) -> Source:
     repository = None
-    output.check_target([], args.output, args.force)
+    output.check_target([], args.output, args.force, [args.model, *_other_inputs(args)])
     _check_options(args)
     if not args.model.is_dir() and not huggingface.is_repository_id(args.model.as_posix()):
         raise ConvertError(f"{args.model}: no such file or folder, and no repository id (org/name)")
@@ -119,6 +119,7 @@ def _from_huggingface(args: argparse.Namespace, stack: ExitStack) -> Source:
         repository = args.model.as_posix()
         _say(f"looking for {repository}")
         folder = huggingface.download(repository)
+        output.check_target([], args.output, args.force, [folder])
     n_weights = huggingface.check_folder(folder)
 
     outtype = args.outtype or "auto"
@@ -162,6 +163,10 @@ def _temporary(args: argparse.Namespace, stack: ExitStack, what: str) -> Path:
     path = output.hidden(args.output, what)
     stack.callback(path.unlink, missing_ok=True)
     return path
+
+
+def _other_inputs(args: argparse.Namespace) -> list:
+    return [path for path in (args.calib, args.imatrix) if path is not None]
 
 
 def _check_options(args: argparse.Namespace) -> None:

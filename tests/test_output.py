@@ -9,7 +9,7 @@ import shutil
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import ConvertError, output
 from allocmoe_edge.plan import metadata
-from gguf_factory import plan_keys, write_gguf
+from gguf_factory import plan_keys, write_gguf, write_imatrix
 import numpy as np
 import pytest
 from test_convert import refused, run, tensor_hashes
@@ -27,6 +27,47 @@ def test_plan_in_place_is_the_plan_in_a_copy(tmp_path, monkeypatch):
         output.write_planned(used, tmp_path / "moved.gguf", plan, None, consume=True)
         assert (tmp_path / "moved.gguf").read_bytes() == (tmp_path / "copy.gguf").read_bytes()
         assert not used.exists()
+
+
+# no output is a file of the input
+
+
+@pytest.mark.parametrize("options", [("--plan-only",), ("--quantize", "Q8_0"), ("--quantize", "Q8_0", "--plan-only")])
+def test_output_is_another_file_of_a_split_input(tiny_split, options):
+    """In the modes that write one file; by another name, too."""
+    before = [path.read_bytes() for path in tiny_split]
+    for target in (tiny_split[1], tiny_split[0].parent / "." / tiny_split[2].name):
+        refused(tiny_split[0], *options, "--force", "-o", target, expect=f"a file of the input, {tiny_split[0].parent}")
+    assert [path.read_bytes() for path in tiny_split] == before
+
+
+def test_output_is_a_link_to_a_file_of_the_input(tiny_split, out):
+    os.link(tiny_split[2], out / "hard.gguf")
+    (out / "soft.gguf").symlink_to(tiny_split[1])
+    for name in ("hard.gguf", "soft.gguf"):
+        refused(tiny_split[0], "--plan-only", "--force", "-o", out / name, expect="a file of the input")
+    assert (out / "soft.gguf").is_symlink()
+
+
+@pytest.mark.parametrize("option", ["--calib", "--imatrix"])
+def test_output_is_a_text_or_an_importance_matrix(tiny_planned, out, option):
+    other = write_imatrix(out / "other", {"w": (np.ones((1, 4)), np.ones(1))})
+    before = other.read_bytes()
+    refused(tiny_planned, "--quantize", "Q8_0", option, other, "--force", "-o", other, expect="a file of the input")
+    assert other.read_bytes() == before
+
+
+def test_output_is_in_a_folder_that_is_converted(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny.hf_path, tmp_path / "model"))
+    for name in ("config.json", "model.safetensors"):
+        refused(folder, "--force", "-o", folder / name, expect="a file of the input")
+    (tmp_path / "link").symlink_to(folder / "tokenizer.json")
+    refused(folder, "--force", "-o", tmp_path / "link", expect="a file of the input")
+
+
+def test_output_is_no_file(tiny_planned, out):
+    refused(tiny_planned, "--force", "-o", out, expect="is a folder")
+    refused(tiny_planned, "--force", "-o", "/dev/null", expect="is a device")
 
 
 # splits

@@ -262,28 +262,3 @@ def test_it_survives_pickling(path):
 def test_what_is_no_bool_is_refused(path, prefetch):
     with pytest.raises(ValueError, match="prefetch: found"):
         Llama(str(path), prefetch=prefetch, **SIZES)
-
-
-@only_linux
-def test_available_memory():
-    found = memory.available()
-    assert 1 << 20 < found <= memory.read_meminfo("MemTotal")
-
-
-@pytest.mark.parametrize(
-    "membership, files, limits",
-    [
-        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "1000"}, [1000]),
-        ("0::/a\n", {"a/memory.max": "7", "memory.max": "9"}, [7, 9]),
-        ("0::/not/ours\n", {"memory.max": "5000"}, [5000]),  # a container that sees the host's path
-        ("3:cpu:/a\n2:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "10", "cpu/a/memory.max": "1"}, [10]),
-        ("3:cpu:/\n", {"memory/memory.limit_in_bytes": "10"}, []),
-    ],
-)
-def test_limits_of_control_groups(tmp_path, membership, files, limits):
-    (tmp_path / "cgroup").write_text(membership)
-    for name, text in files.items():
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / name).write_text(text + "\n")
-    assert list(memory._group_limits(tmp_path / "cgroup", tmp_path / "root")) == limits
-    assert list(memory._group_limits(tmp_path / "no such file", tmp_path / "root")) == []

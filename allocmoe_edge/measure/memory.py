@@ -10,8 +10,8 @@ from typing import Iterator, Optional
 def available() -> Optional[int]:
     """Bytes of memory that this process can still have, file pages included; None where unknown.
 
-    What the system calls available (all of it where it does not say), or the lowest limit of the control groups that the
-    process is in, if that is less.
+    What the system calls available (all of it where it does not say), or what the control groups that the process is in
+    leave it, if that is less.
     """
     found = read_meminfo("MemAvailable")
     if found is None:
@@ -19,7 +19,7 @@ def available() -> Optional[int]:
             found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):  # Windows
             return None
-    return min([found, *_group_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([found, *_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
 def read_meminfo(key: str) -> Optional[int]:
@@ -33,8 +33,9 @@ def read_meminfo(key: str) -> Optional[int]:
     return None
 
 
-def _group_limits(membership: Path, root: Path) -> Iterator[int]:
-    """Memory limits in bytes of the control groups in a /proc/*/cgroup, of version 1 or 2, and of the groups above them."""
+def _group_rooms(membership: Path, root: Path) -> Iterator[int]:
+    """Bytes under their limits that the control groups in a /proc/*/cgroup still have, of version 1 or 2, and the groups
+    above them. File pages count as free: they are dropped before a limit is enforced."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -47,11 +48,27 @@ def _group_limits(membership: Path, root: Path) -> Iterator[int]:
         top = root / controllers
         own = top / group.lstrip("/")
         for folder in (own, *own.parents):
-            try:
-                text = (folder / ("memory.limit_in_bytes" if controllers else "memory.max")).read_text().strip()
-            except OSError:
-                text = ""
-            if text.isdecimal():  # version 2 says "max" where there is none
-                yield int(text)
+            limit = _read_number(folder / ("memory.limit_in_bytes" if controllers else "memory.max"))
+            if limit is not None:  # version 2 says "max" where there is none
+                used = _read_number(folder / ("memory.usage_in_bytes" if controllers else "memory.current")) or 0
+                pages = _file_pages(folder / "memory.stat", "total_" if controllers else "")
+                yield max(limit - max(used - pages, 0), 0)
             if folder == top:
                 break
+
+
+def _read_number(path: Path) -> Optional[int]:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _file_pages(path: Path, prefix: str) -> int:
+    """Bytes of file pages in a control group's memory.stat, those of the groups below it included."""
+    try:
+        counts = dict(line.split() for line in path.read_text().splitlines())
+        return sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    except (OSError, ValueError):
+        return 0

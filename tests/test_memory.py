@@ -1,0 +1,56 @@
+"""How much memory is left: the system's figure, and what control groups allow."""
+
+import sys
+
+from allocmoe_edge.measure import memory
+import pytest
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/meminfo")
+def test_available_memory():
+    found = memory.available()
+    assert 1 << 20 < found <= memory.read_meminfo("MemTotal")
+
+
+@pytest.mark.parametrize(
+    "membership, files, rooms",
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "1000"}, [1000]),
+        ("0::/a\n", {"a/memory.max": "7", "memory.max": "9"}, [7, 9]),
+        ("0::/not/ours\n", {"memory.max": "5000"}, [5000]),  # a container that sees the host's path
+        ("3:cpu:/a\n2:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "10", "cpu/a/memory.max": "1"}, [10]),
+        ("3:cpu:/\n", {"memory/memory.limit_in_bytes": "10"}, []),
+    ],
+)
+def test_limits_of_control_groups(tmp_path, membership, files, rooms):
+    write(tmp_path, membership, files)
+    assert list(memory._group_rooms(tmp_path / "cgroup", tmp_path / "root")) == rooms
+    assert list(memory._group_rooms(tmp_path / "no such file", tmp_path / "root")) == []
+
+
+def write(folder, membership, files):
+    (folder / "cgroup").write_text(membership)
+    for name, text in files.items():
+        (folder / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "root" / name).write_text(text + "\n")
+
+
+V2, V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+@pytest.mark.parametrize(
+    "membership, folder, names, stat",
+    [
+        ("0::/a\n", "a", V2, "anon 600\nfile 250\nshmem 50\nactive_file 120\ninactive_file 80"),
+        ("2:memory:/a\n", "memory/a", V1, "active_file 1\ntotal_active_file 120\ntotal_inactive_file 80"),
+        ("0::/a\n", "a", V2, "damaged"),
+    ],
+)
+def test_what_a_control_group_uses_is_not_free(tmp_path, membership, folder, names, stat):
+    """But for file pages, which it gives back."""
+    pages = 0 if stat == "damaged" else 200
+    files = {f"{folder}/{names[0]}": "1000", f"{folder}/{names[1]}": "850", f"{folder}/memory.stat": stat}
+    write(tmp_path, membership, files)
+    assert list(memory._group_rooms(tmp_path / "cgroup", tmp_path / "root")) == [1000 - 850 + pages]
+    write(tmp_path, membership, {f"{folder}/{names[1]}": "1300"})  # a limit that was lowered since
+    assert list(memory._group_rooms(tmp_path / "cgroup", tmp_path / "root")) == [0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
+import sys
 from typing import Callable, Dict, Optional, Union
+import zipfile
+import zlib
 
 from allocmoe_edge.gguf_file import GGUFFile, model_paths
 import numpy as np
@@ -35,9 +39,9 @@ def fingerprint(model: Path) -> str:
 class Checkpoint:
     """Named results on disk, one JSON line each, appended as they come; a line cut short by a kill is not read.
 
-    A name says all that its result depends on beside the model (text, layer, k, ...), so that whatever still fits after a
-    change of options is used and the rest is not. The first line names the model; the file of another model is
-    started anew.
+    Arrays are in files of their own, in a folder beside it. A name says all that its result depends on beside the model
+    (text, layer, k, ...), so that whatever still fits after a change of options is used and the rest is not. The first
+    line names the model; the file of another model is started anew.
 
     Use as a context manager: a file without results is removed at the end, any other is left for the next run.
 
@@ -47,20 +51,24 @@ class Checkpoint:
 
     def __init__(self, path: Path, model: Path):
         self.path = path
+        self.folder = _array_folder(path)
         self._results: Dict[str, object] = {}
+        self._arrays: Dict[str, str] = {}  # names of files
         self.restarted = False  # there was one, of another model
         self._complete = True  # its last line, that is
         header = {"allocmoe_profile": 1, "model": fingerprint(model)}
         try:
             if path.exists():
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    self._read(file.read().split("\n"), header)
-            fresh = not self._results
-            self._file = open(path, "w" if fresh else "a", encoding="utf-8")
+                self._read(path.read_text(encoding="utf-8", errors="replace").split("\n"), header)
+            fresh = not (self._results or self._arrays)
+            if fresh:
+                _remove_arrays(self.folder)
+            # without a buffer: nothing is left to be written, and to fail again, when it is closed
+            self._file = open(path, "wb" if fresh else "ab", buffering=0)
             if fresh:
                 self._write(header)
             elif not self._complete:
-                self._file.write("\n")
+                self._file.write(b"\n")
         except OSError as error:
             raise ConvertError(f"{path}: {error.strerror}") from None
 
@@ -74,7 +82,9 @@ class Checkpoint:
         self._complete = not lines[-1]
         for line in lines[1:]:
             entry = _parse(line)
-            if entry and "name" in entry:
+            if entry and "arrays" in entry:
+                self._arrays[entry["name"]] = entry["arrays"]
+            elif entry and "name" in entry:
                 self._results[entry["name"]] = entry.get("result")
 
     def get(self, name: str) -> Optional[object]:
@@ -82,38 +92,75 @@ class Checkpoint:
 
     def put(self, name: str, result: Union[dict, list]) -> None:
         self._results[name] = result
-        try:
-            self._write({"name": name, "result": result})
-        except OSError as error:
-            raise ConvertError(f"{self.path}: {error.strerror}") from None
+        self._append({"name": name, "result": result})
 
     def arrays(self, name: str, compute: Callable[[], Optional[dict]]) -> Optional[dict]:
         """A dict of arrays: what compute() returned before under this name, bit for bit, or returns now; None is not kept."""
-        stored = self.get(name)
-        if stored is not None:
-            return {
-                what: np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
-                for what, (dtype, shape, data) in stored.items()
-            }
+        if name in self._arrays:
+            path = self.folder / self._arrays[name]
+            try:
+                with np.load(path, allow_pickle=False) as stored:
+                    return dict(stored)
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+                print(f"{path}: damaged, computed anew ({error})", file=sys.stderr, flush=True)
         found = compute()
         if found is not None:
-            packed = {
-                what: (str(a.dtype), a.shape, base64.b64encode(a.tobytes()).decode()) for what, a in found.items()
-            }
-            self.put(name, packed)
+            file = hashlib.sha256(name.encode()).hexdigest()[:16] + ".npz"
+            self._write_arrays(self.folder / file, found)
+            self._arrays[name] = file
+            self._append({"name": name, "arrays": file})
         return found
 
+    def _write_arrays(self, path: Path, arrays: dict) -> None:
+        partial = path.with_suffix(".partial")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with open(partial, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ConvertError(f"{path}: {error.strerror}") from None
+
+    def _append(self, entry: dict) -> None:
+        try:
+            self._write(entry)
+        except OSError as error:
+            raise ConvertError(f"{self.path}: {error.strerror}") from None
+
     def _write(self, entry: dict) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        data = json.dumps(entry).encode() + b"\n"
+        while data:
+            data = data[self._file.write(data) :]
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_) -> None:
         self._file.close()
-        if not self._results:
-            self.path.unlink(missing_ok=True)
+        if not (self._results or self._arrays):
+            self.remove()
+
+    def remove(self) -> None:
+        """Removes it with its arrays."""
+        remove(self.path)
+
+
+def remove(path: Path) -> None:
+    """Removes the checkpoint `path`, if there is one, with its arrays."""
+    _remove_arrays(_array_folder(path))
+    path.unlink(missing_ok=True)
+
+
+def _array_folder(path: Path) -> Path:
+    return path.with_name(path.name + ".arrays")
+
+
+def _remove_arrays(folder: Path) -> None:
+    for path in (*folder.glob("*.npz"), *folder.glob("*.partial")):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or it holds what is not ours
+        folder.rmdir()
 
 
 def _parse(line: str) -> Optional[dict]:

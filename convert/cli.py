@@ -15,7 +15,7 @@ from allocmoe_edge.arguments import add_n_cpu_moe, positive
 from allocmoe_edge.measure import memory
 from allocmoe_edge.plan import TOKEN_RULES, metadata
 
-from . import ConvertError, calibration, choose, costs, estimate, output, sensitivity, source
+from . import ConvertError, calibration, checkpoint, choose, costs, estimate, output, sensitivity, source
 from .checkpoint import Checkpoint
 
 _DESCRIPTION = """\
@@ -206,7 +206,7 @@ def convert(args: argparse.Namespace) -> None:
             written = [output.write_side_file(args.output, model, plan, profile)]
         else:
             written = output.write_planned(gguf.path, args.output, plan, profile, consume=gguf.temporary)
-    _checkpoint_path(args).unlink(missing_ok=True)
+    checkpoint.remove(_checkpoint_path(args))
     print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if written[1:] else ""))
     uniform = profile.allocation == "uniform" and plan.token_rule != "estimate"
     print(f"  {plan}" + (" (uniform)" if uniform else ""))
@@ -240,17 +240,17 @@ def _planned(args: argparse.Namespace, path: Path, model: metadata.ModelPlan) ->
 def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, stored: Optional[metadata.Profile]) -> tuple:
     """(Profile, Plan) by running the model; its sensitivities are measured unless `stored` has them."""
     llm = _load(args, path)
-    with Checkpoint(_checkpoint_path(args), path) as checkpoint:
-        if checkpoint.restarted:
-            _say(f"{checkpoint.path} was of another model: measuring anew")
+    with Checkpoint(_checkpoint_path(args), path) as results:
+        if results.restarted:
+            _say(f"{results.path} was of another model: measuring anew")
         calibrated = stored is not None and stored.estimator is not None
         n_fit = args.estimate_tokens if _tries_estimates(args, full, total) and not calibrated else 0
         if args.calib is not None:
             text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size, n_fit)
         else:
             _say("the model writes its own calibration text (--calib FILE gives it one)")
-            text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, checkpoint, n_fit)
-        profile = stored or _profile(args, llm, full, text, checkpoint)
+            text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, results, n_fit)
+        profile = stored or _profile(args, llm, full, text, results)
 
         decoded = text.held_out.ravel()
         if args.cost == "ms" or args.target_tps is not None:
@@ -263,7 +263,7 @@ def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, store
             profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
         if args.target_tps is not None:
             total = costs.largest_total(cost, full, args.target_tps)
-        profile = replace(profile, estimator=_estimator(args, llm, profile, full, total, text, checkpoint))
+        profile = replace(profile, estimator=_estimator(args, llm, profile, full, total, text, results))
     if args.max_ppl_increase is not None:
         _say(f"looking for the smallest budget within {args.max_ppl_increase:.1%} of the full model's perplexity")
         total = choose.smallest_total(llm, profile, full, text, args.max_ppl_increase)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge.convert import ConvertError, sensitivity
-from allocmoe_edge.convert.checkpoint import Checkpoint, fingerprint
+from allocmoe_edge.convert import sensitivity
+from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.measure.perplexity import Reference, perplexity
 from allocmoe_edge.plan import metadata
 import numpy as np
@@ -166,43 +166,3 @@ def test_late_start_without_what_it_needs_is_a_whole_run(llm, text):
     sensitivity._reference(llm, FULL, text[1, :20])  # what is kept has another length
     llm.apply_plan(Plan.full(FULL), start_layer=15)
     assert np.abs(reference.compare(llm)[1]).max() < 1e-5
-
-
-# the checkpoint
-
-
-def test_checkpoint_keeps_what_was_put(testbed_path, tmp_path):
-    path = tmp_path / "c"
-    with Checkpoint(path, testbed_path) as checkpoint:
-        checkpoint.put("a", [1.5, 2.0])
-        checkpoint.put("b", {"x": [1]})
-    with open(path, "a") as file:
-        file.write('{"name": "half')
-    with Checkpoint(path, testbed_path) as checkpoint:
-        assert (
-            checkpoint.get("a") == [1.5, 2.0] and checkpoint.get("b") == {"x": [1]} and checkpoint.get("half") is None
-        )
-        checkpoint.put("c", [3])
-    with Checkpoint(path, testbed_path) as checkpoint:
-        assert checkpoint.get("c") == [3] and not checkpoint.restarted
-
-
-def test_checkpoint_of_another_model_is_started_anew(testbed_path, planned_path, tmp_path):
-    assert fingerprint(testbed_path) != fingerprint(planned_path)
-    with Checkpoint(tmp_path / "c", testbed_path) as checkpoint:
-        checkpoint.put("a", [1])
-    with Checkpoint(tmp_path / "c", planned_path) as checkpoint:
-        assert checkpoint.restarted and checkpoint.get("a") is None
-
-
-def test_checkpoint_does_not_take_a_file_of_something_else(testbed_path, tmp_path):
-    (tmp_path / "c").write_text("my diary")
-    with pytest.raises(ConvertError, match="move it away"):
-        Checkpoint(tmp_path / "c", testbed_path)
-    assert (tmp_path / "c").read_text() == "my diary"
-
-
-def test_empty_checkpoint_is_removed(testbed_path, tmp_path):
-    with Checkpoint(tmp_path / "c", testbed_path):
-        assert (tmp_path / "c").exists()
-    assert not (tmp_path / "c").exists()

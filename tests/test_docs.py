@@ -177,6 +177,18 @@ def test_environment_page_is_complete():
         assert re.search(rf"\b{name}\b", sources), f"{name}: no source reads it"
 
 
+def test_native_page_lists_every_file():
+    """The table of native/README.md has each file of the folder, and no other."""
+    listed = set()
+    for cell in re.findall(r"^\| (`[^|]+`) \|", (ROOT / "native" / "README.md").read_text(encoding="utf-8"), re.M):
+        first, *others = re.findall(r"`([^`]+)`", cell)
+        # "`allocmoe-prefetch.h`, `.cpp`": two files of one stem
+        listed.update([first, *(Path(first).stem + name if name.startswith(".") else name for name in others)])
+    listed = {name.rstrip("/") for name in listed if not name.startswith("-")}  # the options of builds have a table, too
+    there = {path.name for path in (ROOT / "native").iterdir() if path.name not in ("README.md", "__pycache__")}
+    assert listed == there
+
+
 def test_pages_made_from_docstrings_are_current():
     spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
     generate = importlib.util.module_from_spec(spec)

@@ -184,7 +184,8 @@ def test_native_page_lists_every_file():
         first, *others = re.findall(r"`([^`]+)`", cell)
         # "`allocmoe-prefetch.h`, `.cpp`": two files of one stem
         listed.update([first, *(Path(first).stem + name if name.startswith(".") else name for name in others)])
-    listed = {name.rstrip("/") for name in listed if not name.startswith("-")}  # the options of builds have a table, too
+    # the options of builds have a table, too
+    listed = {name.rstrip("/") for name in listed if not name.startswith("-")}
     there = {path.name for path in (ROOT / "native").iterdir() if path.name not in ("README.md", "__pycache__")}
     assert listed == there
 

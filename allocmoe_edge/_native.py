@@ -72,10 +72,15 @@ def _library_path(directory: Path, name: str) -> Path:
     raise ImportError(f"allocmoe_edge: no library '{name}' in {directory}")
 
 
+def cdef_of(header: Path) -> str:
+    """The declarations of one of our C headers, for cffi."""
+    body = header.read_text().split("// [cffi begin]")[1].split("// [cffi end]")[0]
+    return re.sub(r"//[^\n]*|LLAMA_API ", "", body)
+
+
 def _allocmoe_cdef() -> str:
-    header = (BUILD_DIR / "include" / "allocmoe.h").read_text()
-    body = header.split("// [cffi begin]")[1].split("// [cffi end]")[0]
-    return "struct llama_context;\n" + re.sub(r"//[^\n]*|LLAMA_API ", "", body)
+    headers = (BUILD_DIR / "include" / name for name in ("allocmoe.h", "allocmoe-calibration.h"))
+    return "struct llama_context;\n" + "".join(map(cdef_of, headers))
 
 
 def _wait_politely() -> None:

@@ -229,7 +229,7 @@ class Llama(llama_cpp.Llama):
 
         Args:
             record, record_inputs, keep_outputs, start_layer: what the runtime keeps of the next evaluations, and in which
-                layer it begins, see `struct allocmoe_rule` in allocmoe.h.
+                layer it begins, see `struct allocmoe_instrument` in allocmoe-calibration.h.
 
         Returns:
             Whether the plan is another one than before.
@@ -244,13 +244,14 @@ class Llama(llama_cpp.Llama):
         rule.token_rule = TOKEN_RULES.index(plan.token_rule)
         rule.value = VALUES.index(plan.value)
         rule.k_base, rule.strict, rule.threshold = plan.k_base, plan.strict, threshold
-        rule.record, rule.keep_outputs, rule.start_layer = record, keep_outputs, start_layer
-        rule.record_inputs = record_inputs
         counts = list(plan.expert_used_count)
         status = libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule)
         if status < 0:
             raise PlanError(f"the native library refused the plan (status {status})")
         self._asked = plan
+        instrument = ffi.new("struct allocmoe_instrument *", [record, record_inputs, keep_outputs, start_layer])
+        if libllama.allocmoe_set_instrument(context_pointer(self), instrument) < 0:
+            raise PlanError(f"start_layer: found {start_layer}, want a layer of the model")
         return status == libllama.ALLOCMOE_CHANGED
 
     def _set_native_estimator(self, plan: Plan) -> None:

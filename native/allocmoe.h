@@ -46,10 +46,6 @@ struct allocmoe_rule {
     int32_t value;           // ALLOCMOE_VALUE_*
     int32_t k_base;          // experts that every token keeps, at least 1
     bool    strict;          // threshold: the running mean never rises above k; estimate: the threshold moves to keep it near k
-    bool    record;          // keep scores, ids and errors of all ranks for allocmoe_take_*, and run all; for calibration
-    bool    record_inputs;   // with it, what allocmoe_take_floats returns
-    bool    keep_outputs;    // keep the output of every layer, of the last micro-batch
-    int32_t start_layer;     // run layers from this one on, on the output kept of the layer before; whole where there is none
     const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE; copied
 };
 
@@ -67,14 +63,6 @@ struct allocmoe_estimator {
     const float * log_norm; // [n_layer][n_expert][n_down + 1]
     const float * output;   // [n_layer][n_expert][rank]
     const float * up;       // [n_layer][rank][n_embd]
-};
-
-// What record_inputs keeps of a layer.
-enum {
-    ALLOCMOE_FLOATS_INPUT   = 0, // [n_tokens][n_embd] of its experts
-    ALLOCMOE_FLOATS_WEIGHT  = 1, // [n_tokens][n_used] of its experts, by rank
-    ALLOCMOE_FLOATS_NORM    = 2, // [n_tokens][n_used]: |y_e|, by rank
-    ALLOCMOE_FLOATS_MISSING = 3, // [n_tokens][n_embd]: what ALLOCMOE_RULE_ESTIMATE would skip, sum of w_e y_e; only under it
 };
 
 enum {
@@ -123,26 +111,6 @@ LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 LLAMA_API void allocmoe_get_left(struct llama_context * ctx, float * left, int32_t n_tokens);
 LLAMA_API void allocmoe_set_left(struct llama_context * ctx, const float * left, int32_t n_tokens);
 
-// What layer il has recorded since the last call: the values, which by default are the scores and under
-// ALLOCMOE_RULE_ESTIMATE v_e, of the experts by rank, [n_tokens][n_used]. Copies at most n_max floats to values and forgets them, or with values NULL only returns how many
-// there are.
-LLAMA_API int64_t allocmoe_take_scores(struct llama_context * ctx, int32_t il, float * values, int64_t n_max);
-
-// The same for the ids of those experts, and for the squared error that fewer experts would have made: n_used + 1 sums over
-// tokens of |output - output with the k best experts|^2, k = 0..n_used, renormalised where the model renormalises.
-LLAMA_API int64_t allocmoe_take_experts(struct llama_context * ctx, int32_t il, int32_t * experts, int64_t n_max);
-LLAMA_API int64_t allocmoe_take_errors(struct llama_context * ctx, int32_t il, double * errors, int64_t n_max);
-
-// The same for one of ALLOCMOE_FLOATS_*.
-LLAMA_API int64_t allocmoe_take_floats(struct llama_context * ctx, int32_t what, int32_t il, float * values, int64_t n_max);
-
-// Forgets what has been recorded in every layer.
-LLAMA_API void allocmoe_clear_records(struct llama_context * ctx);
-
-// What is kept of layer il's output, [n_tokens][n_embd]: copies at most n_max floats to output unless that is NULL, and
-// returns how many there are.
-LLAMA_API int64_t allocmoe_get_kept_output(const struct llama_context * ctx, int32_t il, float * output, int64_t n_max);
-
 // Where layer il's experts are: the name of the buffer type, and the bytes of one expert.
 LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ctx, int32_t il, int64_t * n_bytes);
 
@@ -150,10 +118,6 @@ LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ct
 // faults read nothing beside: for models larger than memory. Applies to experts in mapped files; returns the bytes of them,
 // 0 where there are none or the system takes no such advice. Off in a new context.
 LLAMA_API int64_t allocmoe_set_prefetch(struct llama_context * ctx, bool prefetch);
-
-// The token rule by itself, as the graph runs it: how many of its n_used experts, ranked by falling score, each token
-// keeps. scores: [n_tokens][n_used]. left: the activations left over by tokens before, under a strict rule; updated.
-LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left);
 
 // A logger for llama_log_set that prints errors to stderr and nothing else. No Python runs in it, so none can be interrupted
 // inside llama.cpp's calls.

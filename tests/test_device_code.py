@@ -10,8 +10,9 @@ from __future__ import annotations
 import struct
 import subprocess
 
-from allocmoe_edge._native import BUILD_DIR, ffi, libllama
+from allocmoe_edge._native import BUILD_DIR
 from conftest import ROOT
+from native_testing import ffi, libllama
 import numpy as np
 import pytest
 from test_token_rule import RULES, score_sets

@@ -44,7 +44,7 @@ def test_second_run_writes_nothing(env):
     first = prepare(NATIVE, **env)
     assert first.returncode == 0, first.stderr
     tree = Path(first.stdout.split()[-1])
-    assert "allocmoe_plan" in (tree / "src" / "llama-model.h").read_text()
+    assert "allocmoe_model" in (tree / "src" / "llama-model.h").read_text()
     before = {path: path.stat().st_mtime_ns for path in (tree / "src").iterdir()}
     assert prepare(NATIVE, **env).stdout == first.stdout
     assert {path: path.stat().st_mtime_ns for path in (tree / "src").iterdir()} == before

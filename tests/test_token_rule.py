@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from allocmoe_edge import Llama, Plan, PlanError
-from allocmoe_edge._native import ffi, libllama
 from allocmoe_edge.convert import thresholds
 from allocmoe_edge.measure.perplexity import bos_token, windows
 from allocmoe_edge.plan import VALUES
+from native_testing import ffi, libllama
 import numpy as np
 import pytest
 

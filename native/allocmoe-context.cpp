@@ -1,0 +1,120 @@
+#include "allocmoe-context.h"
+
+#include "allocmoe-hooks.h"
+#include "allocmoe-prefetch.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+const llama_model & allocmoe_access::model(const llama_context * ctx) {
+    return ctx->model;
+}
+
+allocmoe_state & allocmoe_access::state(const llama_context * ctx) {
+    return *ctx->cparams.allocmoe.state;
+}
+
+const allocmoe_settings & allocmoe_access::settings(const llama_context * ctx) {
+    return *ctx->cparams.allocmoe.settings;
+}
+
+void allocmoe_access::set_settings(llama_context * ctx, allocmoe_settings settings) {
+    ctx->cparams.allocmoe.settings = std::make_shared<const allocmoe_settings>(std::move(settings));
+    ctx->sched_need_reserve = true; // the graph's shapes depend on them
+}
+
+int64_t allocmoe_access::set_prefetch(llama_context * ctx, bool prefetch) {
+    const int64_t n_bytes = allocmoe_advise_experts(ctx->model, prefetch);
+    ctx->cparams.allocmoe.state->prefetch = prefetch && n_bytes > 0;
+    ctx->sched_need_reserve = true; // graphs that exist are not used again
+    return n_bytes;
+}
+
+bool allocmoe_same_graph(const allocmoe_cparams & a, const allocmoe_cparams & b) {
+    return a.settings == b.settings;
+}
+
+bool allocmoe_runs_token_rules(ggml_backend_dev_t device) {
+    return device && ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), ALLOCMOE_PROC_TOKEN_RULES);
+}
+
+// In pinned memory of the model's device where it has one that runs token rules: those write there without a copy to the host.
+// n_left: positions for which is kept what is left over.
+static void allocate_spent(allocmoe_state & state, const llama_model & model, int32_t n_left) {
+    const size_t n_layer = model.hparams.n_layer_all;
+    const size_t n_bytes = n_layer*(sizeof(allocmoe_spent) + n_left*sizeof(float));
+    for (const auto & device : model.devices) {
+        auto * type   = allocmoe_runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
+        auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;
+        if (!buffer) {
+            continue;
+        }
+        state.spent.reset((allocmoe_spent *) ggml_backend_buffer_get_base(buffer), [buffer](allocmoe_spent *) { ggml_backend_buffer_free(buffer); });
+        // where memory cannot be pinned, ggml gives ordinary memory instead
+        state.spent_on_devices = ggml_backend_buffer_get_type(buffer) == type;
+        memset(state.spent.get(), 0, n_bytes);
+        break;
+    }
+    if (!state.spent) {
+        state.spent.reset((allocmoe_spent *) calloc(1, n_bytes), free); // pages are taken as they are written
+        if (!state.spent) {
+            throw std::bad_alloc();
+        }
+    }
+    auto * left = (float *) (state.spent.get() + n_layer);
+    for (size_t il = 0; il < n_layer; ++il) {
+        state.spent.get()[il].left   = left + il*n_left;
+        state.spent.get()[il].n_left = n_left;
+    }
+}
+
+void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
+    const uint32_t n_layer = model.hparams.n_layer_all;
+
+    auto state    = std::make_shared<allocmoe_state>();
+    auto settings = std::make_shared<allocmoe_settings>();
+    for (auto & phase : state->phases) {
+        phase.activations.resize(n_layer);
+        phase.tokens     .resize(n_layer);
+    }
+    allocate_spent(*state, model, cparams.n_ctx_seq);
+    state->n_layer_main = model.hparams.n_layer();
+    state->records.layers .resize(n_layer);
+    state->records.outputs.resize(n_layer);
+    cparams.allocmoe = { settings, state };
+
+    if (!model.allocmoe) {
+        return;
+    }
+
+    auto plan = std::make_shared<allocmoe_plan>(*model.allocmoe->plan);
+    allocmoe_degrade_token_rule(*plan, model, *state);
+    const char * rule = allocmoe_token_rule_name(plan->token_rule);
+    if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        plan->token_rule = ALLOCMOE_RULE_OFF; // until allocmoe_set_estimator gives it what it goes by
+    }
+    settings->plan = plan;
+
+    int64_t total = 0;
+    int64_t full  = 0;
+    int64_t n_moe = 0;
+    const auto k     = allocmoe_effective_plan(model, plan.get());
+    const auto k_own = allocmoe_effective_plan(model, nullptr);
+    for (size_t il = 0; il < k.size(); ++il) {
+        total += k[il];
+        full  += k_own[il];
+        n_moe += k_own[il] > 0;
+    }
+    if (n_moe > 0) {
+        LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
+                (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe, rule);
+    }
+}

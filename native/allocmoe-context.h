@@ -1,0 +1,45 @@
+// What a context has of its own beside its plan, and the way in from a llama_context.
+#pragma once
+
+#include "allocmoe-custom.h"
+#include "allocmoe-instrument.h"
+#include "allocmoe-plan.h"
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+struct llama_context;
+
+struct allocmoe_state {
+    struct phase {
+        std::vector<int64_t> activations; // [block_count], but for those that token rules count
+        std::vector<int64_t> tokens;      // [block_count]
+    };
+    std::array<phase, 2> phases; // by ALLOCMOE_PHASE_*
+    // [block_count], written by the nodes of the token rules: to be read after the context has been synchronised
+    std::shared_ptr<allocmoe_spent> spent;
+    bool                            spent_on_devices = false; // the model's devices can write it too
+
+    int32_t n_layer_main = 0; // layers before the model's heads for further tokens, if it has any
+    bool    prefetch     = false; // graphs ask the system for the chosen experts' pages
+
+    std::shared_ptr<const allocmoe_estimates> estimates; // for plans to come
+    allocmoe_records                          records;
+};
+
+// Whether the device's backend is one of ours that takes -1 for a slot without work; others would take it for an expert.
+bool allocmoe_runs_token_rules(struct ggml_backend_device * device);
+
+// the friend that llama_context grants us
+struct allocmoe_access {
+    static const llama_model       & model   (const llama_context * ctx);
+    static allocmoe_state          & state   (const llama_context * ctx);
+    static const allocmoe_settings & settings(const llama_context * ctx);
+
+    // From the next decode on; graphs that exist are built anew where they differ.
+    static void set_settings(llama_context * ctx, allocmoe_settings settings);
+
+    static int64_t set_prefetch(llama_context * ctx, bool prefetch);
+};

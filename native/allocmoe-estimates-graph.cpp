@@ -1,0 +1,194 @@
+// Token rule estimate in the graph: ids by estimated size, what stands in for the skipped, the sum of both.
+#include "allocmoe-context.h"
+#include "allocmoe-graph.h"
+#include "allocmoe-hooks.h"
+
+#include "llama-graph.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+void allocmoe_estimate_sizes(const ggml_tensor * log_norm, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int32_t n_relu, int64_t t, int64_t n_used, float * u, float * sizes) {
+    const int64_t n_down = reduced->ne[0];
+    for (int64_t i = 0; i < n_down; ++i) {
+        u[i] = allocmoe_rectified(allocmoe_row<float>(reduced, t), i, n_down, n_relu);
+    }
+    for (int64_t r = 0; r < n_used; ++r) {
+        const float * coefficients = allocmoe_row<float>(log_norm, id[r]);
+        sizes[r] = std::log(std::max(allocmoe_weight(weights, t, r), 1e-20f)) + coefficients[n_down] +
+            allocmoe_sum(n_down, [&](int64_t i) { return coefficients[i]*u[i]; });
+    }
+}
+
+// node: ids by rank, -1 where the estimated size is too small
+static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
+    if (ith != 0) {
+        return;
+    }
+    auto & layer = *(allocmoe_graph::layer *) userdata;
+
+    const ggml_tensor * ids      = dst->src[0];
+    const ggml_tensor * weights  = dst->src[1];
+    const ggml_tensor * reduced  = dst->src[2];
+    const ggml_tensor * log_norm = dst->src[3];
+
+    const int64_t n_used = dst->ne[0];
+
+    std::vector<float> sizes(n_used);
+    std::vector<float> u(reduced->ne[0]);
+    std::unique_ptr<bool[]> keep(new bool[n_used]);
+    auto  & spent = layer.state->spent.get()[layer.il];
+    int64_t total = 0;
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const int32_t * id = allocmoe_row<int32_t>(ids, t);
+        allocmoe_estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, u.data(), sizes.data());
+        float left = allocmoe_left_before(spent, dst->src[4], t);
+        total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get(), left);
+        allocmoe_leave(spent, dst->src[4], t, left);
+        auto * out = (int32_t *) ((char *) dst->data + t*dst->nb[1]);
+        for (int64_t r = 0; r < n_used; ++r) {
+            out[r] = keep[r] ? id[r] : -1;
+        }
+    }
+    spent.activations[layer.phase] += total;
+}
+
+// node: the estimate of what a token skips, in the rows of `up`
+static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
+    if (ith != 0) {
+        return;
+    }
+    const ggml_tensor * ids     = dst->src[0];
+    const ggml_tensor * weights = dst->src[1];
+    const ggml_tensor * reduced = dst->src[2];
+    const ggml_tensor * routed  = dst->src[3];
+    const ggml_tensor * outputs = dst->src[4];
+
+    const int64_t rank = outputs->ne[0];
+
+    for (int64_t t = 0; t < dst->ne[1]; ++t) {
+        const int32_t * id     = allocmoe_row<int32_t>(ids, t);
+        const int32_t * kept   = allocmoe_row<int32_t>(routed, t);
+        const float   * u      = allocmoe_row<float>(reduced, t);
+        float         * out    = (float *) ((char *) dst->data + t*dst->nb[1]);
+        std::fill_n(out, dst->ne[0], 0.0f);
+        for (int64_t r = 0; r < ids->ne[0]; ++r) {
+            if (kept[r] >= 0) {
+                continue;
+            }
+            const float   weight = allocmoe_weight(weights, t, r);
+            const float * output = allocmoe_row<float>(outputs, id[r]);
+            for (int64_t i = 0; i < rank; ++i) {
+                out[i] += weight*(output[i] + u[i]);
+            }
+        }
+        // what float16 cannot hold may have become infinite already: then no estimate
+        if (!std::all_of(out, out + rank, [](float x) { return std::abs(x) < 65504.0f; })) {
+            std::fill_n(out, rank, 0.0f);
+        }
+    }
+}
+
+void allocmoe_build_estimate(ggml_context * ctx, llm_graph_result & res, int il, ggml_tensor * input, ggml_tensor * weights) {
+    auto * found = res.allocmoe ? res.allocmoe->find(il) : nullptr;
+    if (!found || !found->selected || found->input) {
+        return;
+    }
+    auto & layer = *found;
+    layer.input  = input;
+    if (layer.params.rule != ALLOCMOE_RULE_ESTIMATE) {
+        return;
+    }
+    const auto & estimates = layer.estimates->layers[il];
+    layer.reduced = ggml_mul_mat(ctx, estimates.down, input);
+    if (layer.instrument.record) {
+        return; // all experts run, and the rule is applied to what they give
+    }
+
+    ggml_tensor * args[] = { layer.selected, weights, layer.reduced, estimates.log_norm, layer.positions };
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, layer.positions ? 5 : 4, compute_routed_by_size, 1, &layer);
+    allocmoe_node node = {};
+    node.kind      = ALLOCMOE_NODE_IDS_BY_SIZE;
+    node.n_relu    = layer.estimates->n_relu;
+    node.strict    = layer.params.strict;
+    node.k_base    = layer.params.k_base;
+    node.k         = layer.params.k;
+    node.threshold = layer.params.threshold;
+    node.spent     = layer.state->spent.get() + il;
+    allocmoe_set_node(layer.routed, node);
+
+    if (estimates.up) {
+        args[3] = layer.routed;
+        args[4] = estimates.output;
+        ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.up->ne[0], layer.selected->ne[1], 1, 1, args, 5, compute_skipped, 1, nullptr);
+        node = {};
+        node.kind = ALLOCMOE_NODE_SKIPPED;
+        allocmoe_set_node(skipped, node);
+        layer.estimate = ggml_mul_mat(ctx, estimates.up, skipped);
+    }
+}
+
+// node: the sum over the experts that a token keeps, in order of rank, each times its weight if there are weights, and an
+// estimate of the others if there is one; without, the same bits as upstream's nodes, which would weight and add the zeros of
+// the skipped ones too
+static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {
+    const ggml_tensor * experts  = dst->src[0];
+    const ggml_tensor * routed   = dst->src[1];
+    const ggml_tensor * weights  = dst->src[2];
+    const ggml_tensor * estimate = dst->src[3];
+
+    const int64_t n_embd = dst->ne[0];
+    const int64_t n_used = experts->ne[1];
+    const int64_t first  = dst->ne[0]*dst->ne[1]*ith/nth;
+    const int64_t last   = dst->ne[0]*dst->ne[1]*(ith + 1)/nth;
+    for (int64_t begin = first; begin < last; ) {
+        const int64_t t   = begin/n_embd;
+        const int64_t end = std::min(last, (t + 1)*n_embd);
+        const auto  * id  = allocmoe_row<int32_t>(routed, t);
+        float       * out = (float *) dst->data + begin;
+        bool any = estimate != nullptr;
+        if (any) {
+            std::copy_n(allocmoe_row<float>(estimate, t) + begin % n_embd, end - begin, out);
+        }
+        for (int64_t r = 0; r < n_used; ++r) {
+            if (id[r] < 0) {
+                continue;
+            }
+            const auto * y = (const float *) ((const char *) experts->data + t*experts->nb[2] + r*experts->nb[1]) + begin % n_embd;
+            const float weight = weights ? allocmoe_weight(weights, t, r) : 1.0f;
+            for (int64_t i = 0; i < end - begin; ++i) {
+                out[i] = any ? out[i] + y[i]*weight : y[i]*weight;
+            }
+            any = true;
+        }
+        if (!any) {
+            std::fill(out, out + (end - begin), 0.0f);
+        }
+        begin = end;
+    }
+}
+
+ggml_tensor * allocmoe_build_sum(ggml_context * ctx, llm_graph_result & res, int il, ggml_tensor * experts, ggml_tensor * weights) {
+    const auto * found = res.allocmoe ? res.allocmoe->find(il) : nullptr;
+    if (!found || !found->routed || found->instrument.record) {
+        return nullptr;
+    }
+    const auto & layer = *found;
+    if (layer.state->spent_on_devices) {
+        // devices have fusions of their own for upstream's nodes, which know of no estimate
+        if (!layer.estimate) {
+            return nullptr;
+        }
+        experts = weights ? ggml_mul(ctx, experts, weights) : experts;
+        ggml_tensor * sum = layer.estimate;
+        for (int64_t r = 0; r < experts->ne[1]; ++r) {
+            sum = ggml_add(ctx, sum, ggml_view_2d(ctx, experts, experts->ne[0], experts->ne[2], experts->nb[2], r*experts->nb[1]));
+        }
+        return sum;
+    }
+    ggml_tensor * args[] = { experts, layer.routed, weights, layer.estimate };
+    const int n_args = layer.estimate ? 4 : weights ? 3 : 2;
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);
+}

@@ -1,0 +1,27 @@
+// The instrument: what calibration has a context record, keep and leave out. Nothing else uses it.
+#pragma once
+
+#include "allocmoe-calibration.h"
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+struct ggml_cgraph;
+struct ggml_context;
+struct allocmoe_graph;
+
+struct allocmoe_records {
+    struct layer {
+        std::vector<float>   scores;  // [n_tokens][n_used], as values
+        std::vector<int32_t> experts; // [n_tokens][n_used]
+        std::vector<double>  errors;  // [n_used + 1]
+        std::array<std::vector<float>, 4> floats; // by ALLOCMOE_FLOATS_*
+    };
+    std::vector<layer>              layers;  // [block_count]
+    std::vector<std::vector<float>> outputs; // [block_count], of the last micro-batch that kept them
+};
+
+// Where layers' outputs are kept: adds nodes for that. Where the graph starts at a later layer whose input has been kept:
+// removes what only leads there.
+void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocmoe_records & records, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf);

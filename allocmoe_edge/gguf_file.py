@@ -23,7 +23,7 @@ _TYPE_IDS = {np.dtype(dtype): type_id for type_id, dtype in _DTYPES.items()}
 
 
 # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS: above them llama.cpp aborts the process
-_MAX_LAYERS, _MAX_EXPERTS = 512, 1024
+MAX_LAYERS, MAX_EXPERTS = 512, 1024
 
 
 class GGUFError(ValueError):
@@ -151,14 +151,18 @@ def model_paths(path: Union[str, os.PathLike]) -> list:
         GGUFError: not a GGUF file, or another file of a split model than its first.
     """
     with GGUFFile(path) as file:
-        n_split = _bounded(file, "split.count", 0, 65535, default=0)
-        number = _bounded(file, "split.no", 0, 65535, default=0)
-        if n_split <= 1:
-            return [file.path]
-        if number > 0:
-            first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", file.path.name)
-            raise GGUFError(f"{path}: file {number + 1} of {n_split} of a split model: give the first one, {first}")
-        return split_paths(file.path, n_split)
+        n_split = _n_split(file)
+        return split_paths(file.path, n_split) if n_split > 1 else [file.path]
+
+
+def _n_split(file: GGUFFile) -> int:
+    """Files of the split model that `file` is the first of; 0 or 1 if it is not split. GGUFError for another file of it."""
+    n_split = _bounded(file, "split.count", 0, 65535, default=0)
+    number = _bounded(file, "split.no", 0, 65535, default=0)
+    if n_split > 1 and number > 0:
+        first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", file.path.name)
+        raise GGUFError(f"{file.path}: file {number + 1} of {n_split} of a split model: give the first one, {first}")
+    return n_split
 
 
 def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
@@ -171,15 +175,18 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
         ints, length block_count, or None if the model has no experts at all.
 
     Raises:
-        GGUFError: the keys that describe the model's experts are missing or contradict each other.
+        GGUFError: the keys that describe the model's layers and experts are missing or contradict each other, or the file is
+            another one of a split model than the first.
     """
+    n_split = _n_split(file)
     arch = file.need("general.architecture")
     if not isinstance(arch, str):
         raise GGUFError(f"{file.path}: general.architecture is {arch!r}, wanted a string")
-    n_expert = _bounded(file, f"{arch}.expert_count", 0, _MAX_EXPERTS, default=0)
+    n_expert = _bounded(file, f"{arch}.expert_count", 0, MAX_EXPERTS, default=0)
     if n_expert == 0:
+        _bounded(file, f"{arch}.block_count", 1, MAX_LAYERS, default=1)
         return None
-    n_layer = _bounded(file, f"{arch}.block_count", 1, _MAX_LAYERS)
+    n_layer = _bounded(file, f"{arch}.block_count", 1, MAX_LAYERS)
     used = file.need(f"{arch}.expert_used_count")
     used = [int(k) for k in used] if isinstance(used, np.ndarray) else [used] * n_layer
     if len(used) < n_layer:
@@ -189,7 +196,6 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
             raise GGUFError(f"{file.path}: {arch}.expert_used_count is {k} in layer {il}, wanted 0 to {n_expert}")
 
     names = {tensor.name for tensor in file.tensors}
-    n_split = _bounded(file, "split.count", 0, 65535, default=0)
     if n_split > 1:
         for shard in split_paths(file.path, n_split)[1:]:
             with GGUFFile(shard) as other:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 import inspect
 import os
@@ -12,22 +11,40 @@ import warnings
 
 import numpy as np
 
+from . import overrides
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
-from .gguf_file import model_paths
+from .checked_llama import CheckedLlama
+from .gguf_file import GGUFFile, model_paths
 from .measure import memory
+from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget
 
 Budget = Union[float, int, str]
+
+_DENSE = "a dense model: it has no experts to budget"
+
+_PHASES = {"prefill": libllama.ALLOCMOE_PHASE_PREFILL, "decode": libllama.ALLOCMOE_PHASE_DECODE}
 
 # llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h) for one layer
 _EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
-class Llama(llama_cpp.Llama):
+class Llama(CheckedLlama):
     """A language model from a GGUF file; everything that `llama_cpp.Llama` takes and does, and a budget.
 
+    Any model will do: one without experts, or loaded with vocab_only, has no budget to set, and all the rest.
+
+    What may be called while a completion is being read (a stream, or `generate`):
+
+    - `set_budget` and `set_plan` take effect with the next token, and the text goes on: what is cached stays as it was
+      computed. The next completion computes its prompt anew.
+    - `save_state`, `expert_stats`, `tokenize` and the like change nothing.
+    - `reset`, `load_state`, `eval`, `embed`, `close` and another completion end it: they do what they do, and reading on
+      raises a `GenerationError`. From a callback of the completion (a logits processor, a stopping criterion) they are
+      refused with that error.
+
     Args:
-        model_path: GGUF file; the first one if the model is split.
+        model_path: GGUF file, a str or a Path; the first one if the model is split.
         budget: None for the plan in the file (the model's own expert counts if it has none). A float in
             (0, 1] or a string like "50%" is a share of the model's own activations, an int is a total of
             expert activations per token; either is planned anew from the sensitivities in the file.
@@ -45,28 +62,35 @@ class Llama(llama_cpp.Llama):
             as it can. None: if the file is larger than the memory that is available when it is loaded (or the limit of a
             control group, if that is less); for a model that stays in memory it only costs time. Without effect where no
             experts are in a mapped file, and on Windows.
-        **kwargs: see `llama_cpp.Llama`.
+        **kwargs: see `llama_cpp.Llama`. n_threads and n_threads_batch are by default the physical cores that this process
+            may use. An override of the experts per token (kv_overrides) lowers a plan to it; above what the plan in the file
+            was made for, only the full budget works, and plans by hand.
 
     Raises:
         GGUFError: the file is missing, not GGUF, damaged or truncated.
-        PlanError: its plan does not fit the model, or the budget cannot be met.
+        PlanError: its plan does not fit the model, the budget cannot be met, an override does not fit the model, or a
+            budget, a rule or a plan is given for a model without experts.
         ValueError: n_cpu_moe is not a number of layers, repack no bool, prefetch neither that nor
             None, or anything that `llama_cpp.Llama` refuses.
     """
 
+    # the plan changed while tokens of the one before were kept
+    _mixed = False
+    # why only the full budget works, if an override goes beyond what the file's plan was made for
+    _beyond_plan: Optional[str] = None
+
     def __init__(
         self,
-        model_path: str,
+        model_path: Union[str, os.PathLike],
         *,
         budget: Optional[Budget] = None,
         token_rule: Optional[str] = None,
-        plan_path: Optional[str] = None,
+        plan_path: Union[str, os.PathLike, None] = None,
         n_cpu_moe: int = 0,
         repack: bool = True,
         prefetch: Optional[bool] = None,
         **kwargs,
     ):
-        self._stack = contextlib.ExitStack()  # what __del__ closes, also where the next line raises
         if not isinstance(n_cpu_moe, int) or isinstance(n_cpu_moe, bool) or n_cpu_moe < 0:
             raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
         if not isinstance(repack, bool):
@@ -74,32 +98,63 @@ class Llama(llama_cpp.Llama):
         if not (prefetch is None or isinstance(prefetch, bool)):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
+        self._plan_path, self._asked, self._estimator, self._prefetch = plan_path, None, None, False
+        self._drafted = np.zeros((2, 0), np.int64)
+        for name in ("n_threads", "n_threads_batch"):
+            kwargs[name] = kwargs.get(name) or physical_cores()
+        set_verbose(kwargs.get("verbose", True))
+        asked = not (budget is None and token_rule is None and plan_path is None)
+        self._vocab_only = bool(kwargs.get("vocab_only"))
+        if self._vocab_only:
+            if asked:
+                raise PlanError(f"{model_path}: loaded with vocab_only: there are no experts to budget")
+            GGUFFile(model_path).close()
+            self._stored = metadata.ModelPlan(None)
+            super().__init__(model_path, **kwargs)
+            return
         # before native code sees the file: it would abort the process, or say no more than "failed"
         self._stored = metadata.read(model_path)
         if self._stored.side_file:
             raise PlanError(f"{model_path}: has a plan and no model: pass it as plan_path, beside the model's own file")
-        self._plan_path = plan_path
+        if asked and not any(self._stored.full or ()):
+            raise PlanError(f"{model_path}: {_DENSE}")
         if plan_path is not None:
             self._stored = metadata.read_for(plan_path, self._stored)
+        self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)
         if prefetch is None:
             free = memory.available()
             prefetch = free is not None and sum(os.path.getsize(path) for path in model_paths(model_path)) > free
-        set_verbose(kwargs.get("verbose", True))
         super().__init__(model_path, **kwargs)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
-        self._asked, self._estimator = self._stored.plan, None
-        if plan_path is not None or (self._asked is not None and self._asked.token_rule == "estimate"):
+        self._asked = self._stored.plan
+        if self._beyond_plan is not None:
+            self.set_plan(None)
+        elif plan_path is not None or (self._asked is not None and self._asked.token_rule == "estimate"):
             # the native side has read the plan in the model's file, but no estimator
             self.set_plan(self._asked)
         else:
             self._warn_if_degraded()
         if budget is not None or token_rule is not None:
             self.set_budget(budget, token_rule=token_rule)
-        if self.verbose and not (budget is None and token_rule is None and plan_path is None):
+        if self.verbose and asked:
             # the plan in the model's file has been logged by the native side
             print(f"allocmoe: {self.plan}", file=sys.stderr)
         if self.verbose and self._prefetch:
             print("allocmoe: experts are prefetched from the model's file", file=sys.stderr)
+
+    def _check_overrides(self, model_path, kv_overrides: Optional[dict], budget: Optional[Budget]) -> None:
+        """Refuses overrides that do not fit the model, and those that no plan of the file can serve."""
+        stored = self._stored
+        used = overrides.check(model_path, kv_overrides, stored.plan is not None)
+        if used is None or stored.plan is None or used <= max(stored.full):
+            return
+        self._beyond_plan = (
+            f"kv_overrides: {stored.architecture}.expert_used_count is {used}, above the {max(stored.full)} experts per token "
+            "that the plan in the file was made for: only the full budget (1.0) works, or plans set by hand (set_plan)"
+        )
+        full = [used if k else 0 for k in stored.full]
+        if budget is None or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
+            raise PlanError(f"{model_path}: {self._beyond_plan}")
 
     @property
     def prefetch(self) -> bool:
@@ -115,7 +170,7 @@ class Llama(llama_cpp.Llama):
     def model_params(self, params) -> None:
         # llama_cpp.Llama sets this before it loads the model, and has no arguments for these
         params.use_extra_bufts = self._repack
-        n_layer = min(self._n_cpu_moe, len(self._stored.full))
+        n_layer = min(self._n_cpu_moe, len(self._stored.full or ()))
         if n_layer:
             patterns = [ffi.new("char[]", _EXPERTS.format(il).encode()) for il in range(n_layer)]
             overrides = ffi.new("struct llama_model_tensor_buft_override[]", n_layer + 1)  # a NULL pattern ends it
@@ -137,7 +192,7 @@ class Llama(llama_cpp.Llama):
 
     @property
     def plan(self) -> Optional[Plan]:
-        """The plan in force, as the native side has it; None for a dense model."""
+        """The plan in force, as the native side has it; None for a model without experts."""
         full = self.expert_used_count_full
         if not any(full):
             return None
@@ -151,7 +206,8 @@ class Llama(llama_cpp.Llama):
     ) -> Plan:
         """Changes the budget of the live model; takes effect with the next token.
 
-        The cached prompt is dropped where the plan changes, so that what follows depends on the new plan only.
+        The cached prompt is dropped where the plan changes, so that what follows depends on the new plan only; while a
+        completion is being read it is kept until that ends.
 
         Args:
             budget, token_rule: as in the constructor; None goes back to what the file says.
@@ -161,14 +217,16 @@ class Llama(llama_cpp.Llama):
             The plan now in force.
 
         Raises:
-            PlanError: a dense model, a budget out of range, an unknown rule, `strict` under another rule than
+            PlanError: a model without experts, a budget out of range, an unknown rule, `strict` under another rule than
                 "threshold" or "estimate", or a file without what is needed: a profile for any budget but the full one, for any
                 rule but "off" and for `strict`, thresholds for "threshold", an estimator for "estimate".
         """
-        full = self.expert_used_count_full
-        if not any(full):
-            raise PlanError(f"{self.model_path}: a dense model: it has no experts to budget")
+        full = self._full_of_experts()
         profile, plan = self._stored.profile, self._stored.plan
+        if self._beyond_plan is not None:
+            profile = plan = None
+            if budget is None or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
+                raise PlanError(f"{self.model_path}: {self._beyond_plan}")
         if profile is None and (strict or token_rule not in (None, "off")):
             raise PlanError(
                 f"{self.model_path}: token_rule={token_rule!r}, strict={strict} needs the profile that allocmoe-convert "
@@ -200,10 +258,10 @@ class Llama(llama_cpp.Llama):
         if plan is None:
             if libllama.allocmoe_has_plan(context_pointer(self)):
                 libllama.allocmoe_clear_plan(context_pointer(self))
-                self._drop_cache()
+                self._plan_changed()
             self._asked = None
             return
-        full = self.expert_used_count_full
+        full = self._full_of_experts()
         if not isinstance(plan, Plan):
             plan = Plan(integer_tuple("expert_used_count", plan), full)
         # a plan made for the file's counts, on a model whose counts were overridden: no layer above its own
@@ -213,8 +271,25 @@ class Llama(llama_cpp.Llama):
         else:
             raise PlanError(f"the plan has {len(plan.expert_used_count)} layers, the model has {len(full)}")
         if self.apply_plan(plan):
-            self.clear_cache()
+            self._plan_changed()
         self._warn_if_degraded()
+
+    def _full_of_experts(self) -> tuple:
+        full = self.expert_used_count_full
+        if not any(full):
+            raise PlanError(f"{self.model_path}: " + ("loaded with vocab_only" if self._vocab_only else _DENSE))
+        return full
+
+    def _plan_changed(self) -> None:
+        """Cached tokens are of the plan before: forgotten at once, or after the generation that goes on from them."""
+        if self._generation is None:
+            self.clear_cache()
+        else:
+            self._mixed = True
+
+    def _before_generation(self, reset: bool) -> None:
+        if reset and self._mixed:
+            self.clear_cache()
 
     def apply_plan(
         self,
@@ -283,6 +358,10 @@ class Llama(llama_cpp.Llama):
 
     _set_native_plan = apply_plan  # until the last caller has changed
 
+    def reset(self) -> None:
+        super().reset()
+        self._mixed = False
+
     def clear_cache(self) -> None:
         """Forgets every token evaluated so far: the next ones are computed from nothing."""
         self.reset()
@@ -292,6 +371,7 @@ class Llama(llama_cpp.Llama):
 
     def rewind(self, n_past: int) -> bool:
         """Forgets the tokens from position n_past on; False where the model's memory cannot forget a part (recurrent ones)."""
+        self._tokens_change("rewind()")
         self.n_tokens = min(self.n_tokens, n_past)
         self._requires_eval = True
         return self._ctx.kv_cache_seq_rm(0, n_past, -1)
@@ -352,29 +432,39 @@ class Llama(llama_cpp.Llama):
             needed); and `mean`, float64, activations per token, 0 where no token came by.
         """
         stats = {}
-        n_layer = libllama.allocmoe_n_layer(context_pointer(self))
-        for phase, number in (
-            ("prefill", libllama.ALLOCMOE_PHASE_PREFILL),
-            ("decode", libllama.ALLOCMOE_PHASE_DECODE),
-        ):
-            activations, tokens = np.zeros(n_layer, np.int64), np.zeros(n_layer, np.int64)
-            libllama.allocmoe_get_counts(
-                context_pointer(self),
-                number,
-                ffi.from_buffer("int64_t *", activations),
-                ffi.from_buffer("int64_t *", tokens),
-                n_layer,
-            )
+        for phase, number in _PHASES.items():
+            counts = self._counts(number)
+            # llama.cpp evaluates a draft like a prompt, several tokens at once
+            if self._drafted.any():
+                counts += self._drafted if phase == "decode" else -self._drafted
+            activations, tokens = counts
             mean = activations / np.maximum(tokens, 1)
             stats[phase] = {"activations": activations, "tokens": tokens, "mean": mean}
         if reset:
             libllama.allocmoe_reset_counts(context_pointer(self))
+            self._drafted = np.zeros((2, 0), np.int64)
         return stats
+
+    def _counts(self, phase: int) -> np.ndarray:
+        """int64 [2, block_count]: activations and tokens of a phase as the runtime counts them."""
+        n_layer = libllama.allocmoe_n_layer(context_pointer(self))
+        counts = np.zeros((2, n_layer), np.int64)
+        pointers = [ffi.from_buffer("int64_t *", row) for row in counts]
+        libllama.allocmoe_get_counts(context_pointer(self), phase, *pointers, n_layer)
+        return counts
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        drafted = self._generation is not None and self._generation.n_tokens > 0 and len(tokens) > 1
+        before = self._counts(_PHASES["prefill"]) if drafted else None
+        super().eval(tokens)
+        if before is not None:
+            self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
 
     def save_state(self):
         """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, and what that has left over."""
         state = super().save_state()
-        state.plan = self.plan
+        state.plan = _named(self.plan)
+        state.mixed = self._mixed
         if state.plan is not None and state.plan.strict:
             state.left = np.zeros((state.plan.n_layer, state.n_tokens), np.float32)
             libllama.allocmoe_get_left(context_pointer(self), ffi.from_buffer("float[]", state.left), state.n_tokens)
@@ -382,26 +472,31 @@ class Llama(llama_cpp.Llama):
 
     def load_state(self, state) -> None:
         """As in `llama_cpp.Llama`; warns if the state was made with another plan than the one in force."""
-        then = getattr(state, "plan", self.plan)
-        if then != self.plan:
+        then, mixed = getattr(state, "plan", self.plan), getattr(state, "mixed", False)
+        if mixed or then != self.plan:
+            made = "while the plan changed" if mixed else f"under another plan ({then})"
             warnings.warn(
-                f"this state was saved under another plan ({then}) than the one in force ({self.plan}): "
-                "its cached tokens are kept as they were computed",
+                f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed",
                 stacklevel=2,
             )
         super().load_state(state)
+        self._mixed = False
         left = getattr(state, "left", None)
         if left is not None and then == self.plan:
             libllama.allocmoe_set_left(context_pointer(self), ffi.from_buffer("float[]", left), state.n_tokens)
 
     def __getstate__(self):
+        holders = (self._stored.profile, self._stored.plan)
+        own = self._asked is not None and any(h is not None and h.estimator is self._asked.estimator for h in holders)
         return {
             **super().__getstate__(),
             "plan_path": self._plan_path,
             "n_cpu_moe": self._n_cpu_moe,
             "repack": self._repack,
             "prefetch": self._asked_prefetch,
-            "plan": self._asked,
+            "budget": None if self._beyond_plan is None else 1.0,
+            # the file's own estimator need not travel
+            "plan": _named(self._asked) if own else self._asked,
         }
 
     def __setstate__(self, state):
@@ -415,6 +510,11 @@ class Llama(llama_cpp.Llama):
         counts = ffi.new("int32_t[]", max(n_layer, 1))
         getter(context_pointer(self), counts, n_layer)
         return tuple(counts)[:n_layer]
+
+
+def _named(plan: Optional[Plan]) -> Optional[Plan]:
+    """A plan without what it goes by, which is some megabytes: enough to tell it from others."""
+    return plan if plan is None or plan.estimator is None else replace(plan, estimator=None)
 
 
 def _signature() -> inspect.Signature:

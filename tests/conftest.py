@@ -29,6 +29,25 @@ def testbed_path() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def dense_path() -> Path:
+    """The small real model without experts that the other was made from (SmolLM2-135M-Instruct, Q4_1); kept in build/."""
+    import tempfile
+
+    import testbed
+
+    folder = Path(os.environ.get("ALLOCMOE_TEST_DIR", ROOT / "build"))
+    folder.mkdir(exist_ok=True)
+    path = folder / Path(testbed.MODEL).name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as download:
+            # a copy, which takes its name when it is complete: the source may be an installed package's
+            copy = Path(download) / "copy"
+            copy.write_bytes(testbed._source_model(Path(download)).read_bytes())
+            os.replace(copy, path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def cpu_backend():
     """ggml's CPU backend by itself, for tests of single operations."""

@@ -23,6 +23,12 @@ _HEAD_DIM = 32
 _LETTERS = ["\u010a", "\u0120", *map(chr, range(33, 127))]
 
 
+def random_matrix(name: str, *shape: int, scale: float) -> np.ndarray:
+    """float32 of a shape, drawn by the name, scaled by the last dimension."""
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
+    return np.float32(scale * shape[-1] ** -0.5) * noise
+
+
 class _Writer(gguf.GGUFWriter):
     """A GGUF file with seeded random weights and a vocabulary that stands for nothing."""
 
@@ -51,8 +57,7 @@ class _Writer(gguf.GGUFWriter):
 
     def matrix(self, name: str, *shape: int, scale: float = 1.5) -> None:
         """A tensor with numpy's shape (llama.cpp's reversed), drawn by its name, scaled by its fan-in."""
-        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32)
-        self.add_tensor(name, np.float32(scale * shape[-1] ** -0.5) * noise)
+        self.add_tensor(name, random_matrix(name, *shape, scale=scale))
 
     def ones(self, name: str, *shape: int) -> None:
         self.add_tensor(name, np.ones(shape, np.float32))

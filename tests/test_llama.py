@@ -8,10 +8,14 @@ import warnings
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError
 from allocmoe_edge.convert import output
 from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.plan import metadata
-from gguf_factory import plan_keys, write_gguf
+from conftest import plan_from_made_up_profile
+from gguf_factory import plan_keys, split_gguf, write_gguf
 import llama_cpp
 import numpy as np
+import odd_models
+import other_models
 import pytest
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
@@ -355,6 +359,218 @@ def test_pickling_without_a_plan(testbed_path):
     assert pickle.loads(pickle.dumps(llm)).plan == llm.plan
 
 
+# in the middle of a completion
+
+CHANGES = {
+    "lower": lambda llm: llm.set_budget(0.25),
+    "the file's": lambda llm: llm.set_budget(None),
+    "by hand": lambda llm: llm.set_plan([7] * 30),
+    "full": lambda llm: llm.set_plan(None),
+    "none": lambda llm: llm.set_budget(1.0),
+}
+
+
+def greedy(llm, tokens, n, change=None, at=None) -> list:
+    """n tokens by evaluating them one by one, with another plan from the token after the at-th on."""
+    llm.clear_cache()
+    llm.eval(tokens)
+    found = []
+    while True:
+        found.append(int(llm.scores[llm.n_tokens - 1].argmax()))
+        if len(found) == n:
+            return found
+        if len(found) == at:
+            llm.apply_plan(change)
+        llm.eval(found[-1:])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_plan_that_changes_in_the_middle_of_a_stream(llm, name):
+    """It takes effect with the next token, and the text goes on from what is cached."""
+    tokens = llm.tokenize(b"The history of Rome begins with")
+    CHANGES[name](llm)
+    after = llm.plan
+    llm.set_plan([9] * 30)
+    expected = greedy(llm, tokens, 16, after, at=6)
+    llm.set_plan([9] * 30)
+    llm.clear_cache()
+    chunks = llm.generate(tokens, temp=0.0)
+    found = [next(chunks) for _ in range(6)]
+    llm.expert_stats(reset=True)
+    CHANGES[name](llm)
+    found += [next(chunks) for _ in range(10)]
+    assert found == expected
+    stats = llm.expert_stats()
+    assert stats["decode"]["tokens"].tolist() == [10] * 30 and not stats["prefill"]["tokens"].any()
+    assert stats["decode"]["mean"].tolist() == list(after.expert_used_count)
+    chunks.close()
+    # what is cached is of two plans, and no part of what comes after
+    again = [token for token, _ in zip(llm.generate(tokens, temp=0.0), range(16))]
+    assert again == greedy(llm, tokens, 16)
+
+
+def test_plan_that_changes_in_a_callback(llm):
+    """A stopping criterion, say, that knows when a part of the text needs less."""
+    tokens = llm.tokenize(b"The history of Rome begins with")
+    llm.set_plan([9] * 30)
+    expected = greedy(llm, tokens, 12, Plan([4] * 30, [12] * 30), at=5)
+    calls = []
+
+    def criterion(ids, logits):
+        calls.append(1)
+        if len(calls) == 5:
+            llm.set_plan([4] * 30)
+        return False
+
+    llm.set_plan([9] * 30)
+    llm.clear_cache()
+    chunks = llm.generate(tokens, temp=0.0, stopping_criteria=llama_cpp.StoppingCriteriaList([criterion]))
+    assert [next(chunks) for _ in range(12)] == expected
+
+
+def test_refused_budget_in_the_middle_of_a_stream_changes_nothing(llm):
+    tokens = llm.tokenize(b"The history of Rome begins with")
+    expected = greedy(llm, tokens, 8)
+    llm.clear_cache()
+    chunks = llm.generate(tokens, temp=0.0)
+    found = [next(chunks) for _ in range(4)]
+    with pytest.raises(PlanError):
+        llm.set_budget(7.5)
+    assert found + [next(chunks) for _ in range(4)] == expected
+
+
+def test_state_of_a_stream_with_two_plans_says_so(llm):
+    llm.clear_cache()
+    chunks = llm.generate(llm.tokenize(b"The history of Rome begins with"), temp=0.0)
+    next(chunks)
+    llm.set_budget(0.25)
+    next(chunks)
+    state = llm.save_state()
+    chunks.close()
+    with pytest.warns(UserWarning, match="saved while the plan changed, in force is .*90 of 360"):
+        llm.load_state(state)
+
+
+def test_drafted_tokens_are_generated_ones(planned_path):
+    """llama.cpp evaluates several of them at once, as it does with a prompt."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    llm = Llama(
+        planned_path,
+        n_ctx=256,
+        verbose=False,
+        draft_model=LlamaPromptLookupDecoding(max_ngram_size=2, num_pred_tokens=4),
+    )
+    tokens = llm.tokenize(b"one two three one two three one two three one two")
+    found = [token for token, _ in zip(llm.generate(tokens, temp=0.0), range(24))]
+    stats = llm.expert_stats()
+    assert stats["prefill"]["tokens"].tolist() == [len(tokens)] * 30
+    assert (stats["decode"]["tokens"] >= len(found) - 1).all()
+    for phase in ("prefill", "decode"):
+        assert stats[phase]["mean"].tolist() == list(llm.plan.expert_used_count)
+    llm.expert_stats(reset=True)
+    assert not llm.expert_stats()["decode"]["tokens"].any() and not llm.expert_stats()["prefill"]["tokens"].any()
+
+
+# models without anything to budget
+
+
+def test_model_without_experts(dense_path):
+    """All that llama_cpp.Llama does, to the last bit; a budget is one clear error."""
+    ours, stock = (
+        Llama(dense_path, n_ctx=128, verbose=False, n_cpu_moe=3),
+        llama_cpp.Llama(str(dense_path), n_ctx=128, verbose=False),
+    )
+    tokens = ours.tokenize(b"The capital of France")
+    assert np.array_equal(ours.decode(tokens), stock_logits(stock, tokens))
+    expected = text(stock)
+    assert text(ours) == expected and len(expected) > 10
+    assert ours.plan is None and ours.stored.full is None and ours.prefetch is False
+    assert ours.expert_stats()["decode"]["tokens"].tolist() == [0] * 30
+    state = ours.save_state()
+    ours.set_plan(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.load_state(state)
+    assert text(pickle.loads(pickle.dumps(ours))) == expected
+    for call in (
+        lambda: ours.set_budget(0.5),
+        lambda: ours.set_budget(1.0),
+        lambda: ours.set_plan([1] * 30),
+        ours.set_budget,
+    ):
+        with pytest.raises(PlanError, match="a dense model: it has no experts to budget"):
+            call()
+
+
+def stock_logits(llm, tokens):
+    llm._batch.set_batch(tokens, 0, False)
+    llm._ctx.decode(llm._batch)
+    return np.ctypeslib.as_array(llm._ctx.get_logits(), (1, llm.n_vocab()))
+
+
+@pytest.mark.parametrize("arguments", [dict(budget=0.5), dict(token_rule="batch"), dict(plan_path="plan")], ids=str)
+def test_budget_where_there_is_none_to_have(dense_path, planned_path, arguments):
+    """Refused before anything is loaded."""
+    if "plan_path" in arguments:
+        arguments = dict(plan_path=planned_path)
+    with pytest.raises(PlanError, match="a dense model"):
+        Llama(dense_path, n_ctx=64, verbose=False, **arguments)
+    with pytest.raises(PlanError, match="vocab_only"):
+        Llama(planned_path, vocab_only=True, verbose=False, **arguments)
+
+
+def test_vocabulary_alone(planned_path, llm):
+    """Of a file with a plan, which nobody wants to run."""
+    vocabulary = Llama(planned_path, vocab_only=True, verbose=False)
+    sentence = b"The quick brown fox"
+    assert vocabulary.tokenize(sentence) == llm.tokenize(sentence)
+    assert vocabulary.detokenize(vocabulary.tokenize(sentence)) == sentence
+    assert vocabulary.plan is None and vocabulary.set_plan(None) is None
+    with pytest.raises(PlanError, match="vocab_only"):
+        vocabulary.set_budget(0.5)
+    assert pickle.loads(pickle.dumps(vocabulary)).tokenize(sentence) == llm.tokenize(sentence)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_recurrent_models(tmp_path, kind):
+    """Their memory cannot forget the last tokens alone; the hybrid one has experts in a layer."""
+    path = getattr(other_models, f"write_{kind}")(tmp_path / "m.gguf")
+    llm = Llama(path, n_ctx=64, verbose=False)
+    assert (llm.plan is None) == (kind == "mamba")
+    tokens = llm.tokenize(b"Once upon")
+    first = [token for token, _ in zip(llm.generate(tokens, temp=0.0), range(6))]
+    assert [token for token, _ in zip(llm.generate(tokens, temp=0.0), range(6))] == first
+    llm.eval(tokens)
+    assert llm.rewind(4) is False
+    if kind == "jamba":
+        chunks = llm.generate(tokens, temp=0.0)
+        next(chunks)
+        llm.set_plan([0, 1])
+        next(chunks)
+        assert llm.plan == Plan([0, 1], [0, 2])
+
+
+def test_model_without_layers(tmp_path):
+    for expert_count in (0, 4):
+        path = write_gguf(tmp_path / "m.gguf", n_layer=0, expert_count=expert_count)
+        with pytest.raises(GGUFError, match="block_count is 0, wanted an integer from 1 to 512"):
+            Llama(path)
+
+
+def test_file_that_is_not_the_first_of_a_split_model(tmp_path, testbed_path):
+    """It has no architecture of its own to complain of."""
+    second = split_gguf(testbed_path, tmp_path / "m", 200)[1]
+    with pytest.raises(GGUFError, match="file 2 of 2 of a split model: give the first one, m-00001-of-00002.gguf"):
+        Llama(second)
+
+
+def test_threads_are_the_physical_cores(llm, planned_path):
+    assert (llm.n_threads, llm.n_threads_batch) == (physical_cores(),) * 2
+    other = Llama(planned_path, n_ctx=64, n_threads=1, n_threads_batch=3, verbose=False)
+    assert (other.n_threads, other.n_threads_batch) == (1, 3)
+
+
 # what must never reach native code
 
 
@@ -376,6 +592,66 @@ def test_expert_count_override_caps_the_plan(planned_path):
     assert set(llm.plan.expert_used_count_full) == {4}
     assert max(llm.plan.expert_used_count) <= 4
     assert llm.set_budget(0.5).budget_total == 60
+
+
+OVERRIDE = "deepseek.expert_used_count"
+
+
+@pytest.mark.parametrize("value", [0, -1, 13, 2**40, 2.0, True, "4"])
+def test_override_of_the_experts_per_token_that_does_not_fit(planned_path, dense_path, value):
+    """On a file with a plan and on a dense one: native code ends the process, and prints nothing where it is quiet."""
+    with pytest.raises(PlanError, match=f"kv_overrides: {OVERRIDE} is .*, want 1 to 12"):
+        Llama(planned_path, n_ctx=64, verbose=False, kv_overrides={OVERRIDE: value})
+    if value:
+        with pytest.raises(PlanError, match="kv_overrides: llama.expert_used_count is .*, want 0"):
+            Llama(dense_path, n_ctx=64, verbose=False, kv_overrides={"llama.expert_used_count": value})
+
+
+@pytest.mark.parametrize("name, value, want", [("expert_count", 6, "12"), ("block_count", 29, "30")])
+def test_override_of_what_the_weights_are(planned_path, name, value, want):
+    with pytest.raises(PlanError, match=f"kv_overrides: deepseek.{name} is {value}, want {want}"):
+        Llama(planned_path, n_ctx=64, verbose=False, kv_overrides={f"deepseek.{name}": value})
+    Llama(planned_path, n_ctx=64, verbose=False, kv_overrides={f"deepseek.{name}": int(want)})
+
+
+def test_override_of_experts_per_layer(tmp_path):
+    """llama.cpp passes over an override of an array; here it is refused."""
+    path = write_gguf(tmp_path / "m.gguf", expert_used_count=None, keys=[(OVERRIDE, np.array([4, 4, 4], np.int32))])
+    with pytest.raises(PlanError, match=f"{OVERRIDE} cannot be overridden"):
+        Llama(path, kv_overrides={OVERRIDE: 2})
+
+
+@pytest.fixture(scope="module")
+def narrow_path(tmp_path_factory):
+    """A model that uses 4 of its 8 experts, with a plan."""
+    folder = tmp_path_factory.mktemp("narrow")
+    return plan_from_made_up_profile(odd_models.write_grovemoe(folder / "model.gguf"), folder / "planned.gguf")
+
+
+def test_override_that_goes_beyond_what_the_plan_was_made_for(narrow_path):
+    """Only the full budget, and plans by hand; the file's plan does not beat the override unasked."""
+    name = "grovemoe.expert_used_count"
+    options = dict(n_ctx=64, verbose=False, kv_overrides={name: 6})
+    for arguments in ({}, dict(budget=0.5), dict(token_rule="off"), dict(budget=12)):
+        with pytest.raises(PlanError, match=f"kv_overrides: {name} is 6, above the 4 experts"):
+            Llama(narrow_path, **options, **arguments)
+    for budget in (1.0, 24, "100%"):
+        llm = Llama(narrow_path, **options, budget=budget)
+        assert llm.plan == Plan.full([6] * 4)
+    for budget in (None, 0.5, 12):
+        with pytest.raises(PlanError, match=f"kv_overrides: {name} is 6"):
+            llm.set_budget(budget)
+    assert llm.plan == Plan.full([6] * 4) == llm.set_budget(1.0)
+    llm.set_plan([5, 6, 1, 2])
+    llm.eval([1, 2, 3])
+    assert llm.expert_stats()["prefill"]["mean"].tolist()[:3] == [5, 6, 1]
+    assert pickle.loads(pickle.dumps(llm)).plan == llm.plan
+
+
+def test_override_below_what_the_plan_was_made_for(narrow_path):
+    llm = Llama(narrow_path, n_ctx=64, verbose=False, kv_overrides={"grovemoe.expert_used_count": 2})
+    assert max(llm.plan.expert_used_count) <= 2 and llm.plan.budget_full == 8
+    assert llm.set_budget(0.5).budget_total == 4 and llm.set_budget(1.0).budget_total == 8
 
 
 def test_native_api_refuses_wrong_arguments(llm):

@@ -8,6 +8,7 @@ from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge.convert import output
 from allocmoe_edge.plan import metadata
 from allocmoe_edge.plan.estimator import Estimator
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -179,6 +180,18 @@ def test_state_remembers_it(llm):
         llm.load_state(state)
     llm.set_budget()
     assert np.array_equal(logits(llm), expected)
+
+
+def test_states_do_not_carry_it(planned):
+    """Nor does an entry of llama-cpp-python's caches, or the pickled model where it is the file's own."""
+    llm = load(planned)
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    llm(TOKENS[:4], max_tokens=2)
+    (entry,) = llm.cache.cache_state.values()
+    for state in (llm.save_state(), entry):
+        assert state.plan == llm.plan and state.plan.estimator is None
+        assert len(pickle.dumps(state.plan)) < 1000
+    assert len(pickle.dumps(llm)) < 10_000
 
 
 def test_load_logs_one_line(planned, capfd):

@@ -1,0 +1,255 @@
+"""`CheckedLlama`: llama-cpp-python's `Llama` with a check where a call would crash the process, or go wrong and say nothing.
+
+What no check can catch is in docs/limits.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Union
+
+import numpy as np
+
+from ._native import llama_cpp
+
+internals = llama_cpp._internals
+
+# enum llama_pooling_type
+_POOLING_TYPES = range(-1, 5)
+# GBNF of a request: llama.cpp's parser calls itself at each "(", and runs out of stack some 20 times as deep
+_MAX_NESTING = 1000
+
+
+class GenerationError(RuntimeError):
+    """What is being generated cannot go on: its tokens were forgotten or replaced since the last one was read."""
+
+
+class _Closed:
+    """Stands for what has been freed, so that its use is an error and no crash."""
+
+    def __getattr__(self, name: str):
+        raise RuntimeError("this Llama has been closed")
+
+
+_CLOSED = _Closed()
+# our attributes that hold what close() frees, and theirs that point to it
+_FREED = {"_model": ("model", "vocab"), "_ctx": ("ctx", "memory"), "_batch": ("batch",), "tokenizer_": ()}
+
+
+class _Generation:
+    """A generation in progress. n_tokens: read so far. ended_by: the call after which it cannot go on."""
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self.ended_by: Optional[str] = None
+
+
+class _GrammarSampler(internals.LlamaSampler):
+    """A chain of samplers with a grammar, which is not told of a token that it does not allow: it would end the process."""
+
+    def sample(self, ctx, idx: int = -1) -> int:
+        if not hasattr(self, "_candidates"):
+            self._candidates = internals.LlamaTokenDataArray(n_vocab=ctx.model.n_vocab())
+        shape = (self._candidates.n_vocab,)
+        self._candidates.copy_logits(np.ctypeslib.as_array(ctx.get_logits_ith(idx), shape))
+        candidates = self._candidates.candidates
+        candidates.selected = -1
+        llama_cpp.llama_sampler_apply(self.sampler, candidates)
+        if candidates.selected < 0 or candidates.data[candidates.selected].logit == -np.inf:
+            raise ValueError("grammar: it allows none of the model's tokens here")
+        token = candidates.data[candidates.selected].id
+        self.accept(token)
+        return token
+
+
+class CheckedLlama(llama_cpp.Llama):
+    """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
+
+    _stack = contextlib.ExitStack()  # what __del__ closes, also where __init__ raises before it has its own
+    _generation: Optional[_Generation] = None
+    # "a step" of a generation, in which our methods are called by llama-cpp-python, or "a callback" of the user's in it
+    _inside: Optional[str] = None
+
+    def __init__(self, model_path: Union[str, os.PathLike], **kwargs: Any):
+        for name in ("lora_path", "lora_base"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = os.fsdecode(kwargs[name])
+        _check_arguments(kwargs)
+        super().__init__(os.fsdecode(model_path), **kwargs)
+        if self.lora_path and not self._lora_adapter:
+            self._lora_adapter = None
+            self.close()
+            raise ValueError(f"lora_path: llama.cpp cannot use {kwargs['lora_path']} with this model")
+
+    # generation
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+        """As in `llama_cpp.Llama`; the newest generation is the one that goes on.
+
+        Raises:
+            GenerationError: a call since the last token has forgotten or replaced what this generation goes on from.
+            ValueError: there is no token to begin with, or a grammar that llama.cpp cannot use.
+        """
+        call = _GENERATE.bind(self, tokens, *args, **kwargs)
+        options = call.arguments
+        tokens = options["tokens"] = list(tokens)
+        reset = options.get("reset", True)
+        if not tokens and (reset or not self.n_tokens):
+            raise ValueError("the prompt has no tokens: there is nothing to go on from")
+        if options.get("logits_processor"):
+            options["logits_processor"] = [self._callback(process) for process in options["logits_processor"]]
+        if options.get("stopping_criteria"):
+            options["stopping_criteria"] = self._callback(options["stopping_criteria"])
+        self._tokens_change("another generation")
+        self._before_generation(reset)
+        generation = self._generation = _Generation()
+        inner = super().generate(*call.args[1:], **call.kwargs)
+        sent = None
+        try:
+            while True:
+                self._inside = "a step"
+                try:
+                    token = inner.send(sent)
+                except StopIteration:
+                    return
+                finally:
+                    self._inside = None
+                generation.n_tokens += 1
+                sent = yield token
+                if generation.ended_by is not None:
+                    raise GenerationError(
+                        f"{generation.ended_by} since the last token was read: this generation cannot go on, start it again"
+                    )
+        finally:
+            inner.close()
+            if self._generation is generation:
+                self._generation = None
+
+    def _before_generation(self, reset: bool) -> None:
+        """Called before a generation looks for a part of its prompt among the cached tokens."""
+
+    def _callback(self, function: Callable) -> Callable:
+        """A user's function that runs inside a generation: it may not change what that goes on from."""
+
+        def guarded(*args):
+            before, self._inside = self._inside, "a callback"
+            try:
+                return function(*args)
+            finally:
+                self._inside = before
+
+        return guarded
+
+    def _tokens_change(self, by: str) -> None:
+        """Called before the cached tokens are forgotten or replaced: a generation in progress ends."""
+        if self._inside == "a callback":
+            raise GenerationError(f"{by} in a callback of a generation, which could not go on")
+        if self._inside is None and self._generation is not None:
+            self._generation.ended_by, self._generation = by, None
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        self._tokens_change("eval()")
+        super().eval(tokens)
+
+    def reset(self) -> None:
+        self._tokens_change("reset()")
+        super().reset()
+
+    def load_state(self, state) -> None:
+        self._tokens_change("load_state()")
+        super().load_state(state)
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As in `llama_cpp.Llama`.
+
+        Raises:
+            RuntimeError: there are no logits to sample from.
+            ValueError: a grammar that llama.cpp cannot use.
+        """
+        idx = _SAMPLE.bind(self, *args, **kwargs).arguments.get("idx")
+        at = -1 if idx is None else idx - self.n_tokens
+        if not self.n_tokens or not llama_cpp.llama_get_logits_ith(self.ctx, at):
+            raise RuntimeError("no logits to sample from: evaluate a token first")
+        return super().sample(*args, **kwargs)
+
+    def _init_sampler(self, *args: Any, **kwargs: Any):
+        grammar = kwargs.get("grammar")
+        if grammar is not None:
+            self.check_grammar(grammar)
+        sampler = super()._init_sampler(*args, **kwargs)
+        if grammar is not None:
+            sampler.__class__ = _GrammarSampler
+        return sampler
+
+    def check_grammar(self, grammar: Union[str, llama_cpp.LlamaGrammar]) -> None:
+        """Raises ValueError for a grammar (GBNF, or `LlamaGrammar`) that llama.cpp cannot use."""
+        text, root = (grammar, "root") if isinstance(grammar, str) else (grammar._grammar, grammar._root)
+        depth = deepest = 0
+        for character in text:
+            depth += (character == "(") - (character == ")")
+            deepest = max(deepest, depth)
+        if deepest > _MAX_NESTING:
+            raise ValueError(f"grammar: {deepest} parentheses inside each other, want at most {_MAX_NESTING}")
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), root.encode())
+        if not sampler:
+            start = " ".join(text.split())[:60]
+            raise ValueError(f"grammar: llama.cpp cannot use it (its reason is on stderr); it begins {start!r}")
+        llama_cpp.llama_sampler_free(sampler)
+
+    # embeddings
+
+    def embed(self, input: Union[str, List[str]], normalize=False, truncate=True, return_count=False):
+        """As in `llama_cpp.Llama`, also for several texts without pooling.
+
+        Raises:
+            ValueError: a text without a token.
+        """
+        self._tokens_change("embed()")
+        texts = [input] if isinstance(input, str) else list(input)
+        for text in texts:
+            if not self.tokenize(text.encode()):
+                raise ValueError(f"embed: the text {text!r} has no tokens")
+        if isinstance(input, str) or self.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE:
+            return super().embed(input, normalize, truncate, return_count)
+        # without pooling llama-cpp-python mistakes tokens for values where it looks for the second text
+        parts = [super(CheckedLlama, self).embed(text, normalize, truncate, True) for text in texts]
+        embeddings, count = [part for part, _ in parts], sum(n for _, n in parts)
+        return (embeddings, count) if return_count else embeddings
+
+    # the end
+
+    def close(self) -> None:
+        """Frees the model. What is called afterwards raises a RuntimeError."""
+        if self.__dict__.get("_model") is _CLOSED:
+            return
+        self._tokens_change("close()")
+        self._sampler = None  # it refers to the vocabulary
+        super().close()
+        for owner, names in _FREED.items():
+            freed = self.__dict__.get(owner)
+            if freed is not None:
+                for name in names:  # others hold the same object: a tokenizer, a chat handler
+                    setattr(freed, name, _CLOSED)
+                setattr(self, owner, _CLOSED)
+
+
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
+
+
+def _check_arguments(kwargs: dict) -> None:
+    """Refuses what llama.cpp or llama-cpp-python would crash on. Raises ValueError."""
+    for name, least in (("n_ctx", 0), ("n_batch", 1), ("n_ubatch", 1)):
+        value = kwargs.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**31:
+            raise ValueError(f"{name}: found {value!r}, want a whole number from {least} up")
+    for name in ("type_k", "type_v"):
+        value = kwargs.get(name)
+        if value is not None and not (isinstance(value, int) and 0 <= value < llama_cpp.GGML_TYPE_COUNT):
+            raise ValueError(f"{name}: found {value!r}, want one of llama_cpp.GGML_TYPE_*")
+    pooling = kwargs.get("pooling_type", -1)
+    if pooling not in _POOLING_TYPES:
+        raise ValueError(f"pooling_type: found {pooling!r}, want one of llama_cpp.LLAMA_POOLING_TYPE_*")

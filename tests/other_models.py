@@ -1,0 +1,172 @@
+"""Tiny random models that have nothing for a budget to do, or not what most have: dense, embedding, recurrent, hybrid.
+
+Written as float32 GGUF files after llama.cpp's loaders (src/models/llama.cpp, bert.cpp, mamba.cpp, jamba.cpp). Text is bytes: one
+token each, and an end of text; the embedding model has words.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from odd_models import random_matrix
+
+N_EMBD, N_LAYER, N_HEAD, N_FF, N_CTX = 64, 2, 2, 96, 256
+D_INNER, D_STATE, D_CONV, DT_RANK = 2 * N_EMBD, 16, 4, 4
+N_EXPERT, N_EXPERT_USED = 4, 2
+BERT_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "▁hello", "▁world", "▁a", "▁different", "▁prompt")
+
+
+class _Writer(gguf.GGUFWriter):
+    def __init__(self, path: Path, arch: str):
+        super().__init__(str(path), arch)
+        self.add_block_count(N_LAYER)
+        self.add_context_length(N_CTX)
+        self.add_embedding_length(N_EMBD)
+        self.add_feed_forward_length(N_FF)
+        self.add_head_count(N_HEAD)
+
+    def byte_vocabulary(self) -> None:
+        # GPT-2's names for bytes: printable ones as they are, the rest from 256 up
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        rest = iter(range(256, 512))
+        tokens = [chr(byte if byte in printable else next(rest)) for byte in range(256)]
+        self.add_tokenizer_model("gpt2")
+        self.add_tokenizer_pre("gpt-2")
+        self.add_token_list([*tokens, "<|endoftext|>"])
+        self.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL])
+        self.add_token_merges(["ÿ ÿ"])
+        self.add_bos_token_id(256)
+        self.add_eos_token_id(256)
+        self.add_add_bos_token(False)
+        self.matrix("token_embd.weight", 257, N_EMBD, scale=8)
+        self.matrix("output.weight", 257, N_EMBD)
+        self.ones("output_norm.weight", N_EMBD)
+        self.add_layer_norm_rms_eps(1e-5)
+
+    def matrix(self, name: str, *shape: int, scale: float = 1.5) -> None:
+        self.add_tensor(name, random_matrix(name, *shape, scale=scale))
+
+    def ones(self, name: str, *shape: int) -> None:
+        self.add_tensor(name, np.ones(shape, np.float32))
+
+    def zeros(self, name: str, *shape: int) -> None:
+        self.add_tensor(name, np.zeros(shape, np.float32))
+
+    def attention(self, il: int) -> None:
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            self.matrix(f"blk.{il}.{name}.weight", N_EMBD, N_EMBD)
+
+    def ffn(self, il: int) -> None:
+        self.ones(f"blk.{il}.ffn_norm.weight", N_EMBD)
+        for name in ("gate", "up"):
+            self.matrix(f"blk.{il}.ffn_{name}.weight", N_FF, N_EMBD)
+        self.matrix(f"blk.{il}.ffn_down.weight", N_EMBD, N_FF)
+
+    def ssm_sizes(self) -> None:
+        self.add_ssm_conv_kernel(D_CONV)
+        self.add_ssm_inner_size(D_INNER)
+        self.add_ssm_state_size(D_STATE)
+        self.add_ssm_time_step_rank(DT_RANK)
+
+    def ssm(self, il: int) -> None:
+        blk = f"blk.{il}"
+        self.matrix(f"{blk}.ssm_in.weight", 2 * D_INNER, N_EMBD)
+        self.matrix(f"{blk}.ssm_conv1d.weight", D_INNER, D_CONV)
+        self.zeros(f"{blk}.ssm_conv1d.bias", D_INNER)
+        self.matrix(f"{blk}.ssm_x.weight", DT_RANK + 2 * D_STATE, D_INNER)
+        self.matrix(f"{blk}.ssm_dt.weight", D_INNER, DT_RANK)
+        self.zeros(f"{blk}.ssm_dt.bias", D_INNER)
+        self.add_tensor(f"{blk}.ssm_a", -np.tile(np.arange(1, D_STATE + 1, dtype=np.float32), (D_INNER, 1)))
+        self.ones(f"{blk}.ssm_d", D_INNER)
+        self.matrix(f"{blk}.ssm_out.weight", N_EMBD, D_INNER)
+
+    def finish(self) -> None:
+        self.write_header_to_file()
+        self.write_kv_data_to_file()
+        self.write_tensors_to_file()
+        self.close()
+
+
+def write_dense(path: Path) -> Path:
+    """llama: attention and one FFN a layer."""
+    w = _Writer(path, "llama")
+    w.byte_vocabulary()
+    w.add_head_count_kv(N_HEAD)
+    w.add_rope_dimension_count(N_EMBD // N_HEAD)
+    for il in range(N_LAYER):
+        w.ones(f"blk.{il}.attn_norm.weight", N_EMBD)
+        w.attention(il)
+        w.ffn(il)
+    w.finish()
+    return path
+
+
+def write_bert(path: Path) -> Path:
+    """bert: embeddings of texts, by the mean of their tokens; no memory of tokens before."""
+    w = _Writer(path, "bert")
+    w.add_head_count_kv(N_HEAD)
+    w.add_layer_norm_eps(1e-6)
+    w.add_causal_attention(False)
+    w.add_pooling_type(gguf.PoolingType.MEAN)
+    w.add_token_type_count(2)
+    w.add_tokenizer_model("bert")
+    w.add_token_list(BERT_WORDS)
+    w.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (len(BERT_WORDS) - 4))
+    for name, token in (("bos", 2), ("eos", 3), ("unk", 1), ("sep", 3), ("pad", 0)):
+        getattr(w, f"add_{name}_token_id")(token)
+    w.matrix("token_embd.weight", len(BERT_WORDS), N_EMBD, scale=8)
+    w.matrix("position_embd.weight", N_CTX, N_EMBD)
+    w.matrix("token_types.weight", 2, N_EMBD)
+    w.ones("token_embd_norm.weight", N_EMBD)
+    w.zeros("token_embd_norm.bias", N_EMBD)
+    for il in range(N_LAYER):
+        w.attention(il)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down"):
+            w.zeros(f"blk.{il}.{name}.bias", N_EMBD)
+        w.matrix(f"blk.{il}.ffn_up.weight", N_FF, N_EMBD)
+        w.zeros(f"blk.{il}.ffn_up.bias", N_FF)
+        w.matrix(f"blk.{il}.ffn_down.weight", N_EMBD, N_FF)
+        for name in ("attn_output_norm", "layer_output_norm"):
+            w.ones(f"blk.{il}.{name}.weight", N_EMBD)
+            w.zeros(f"blk.{il}.{name}.bias", N_EMBD)
+    w.finish()
+    return path
+
+
+def write_mamba(path: Path) -> Path:
+    """mamba: recurrent; its memory cannot forget the last tokens alone."""
+    w = _Writer(path, "mamba")
+    w.byte_vocabulary()
+    w.ssm_sizes()
+    for il in range(N_LAYER):
+        w.ones(f"blk.{il}.attn_norm.weight", N_EMBD)
+        w.ssm(il)
+    w.finish()
+    return path
+
+
+def write_jamba(path: Path) -> Path:
+    """jamba: a recurrent layer with an FFN, and one of attention with experts."""
+    w = _Writer(path, "jamba")
+    w.byte_vocabulary()
+    w.ssm_sizes()
+    w.add_head_count_kv([0, N_HEAD])
+    w.add_expert_count(N_EXPERT)
+    w.add_expert_used_count(N_EXPERT_USED)
+    for il in range(N_LAYER):
+        w.ones(f"blk.{il}.attn_norm.weight", N_EMBD)
+    w.ssm(0)
+    w.ones("blk.0.ssm_dt_norm.weight", DT_RANK)
+    w.ones("blk.0.ssm_b_norm.weight", D_STATE)
+    w.ones("blk.0.ssm_c_norm.weight", D_STATE)
+    w.ffn(0)
+    w.attention(1)
+    w.ones("blk.1.ffn_norm.weight", N_EMBD)
+    w.matrix("blk.1.ffn_gate_inp.weight", N_EXPERT, N_EMBD)
+    for name in ("gate", "up"):
+        w.matrix(f"blk.1.ffn_{name}_exps.weight", N_EXPERT, N_FF, N_EMBD)
+    w.matrix("blk.1.ffn_down_exps.weight", N_EXPERT, N_EMBD, N_FF)
+    w.finish()
+    return path

@@ -1,0 +1,299 @@
+"""What llama-cpp-python crashes on, or gets wrong and says nothing: an error in our class. On a tiny dense model."""
+
+import itertools
+from pathlib import Path
+import pickle
+
+from allocmoe_edge import GenerationError, Llama
+import llama_cpp
+from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
+import numpy as np
+import other_models
+import pytest
+
+SIZES = dict(n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return other_models.write_dense(tmp_path_factory.mktemp("dense") / "dense.gguf")
+
+
+@pytest.fixture
+def llm(path):
+    return Llama(path, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def real(dense_path):
+    """One that writes text."""
+    return Llama(dense_path, **SIZES)
+
+
+def stream(llm, **kwargs):
+    """A greedy completion, of which one token has been read."""
+    chunks = llm.generate(llm.tokenize(PROMPT.encode()), temp=0.0, **kwargs)
+    return [next(chunks)], chunks
+
+
+def tokens(llm, n=12, prompt=PROMPT) -> list:
+    llm.reset()
+    return list(itertools.islice(llm.generate(llm.tokenize(prompt.encode()), temp=0.0), n))
+
+
+# --- what is given
+
+
+def test_path_may_be_a_path(path, llm):
+    """So may be those of other arguments."""
+    assert isinstance(path, Path) and llm.model_path == str(path)
+    assert pickle.loads(pickle.dumps(llm)).model_path == str(path)
+    with pytest.raises(ValueError, match="lora_path: llama.cpp cannot use"):
+        Llama(path, **SIZES, lora_path=Path("/no/such/adapter"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(n_ctx=-1), dict(n_ctx="64"), dict(n_ctx=64.5), dict(n_ctx=2**31), dict(n_batch=0), dict(n_batch=-5),
+        dict(n_ubatch=0), dict(type_k=99), dict(type_v=-1), dict(type_v="f16"), dict(pooling_type=77, embedding=True),
+        dict(lora_path="/no/such/adapter"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_that_llama_cpp_would_crash_on(path, arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Llama(path, **{**SIZES, **arguments})
+
+
+def test_model_as_an_adapter(path):
+    with pytest.raises(ValueError, match="lora_path"):
+        Llama(path, **SIZES, lora_path=path)
+
+
+@pytest.mark.parametrize(
+    "grammar", ["not a grammar", "root ::= root", 'x ::= "a"', "root ::= " + "(" * 100_000], ids=lambda text: text[:12]
+)
+def test_bad_grammar(llm, grammar):
+    for call in (lambda **kwargs: llm(PROMPT, max_tokens=4, **kwargs), llm.sample):
+        llm.eval([1, 2, 3])
+        with pytest.raises(ValueError, match="^grammar: "):
+            call(grammar=LlamaGrammar.from_string(grammar))
+    assert len(tokens(llm)) == 12
+
+
+def test_grammar_that_no_token_meets(real):
+    """llama-cpp-python's process ends there."""
+    grammar = LlamaGrammar.from_string("root ::= [^\\x00-\\U0010FFFF]")
+    with pytest.raises(ValueError, match="grammar: it allows none of the model's tokens"):
+        real(PROMPT, max_tokens=4, grammar=grammar)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_grammar_does_what_it_does_in_llama_cpp_python(path, llm, temperature):
+    grammar = LlamaGrammar.from_string('root ::= ("red" | "blue" | [a-f]{3,9}) "!"')
+    options = dict(max_tokens=20, temperature=temperature, seed=7, grammar=grammar)
+    stock = llama_cpp.Llama(str(path), **SIZES)
+    for prompt in (PROMPT, "ab", "xyz"):
+        found = llm(prompt, **options)["choices"][0]["text"]
+        assert found == stock(prompt, **options)["choices"][0]["text"] and found.endswith("!")
+
+
+def test_nothing_to_go_on_from(llm):
+    for prompt in ("", []):
+        with pytest.raises(ValueError, match="the prompt has no tokens"):
+            llm(prompt)
+    with pytest.raises(RuntimeError, match="no logits to sample from"):
+        llm.sample()
+    llm.eval([1, 2, 3])
+    with pytest.raises(RuntimeError, match="no logits to sample from"):
+        llm.sample(idx=1000)
+
+
+# --- embeddings
+
+
+@pytest.mark.parametrize("pooling", ["NONE", "MEAN", "LAST"])
+def test_embeddings_of_a_list_are_those_of_its_texts(path, pooling):
+    llm = Llama(path, **SIZES, embedding=True, pooling_type=getattr(llama_cpp, f"LLAMA_POOLING_TYPE_{pooling}"))
+    texts = ["one", "another one", "x"]
+    found, n = llm.embed(texts, return_count=True)
+    assert n == sum(map(len, texts)) and len(found) == 3
+    for text, embedding in zip(texts, found):
+        np.testing.assert_allclose(embedding, llm.embed(text), rtol=1e-4, atol=1e-5)
+        assert np.shape(embedding) == ((len(text), 64) if pooling == "NONE" else (64,))
+    with pytest.raises(ValueError, match="'' has no tokens"):
+        llm.embed(["one", ""])
+
+
+def test_embedding_model(tmp_path):
+    """Everything that does not need a memory of tokens before, which it has none of."""
+    llm = Llama(other_models.write_bert(tmp_path / "bert.gguf"), **SIZES, embedding=True)
+    assert llm.plan is None and llm.expert_stats()["decode"]["tokens"].sum() == 0
+    a, b = llm.embed(["hello world", "a different prompt"])
+    np.testing.assert_allclose(b, llm.embed("a different prompt"), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(a, b)
+    llm.clear_cache()
+    assert llm.create_embedding("hello")["data"][0]["embedding"]
+
+
+# --- after the end
+
+CALLS = {
+    "completion": lambda llm: llm(PROMPT),
+    "chat": lambda llm: llm.create_chat_completion([{"role": "user", "content": "x"}]),
+    "save_state": lambda llm: llm.save_state(),
+    "tokenize": lambda llm: llm.tokenize(b"x"),
+    "detokenize": lambda llm: llm.detokenize([1]),
+    "eval": lambda llm: llm.eval([1]),
+    "n_ctx": lambda llm: llm.n_ctx(),
+    "n_vocab": lambda llm: llm.n_vocab(),
+    "ctx": lambda llm: llm.ctx,
+    "model": lambda llm: llm.model,
+    "plan": lambda llm: llm.plan,
+    "set_budget": lambda llm: llm.set_budget(0.5),
+    "set_plan": lambda llm: llm.set_plan(None),
+    "expert_stats": lambda llm: llm.expert_stats(),
+    "clear_cache": lambda llm: llm.clear_cache(),
+    "decode": lambda llm: llm.decode([1]),
+    "embed": lambda llm: llm.embed("x"),
+    "sample": lambda llm: llm.sample(),
+    "create_embedding": lambda llm: llm.create_embedding("x"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_use_after_close(llm, call):
+    llm.eval([1, 2, 3])
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="this Llama has been closed"):
+        CALLS[call](llm)
+
+
+def test_parts_that_others_hold_after_close(llm):
+    tokenizer, model, context = llm.tokenizer(), llm._model, llm._ctx
+    llm.close()
+    for call in (lambda: tokenizer.encode("x"), model.n_vocab, context.n_ctx, context.kv_cache_clear):
+        with pytest.raises(Exception, match="this Llama has been closed"):
+            call()
+
+
+# --- in the middle of a generation
+
+
+def test_reading_on_gives_the_text(llm):
+    """With calls in between that change nothing."""
+    expected = tokens(llm)
+    read, chunks = stream(llm)
+    for token in itertools.islice(chunks, 11):
+        read.append(token)
+        llm.save_state(), llm.tokenize(b"x"), llm.expert_stats(), llm.n_ctx(), llm.plan
+    assert read == expected
+
+
+ENDINGS = {
+    "reset()": lambda llm, state: llm.reset(),
+    "load_state()": lambda llm, state: llm.load_state(state),
+    "eval()": lambda llm, state: llm.eval([5]),
+    "rewind()": lambda llm, state: llm.rewind(2),
+    "close()": lambda llm, state: llm.close(),
+    "another generation": lambda llm, state: llm("Another", max_tokens=3),
+}
+
+
+@pytest.mark.parametrize("call", ENDINGS)
+def test_calls_that_end_it(llm, call):
+    """Reading on is an error, and no other text; what was called did what it does."""
+    state = llm.save_state()
+    _, chunks = stream(llm)
+    ENDINGS[call](llm, state)
+    with pytest.raises(GenerationError, match=f"^{call}".replace("(", r"\(").replace(")", r"\)")):
+        next(chunks)
+    assert list(chunks) == []
+    if call != "close()":
+        assert tokens(llm) == tokens(llm)
+
+
+def test_streamed_completion_that_cannot_go_on(real):
+    options = dict(max_tokens=8, temperature=0.0)
+    chunks = real(PROMPT, **options, stream=True)
+    next(chunks)
+    whole = real(PROMPT, **options)["choices"][0]["text"]
+    with pytest.raises(GenerationError, match="start it again"):
+        list(chunks)
+    again = real(PROMPT, **options, stream=True)
+    assert "".join(chunk["choices"][0]["text"] for chunk in again) == whole
+
+
+def test_two_streams_in_turn(llm):
+    """The newest goes on."""
+    _, first = stream(llm)
+    read, second = stream(llm)
+    with pytest.raises(GenerationError):
+        next(first)
+    read += itertools.islice(second, 11)
+    assert read == tokens(llm)
+
+
+def test_stream_that_nobody_reads_on(llm):
+    expected = tokens(llm)
+    _, abandoned = stream(llm)
+    assert tokens(llm) == expected
+    abandoned.close()
+    assert tokens(llm) == expected
+
+
+def test_embed_ends_it(path):
+    llm = Llama(path, **SIZES, embedding=True, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE)
+    _, chunks = stream(llm)
+    llm.embed("x")
+    with pytest.raises(GenerationError, match=r"^embed\(\)"):
+        next(chunks)
+
+
+def test_callbacks_may_not_end_it(llm, capfd):
+    """In a stopping criterion an error; in a logits processor too, which llama-cpp-python prints and passes over."""
+    expected = tokens(llm)
+
+    def criterion(ids, logits):
+        llm.reset()
+
+    llm.reset()
+    _, chunks = None, llm.generate(llm.tokenize(PROMPT.encode()), stopping_criteria=StoppingCriteriaList([criterion]))
+    with pytest.raises(GenerationError, match="in a callback"):
+        next(chunks)
+
+    def processor(ids, logits):
+        try:
+            llm.eval([7])
+        except GenerationError:
+            refused.append(True)
+        return logits
+
+    refused = []
+    llm.reset()
+    options = dict(temp=0.0, logits_processor=LogitsProcessorList([processor]))
+    assert list(itertools.islice(llm.generate(llm.tokenize(PROMPT.encode()), **options), 12)) == expected
+    assert len(refused) == 12
+
+
+def test_tokens_can_be_sent_into_it(path, llm):
+    """As in llama-cpp-python, with the logits of all tokens; without them that crashes."""
+    found = []
+    for kind in (Llama, llama_cpp.Llama):
+        each = kind(str(path), **SIZES, logits_all=True)
+        chunks = each.generate(each.tokenize(PROMPT.encode()), temp=0.0)
+        found.append([next(chunks), chunks.send([65, 66, 67]), next(chunks), chunks.send([68]), next(chunks)])
+    assert found[0] == found[1]
+    _, chunks = stream(llm)
+    with pytest.raises(RuntimeError, match="no logits to sample from"):
+        chunks.send([65, 66, 67])
+
+
+def test_draft_model_gives_the_same_text(path, llm):
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    drafted = Llama(path, **SIZES, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=3))
+    assert tokens(drafted, 40) == tokens(llm, 40)

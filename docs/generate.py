@@ -75,10 +75,10 @@ def _entry(name: str, thing) -> str:
 
 
 def _section(level: str, title: str, thing) -> str:
-    """A heading and the docstring below; nothing for a member that has none, such as a setter's."""
-    text = inspect.getdoc(thing)
-    if not text:
+    """A heading and the docstring below; nothing for a member that has none of its own."""
+    if not thing.__doc__:
         return ""
+    text = inspect.cleandoc(thing.__doc__)
     # "Llama(model_path: str, ...)" is too long for a heading
     name = re.split(r"\(", title, maxsplit=1)[0]
     code = f"```text\n{title}\n```\n\n" if "(" in title else ""
@@ -87,12 +87,12 @@ def _section(level: str, title: str, thing) -> str:
 
 
 def _own_parameters(function, owner=None) -> list:
-    """Parameters but self and cls, and of a subclass of llama_cpp.Llama only those that are not inherited."""
+    """Parameters but self and cls, and of a class only those that it does not have from another package."""
     parameters = list(inspect.signature(function).parameters.values())[1 if _is_method(function) else 0 :]
-    base = next((b for b in (owner.__mro__[1:] if owner else ()) if b is not object and "__init__" in vars(b)), None)
-    if base is not None:
-        inherited = inspect.signature(base.__init__).parameters
-        parameters = [p for p in parameters if p.name not in inherited or p.name in ("model_path", "kwargs")]
+    for base in owner.__mro__ if owner else ():
+        if base is not object and not base.__module__.startswith("allocmoe_edge"):
+            inherited = inspect.signature(base.__init__).parameters
+            return [p for p in parameters if p.name not in inherited or p.name in ("model_path", "kwargs")]
     return parameters
 
 
@@ -133,6 +133,9 @@ def _markdown(text: str, names: list) -> str:
             if lines and lines[-1] and not lines[-1].startswith(("- ", "  ")):
                 lines.append("")
             lines.append(f"- `{item[1]}`: {stripped[item.end() :]}")
+            open_item = indent
+        elif stripped.startswith("- "):
+            lines.append(stripped)
             open_item = indent
         elif stripped and open_item is not None and indent > open_item:
             lines.append(f"  {stripped}")

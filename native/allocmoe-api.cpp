@@ -196,6 +196,11 @@ void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores
     allocmoe_apply_token_rule(params, scores, n_used, n_tokens, n_kept, *left);
 }
 
+void allocmoe_build_as_for_devices(llama_context * ctx, bool on) {
+    allocmoe_access::state(ctx).spent_on_devices = on;
+    allocmoe_access::set_settings(ctx, allocmoe_access::settings(ctx));
+}
+
 void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {
     static std::atomic<bool> error{false}; // whether the line being written is one
     if (level != GGML_LOG_LEVEL_CONT) {

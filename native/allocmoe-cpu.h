@@ -1,4 +1,5 @@
-// For ggml's CPU backend. In MUL_MAT_ID, an expert id of -1 is a slot without work, and its row of the result is zero.
+// For ggml's CPU backend. In MUL_MAT_ID, an expert id of -1 is a slot without work, and its row of the result is zero; in
+// ADD_ID nothing is added to that row.
 #pragma once
 
 #include "ggml.h"
@@ -39,4 +40,13 @@ static inline void allocmoe_zero_skipped_rows(const struct ggml_tensor * ids, st
             }
         }
     }
+}
+
+// In ADD_ID, for a row of n: false if the id is an expert's. Otherwise the row stays as it is; src and dst may be the same.
+static inline bool allocmoe_add_nothing(int32_t id, float * dst, const float * src, int64_t n) {
+    if (id >= 0) {
+        return false;
+    }
+    memmove(dst, src, n*sizeof(float));
+    return true;
 }

@@ -1,4 +1,5 @@
-// For ggml's CUDA backend: an expert id of -1 in MUL_MAT_ID is a slot without work, and its row of the result is zero.
+// For ggml's CUDA backend: an expert id of -1 in MUL_MAT_ID is a slot without work, and its row of the result is zero; in
+// ADD_ID nothing is added to that row.
 // Included by the patched files, which only call these.
 #pragma once
 
@@ -18,6 +19,11 @@ static __device__ __forceinline__ bool allocmoe_skip_slot(
         dst[row0 + tid] = 0.0f;
     }
     return true;
+}
+
+// In ADD_ID: what is added to element i for this expert, whose row of biases is not there for a skipped slot.
+static __device__ __forceinline__ float allocmoe_bias(const int32_t expert, const float * row, const int64_t i) {
+    return expert < 0 ? 0.0f : row[i];
 }
 
 // In mm_ids_helper, which counts what sorts before each expert: skipped slots sort behind all.

@@ -13,6 +13,9 @@ extern "C" {
 // keeps. scores: [n_tokens][n_used]. left: the activations left over by tokens before, under a strict rule; updated.
 LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left);
 
+// Has the CPU run the nodes that a device with token rules of its own would get, in graphs built from now on.
+LLAMA_API void allocmoe_build_as_for_devices(struct llama_context * ctx, bool on);
+
 // [cffi end]
 
 #ifdef __cplusplus

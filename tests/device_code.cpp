@@ -165,6 +165,10 @@ static void skip(const std::vector<int32_t> & h) {
         if (allocmoe_sort_last(ids[slot]) != (ids[slot] < 0 ? INT_MAX : ids[slot])) {
             exit(5);
         }
+        const float bias = 3.0f; // of no expert when the slot is skipped: nothing may read it
+        if (allocmoe_bias(ids[slot], ids[slot] < 0 ? nullptr : &bias, 0) != (ids[slot] < 0 ? 0.0f : bias)) {
+            exit(6);
+        }
     }
     write(dst);
 }

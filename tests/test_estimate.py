@@ -20,6 +20,7 @@ from allocmoe_edge._native import context_pointer, ffi, libllama  # noqa: E402
 from allocmoe_edge.plan import metadata  # noqa: E402
 from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator  # noqa: E402
 from gguf_factory import random_estimator, reduced, rounded  # noqa: E402
+import native_testing  # noqa: E402
 from test_transformers_parity import (  # noqa: E402
     MAX_ERROR,
     MIN_DIFFERENCE,
@@ -148,6 +149,21 @@ def test_logits_and_counts(k_base, reference, llm):
     # without the estimate, and with another one, it would show
     for other in (replace(estimates, up=0 * estimates.up), replace(estimates, output=-estimates.output)):
         assert distance(runtime_logits(llm, replace(plan, estimator=other), len(TOKENS)), wanted) > MIN_DIFFERENCE
+
+
+def test_the_graph_of_a_device(reference, llm):
+    """The nodes that a GPU gets, run by the CPU: there the estimate is the sum's first term and every slot is added, so a
+    skipped expert's biases (GPT-OSS) may not reach its row."""
+    estimates = estimator(n_expert(reference))
+    with ReferenceEstimate(reference, estimates) as rule:
+        wanted = reference.logits(reference.spec.plan(4, 4, 4, 4))
+    native_testing.libllama.allocmoe_build_as_for_devices(context_pointer(llm), True)
+    try:
+        for n_batch in (len(TOKENS), 1):
+            got = runtime_logits(llm, planned(llm, estimates, rule.threshold), n_batch)
+            assert distance(got, wanted) < MAX_ESTIMATE_ERROR
+    finally:
+        native_testing.libllama.allocmoe_build_as_for_devices(context_pointer(llm), False)
 
 
 def test_nothing_is_estimated_where_nothing_is_skipped(reference, llm):

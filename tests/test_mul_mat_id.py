@@ -1,8 +1,8 @@
-"""MUL_MAT_ID by itself on the CPU: ids of -1, every kernel path, NaN in the result beforehand."""
+"""MUL_MAT_ID and ADD_ID by themselves on the CPU: ids of -1, every kernel path, NaN in the result beforehand."""
 
 from __future__ import annotations
 
-from ggml_ffi import base, ffi
+from ggml_ffi import base, compute, ffi
 import gguf
 import numpy as np
 import pytest
@@ -144,3 +144,20 @@ def test_skipped_slots_are_zero_and_the_rest_is_right(cpu_backend, type_name, re
                 expected = np.einsum("tuoi,tui->tuo", dense[ids], inputs)[ids >= 0]
                 assert np.abs(out[ids >= 0] - expected).max(initial=0) < MAX_ERROR * N_IN**0.5, case
             op.free()
+
+
+def test_add_id_adds_nothing_to_a_skipped_slot(cpu_backend):
+    rng = np.random.default_rng(2)
+    n = 70
+    bias = rng.standard_normal((N_EXPERTS, n), np.float32)
+    for n_tokens in N_TOKENS:
+        x = rng.standard_normal((n_tokens, N_USED, n), np.float32)
+        for name, ids in id_sets(rng, n_tokens):
+            context = base.ggml_init({"mem_size": 1 << 20, "mem_buffer": ffi.NULL, "no_alloc": True})
+            a = base.ggml_new_tensor_3d(context, numbered("f32"), n, N_USED, n_tokens)
+            b = base.ggml_new_tensor_2d(context, numbered("f32"), n, N_EXPERTS)
+            chosen = base.ggml_new_tensor_2d(context, numbered("i32"), N_USED, n_tokens)
+            out = base.ggml_add_id(context, a, b, chosen)
+            got = np.full_like(x, np.nan)
+            compute(cpu_backend, context, out, [(a, x), (b, bias), (chosen, ids)], got)
+            assert np.array_equal(got, x + np.where(ids[..., None] < 0, 0, bias[ids])), (n_tokens, name)

@@ -35,7 +35,7 @@ SITE = OUT / "site"
 # experts of these fit a card of 24 GB, and of 80 GB, in Q4_K_M
 MODELS = {"DeepSeek-V2-Lite": 6, "OLMoE-1B-7B": 8, "Qwen3-30B-A3B": 8}
 PACKAGES = "cffi diskcache gguf jinja2 numpy patch-ng pytest hypothesis tqdm typing-extensions".split()
-SANITIZED = "q4_K-64 or q8_0-64 or f16 or f32-64 or add_id or weights or rules_give"
+SANITIZED = "q4_K-64 or q8_0-64 or f16 or f32-64 or add_id or weights or rules_on"
 
 
 class Unfinished(Exception):

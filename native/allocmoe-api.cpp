@@ -3,8 +3,6 @@
 #include "allocmoe-context.h"
 #include "allocmoe-estimator.h"
 #include "allocmoe-plan.h"
-#include "allocmoe-testing.h"
-#include "allocmoe-token-rule.h"
 
 #include "llama-hparams.h"
 #include "llama-model.h"
@@ -183,22 +181,6 @@ const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, in
 
 int64_t allocmoe_set_prefetch(llama_context * ctx, bool prefetch) {
     return allocmoe_access::set_prefetch(ctx, prefetch);
-}
-
-void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left) {
-    allocmoe_token_rule_params params = {};
-    params.rule      = rule->token_rule;
-    params.k_base    = rule->k_base;
-    params.k         = k;
-    params.threshold = rule->threshold ? rule->threshold[0] : 0.0f;
-    params.strict    = rule->strict;
-    params.value     = rule->value;
-    allocmoe_apply_token_rule(params, scores, n_used, n_tokens, n_kept, *left);
-}
-
-void allocmoe_build_as_for_devices(llama_context * ctx, bool on) {
-    allocmoe_access::state(ctx).spent_on_devices = on;
-    allocmoe_access::set_settings(ctx, allocmoe_access::settings(ctx));
 }
 
 void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {

@@ -4,7 +4,7 @@
 #include "ggml-cuda/common.cuh"
 
 #include "allocmoe-cuda.cuh"
-#include "allocmoe-route.h"
+#include "allocmoe-token-rule.h"
 
 static __global__ void allocmoe_zero_skipped_rows_kernel(
         const char * ids, char * dst, const int64_t ne0, const int n_used, const int64_t nb0_ids, const int64_t nb1_ids, const int64_t nb1, const int64_t nb2) {
@@ -108,29 +108,7 @@ static void * allocmoe_cuda_proc(const char * name) {
 
 static void allocmoe_cuda_compute_estimate(cudaStream_t stream, ggml_tensor * node, const allocmoe_node & params) {
     const bool skipped = params.kind == ALLOCMOE_NODE_SKIPPED;
-    const ggml_tensor * ids     = node->src[0];
-    const ggml_tensor * weights = node->src[1];
-    const ggml_tensor * reduced = node->src[2];
-    const ggml_tensor * table   = node->src[skipped ? 4 : 3];
-    allocmoe_estimate_args args = {};
-    args.ids                 = (const int32_t *) ids->data;
-    args.weights             = (const float   *) weights->data;
-    args.reduced             = (const float   *) reduced->data;
-    args.table               = (const float   *) table->data;
-    args.routed              = (int32_t       *) (skipped ? node->src[3] : node)->data;
-    args.skipped             = (float         *) (skipped ? node->data : nullptr);
-    args.stride_ids          = ids->nb[1]/sizeof(int32_t);
-    args.stride_weights      = weights->nb[2]/sizeof(float);
-    args.stride_weights_rank = weights->nb[1]/sizeof(float);
-    args.stride_reduced      = reduced->nb[1]/sizeof(float);
-    args.stride_table        = table->nb[1]/sizeof(float);
-    args.n_used              = ids->ne[0];
-    args.n_tokens            = ids->ne[1];
-    args.n_down              = reduced->ne[0];
-    args.rank                = table->ne[0];
-    args.positions           = !skipped && node->src[4] ? (const int32_t *) node->src[4]->data : nullptr;
-    args.n_columns           = node->ne[0];
-    args.node                = params;
+    const auto args = allocmoe_estimate_args_of(node, params);
     if (skipped) {
         allocmoe_sum_skipped_kernel<<<args.n_tokens, args.n_columns, 0, stream>>>(args);
     } else {
@@ -152,16 +130,7 @@ static void allocmoe_cuda_compute(cudaStream_t stream, ggml_tensor * node) {
         allocmoe_cuda_compute_estimate(stream, node, params);
     } else if (params.kind == ALLOCMOE_NODE_IDS) {
         GGML_ASSERT(params.spent);
-        allocmoe_route_args args = {};
-        args.ids           = (const int32_t *) a->data;
-        args.scores        = (const float   *) b->data;
-        args.positions     = (const int32_t *) (node->src[2] ? node->src[2]->data : nullptr);
-        args.routed        = (int32_t       *) node->data;
-        args.stride_ids    = a->nb[1]/sizeof(int32_t);
-        args.stride_scores = b->nb[1]/sizeof(float);
-        args.n_used        = node->ne[0];
-        args.n_tokens      = node->ne[1];
-        args.node          = params;
+        const auto args = allocmoe_route_args_of(node, params);
         const int n_threads = std::min<int>(GGML_PAD(args.n_tokens, WARP_SIZE), ALLOCMOE_MAX_BLOCK);
         allocmoe_route_kernel<<<1, n_threads, 0, stream>>>(args);
     } else {

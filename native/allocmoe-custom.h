@@ -38,11 +38,6 @@ ALLOCMOE_FN void allocmoe_leave(const allocmoe_spent & spent, int32_t position, 
     }
 }
 
-// u_i as estimated sizes go by it.
-ALLOCMOE_FN float allocmoe_rectified(const float * u, int64_t i, int64_t n_down, int64_t n_relu) {
-    return i >= n_down - n_relu && u[i] < 0.0f ? 0.0f : u[i];
-}
-
 // How far a strict threshold on log sizes moves for each activation that is left over, and how many of those count. A
 // hundredth: a text that would spend an eighth too little takes some 50 tokens to be met, and the threshold hardly moves
 // from token to token.

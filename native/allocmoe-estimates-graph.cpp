@@ -6,88 +6,28 @@
 #include "llama-graph.h"
 
 #include <algorithm>
-#include <cmath>
-#include <memory>
-#include <vector>
-
-void allocmoe_estimate_sizes(const ggml_tensor * log_norm, const int32_t * id, const ggml_tensor * weights, const ggml_tensor * reduced, int32_t n_relu, int64_t t, int64_t n_used, float * u, float * sizes) {
-    const int64_t n_down = reduced->ne[0];
-    for (int64_t i = 0; i < n_down; ++i) {
-        u[i] = allocmoe_rectified(allocmoe_row<float>(reduced, t), i, n_down, n_relu);
-    }
-    for (int64_t r = 0; r < n_used; ++r) {
-        const float * coefficients = allocmoe_row<float>(log_norm, id[r]);
-        sizes[r] = std::log(std::max(allocmoe_weight(weights, t, r), 1e-20f)) + coefficients[n_down] +
-            allocmoe_sum(n_down, [&](int64_t i) { return coefficients[i]*u[i]; });
-    }
-}
 
 // node: ids by rank, -1 where the estimated size is too small
-static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
-    if (ith != 0) {
+static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
+    allocmoe_node node;
+    if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
-    auto & layer = *(allocmoe_graph::layer *) userdata;
-
-    const ggml_tensor * ids      = dst->src[0];
-    const ggml_tensor * weights  = dst->src[1];
-    const ggml_tensor * reduced  = dst->src[2];
-    const ggml_tensor * log_norm = dst->src[3];
-
-    const int64_t n_used = dst->ne[0];
-
-    std::vector<float> sizes(n_used);
-    std::vector<float> u(reduced->ne[0]);
-    std::unique_ptr<bool[]> keep(new bool[n_used]);
-    auto  & spent = layer.state->spent.get()[layer.il];
-    int64_t total = 0;
-    for (int64_t t = 0; t < dst->ne[1]; ++t) {
-        const int32_t * id = allocmoe_row<int32_t>(ids, t);
-        allocmoe_estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, u.data(), sizes.data());
-        float left = allocmoe_left_before(spent, dst->src[4], t);
-        total += allocmoe_apply_estimate(layer.params, sizes.data(), n_used, keep.get(), left);
-        allocmoe_leave(spent, dst->src[4], t, left);
-        auto * out = (int32_t *) ((char *) dst->data + t*dst->nb[1]);
-        for (int64_t r = 0; r < n_used; ++r) {
-            out[r] = keep[r] ? id[r] : -1;
-        }
-    }
-    spent.activations[layer.phase] += total;
+    allocmoe_one_thread      thread;
+    allocmoe_estimate_shared shared;
+    allocmoe_route_by_size(thread, allocmoe_estimate_args_of(dst, node), shared);
 }
 
 // node: the estimate of what a token skips, in the rows of `up`
 static void compute_skipped(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
-    if (ith != 0) {
+    allocmoe_node node;
+    if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
-    const ggml_tensor * ids     = dst->src[0];
-    const ggml_tensor * weights = dst->src[1];
-    const ggml_tensor * reduced = dst->src[2];
-    const ggml_tensor * routed  = dst->src[3];
-    const ggml_tensor * outputs = dst->src[4];
-
-    const int64_t rank = outputs->ne[0];
-
-    for (int64_t t = 0; t < dst->ne[1]; ++t) {
-        const int32_t * id     = allocmoe_row<int32_t>(ids, t);
-        const int32_t * kept   = allocmoe_row<int32_t>(routed, t);
-        const float   * u      = allocmoe_row<float>(reduced, t);
-        float         * out    = (float *) ((char *) dst->data + t*dst->nb[1]);
-        std::fill_n(out, dst->ne[0], 0.0f);
-        for (int64_t r = 0; r < ids->ne[0]; ++r) {
-            if (kept[r] >= 0) {
-                continue;
-            }
-            const float   weight = allocmoe_weight(weights, t, r);
-            const float * output = allocmoe_row<float>(outputs, id[r]);
-            for (int64_t i = 0; i < rank; ++i) {
-                out[i] += weight*(output[i] + u[i]);
-            }
-        }
-        // what float16 cannot hold may have become infinite already: then no estimate
-        if (!std::all_of(out, out + rank, [](float x) { return std::abs(x) < 65504.0f; })) {
-            std::fill_n(out, rank, 0.0f);
-        }
+    const auto args = allocmoe_estimate_args_of(dst, node);
+    allocmoe_one_thread thread;
+    for (int32_t t = 0; t < args.n_tokens; ++t) {
+        allocmoe_sum_skipped(thread, args, t);
     }
 }
 
@@ -98,7 +38,7 @@ void allocmoe_build_estimate(ggml_context * ctx, llm_graph_result & res, int il,
     }
     auto & layer = *found;
     layer.input  = input;
-    if (layer.params.rule != ALLOCMOE_RULE_ESTIMATE) {
+    if (layer.rule.rule != ALLOCMOE_RULE_ESTIMATE) {
         return;
     }
     const auto & estimates = layer.estimates->layers[il];
@@ -108,15 +48,10 @@ void allocmoe_build_estimate(ggml_context * ctx, llm_graph_result & res, int il,
     }
 
     ggml_tensor * args[] = { layer.selected, weights, layer.reduced, estimates.log_norm, layer.positions };
-    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, layer.positions ? 5 : 4, compute_routed_by_size, 1, &layer);
-    allocmoe_node node = {};
-    node.kind      = ALLOCMOE_NODE_IDS_BY_SIZE;
-    node.n_relu    = layer.estimates->n_relu;
-    node.strict    = layer.params.strict;
-    node.k_base    = layer.params.k_base;
-    node.k         = layer.params.k;
-    node.threshold = layer.params.threshold;
-    node.spent     = layer.state->spent.get() + il;
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, layer.positions ? 5 : 4, compute_routed_by_size, 1, nullptr);
+    allocmoe_node node = layer.rule;
+    node.kind   = ALLOCMOE_NODE_IDS_BY_SIZE;
+    node.n_relu = layer.estimates->n_relu;
     allocmoe_set_node(layer.routed, node);
 
     if (estimates.up) {

@@ -5,39 +5,94 @@
 #include "allocmoe-hooks.h"
 
 #include "llama-graph.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
+
+// What the record's node is computed from, and what it fills: the last n_tokens rows of the layer's record.
+struct record_args {
+    const allocmoe_graph::layer & layer;
+    allocmoe_records::layer     & record;
+    const ggml_tensor           * experts;
+    const ggml_tensor           * weights;
+    int64_t n_embd;
+    int64_t n_used;
+    int64_t n_tokens;
+
+    template <typename T>
+    T * row(std::vector<T> & values, int64_t t, int64_t n) const { return values.data() + values.size() - (n_tokens - t)*n; }
+};
+
+// Before each run, where memory can be had: room in the records for what the nodes will write.
+class allocmoe_input_records : public llm_graph_input_i {
+public:
+    allocmoe_input_records(allocmoe_graph::layer & layer, int64_t n_used, int64_t n_embd) : layer(layer), n_used(n_used), n_embd(n_embd) {}
+
+    void set_input(const llama_ubatch * /* ubatch */) override {
+        auto & record = layer.state->records.layers[layer.il];
+        try {
+            make_room(record);
+            layer.has_room = true;
+        } catch (const std::bad_alloc &) {
+            LLAMA_LOG_ERROR("allocmoe: no memory for the record of layer %d, which is lost\n", layer.il);
+            record = {};
+            layer.has_room = false;
+        }
+    }
+    bool can_reuse(const llm_graph_params & /* params */) override { return true; }
+
+private:
+    void make_room(allocmoe_records::layer & record) {
+        if (layer.n_tokens == 0) {
+            return; // does not run
+        }
+        const auto grow = [&](auto & values, int64_t n) { values.resize(values.size() + layer.n_tokens*n); };
+        grow(record.scores,  n_used);
+        grow(record.experts, n_used);
+        record.errors.resize(n_used + 1);
+        if (layer.instrument.record_inputs) {
+            grow(record.floats[ALLOCMOE_FLOATS_INPUT],   layer.input->ne[0]);
+            grow(record.floats[ALLOCMOE_FLOATS_WEIGHT],  n_used);
+            grow(record.floats[ALLOCMOE_FLOATS_NORM],    n_used);
+            grow(record.floats[ALLOCMOE_FLOATS_MISSING], layer.reduced ? n_embd : 0);
+        }
+    }
+
+    allocmoe_graph::layer & layer;
+    int64_t n_used, n_embd;
+};
 
 // What of token t goes into record.floats; sizes: null unless the rule goes by them.
-static void record_inputs(const allocmoe_graph::layer & layer, allocmoe_records::layer & record, const ggml_tensor * weighted, const ggml_tensor * weights, const ggml_tensor * input, int64_t t, const float * sizes) {
-    const int64_t n_embd = weighted->ne[0];
-    const int64_t n_used = weighted->ne[1];
+static void record_inputs(const record_args & a, const ggml_tensor * weighted, const ggml_tensor * input, int64_t t, const float * sizes) {
+    auto & floats = a.record.floats;
+    std::copy_n(allocmoe_row<float>(input, t), input->ne[0], a.row(floats[ALLOCMOE_FLOATS_INPUT], t, input->ne[0]));
 
-    const float * x = allocmoe_row<float>(input, t);
-    auto & inputs = record.floats[ALLOCMOE_FLOATS_INPUT];
-    inputs.insert(inputs.end(), x, x + input->ne[0]);
-
-    std::unique_ptr<bool[]> keep(new bool[n_used]);
-    auto & missing = record.floats[ALLOCMOE_FLOATS_MISSING];
+    int32_t keys[LLAMA_MAX_EXPERTS];
+    float * missing = nullptr;
     if (sizes) {
-        float left = 0.0f;
-        allocmoe_apply_estimate(layer.params, sizes, n_used, keep.get(), left);
-        missing.resize(missing.size() + n_embd);
+        std::transform(sizes, sizes + a.n_used, keys, allocmoe_size_key);
+        allocmoe_keep_by_size(keys, a.n_used, a.layer.rule.k_base, a.layer.rule.threshold);
+        missing = a.row(floats[ALLOCMOE_FLOATS_MISSING], t, a.n_embd);
+        std::fill_n(missing, a.n_embd, 0.0f);
     }
-    for (int64_t r = 0; r < n_used; ++r) {
-        const float   w = allocmoe_weight(weights, t, r);
-        const float * y = (const float *) weighted->data + (t*n_used + r)*n_embd;
-        const double norm = allocmoe_sum(n_embd, [&](int64_t i) { return (double) y[i]*y[i]; });
-        if (sizes && !keep[r]) {
-            float * sum = missing.data() + missing.size() - n_embd;
-            std::transform(y, y + n_embd, sum, sum, std::plus<float>());
+    float * weight = a.row(floats[ALLOCMOE_FLOATS_WEIGHT], t, a.n_used);
+    float * norm   = a.row(floats[ALLOCMOE_FLOATS_NORM],   t, a.n_used);
+    for (int64_t r = 0; r < a.n_used; ++r) {
+        const float   w = allocmoe_weight(a.weights, t, r);
+        const float * y = (const float *) weighted->data + (t*a.n_used + r)*a.n_embd;
+        const double squares = allocmoe_sum(a.n_embd, [&](int64_t i) { return (double) y[i]*y[i]; });
+        if (sizes && (uint32_t) keys[r] < allocmoe_key(a.layer.rule.threshold)) {
+            std::transform(y, y + a.n_embd, missing, missing, std::plus<float>());
         }
-        record.floats[ALLOCMOE_FLOATS_WEIGHT].push_back(w);
-        record.floats[ALLOCMOE_FLOATS_NORM  ].push_back(w != 0.0f ? std::sqrt(norm)/std::abs(w) : 0.0f);
+        weight[r] = w;
+        norm  [r] = w != 0.0f ? std::sqrt(squares)/std::abs(w) : 0.0f;
     }
 }
 
@@ -47,52 +102,59 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
     if (ith != 0) {
         return;
     }
-    const auto & layer   = *(const allocmoe_graph::layer *) userdata;
-    auto       & record = layer.state->records.layers[layer.il];
+    auto & layer = *(allocmoe_graph::layer *) userdata;
+    const record_args a = { layer, layer.state->records.layers[layer.il], dst->src[0], dst->src[1], dst->ne[0], dst->ne[1], dst->ne[2] };
 
-    const ggml_tensor * experts  = dst->src[0];
-    const ggml_tensor * weights  = dst->src[1];
     const ggml_tensor * ids      = dst->src[2];
     const ggml_tensor * scores   = dst->src[3];
     const ggml_tensor * input    = dst->src[4];
     const ggml_tensor * reduced  = dst->src[5];
     const ggml_tensor * log_norm = dst->src[6];
 
-    const int64_t n_embd   = dst->ne[0];
-    const int64_t n_used   = dst->ne[1];
-    const int64_t n_tokens = dst->ne[2];
-
-    record.errors.resize(n_used + 1);
-    std::vector<float> sums((n_used + 1)*n_embd); // outputs with the first k experts, not renormalised
-    std::vector<float> weight(n_used + 1);
-    std::vector<float> u(reduced ? reduced->ne[0] : 0);
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const auto * id    = (const int32_t *) ((const char *) ids   ->data + t*ids   ->nb[1]);
-        const auto * score = (const float   *) ((const char *) scores->data + t*scores->nb[1]);
-        for (int64_t r = 0; r < n_used; ++r) {
-            record.experts.push_back(id[r]);
-            record.scores .push_back(score[id[r]]);
-            const auto * row = (const float *) ((const char *) experts->data + t*experts->nb[2] + r*experts->nb[1]);
-            std::copy(row, row + n_embd, (float *) dst->data + (t*n_used + r)*n_embd);
-            for (int64_t i = 0; i < n_embd; ++i) {
-                sums[(r + 1)*n_embd + i] = sums[r*n_embd + i] + row[i];
-            }
-            weight[r + 1] = weight[r] + *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]);
+    allocmoe_estimate_args estimate = {};
+    if (reduced) {
+        estimate = allocmoe_estimate_args_of(ids, a.weights, reduced, log_norm);
+        estimate.node.n_relu = layer.estimates->n_relu;
+    }
+    if (!layer.has_room) {
+        for (int64_t i = 0; i < a.n_used*a.n_tokens; ++i) {
+            const auto * row = (const char *) a.experts->data + (i/a.n_used)*a.experts->nb[2] + (i%a.n_used)*a.experts->nb[1];
+            memcpy((float *) dst->data + i*a.n_embd, row, a.n_embd*sizeof(float));
         }
-        float * values = &record.scores[record.scores.size() - n_used];
-        if (reduced) {
-            allocmoe_estimate_sizes(log_norm, id, weights, reduced, layer.estimates->n_relu, t, n_used, u.data(), values);
-        } else {
-            allocmoe_to_values(layer.params.value, values, n_used);
+        return;
+    }
+    float * sums = layer.outputs.data(); // outputs with the first k experts, not renormalised
+    float   weight[LLAMA_MAX_EXPERTS + 1];
+    std::fill_n(sums, a.n_embd, 0.0f);
+    weight[0] = 0.0f;
+    for (int64_t t = 0; t < a.n_tokens; ++t) {
+        const int32_t * id     = allocmoe_row<int32_t>(ids, t);
+        const float   * score  = allocmoe_row<float>(scores, t);
+        float         * values = a.row(a.record.scores, t, a.n_used);
+        std::copy_n(id, a.n_used, a.row(a.record.experts, t, a.n_used));
+        float state = 0.0f;
+        for (int64_t r = 0; r < a.n_used; ++r) {
+            const auto * row = (const float *) ((const char *) a.experts->data + t*a.experts->nb[2] + r*a.experts->nb[1]);
+            std::copy(row, row + a.n_embd, (float *) dst->data + (t*a.n_used + r)*a.n_embd);
+            for (int64_t i = 0; i < a.n_embd; ++i) {
+                sums[(r + 1)*a.n_embd + i] = sums[r*a.n_embd + i] + row[i];
+            }
+            weight[r + 1] = weight[r] + allocmoe_weight(a.weights, t, r);
+            if (reduced) {
+                const float part = allocmoe_size_part(estimate, t, r, 0, 1);
+                values[r] = allocmoe_size(estimate, t, r, &part, 1);
+            } else {
+                values[r] = allocmoe_next_value(layer.rule.value, score[id[r]], r == 0, state);
+            }
         }
         if (layer.instrument.record_inputs) {
-            record_inputs(layer, record, dst, weights, input, t, reduced ? values : nullptr);
+            record_inputs(a, dst, input, t, reduced ? values : nullptr);
         }
-        const float * all = &sums[n_used*n_embd];
-        for (int64_t k = 0; k <= n_used; ++k) {
-            const float scale = layer.renormalised && weight[k] > 0.0f ? weight[n_used]/weight[k] : 1.0f;
-            const float * some = &sums[k*n_embd];
-            record.errors[k] += allocmoe_sum(n_embd, [&](int64_t i) {
+        const float * all = &sums[a.n_used*a.n_embd];
+        for (int64_t k = 0; k <= a.n_used; ++k) {
+            const float scale = layer.renormalised && weight[k] > 0.0f ? weight[a.n_used]/weight[k] : 1.0f;
+            const float * some = &sums[k*a.n_embd];
+            a.record.errors[k] += allocmoe_sum(a.n_embd, [&](int64_t i) {
                 const float d = all[i] - scale*some[i];
                 return (double) (d*d);
             });
@@ -107,6 +169,8 @@ ggml_tensor * allocmoe_build_record(ggml_context * ctx, llm_graph_result & res, 
     }
     layer->recorded     = true;
     layer->renormalised = renormalised;
+    layer->outputs.resize((experts->ne[1] + 1)*experts->ne[0]);
+    res.add_input(std::make_unique<allocmoe_input_records>(*layer, experts->ne[1], experts->ne[0]));
 
     ggml_tensor * log_norm = layer->reduced ? layer->estimates->layers[il].log_norm : nullptr;
     ggml_tensor * args[] = { experts, weights, layer->selected, layer->scores, layer->input, layer->reduced, log_norm };
@@ -114,11 +178,11 @@ ggml_tensor * allocmoe_build_record(ggml_context * ctx, llm_graph_result & res, 
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[1], experts->ne[2], 1, args, n_args, compute_record, 1, layer);
 }
 
-// node: keeps its argument
+// node: keeps its argument, for which there is room
 static void compute_keep(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
     if (ith == 0) {
         const auto * values = (const float *) dst->src[0]->data;
-        ((std::vector<float> *) userdata)->assign(values, values + ggml_nelements(dst->src[0]));
+        std::copy_n(values, ggml_nelements(dst->src[0]), ((std::vector<float> *) userdata)->data());
     }
 }
 
@@ -176,9 +240,10 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
             }
         }
         nodes.erase(nodes.begin(), first + 1);
-        // layers that do not run activate nothing
-        while (!graph.layers.empty() && graph.layers.front().il <= il) {
-            graph.layers.pop_front();
+        for (auto & layer : graph.layers) {
+            if (layer.il <= il) {
+                layer.n_tokens = layer.activations = 0; // does not run
+            }
         }
     }
 
@@ -186,6 +251,7 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
         ggml_build_forward_expand(gf, node);
         const int layer = instrument.keep_outputs ? layer_of_output(node) : -1;
         if (layer >= 0 && layer < (int) kept.size()) {
+            kept[layer].resize(ggml_nelements(node));
             ggml_build_forward_expand(gf, ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &node, 1, compute_keep, 1, &kept[layer]));
         }
     }

@@ -5,6 +5,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <bitset>
 #include <cstring>
 #include <map>
 #include <vector>
@@ -67,7 +68,7 @@ int64_t allocmoe_advise_experts(const llama_model & model, bool single_pages) {
 static void compute_prefetch(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {
     const ggml_tensor * ids = dst->src[0];
 
-    std::vector<bool> chosen(dst->src[1]->ne[2]);
+    std::bitset<LLAMA_MAX_EXPERTS> chosen;
     for (int64_t t = 0; t < ids->ne[1]; ++t) {
         for (int64_t r = 0; r < ids->ne[0]; ++r) {
             const int32_t id = *(const int32_t *) ((const char *) ids->data + t*ids->nb[1] + r*ids->nb[0]);
@@ -79,7 +80,7 @@ static void compute_prefetch(ggml_tensor * dst, int ith, int nth, void * /* user
     int turn = 0;
     for (int s = 1; s < GGML_MAX_SRC && dst->src[s]; ++s) {
         const ggml_tensor * experts = dst->src[s];
-        for (size_t e = 0; e < chosen.size(); ++e) {
+        for (int64_t e = 0; e < experts->ne[2]; ++e) {
             if (chosen[e] && turn++ % nth == ith) {
                 ask_for((const char *) experts->data + e*experts->nb[2], experts->nb[2]);
             }

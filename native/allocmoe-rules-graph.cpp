@@ -4,6 +4,7 @@
 #include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 #include "allocmoe-prefetch.h"
+#include "allocmoe-testing.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -11,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 static_assert((int) ALLOCMOE_NODE_RULE_BATCH      == ALLOCMOE_RULE_BATCH     &&
@@ -89,7 +91,7 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
     const bool   record   = settings.instrument.record;
     const auto * plan     = settings.plan.get();
     int64_t k = n_expert_used;
-    allocmoe_token_rule_params params = {};
+    allocmoe_node rule = {};
     if (plan && il < (int) plan->expert_used_count.size() && plan->expert_used_count[il] > 0) {
         const float threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
         const bool estimate = plan->token_rule == ALLOCMOE_RULE_ESTIMATE; // by its threshold alone
@@ -98,12 +100,13 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
         // with every candidate kept, or none to share, the rule is top-k
         const bool shares   = estimate ? plan->k_base < n_expert_used && threshold > -INFINITY : plan->k_base < k && k < n_expert_used;
         if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || record) && !again) {
-            params.rule      = plan->token_rule;
-            params.k_base    = std::min<int64_t>(plan->k_base, k);
-            params.k         = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
-            params.threshold = threshold;
-            params.strict    = plan->strict && !record;
-            params.value     = plan->value;
+            rule.rule      = plan->token_rule;
+            rule.k_base    = std::min<int64_t>(plan->k_base, k);
+            rule.k         = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
+            rule.threshold = threshold;
+            rule.strict    = plan->strict && !record;
+            rule.value     = plan->value;
+            rule.spent     = cparams.allocmoe.state->spent.get() + il;
         }
     }
 
@@ -112,9 +115,9 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
         layer.il          = il;
         layer.n_tokens    = n_tokens;
         layer.activations = k*n_tokens;
-        layer.params      = params;
+        layer.rule        = rule;
         layer.state       = cparams.allocmoe.state;
-        layer.positions   = params.strict ? positions_of(ctx, res, cparams, il, n_tokens) : nullptr;
+        layer.positions   = rule.strict ? positions_of(ctx, res, cparams, il, n_tokens) : nullptr;
         if (plan) {
             layer.instrument = settings.instrument;
             layer.estimates  = plan->estimates;
@@ -122,61 +125,31 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
         graph.layers.push_back(std::move(layer));
     }
 
-    return params.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
+    return rule.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
 }
 
 // node: ids by rank, -1 where the token rule skips
-static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
-    if (ith != 0) {
+static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
+    allocmoe_node node;
+    if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
-    auto & layer = *(allocmoe_graph::layer *) userdata;
-
-    const ggml_tensor * ids    = dst->src[0];
-    const ggml_tensor * scores = dst->src[1];
-
-    const int64_t n_used   = dst->ne[0];
-    const int64_t n_tokens = dst->ne[1];
-
-    std::vector<float>   ranked(n_used*n_tokens);
-    std::vector<int32_t> n_kept(n_tokens);
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const auto * id    = (const int32_t *) ((const char *) ids   ->data + t*ids   ->nb[1]);
-        const auto * score = (const float   *) ((const char *) scores->data + t*scores->nb[1]);
-        for (int64_t r = 0; r < n_used; ++r) {
-            ranked[t*n_used + r] = score[id[r]];
-        }
-    }
-
-    auto & spent = layer.state->spent.get()[layer.il];
-    // a strict rule goes from token to token, the others take all at once
-    const int64_t step = layer.params.strict ? 1 : n_tokens;
-    for (int64_t t = 0; t < n_tokens; t += step) {
-        float left = allocmoe_left_before(spent, dst->src[2], t);
-        spent.activations[layer.phase] += allocmoe_apply_token_rule(layer.params, &ranked[t*n_used], n_used, step, &n_kept[t], left);
-        allocmoe_leave(spent, dst->src[2], t, left);
-    }
-
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const auto * id  = (const int32_t *) ((const char *) ids->data + t*ids->nb[1]);
-        auto       * out = (int32_t       *) ((char       *) dst->data + t*dst->nb[1]);
-        for (int64_t r = 0; r < n_used; ++r) {
-            out[r] = r < n_kept[t] ? id[r] : -1;
-        }
-    }
+    allocmoe_one_thread   thread;
+    allocmoe_route_shared shared;
+    allocmoe_route(thread, allocmoe_route_args_of(dst, node), shared);
 }
 
 // node: weights, `skipped` where the ids are -1
-template <bool neg_inf>
 static void compute_weights(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
-    if (ith != 0) {
+    allocmoe_node node;
+    if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
     const auto * weights = (const float   *) dst->src[0]->data;
     const auto * routed  = (const int32_t *) dst->src[1]->data;
     auto       * out     = (float         *) dst->data;
     for (int64_t i = 0; i < ggml_nelements(dst); ++i) {
-        out[i] = routed[i] >= 0 ? weights[i] : neg_inf ? -INFINITY : 0.0f;
+        out[i] = routed[i] >= 0 ? weights[i] : node.skipped;
     }
 }
 
@@ -188,33 +161,23 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, llm_graph_result & r
     auto & layer = *found;
     layer.selected = selected;
     layer.scores   = scores;
-    if (layer.params.rule == ALLOCMOE_RULE_OFF) {
+    if (layer.rule.rule == ALLOCMOE_RULE_OFF) {
         return weights;
     }
 
     layer.activations = 0;
-    if (layer.params.rule == ALLOCMOE_RULE_ESTIMATE) {
+    if (layer.rule.rule == ALLOCMOE_RULE_ESTIMATE) {
         return weights; // goes by the weights that these become
     }
 
     ggml_tensor * args_routed[] = { selected, scores, layer.positions };
-    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, layer.positions ? 3 : 2, compute_routed, 1, &layer);
-
-    // for backends that run the nodes themselves
-    allocmoe_node node = {};
-    node.kind      = ALLOCMOE_NODE_IDS;
-    node.strict    = layer.params.strict;
-    node.rule      = layer.params.rule;
-    node.k_base    = layer.params.k_base;
-    node.k         = layer.params.k;
-    node.value     = layer.params.value;
-    node.threshold = layer.params.threshold;
-    node.spent     = layer.state->spent.get() + il;
+    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, layer.positions ? 3 : 2, compute_routed, 1, nullptr);
+    allocmoe_node node = layer.rule;
+    node.kind = ALLOCMOE_NODE_IDS;
     allocmoe_set_node(layer.routed, node);
 
     ggml_tensor * args_weights[] = { weights, layer.routed };
-    ggml_tensor * masked = ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2,
-            skipped == 0.0f ? compute_weights<false> : compute_weights<true>, 1, nullptr);
+    ggml_tensor * masked = ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2, compute_weights, 1, nullptr);
     node = {};
     node.kind    = ALLOCMOE_NODE_WEIGHTS;
     node.skipped = skipped;
@@ -230,9 +193,8 @@ void allocmoe_edit_graph(const llama_cparams & cparams, llm_graph_result & res, 
     auto & graph = allocmoe_graph_of(res);
     for (auto & layer : graph.layers) {
         allocmoe_node node;
-        layer.phase = phase_of(ubatch);
         if (layer.routed && allocmoe_get_node(layer.routed, node)) {
-            node.phase = layer.phase;
+            node.phase = phase_of(ubatch);
             allocmoe_set_node(layer.routed, node);
         }
     }
@@ -249,4 +211,45 @@ void allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res,
         phase.activations[layer.il] += layer.activations;
         phase.tokens     [layer.il] += layer.n_tokens;
     }
+}
+
+//
+// for tests
+//
+
+void allocmoe_build_as_for_devices(llama_context * ctx, bool on) {
+    allocmoe_access::state(ctx).spent_on_devices = on;
+    allocmoe_access::set_settings(ctx, allocmoe_access::settings(ctx));
+}
+
+void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left) {
+    std::vector<int32_t> ids(n_used), routed(n_used*n_tokens), positions(n_tokens);
+    std::iota(ids.begin(), ids.end(), 0);
+    std::iota(positions.begin(), positions.end(), 1);
+    std::vector<float> left_at(n_tokens + 1);
+    left_at[0] = *left;
+    allocmoe_spent spent = { {}, left_at.data(), (int32_t) left_at.size() };
+
+    allocmoe_route_args args = {};
+    args.ids            = ids.data(); // every token's
+    args.scores         = scores;
+    args.positions      = positions.data();
+    args.routed         = routed.data();
+    args.stride_scores  = n_used;
+    args.n_used         = n_used;
+    args.n_tokens       = n_tokens;
+    args.node.rule      = rule->token_rule;
+    args.node.k_base    = rule->k_base;
+    args.node.k         = k;
+    args.node.threshold = rule->threshold ? rule->threshold[0] : 0.0f;
+    args.node.strict    = rule->strict;
+    args.node.value     = rule->value;
+    args.node.spent     = &spent;
+    allocmoe_one_thread   thread;
+    allocmoe_route_shared shared;
+    allocmoe_route(thread, args, shared);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        n_kept[t] = std::count_if(&routed[t*n_used], &routed[t*n_used] + n_used, [](int32_t id) { return id >= 0; });
+    }
+    *left = rule->strict ? left_at[n_tokens] : *left;
 }

@@ -1,33 +1,529 @@
-// Token rules (Alloc-T): which of a layer's candidate experts each token of a micro-batch activates.
+// The token rules (Alloc-T): which of a layer's candidate experts each token of a micro-batch activates, and what stands in
+// for the others under ALLOCMOE_RULE_ESTIMATE. Written once, as what the threads of one block do: of a GPU, or one of the CPU.
+//
+// `Block` is a thread's view of its block: rank(), size(), sync(), count(condition) (how many threads it holds for, a
+// barrier), and add(address, value) (atomic). On a GPU that is a CUDA block, on the CPU allocmoe_one_thread; tests run
+// blocks of CPU threads. Nothing here allocates or throws.
 #pragma once
 
-#include "allocmoe.h"
+#include "allocmoe-custom.h"
 
-#include <cstdint>
+#include <math.h>
 
-struct allocmoe_token_rule_params {
-    int32_t rule;      // ALLOCMOE_RULE_*
-    int32_t k_base;    // experts that every token keeps
-    int32_t k;         // planned mean
-    float   threshold;
-    bool    strict;    // threshold: never let the running mean rise above k; estimate: keep it near k
-    int32_t value;     // ALLOCMOE_VALUE_*, what rules compare
+#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
+#define ALLOCMOE_DIV(a, b) __fdiv_rn(a, b)
+#define ALLOCMOE_SUB(a, b) __fsub_rn(a, b)
+#else
+#define ALLOCMOE_DIV(a, b) ((a)/(b))
+#define ALLOCMOE_SUB(a, b) ((a) - (b))
+#endif
+
+static constexpr int ALLOCMOE_MAX_BLOCK = 1024;
+
+#if !defined(__CUDACC__) && !defined(__HIPCC__) && !defined(__MUSACC__)
+struct allocmoe_one_thread {
+    static constexpr int rank() { return 0; }
+    static constexpr int size() { return 1; }
+    static void sync() {}
+    static int  count(bool condition) { return condition; }
+    static void add(int32_t * address, int32_t value) { *address += value; }
+};
+#endif
+
+//
+// numbers
+//
+
+ALLOCMOE_FN uint32_t allocmoe_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+
+ALLOCMOE_FN bool allocmoe_is_nan(float x) {
+    return (allocmoe_bits(x) & 0x7fffffffu) > 0x7f800000u;
+}
+
+// Ordered as the floats are. Integers, since a GPU's fast math would take tiny floats for zero.
+ALLOCMOE_FN uint32_t allocmoe_key(float x) {
+    const uint32_t bits = allocmoe_bits(x) == 0x80000000u ? 0u : allocmoe_bits(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+static constexpr uint32_t ALLOCMOE_KEY_NAN    = 0; // below all floats
+static constexpr uint32_t ALLOCMOE_KEY_LOWEST = 0x007fffffu; // of -infinity
+
+// Sum of first(0..n_first - 1) and value(n_first..n - 1), in parts that do not wait for each other.
+template <typename F, typename G>
+ALLOCMOE_FN auto allocmoe_sum(int64_t n_first, F first, int64_t n, G value) {
+    decltype(value(0)) parts[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n_first; i += 8) {
+        for (int64_t j = 0; j < 8; ++j) {
+            parts[j] += first(i + j);
+        }
+    }
+    if (i < n_first && i + 8 <= n) {
+        for (int64_t j = 0; j < 8; ++j) {
+            parts[j] += i + j < n_first ? first(i + j) : value(i + j);
+        }
+        i += 8;
+    }
+    for (; i + 8 <= n; i += 8) {
+        for (int64_t j = 0; j < 8; ++j) {
+            parts[j] += value(i + j);
+        }
+    }
+    for (; i < n; ++i) {
+        parts[0] += i < n_first ? first(i) : value(i);
+    }
+    decltype(value(0)) sum = 0;
+    for (int64_t j = 0; j < 8; ++j) {
+        sum += parts[j];
+    }
+    return sum;
+}
+
+template <typename F>
+ALLOCMOE_FN auto allocmoe_sum(int64_t n, F value) {
+    return allocmoe_sum(n, value, n, value);
+}
+
+//
+// rules that go by scores
+//
+
+struct allocmoe_route_args {
+    const int32_t * ids;           // [n_tokens][n_used], by falling score
+    const float   * scores;        // [n_tokens][n_expert]
+    const int32_t * positions;     // [n_tokens], null where the node has none
+    int32_t       * routed;        // [n_tokens][n_used], contiguous
+    int64_t         stride_ids;    // between tokens, in elements
+    int64_t         stride_scores;
+    int32_t         n_used;
+    int32_t         n_tokens;
+    allocmoe_node   node;
 };
 
-// Turns a token's n_used scores, by falling rank, into values; in place.
-void allocmoe_to_values(int32_t value, float * scores, int64_t n_used);
+// one block's shared memory
+struct allocmoe_route_shared {
+    int32_t  histogram[256];
+    int32_t  taken[ALLOCMOE_MAX_BLOCK];
+    uint32_t cut;
+    int32_t  n_left;
+    int32_t  total;
+};
 
-// ALLOCMOE_RULE_ESTIMATE for one token: keep[r] for each of its n_used experts, from their estimated sizes, in any order; a
-// NaN counts as -infinity. Returns how many are kept. left: as below.
-int64_t allocmoe_apply_estimate(const allocmoe_token_rule_params & params, const float * sizes, int64_t n_used, bool * keep, float & left);
+// The value of an expert from its score, for a token's experts one after the other by rank. `state` is what the better ones
+// leave: the best score, or the probability that remains.
+ALLOCMOE_FN float allocmoe_next_value(int32_t value, float score, bool first, float & state) {
+    if (value == ALLOCMOE_NODE_VALUE_RELATIVE) {
+        state = first ? score : state;
+        return state > 0.0f ? ALLOCMOE_DIV(score, state) : 0.0f;
+    }
+    if (value == ALLOCMOE_NODE_VALUE_REMAINING) {
+        const float remaining = first ? 1.0f : state;
+        state = ALLOCMOE_SUB(remaining, score);
+        return remaining;
+    }
+    return score;
+}
 
-// How many experts each token keeps: its first n_kept[t] of n_used, which are sorted by falling score.
-// scores: [n_tokens][n_used]. A NaN counts as -infinity. left: activations left over by the tokens before, for `strict`; updated.
-// Returns the sum of n_kept.
-int64_t allocmoe_apply_token_rule(
-        const allocmoe_token_rule_params & params,
-        const float * scores,
-        int64_t       n_used,
-        int64_t       n_tokens,
-        int32_t     * n_kept,
-        float       & left);
+// What is left over before token t, given what is after token t - 1: read only where a sequence begins or goes on, since the
+// memory may be the host's.
+ALLOCMOE_FN float allocmoe_left(const allocmoe_spent & spent, const int32_t * positions, int32_t t, float left) {
+    if (!positions) {
+        return 0.0f;
+    }
+    return t > 0 && positions[t] == positions[t - 1] + 1 ? left : allocmoe_left_before(spent, positions[t]);
+}
+
+ALLOCMOE_FN int32_t * allocmoe_row_of(int32_t * routed, int32_t t, int32_t n_used) {
+    return routed + (int64_t) t*n_used;
+}
+
+// In `routed`, a token's places first hold the keys of its values; then its first place, whose expert every rule keeps, how
+// many it keeps. All of a token is one thread's.
+ALLOCMOE_FN void allocmoe_to_keys(const allocmoe_route_args & a, int32_t t, uint32_t nan) {
+    const int32_t * ids    = a.ids + t*a.stride_ids;
+    const float   * scores = a.scores + t*a.stride_scores;
+    int32_t       * keys   = allocmoe_row_of(a.routed, t, a.n_used);
+    float           state  = 0.0f;
+    for (int32_t r = 0; r < a.n_used; ++r) {
+        const float value = allocmoe_next_value(a.node.value, scores[ids[r]], r == 0, state);
+        keys[r] = (int32_t) (allocmoe_is_nan(value) ? nan : allocmoe_key(value));
+    }
+}
+
+template <class Block>
+ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s) {
+    const uint32_t threshold = allocmoe_key(a.node.threshold);
+    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+        allocmoe_to_keys(a, t, ALLOCMOE_KEY_NAN);
+        int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
+        int32_t   n    = a.node.k_base;
+        while (n < a.n_used && (uint32_t) keys[n] >= threshold) {
+            n++;
+        }
+        keys[0] = n;
+        if (!a.node.strict) {
+            block.add(&s.total, n);
+        }
+    }
+    if (!a.node.strict) {
+        return;
+    }
+
+    // what a token may spend depends on all tokens before it
+    block.sync();
+    if (block.rank() == 0) {
+        float left = 0.0f;
+        for (int32_t t = 0; t < a.n_tokens; ++t) {
+            left = allocmoe_left(*a.node.spent, a.positions, t, left);
+            int32_t & kept = *allocmoe_row_of(a.routed, t, a.n_used);
+            int32_t allowed = left + a.node.k < a.n_used ? (int32_t) (left + a.node.k) : a.n_used;
+            allowed = allowed > a.node.k_base ? allowed : a.node.k_base;
+            kept    = kept < allowed ? kept : allowed;
+            left   += a.node.k - kept;
+            s.total += kept;
+            if (a.positions) {
+                allocmoe_leave(*a.node.spent, a.positions[t], left);
+            }
+        }
+    }
+}
+
+// The n_chosen highest of the pool, by radix selection of the lowest key that is chosen; of equal ones the better rank, then
+// the earlier token. A NaN counts as -infinity.
+template <class Block>
+ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s) {
+    const int32_t k_base   = a.node.k_base;
+    const int32_t n_chosen = a.n_tokens*(a.node.k - k_base);
+    if (block.rank() == 0) {
+        s.cut    = 0;
+        s.n_left = n_chosen;
+        s.total  = a.n_tokens*a.node.k;
+    }
+    if (a.n_tokens == 1) { // with nobody to share
+        if (block.rank() == 0) {
+            a.routed[0] = a.node.k;
+        }
+        return;
+    }
+    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+        allocmoe_to_keys(a, t, ALLOCMOE_KEY_LOWEST);
+    }
+    for (int shift = 24; shift >= 0 && n_chosen > 0; shift -= 8) {
+        for (int i = block.rank(); i < 256; i += block.size()) {
+            s.histogram[i] = 0;
+        }
+        block.sync();
+        const uint32_t above = shift == 24 ? 0 : s.cut >> (shift + 8);
+        for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+            const int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
+            for (int32_t r = k_base; r < a.n_used; ++r) {
+                const uint32_t key = keys[r];
+                if (shift == 24 || key >> (shift + 8) == above) {
+                    block.add(&s.histogram[key >> shift & 255], 1);
+                }
+            }
+        }
+        block.sync();
+        if (block.rank() == 0) {
+            int digit = 255;
+            while (s.n_left > s.histogram[digit]) {
+                s.n_left -= s.histogram[digit--];
+            }
+            s.cut |= (uint32_t) digit << shift;
+        }
+        block.sync();
+    }
+
+    const uint32_t cut    = n_chosen > 0 ? s.cut    : 0xffffffffu;
+    int32_t        n_left = n_chosen > 0 ? s.n_left : 0;
+    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+        int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
+        int32_t   n    = k_base;
+        for (int32_t r = k_base; r < a.n_used; ++r) {
+            n += (uint32_t) keys[r] > cut;
+        }
+        keys[0] = n;
+    }
+    for (int32_t r = k_base; r < a.n_used && n_left > 0; ++r) {
+        for (int32_t t0 = 0; t0 < a.n_tokens && n_left > 0; t0 += block.size()) {
+            const int32_t t = t0 + block.rank();
+            bool take = t < a.n_tokens && (uint32_t) allocmoe_row_of(a.routed, t, a.n_used)[r] == cut;
+            const int32_t n_equal = block.count(take);
+            if (n_equal > n_left) {
+                s.taken[block.rank()] = take;
+                block.sync();
+                if (block.rank() == 0) {
+                    for (int i = 0, n = n_left; i < block.size(); ++i) {
+                        s.taken[i] = s.taken[i] && n-- > 0;
+                    }
+                }
+                block.sync();
+                take = s.taken[block.rank()];
+            }
+            if (take) {
+                ++*allocmoe_row_of(a.routed, t, a.n_used);
+            }
+            n_left -= n_equal;
+        }
+    }
+}
+
+// ALLOCMOE_NODE_IDS, by one block.
+template <class Block>
+ALLOCMOE_FN void allocmoe_route(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s) {
+    if (block.rank() == 0) {
+        s.total = 0;
+    }
+    block.sync();
+    if (a.node.rule == ALLOCMOE_NODE_RULE_BATCH) {
+        allocmoe_keep_by_batch(block, a, s);
+    } else {
+        allocmoe_keep_by_threshold(block, a, s);
+    }
+    block.sync();
+    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+        int32_t     * out    = allocmoe_row_of(a.routed, t, a.n_used);
+        const int32_t n_kept = out[0];
+        for (int32_t r = 0; r < a.n_used; ++r) {
+            out[r] = r < n_kept ? a.ids[t*a.stride_ids + r] : -1;
+        }
+    }
+    if (block.rank() == 0) {
+        a.node.spent->activations[a.node.phase] += s.total;
+    }
+}
+
+//
+// the rule that goes by estimates
+//
+
+struct allocmoe_estimate_args {
+    const int32_t * ids;      // [n_tokens][n_used], by falling score
+    const float   * weights;  // [n_tokens][n_used]
+    const float   * reduced;  // [n_tokens][n_down], u
+    const float   * table;    // [n_expert][n_down + 1], log_norm; or [n_expert][rank], output
+    const int32_t * positions; // [n_tokens], null where the node has none
+    int32_t       * routed;   // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
+    float         * skipped;  // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
+    int64_t         stride_ids; // between tokens, in elements
+    int64_t         stride_weights;
+    int64_t         stride_weights_rank; // between ranks
+    int64_t         stride_reduced;
+    int64_t         stride_table; // between experts
+    int32_t         n_used;
+    int32_t         n_tokens;
+    int32_t         n_down;
+    int32_t         rank;
+    int32_t         n_columns;
+    allocmoe_node   node;
+};
+
+// one block's shared memory
+struct allocmoe_estimate_shared {
+    int32_t total;
+    float   parts[ALLOCMOE_MAX_BLOCK];
+};
+
+ALLOCMOE_FN float allocmoe_weight(const allocmoe_estimate_args & a, int32_t t, int32_t r) {
+    return a.weights[t*a.stride_weights + r*a.stride_weights_rank];
+}
+
+// log_norm_e . (u, 1) without the 1, lane by lane of n_lanes
+ALLOCMOE_FN float allocmoe_size_part(const allocmoe_estimate_args & a, int32_t t, int32_t r, int32_t lane, int32_t n_lanes) {
+    const float * u            = a.reduced + t*a.stride_reduced;
+    const float * coefficients = a.table + a.ids[t*a.stride_ids + r]*a.stride_table;
+    const auto of_lane = [=](int32_t n) { return (n - lane + n_lanes - 1)/n_lanes; };
+    return allocmoe_sum(
+        of_lane(a.n_down - a.node.n_relu), [=](int64_t j) { return coefficients[lane + j*n_lanes]*u[lane + j*n_lanes]; },
+        of_lane(a.n_down), [=](int64_t j) {
+            const float positive = u[lane + j*n_lanes] < 0.0f ? 0.0f : u[lane + j*n_lanes];
+            return coefficients[lane + j*n_lanes]*positive;
+        });
+}
+
+// v_e from its lanes' parts
+ALLOCMOE_FN float allocmoe_size(const allocmoe_estimate_args & a, int32_t t, int32_t r, const float * parts, int32_t n_lanes) {
+    const float weight = allocmoe_weight(a, t, r);
+    const float last   = a.table[a.ids[t*a.stride_ids + r]*a.stride_table + a.n_down];
+    float size = 0.0f;
+    for (int32_t i = 0; i < n_lanes; ++i) {
+        size += parts[i];
+    }
+    return logf(weight < 1e-20f ? 1e-20f : weight) + last + size;
+}
+
+ALLOCMOE_FN int32_t allocmoe_size_key(float size) {
+    return (int32_t) (allocmoe_is_nan(size) ? ALLOCMOE_KEY_NAN : allocmoe_key(size));
+}
+
+// The keys of all experts' v_e, in the places of the ids.
+template <class Block>
+ALLOCMOE_FN void allocmoe_to_size_keys(Block & block, const allocmoe_estimate_args & a, allocmoe_estimate_shared & s) {
+    // a single token's experts are few, so each of them has several threads
+    const int32_t n = a.n_tokens*a.n_used;
+    int32_t n_lanes = 1;
+    while (block.size() > 1 && n_lanes < 32 && 2*n_lanes*n <= block.size() && block.size() % (2*n_lanes) == 0) {
+        n_lanes *= 2;
+    }
+    const int32_t lane = block.rank() % n_lanes;
+    for (int32_t i0 = 0; i0 < n; i0 += block.size()/n_lanes) {
+        const int32_t i = i0 + block.rank()/n_lanes;
+        s.parts[block.rank()] = i < n ? allocmoe_size_part(a, i/a.n_used, i%a.n_used, lane, n_lanes) : 0.0f;
+        block.sync();
+        if (lane == 0 && i < n) {
+            a.routed[i] = allocmoe_size_key(allocmoe_size(a, i/a.n_used, i%a.n_used, s.parts + block.rank(), n_lanes));
+        }
+        block.sync();
+    }
+}
+
+// For one token, from its experts' keys: whichever are not below allocmoe_key(at_least) afterwards are kept. Those of at
+// least that size are, and the largest of the others up to k_base in all. Returns how many.
+ALLOCMOE_FN int32_t allocmoe_keep_by_size(int32_t * keys, int32_t n_used, int32_t k_base, float at_least) {
+    const uint32_t threshold = allocmoe_key(at_least);
+    int32_t n = 0;
+    for (int32_t r = 0; r < n_used; ++r) {
+        n += (uint32_t) keys[r] >= threshold;
+    }
+    for (; n < k_base && n < n_used; ++n) {
+        int32_t best = -1;
+        for (int32_t r = 0; r < n_used; ++r) {
+            if ((uint32_t) keys[r] < threshold && (best < 0 || (uint32_t) keys[r] > (uint32_t) keys[best])) {
+                best = r;
+            }
+        }
+        keys[best] = -1; // the highest key
+    }
+    return n;
+}
+
+// The same for token t, whose keys become ids.
+ALLOCMOE_FN int32_t allocmoe_route_token_by_size(const allocmoe_estimate_args & a, int32_t t, float at_least) {
+    int32_t * out = allocmoe_row_of(a.routed, t, a.n_used);
+    const int32_t n = allocmoe_keep_by_size(out, a.n_used, a.node.k_base, at_least);
+    for (int32_t r = 0; r < a.n_used; ++r) {
+        out[r] = (uint32_t) out[r] >= allocmoe_key(at_least) ? a.ids[t*a.stride_ids + r] : -1;
+    }
+    return n;
+}
+
+// ALLOCMOE_NODE_IDS_BY_SIZE, by one block.
+template <class Block>
+ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_args & a, allocmoe_estimate_shared & s) {
+    if (block.rank() == 0) {
+        s.total = 0;
+    }
+    block.sync();
+    allocmoe_to_size_keys(block, a, s);
+
+    if (!a.node.strict) {
+        for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+            block.add(&s.total, allocmoe_route_token_by_size(a, t, a.node.threshold));
+        }
+        block.sync();
+    } else if (block.rank() == 0) {
+        // what a token may spend depends on all tokens before it
+        float left = 0.0f;
+        for (int32_t t = 0; t < a.n_tokens; ++t) {
+            left = allocmoe_left(*a.node.spent, a.positions, t, left);
+            const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.node.threshold, ALLOCMOE_STRICT_STEP*left));
+            left  += a.node.k - n;
+            left   = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT : left;
+            s.total += n;
+            if (a.positions) {
+                allocmoe_leave(*a.node.spent, a.positions[t], left);
+            }
+        }
+    }
+    if (block.rank() == 0) {
+        a.node.spent->activations[a.node.phase] += s.total;
+    }
+}
+
+// ALLOCMOE_NODE_SKIPPED for token t, by one block: the estimate of what it skips, in the rows of `up`.
+template <class Block>
+ALLOCMOE_FN void allocmoe_sum_skipped(Block & block, const allocmoe_estimate_args & a, int32_t t) {
+    const int32_t * ids    = a.ids + t*a.stride_ids;
+    const int32_t * routed = a.routed + (int64_t) t*a.n_used;
+    const float   * u      = a.reduced + t*a.stride_reduced;
+    float         * out    = a.skipped + (int64_t) t*a.n_columns;
+    for (int32_t i = block.rank(); i < a.n_columns; i += block.size()) {
+        out[i] = 0.0f;
+    }
+    for (int32_t r = 0; r < a.n_used; ++r) {
+        if (routed[r] >= 0) {
+            continue;
+        }
+        const float   weight = allocmoe_weight(a, t, r);
+        const float * output = a.table + ids[r]*a.stride_table;
+        for (int32_t i = block.rank(); i < a.rank; i += block.size()) {
+            out[i] += weight*(output[i] + u[i]);
+        }
+    }
+    // what float16 cannot hold may have become infinite already: then no estimate
+    bool too_large = false;
+    for (int32_t i = block.rank(); i < a.rank; i += block.size()) {
+        too_large = too_large || (allocmoe_bits(out[i]) & 0x7fffffffu) >= 0x477fe000u; // 65504, float16's highest
+    }
+    if (block.count(too_large)) {
+        for (int32_t i = block.rank(); i < a.rank; i += block.size()) {
+            out[i] = 0.0f;
+        }
+    }
+}
+
+//
+// the same for a node of the graph
+//
+
+static inline allocmoe_route_args allocmoe_route_args_of(const ggml_tensor * node, const allocmoe_node & params) {
+    const ggml_tensor * ids    = node->src[0];
+    const ggml_tensor * scores = node->src[1];
+    allocmoe_route_args args = {};
+    args.ids           = (const int32_t *) ids->data;
+    args.scores        = (const float   *) scores->data;
+    args.positions     = (const int32_t *) (node->src[2] ? node->src[2]->data : nullptr);
+    args.routed        = (int32_t       *) node->data;
+    args.stride_ids    = ids->nb[1]/sizeof(int32_t);
+    args.stride_scores = scores->nb[1]/sizeof(float);
+    args.n_used        = node->ne[0];
+    args.n_tokens      = node->ne[1];
+    args.node          = params;
+    return args;
+}
+
+// What both nodes and the instrument go by; `table` is log_norm or output.
+static inline allocmoe_estimate_args allocmoe_estimate_args_of(
+        const ggml_tensor * ids, const ggml_tensor * weights, const ggml_tensor * reduced, const ggml_tensor * table) {
+    allocmoe_estimate_args args = {};
+    args.ids                 = (const int32_t *) ids->data;
+    args.weights             = (const float   *) weights->data;
+    args.reduced             = (const float   *) reduced->data;
+    args.table               = (const float   *) table->data;
+    args.stride_ids          = ids->nb[1]/sizeof(int32_t);
+    args.stride_weights      = weights->nb[2]/sizeof(float);
+    args.stride_weights_rank = weights->nb[1]/sizeof(float);
+    args.stride_reduced      = reduced->nb[1]/sizeof(float);
+    args.stride_table        = table->nb[1]/sizeof(float);
+    args.n_used              = ids->ne[0];
+    args.n_tokens            = ids->ne[1];
+    args.n_down              = reduced->ne[0];
+    args.rank                = table->ne[0];
+    return args;
+}
+
+static inline allocmoe_estimate_args allocmoe_estimate_args_of(const ggml_tensor * node, const allocmoe_node & params) {
+    const bool skipped = params.kind == ALLOCMOE_NODE_SKIPPED;
+    auto args = allocmoe_estimate_args_of(node->src[0], node->src[1], node->src[2], node->src[skipped ? 4 : 3]);
+    args.routed    = (int32_t *) (skipped ? node->src[3] : node)->data;
+    args.skipped   = (float   *) (skipped ? node->data : nullptr);
+    args.positions = !skipped && node->src[4] ? (const int32_t *) node->src[4]->data : nullptr;
+    args.n_columns = node->ne[0];
+    args.node      = params;
+    return args;
+}

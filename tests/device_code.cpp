@@ -14,7 +14,7 @@
 static thread_local struct { int x; } threadIdx, blockDim;
 
 #include "allocmoe-cuda.cuh"
-#include "allocmoe-route.h"
+#include "allocmoe-token-rule.h"
 
 struct shared_block {
     explicit shared_block(int size) : size(size) { pthread_barrier_init(&barrier, nullptr, size); }

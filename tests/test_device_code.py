@@ -1,6 +1,6 @@
 """What the CUDA backend runs of ours, compiled for CPU threads (device_code.cpp), where no GPU is needed.
 
-The token rules as a block of threads runs them give the ids of the CPU's rules bit for bit, in blocks of any size and
+The token rules, which are written for a block of threads, keep what their definitions say in blocks of any size and
 without a data race; and the hooks in mm_ids_helper, in the fallback that sorts on the host, and in the matrix-vector
 kernels do with ids of -1 what their names say. The kernels around them need a GPU: test_cuda.py.
 """
@@ -11,11 +11,11 @@ import struct
 import subprocess
 
 from allocmoe_edge._native import BUILD_DIR
+from allocmoe_edge.plan import VALUES
 from conftest import ROOT
-from native_testing import ffi, libllama
 import numpy as np
 import pytest
-from test_token_rule import RULES, score_sets
+from test_token_rule import RULES, reference_batch, reference_threshold, reference_values, score_sets
 
 N_EXPERT = 20
 ROUTE, MARK, SKIP, ESTIMATE = range(4)
@@ -47,17 +47,13 @@ def header(*numbers) -> bytes:
     return struct.pack("11i", *numbers, *[0] * (11 - len(numbers)))
 
 
-def native(case, ranked):
-    """(n_kept, activations left over) by the CPU's rules."""
-    rule = ffi.new("struct allocmoe_rule *")
-    limit = ffi.new("float[1]", [case["threshold"]])
-    rule.token_rule, rule.value, rule.k_base = case["rule"], case["value"], case["k_base"]
-    rule.strict, rule.threshold = case["strict"], limit
-    data = np.ascontiguousarray(ranked, np.float32)
-    n_kept, left = ffi.new("int32_t[]", len(data)), ffi.new("float *", case["left"])
-    scores = ffi.from_buffer("float *", data)
-    libllama.allocmoe_select(rule, case["k"], scores, data.shape[1], len(data), n_kept, left)
-    return np.array(list(n_kept)), left[0]
+def reference(case):
+    """(n_kept, activations left over) by the rules' definitions in numpy."""
+    with np.errstate(invalid="ignore"):  # -inf and NaN among the scores
+        values = reference_values(VALUES[case["value"]], np.ascontiguousarray(case["ranked"], np.float32))
+    if case["rule"] == RULES["batch"]:
+        return reference_batch(case["k_base"], case["k"], values), case["left"]
+    return reference_threshold(case["k_base"], case["k"], values, case["threshold"], case["strict"], case["left"])
 
 
 def cases(rng, n_tokens):
@@ -84,8 +80,11 @@ def scatter(rng, ranked):
     return ids, scores
 
 
-@pytest.mark.parametrize("n_tokens, n_threads", [(1, 32), (2, 3), (31, 32), (33, 32), (100, 7), (129, 64)])
-def test_rules_give_the_ids_of_the_cpu_bit_for_bit(program, n_tokens, n_threads, request):
+# one thread is how the CPU runs them
+@pytest.mark.parametrize(
+    "n_tokens, n_threads", [(1, 1), (1, 32), (2, 3), (31, 32), (33, 32), (33, 1), (100, 7), (129, 64)]
+)
+def test_rules_in_a_block_of_any_size(program, n_tokens, n_threads, request):
     rng = np.random.default_rng(n_tokens)
     todo, data = [], b""
     # under the sanitizer threads are slow, and every case starts its own
@@ -102,7 +101,7 @@ def test_rules_give_the_ids_of_the_cpu_bit_for_bit(program, n_tokens, n_threads,
         routed = np.frombuffer(found, np.int32, n_tokens * n_used, at).reshape(n_tokens, n_used)
         prefill, decode, left = np.frombuffer(found[at + routed.nbytes : at + routed.nbytes + 24], np.float64)
         at += routed.nbytes + 24
-        n_kept, left_after = native(case, case["ranked"])
+        n_kept, left_after = reference(case)
         expected = np.where(np.arange(n_used) < n_kept[:, None], ids[:, :n_used], -1)
         shown = {key: value for key, value in case.items() if key != "ranked"}
         assert np.array_equal(routed, expected), shown
@@ -110,7 +109,7 @@ def test_rules_give_the_ids_of_the_cpu_bit_for_bit(program, n_tokens, n_threads,
     assert at == len(found) and len(todo) == 4 * 7 * 3 * 5 // every
 
 
-@pytest.mark.parametrize("n_tokens, n_threads", [(1, 32), (1, 256), (3, 96), (9, 40)])
+@pytest.mark.parametrize("n_tokens, n_threads", [(1, 1), (1, 32), (1, 256), (3, 96), (9, 40), (9, 1)])
 @pytest.mark.parametrize("n_used, k_base", [(1, 1), (6, 1), (8, 3)])
 def test_estimates_keep_and_add_up_what_they_should(program, n_tokens, n_threads, n_used, k_base):
     """Against numpy in float64: ids where no size is within rounding of the threshold, sums to 1e-5 of the largest term."""

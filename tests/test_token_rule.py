@@ -38,6 +38,31 @@ def reference_batch(k_base, k, scores):
     return n_kept
 
 
+def reference_values(value, scores):
+    """By the definitions, in the float32 that the runtime computes in."""
+    scores = scores.astype(np.float32)
+    if value == "relative":
+        best = scores[:, :1]
+        return np.divide(scores, best, out=np.zeros_like(scores), where=best > 0)
+    if value == "remaining":
+        steps = np.concatenate([np.ones_like(scores[:, :1]), -scores[:, :-1]], axis=1)
+        return np.cumsum(steps, axis=1, dtype=np.float32)
+    return scores
+
+
+def reference_threshold(k_base, k, values, threshold, strict, left):
+    """(n_kept, left): rank by rank up to the first below the threshold; `strict` caps by what the tokens before left."""
+    n_kept, left = [], np.float32(left)
+    for row in values:
+        below = ~(row[k_base:] >= np.float32(threshold))
+        n = k_base + int(np.argmax(np.append(below, True)))
+        if strict:
+            n = min(n, max(int(min(left + np.float32(k), np.float32(len(row)))), k_base))
+            left += np.float32(k - n)
+        n_kept.append(n)
+    return np.array(n_kept), float(left)
+
+
 def score_sets(rng, n_tokens, n_used):
     """Random and adversarial rows of falling scores."""
     yield "random", -np.sort(-rng.random((n_tokens, n_used)))
@@ -68,17 +93,6 @@ def test_batch_is_the_global_top_selection(n_tokens):
                     assert n_kept.sum() == n_tokens * k
     # one token alone has no one to share with: the paper's rule is plain top-k in single-stream decode
     assert native("batch", 1, 3, np.array([[9.0, 5, 4, 3]]))[0].tolist() == [3]
-
-
-def reference_values(value, scores):
-    """By the definitions, in the float32 that the runtime computes in."""
-    scores = scores.astype(np.float32)
-    if value == "relative":
-        return scores / scores[:, :1]
-    if value == "remaining":
-        steps = np.concatenate([np.ones_like(scores[:, :1]), -scores[:, :-1]], axis=1)
-        return np.cumsum(steps, axis=1, dtype=np.float32)
-    return scores
 
 
 def probabilities(rng, n_tokens, n_used, n_expert=16):

@@ -8,6 +8,8 @@ from .measure.cores import physical_cores
 
 # the native side's numbers are int32, its seeds uint32 of which the last means a random one
 _MAX_INT, _MAX_SEED = 2**31 - 1, 2**32 - 2
+# of a context: more than any model has, and a mistyped number more is refused before the memory for it is asked for
+_MAX_TOKENS = 2**24
 # above, a file of any size is on the GPU, and llama.cpp's sums stay within int32
 _MAX_LAYERS = 10_000
 # more threads than any machine has; llama.cpp aborts where it cannot make them
@@ -31,7 +33,12 @@ def seed(text: str) -> int:
 
 def context_size(text: str) -> int:
     """Tokens of a window that is evaluated by itself, for argparse: the first one is predicted from nothing."""
-    return _within(2, _MAX_INT, text)
+    return _within(2, _MAX_TOKENS, text)
+
+
+def n_tokens(text: str) -> int:
+    """Tokens of a context, for argparse."""
+    return _within(0, _MAX_TOKENS, text)
 
 
 def _within(minimum: int, maximum: int, text: str) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import traceback
-from typing import Callable, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence, Union
 
 from .gguf_file import GGUFError
 from .plan import PlanError
@@ -14,6 +16,17 @@ from .plan import PlanError
 
 class CommandError(Exception):
     """What a command was asked for cannot be done; the message says why, and what would make it possible."""
+
+
+@contextlib.contextmanager
+def load_errors(path: Union[str, os.PathLike]) -> Iterator[None]:
+    """What llama.cpp says while a model is loaded becomes a CommandError that names the file."""
+    try:
+        yield
+    except (GGUFError, PlanError):
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(f"{path}: llama.cpp cannot load it: {error}") from error
 
 
 # what is wrong with the input or with the machine, and no fault of ours
@@ -46,6 +59,8 @@ def run_command(
     program = parser.prog
     parser.add_argument("--debug", action="store_true", help="print where an error comes from")
     args = argparse.Namespace(debug=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a name in another script than the terminal's is no error
     try:
         try:
             if known_only:
@@ -80,13 +95,18 @@ def run_command(
                 _discard(stream)
 
 
+def printable(text: str) -> str:
+    """A line for the terminal: names in a file are not ours, and no control sequence of theirs reaches it."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def reason(error: BaseException) -> str:
     """An exception in one line, as a user can read it."""
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
     else:
         text = str(error)
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if isinstance(error, MemoryError):
         return "out of memory" + (f": {text}" if text else "")
     if isinstance(error, _EXPECTED):

@@ -22,7 +22,8 @@ _DTYPES = {
 _TYPE_IDS = {np.dtype(dtype): type_id for type_id, dtype in _DTYPES.items()}
 
 
-# LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS: above them llama.cpp aborts the process
+# LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS: above them llama.cpp aborts the process, as where counts of layers, experts and groups
+# contradict each other (llama_model_base::load_hparams)
 MAX_LAYERS, MAX_EXPERTS = 512, 1024
 
 
@@ -168,6 +169,8 @@ def _n_split(file: GGUFFile) -> int:
 def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     """The model's own experts per token in each layer, 0 where a layer has no experts that a plan could count.
 
+    Checks on the way all that llama.cpp would end the process for.
+
     Layers whose experts are given by the token id (hash-routed) count as having none, and so do the last ones if they
     predict further tokens (nextn_predict_layers): decoding does not run them.
 
@@ -183,8 +186,18 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     if not isinstance(arch, str):
         raise GGUFError(f"{file.path}: general.architecture is {arch!r}, wanted a string")
     n_expert = _bounded(file, f"{arch}.expert_count", 0, MAX_EXPERTS, default=0)
+    n_group = _bounded(file, f"{arch}.expert_group_count", 0, max(n_expert - 1, 0), default=0)
+    if n_group > 1:
+        _bounded(file, f"{arch}.expert_group_used_count", 1, n_group - 1)
+        if n_expert % n_group:
+            raise GGUFError(
+                f"{file.path}: {arch}.expert_group_count is {n_group}, wanted one that divides {n_expert} experts"
+            )
     if n_expert == 0:
-        _bounded(file, f"{arch}.block_count", 1, MAX_LAYERS, default=1)
+        n_layer = _bounded(file, f"{arch}.block_count", 1, MAX_LAYERS, default=1)
+        _bounded(file, f"{arch}.nextn_predict_layers", 0, n_layer, default=0)
+        if not isinstance(file.get(f"{arch}.expert_used_count"), np.ndarray):
+            _bounded(file, f"{arch}.expert_used_count", 0, 0, default=0)
         return None
     n_layer = _bounded(file, f"{arch}.block_count", 1, MAX_LAYERS)
     used = file.need(f"{arch}.expert_used_count")
@@ -192,8 +205,10 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     if len(used) < n_layer:
         raise GGUFError(f"{file.path}: {arch}.expert_used_count has {len(used)} entries for {n_layer} layers")
     for il, k in enumerate(used[:n_layer]):
-        if not isinstance(k, int) or not 0 <= k <= n_expert:
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= n_expert:
             raise GGUFError(f"{file.path}: {arch}.expert_used_count is {k} in layer {il}, wanted 0 to {n_expert}")
+    if not any(used[:n_layer]):
+        raise GGUFError(f"{file.path}: {arch}.expert_used_count is 0 in every layer, wanted 1 to {n_expert} somewhere")
 
     names = {tensor.name for tensor in file.tensors}
     if n_split > 1:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Iterable
 
 from .command import CommandError
 
 
-def check(path: Path) -> None:
+def check(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Refuses, before any work is done, a file that could not be written at the end of it.
 
     Raises:
-        CommandError: no such folder, no right to write there, or a folder itself.
+        CommandError: no such folder, no right to write there, a folder itself, or one of the files that are read.
     """
+    for given in inputs:
+        if path.exists() and given.exists() and os.path.samefile(path, given):
+            raise CommandError(f"{path}: is {given}, which is read; give it another name")
     if path.is_dir():
         raise CommandError(f"{path}: is a folder, want the name of a file")
     if not path.parent.is_dir():

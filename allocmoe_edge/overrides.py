@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import os
-from typing import Mapping, Optional, Union
+from typing import Any, Mapping, Optional, Union
 
 import numpy as np
 
-from .gguf_file import MAX_EXPERTS, MAX_LAYERS, GGUFFile
+from .gguf_file import MAX_EXPERTS, GGUFError, GGUFFile, expert_used_count_full
 from .plan import PlanError
+
+
+class _Overridden(GGUFFile):
+    """An open file's metadata as llama.cpp reads it under overrides, which do not reach arrays."""
+
+    def __init__(self, file: GGUFFile, overrides: Mapping[str, Any]):
+        self._file, self._overrides = file, overrides
+        self.path, self.tensors, self._ctx = file.path, file.tensors, None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self._file.get(key, default)
+        return self._overrides[key] if key in self._overrides and not isinstance(value, (list, np.ndarray)) else value
 
 
 def check(path: Union[str, os.PathLike], overrides: Optional[Mapping], planned: bool) -> Optional[int]:
     """Checks the overrides that concern experts and layers.
 
     Args:
-        path: the model.
+        path: a model that is fine without them.
         overrides: as `llama_cpp.Llama` takes them.
         planned: whether a plan is to be run, which is for the file's own number of layers.
 
@@ -30,27 +42,22 @@ def check(path: Union[str, os.PathLike], overrides: Optional[Mapping], planned: 
         return None
     with GGUFFile(path) as file:
         arch = file.get("general.architecture")
-        n_expert = file.get(f"{arch}.expert_count", 0)
-        n_layer = file.get(f"{arch}.block_count", 0)
         used_key = f"{arch}.expert_used_count"
-        used = file.get(used_key)
-    _within(overrides, f"{arch}.expert_count", n_expert, n_expert, "as many as the file has")
-    layers = (n_layer, n_layer) if planned else (1, MAX_LAYERS)
-    _within(overrides, f"{arch}.block_count", *layers, "the layers that the plan is for" if planned else "")
-    _within(overrides, f"{arch}.experts_per_group", 1, MAX_EXPERTS, "")
-    least = 1 if n_expert else 0
-    found = _within(overrides, used_key, least, n_expert, "the experts of the model" if n_expert else "a dense model")
-    if found is not None and n_expert and not isinstance(used, int):
-        what = "one number for each layer" if isinstance(used, np.ndarray) else "no number"
-        raise PlanError(f"kv_overrides: {used_key} cannot be overridden in {path}, which has {what} there")
-    return found or None
-
-
-def _within(overrides: Mapping, key: str, low: int, high: int, why: str) -> Optional[int]:
-    value = overrides.get(key)
-    if key not in overrides:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        want = str(low) if low == high else f"{low} to {high}"
-        raise PlanError(f"kv_overrides: {key} is {value!r}, want {want}" + (f" ({why})" if why else ""))
-    return value
+        if used_key in overrides and isinstance(file.get(used_key), np.ndarray):
+            raise PlanError(
+                f"kv_overrides: {used_key} cannot be overridden in {path}, which has one number for each layer"
+            )
+        # what the weights in the file are, whatever is said of them
+        fixed = [f"{arch}.expert_count"] + ([f"{arch}.block_count"] if planned else [])
+        for key in fixed:
+            own = file.get(key, 0)
+            if overrides.get(key, own) != own:
+                raise PlanError(f"kv_overrides: {key} is {overrides[key]!r}, want {own}, what the file has")
+        group_key = f"{arch}.experts_per_group"
+        if group_key in overrides and overrides[group_key] not in range(1, MAX_EXPERTS + 1):
+            raise PlanError(f"kv_overrides: {group_key} is {overrides[group_key]!r}, want 1 to {MAX_EXPERTS}")
+        try:
+            expert_used_count_full(_Overridden(file, overrides))
+        except GGUFError as error:
+            raise PlanError(f"kv_overrides: {error}") from None
+    return overrides.get(used_key) or None

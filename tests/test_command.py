@@ -123,7 +123,8 @@ def test_closed_output():
         (arguments.not_negative, 0, 2**31 - 1),
         (arguments.positive, 1, 2**31 - 1),
         (arguments.seed, 0, 2**32 - 2),
-        (arguments.context_size, 2, 2**31 - 1),
+        (arguments.context_size, 2, 2**24),
+        (arguments.n_tokens, 0, 2**24),
     ],
 )
 def test_whole_numbers(kind, low, high):

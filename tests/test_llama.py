@@ -600,10 +600,12 @@ OVERRIDE = "deepseek.expert_used_count"
 @pytest.mark.parametrize("value", [0, -1, 13, 2**40, 2.0, True, "4"])
 def test_override_of_the_experts_per_token_that_does_not_fit(planned_path, dense_path, value):
     """On a file with a plan and on a dense one: native code ends the process, and prints nothing where it is quiet."""
-    with pytest.raises(PlanError, match=f"kv_overrides: {OVERRIDE} is .*, want 1 to 12"):
+    with pytest.raises(PlanError, match=f"kv_overrides: .*{OVERRIDE} is .*, wanted (0|1) to 12"):
         Llama(planned_path, n_ctx=64, verbose=False, kv_overrides={OVERRIDE: value})
     if value:
-        with pytest.raises(PlanError, match="kv_overrides: llama.expert_used_count is .*, want 0"):
+        with pytest.raises(
+            PlanError, match="kv_overrides: .*llama.expert_used_count is .*, wanted an integer from 0 to 0"
+        ):
             Llama(dense_path, n_ctx=64, verbose=False, kv_overrides={"llama.expert_used_count": value})
 
 

@@ -18,12 +18,13 @@ UPCYCLE = Path(__file__).parents[1] / "bench" / "upcycle"
 sys.path.insert(0, str(UPCYCLE))
 
 import base  # noqa: E402  (imports follow the path)
-import build  # noqa: E402
 import model  # noqa: E402
 import observed  # noqa: E402
 import split  # noqa: E402
 import storage  # noqa: E402
 import train  # noqa: E402
+
+import build  # noqa: E402
 
 N_VOCAB, N_LAYER, N_EMBD, N_HEAD, N_HEAD_KV, N_FF = 300, 2, 64, 2, 1, 192
 SIZES = model.Sizes(n_shared=64, n_expert=4, n_used=2, rank_ffn=6, rank_attn=3)

@@ -11,10 +11,10 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
-from .. import GGUFError, Llama, Plan, PlanError, __version__, output_file, parse_budget
+from .. import Llama, Plan, PlanError, __version__, output_file, parse_budget
 from .._native import llama_cpp
-from ..arguments import add_gpu, add_threads, not_negative, positive, seed
-from ..command import run_command
+from ..arguments import add_gpu, add_threads, n_tokens, positive, seed
+from ..command import load_errors, printable, run_command
 from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES
 from . import BenchError, machine, measure, report
@@ -38,6 +38,9 @@ examples:
   allocmoe-bench model.gguf --budgets 0.67,0.5,0.33 --prompt 512 --depth 0,4096 --json bench.json --plot bench.png
       any model, also one that was never converted: every layer then gets the same share"""
 
+
+# a text is read so far: no tokenizer needs more
+_BYTES_PER_TOKEN = 16
 
 _PREFETCH = {"auto": None, "on": True, "off": False}
 
@@ -68,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--depth", type=_lengths, default=[0], metavar="LIST", help="tokens before those that are generated. Default: 0"
     )
-    p.add_argument("--gen", type=not_negative, default=32, metavar="N", help="tokens to generate. Default: 32")
+    p.add_argument("--gen", type=n_tokens, default=32, metavar="N", help="tokens to generate. Default: 32")
     p.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds. Default: 5")
     p.add_argument("--text", type=Path, metavar="FILE", help="text to evaluate, UTF-8. Default: random tokens")
     p.add_argument("--seed", type=seed, default=0, help="of the random tokens. Default: 0")
@@ -101,7 +104,7 @@ def _names(text: str) -> List[str]:
 
 
 def _lengths(text: str) -> List[int]:
-    return [not_negative(part) for part in _names(text)]
+    return [n_tokens(part) for part in _names(text)]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -114,23 +117,21 @@ def bench(args: argparse.Namespace) -> None:
     if not items:
         raise BenchError("nothing to measure: want a prompt length above 0, or tokens to generate and a depth")
     for path in filter(None, (args.json, args.csv, args.plot)):
-        output_file.check(path)
+        output_file.check(path, inputs=[args.model, *([args.text] if args.text else [])])
     if args.plot:
         _need_matplotlib()
-    text = args.text.read_bytes() if args.text else None
-
     n_ctx = max(item.context for item in items)
+    text = None
+    if args.text:
+        with open(args.text, "rb") as file:
+            text = file.read(_BYTES_PER_TOKEN * n_ctx)
     start = time.perf_counter()
-    try:
+    with load_errors(args.model):
         llm = Llama(
-            str(args.model), n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
+            args.model, n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
             n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, n_cpu_moe=args.n_cpu_moe,
             repack=not args.no_repack, prefetch=_PREFETCH[args.prefetch], flash_attn=args.flash_attn, verbose=False,
         )  # fmt: skip
-    except ValueError as error:
-        if isinstance(error, (GGUFError, PlanError)):
-            raise
-        raise BenchError(f"{args.model}: llama.cpp cannot load it: {error}") from None
     load_seconds = time.perf_counter() - start
 
     plans = configurations(llm, args.budgets, args.token_rule)
@@ -218,7 +219,7 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
 def _tokens(llm: Llama, text: Optional[bytes], n: int, args: argparse.Namespace) -> List[int]:
     if text is None:
         return np.random.default_rng(args.seed).integers(llm.n_vocab(), size=n).tolist()
-    tokens = llm.tokenize(text[: 16 * n], add_bos=True, special=False)
+    tokens = llm.tokenize(text, add_bos=True, special=False)
     if len(tokens) < n:
         raise BenchError(f"{args.text}: {len(tokens)} tokens, want {n}")
     return tokens[:n]
@@ -239,7 +240,7 @@ def _head(head: dict) -> str:
         f"machine: {found['cpu']}, {found['logical_cpus']} logical CPUs, "
         f"memory {report.gigabytes(found['memory_bytes'])}, read at {head['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s "
         f"by {work['threads']} threads{load}\n"
-        f"model: {head['model']['path']} ({head['model']['name']}), {report.gigabytes(head['model']['bytes'])}, "
+        f"model: {printable(head['model']['path'])} ({printable(str(head['model']['name']))}), {report.gigabytes(head['model']['bytes'])}, "
         f"loaded in {head['load_seconds']:.1f} s\n"
         f"workload: {work['threads']} threads, micro-batch {work['ubatch']}, GPU layers {work['n_gpu_layers']}"
         f"{', experts of the first ' + str(work['n_cpu_moe']) + ' on the CPU' if work['n_cpu_moe'] else ''}, "

@@ -159,5 +159,8 @@ def _run_once(
         out.seconds.append(time.perf_counter() - start)
     if energy.available:
         out.joules.append(energy.joules(joules, energy.read()))
-    out.activations.append(llm.expert_stats()[item.phase]["mean"])
+    # of both phases: a prompt of a single token counts as a generated one
+    prefill, decoded = llm.expert_stats().values()
+    tokens_by_layer = prefill["tokens"] + decoded["tokens"]
+    out.activations.append((prefill["activations"] + decoded["activations"]) / np.maximum(tokens_by_layer, 1))
     _rewind(llm, item, cheapest, tokens)

@@ -76,7 +76,7 @@ def inspect(args: argparse.Namespace) -> str:
     if args.plot:
         from . import plot
 
-        plot.check_target(args.plot)
+        plot.check_target(args.plot, filter(None, (args.file, args.measure_curve, args.routing)))
     found = report.build(args.file, curve=args.json or bool(args.plot))
     if args.measure_curve or args.routing:
         from . import measure
@@ -87,8 +87,7 @@ def inspect(args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps(found, indent=1, allow_nan=False) + "\n"
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-    shown = text.render(found, shutil.get_terminal_size().columns, encoding.replace("-", "") == "utf8")
-    return shown.encode(encoding, "replace").decode(encoding)
+    return text.render(found, shutil.get_terminal_size().columns, encoding.replace("-", "") == "utf8")
 
 
 if __name__ == "__main__":

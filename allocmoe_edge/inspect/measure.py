@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import Llama, Plan, parse_budget
+from ..command import load_errors
 from ..measure.perplexity import bos_token, negative_log_likelihood, read_tokens, windows
 from . import InspectError, routing
 
@@ -23,7 +24,7 @@ def add(report: dict, args: argparse.Namespace) -> None:
         args: of allocmoe-inspect; file, measure_curve, budgets, routing, tokens, ctx_size, threads, n_gpu_layers, n_cpu_moe.
 
     Raises:
-        InspectError: there is no model with experts, llama.cpp cannot load it, or a text cannot be used.
+        CommandError: there is no model with experts, llama.cpp cannot load it, or a text cannot be used.
         PlanError: a budget that the model cannot have.
     """
     if report["file"]["kind"] != "model":
@@ -34,9 +35,9 @@ def add(report: dict, args: argparse.Namespace) -> None:
     least = sum(k > 0 for k in full)
     budgets = args.budgets or [max(round(share * sum(full)), least) for share in _SHARES]
     totals = sorted({parse_budget(budget, sum(full), least) for budget in budgets})
-    try:
+    with load_errors(args.file):
         llm = Llama(
-            str(args.file),
+            args.file,
             n_ctx=args.ctx_size,
             n_batch=args.ctx_size,
             n_ubatch=min(args.ctx_size, 512),
@@ -46,8 +47,6 @@ def add(report: dict, args: argparse.Namespace) -> None:
             n_cpu_moe=args.n_cpu_moe,
             verbose=False,
         )
-    except ValueError as error:
-        raise InspectError(f"{args.file}: llama.cpp cannot load it: {error}") from None
     if args.measure_curve:
         text = read_windows(llm, args.measure_curve, args.tokens, args.ctx_size)
         report["measured_curve"] = {

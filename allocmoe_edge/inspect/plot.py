@@ -6,6 +6,7 @@ import html
 import io
 from pathlib import Path
 import re
+from typing import Iterable
 import warnings
 
 import numpy as np
@@ -46,7 +47,7 @@ _PAGE = """\
 """
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, inputs: Iterable[Path] = ()) -> None:
     """Refuses, before any work is done, a plot that could not be written at the end.
 
     Raises:
@@ -54,7 +55,7 @@ def check_target(target: Path) -> None:
     """
     if target.suffix.lower() not in _SUFFIXES:
         raise InspectError(f"{target}: want a name that ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
-    output_file.check(target)
+    output_file.check(target, inputs)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Iterator
 
+from ..command import printable
 from ..plan import Plan
 
 _LABEL = 15
@@ -28,7 +29,7 @@ def render(report: dict, width: int, unicode: bool) -> str:
             lines += [row] if isinstance(row, str) else _wrapped(*row, width)
     if report["plan"]:
         lines += ["", *bars(report, width, unicode)]
-    return "\n".join(_printable(line) for line in lines) + "\n"
+    return "\n".join(printable(line) for line in lines) + "\n"
 
 
 def facts(report: dict) -> Iterator:
@@ -46,11 +47,6 @@ def _wrapped(label: str, value: str, width: int) -> list:
         break_long_words=False,  # a path is for copying
         break_on_hyphens=False,
     )
-
-
-def _printable(line: str) -> str:
-    # names in a file are not ours: no control sequence of theirs reaches the terminal
-    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _model(report: dict) -> Iterator:

@@ -86,7 +86,7 @@ class CheckedLlama(llama_cpp.Llama):
     # generation
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
-        """As in `llama_cpp.Llama`; the newest generation is the one that goes on.
+        """As in `llama_cpp.Llama`; the newest generation is the one that goes on, and ends where the context is full.
 
         Raises:
             GenerationError: a call since the last token has forgotten or replaced what this generation goes on from.
@@ -122,6 +122,8 @@ class CheckedLlama(llama_cpp.Llama):
                     raise GenerationError(
                         f"{generation.ended_by} since the last token was read: this generation cannot go on, start it again"
                     )
+                if self.n_tokens >= self.n_ctx():
+                    return  # no place for the token to be read at: llama.cpp would say no more than "returned 1"
         finally:
             inner.close()
             if self._generation is generation:

@@ -297,3 +297,10 @@ def test_draft_model_gives_the_same_text(path, llm):
 
     drafted = Llama(path, **SIZES, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=3))
     assert tokens(drafted, 40) == tokens(llm, 40)
+
+
+def test_generation_ends_where_the_context_is_full(llm):
+    """In llama-cpp-python it ends in "llama_decode returned 1"; every token but the last has a place."""
+    prompt = llm.tokenize(PROMPT.encode())
+    written = list(llm.generate(prompt, temp=0.0))
+    assert llm.n_tokens == llm.n_ctx() and len(prompt) + len(written) == llm.n_ctx() + 1

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from allocmoe_edge import Llama
 from allocmoe_edge._native import llama_cpp
-from allocmoe_edge.measure.perplexity import bos_token, read_tokens, windows
+from allocmoe_edge.measure.perplexity import bos_token, read_text, read_tokens, windows
 from allocmoe_edge.plan.metadata import Calibration
 import numpy as np
 from tqdm import tqdm
 
-from . import ConvertError
+from . import CalibrationError, ConvertError
 from .checkpoint import Checkpoint
+from .progress import progress_bar
 
 # one window in HELD_OUT is kept out of the profile, for the check against uniform k
 HELD_OUT = 5
@@ -55,6 +56,14 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0)
     return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}", n_fit)
 
 
+def check(path: Path) -> None:
+    """Raises ConvertError if a file cannot be read or is not text."""
+    try:
+        read_text(path)
+    except ValueError as error:
+        raise ConvertError(f"calibration {error}") from None
+
+
 def self_generated(
     llm: Llama, n_tokens: int, n_ctx: int, seed: int, checkpoint: Checkpoint, n_fit: int = 0
 ) -> CalibrationText:
@@ -69,6 +78,7 @@ def self_generated(
 
     Raises:
         ConvertError: the model ends its documents before they begin.
+        CalibrationError: it computes NaN or infinity.
     """
     bos = bos_token(llm)
     start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
@@ -76,7 +86,7 @@ def self_generated(
     n_max = min(_PIECE, n_ctx - 2)
     tokens: list = []
     document = 0
-    with tqdm(total=needed, desc="calibration text", unit="tok", disable=None, leave=False) as bar:
+    with progress_bar("calibration text", needed, "tok") as bar:
         while len(tokens) < needed:
             name = f"document {document} of seed {seed}, up to {n_max} tokens"
             written = checkpoint.get(name)
@@ -94,14 +104,18 @@ def self_generated(
 
 def _document(llm: Llama, start: int, n_max: int, seed: int, bar: tqdm) -> list:
     llm.set_seed(seed)
+    vocab = llama_cpp.llama_model_get_vocab(llm.model)
     tokens: list = []
     for token in llm.generate([start], temp=1.0, top_k=0, top_p=0.95, min_p=0.0, repeat_penalty=1.0):
-        if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+        if llama_cpp.llama_vocab_is_eog(vocab, token):
             break
         tokens.append(int(token))
         bar.update()
         if len(tokens) >= n_max:
             break
+    # the sampler takes any token where there is no number to go by, and what is NaN once is so to the end
+    if not np.isfinite(llm.decode([start, *tokens])).all():
+        raise CalibrationError("the model's own predictions are not finite", finite=False)
     return tokens
 
 

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 import sys
-from typing import Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Union
 import zipfile
 import zlib
 
@@ -52,7 +52,7 @@ class Checkpoint:
     def __init__(self, path: Path, model: Path):
         self.path = path
         self.folder = _array_folder(path)
-        self._results: Dict[str, object] = {}
+        self._results: Dict[str, Any] = {}
         self._arrays: Dict[str, str] = {}  # names of files
         self.restarted = False  # there was one, of another model
         self._complete = True  # its last line, that is
@@ -87,7 +87,8 @@ class Checkpoint:
             elif entry and "name" in entry:
                 self._results[entry["name"]] = entry.get("result")
 
-    def get(self, name: str) -> Optional[object]:
+    def get(self, name: str) -> Any:
+        """What was put under the name, None if nothing was."""
         return self._results.get(name)
 
     def put(self, name: str, result: Union[dict, list]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import tempfile
@@ -19,21 +20,35 @@ _LOG_BYTES = 1 << 16
 
 
 class ChildFailed(Exception):
-    """log: the end of what the process printed. out_of_memory: it was killed, or says that memory ran out."""
+    """log: the end of what the process printed. out_of_memory: it was killed, or says that memory ran out. out_of_disk: it
+    says that it could not write."""
 
     def __init__(self, returncode: int, log: str):
         super().__init__(returncode)
+        self.returncode = returncode
         self.log = log.strip()
         killed = os.name == "posix" and returncode == -signal.SIGKILL
         words = ("MemoryError", "bad_alloc", "not enough memory", "can't allocate memory", "Cannot allocate memory")
         self.out_of_memory = killed or any(word in self.log for word in words)
         # the last two are NumPy's and the C++ library's way to say so
-        words = ("No space left", "File too large", "requested and", "iostream error")
-        self.out_of_disk = any(word in self.log for word in words)
+        disk_words = ("No space left", "File too large", "requested and", "iostream error")
+        self.out_of_disk = any(word in self.log for word in disk_words)
+
+        self.crashed = os.name == "posix" and returncode < 0 and not killed
 
     @property
-    def last_line(self) -> str:
-        return self.log.rpartition("\n")[2].strip() or "no message"
+    def reason(self) -> str:
+        """Why it failed, in one line."""
+        if self.out_of_memory:
+            return "out of memory"
+        if self.out_of_disk:
+            return "out of disk, or of what you may write on it"
+        lines = self.log.splitlines()
+        if self.crashed:
+            # ggml's own words, if it has found something wrong itself
+            words = [match[1] for match in map(re.compile(r"\S+\.\w+:\d+: (.+)").match, lines) if match]
+            return f"llama.cpp crashed: {words[0] if words else signal.strsignal(-self.returncode)}"
+        return lines[-1].strip() if lines else "no message"
 
 
 @contextlib.contextmanager
@@ -70,6 +85,8 @@ def run(command: list, written: Path, expected: int, desc: str, env: Optional[di
     Raises:
         ChildFailed: the process did not exit with status 0.
     """
+    # a debugger that ggml would start in a process that is about to end says nothing to a user
+    env = {**os.environ, "GGML_NO_BACKTRACE": "1", **(env or {})}
     with tempfile.TemporaryFile() as log:
         process = None
         try:
@@ -79,7 +96,7 @@ def run(command: list, written: Path, expected: int, desc: str, env: Optional[di
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    env={**os.environ, **(env or {})},
+                    env=env,
                 )
             with tqdm(total=expected, desc=desc, unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 while process.poll() is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import sys
 from typing import Dict, NamedTuple, Optional
 
@@ -12,8 +12,9 @@ from allocmoe_edge.plan.metadata import HeldOut, Profile
 import numpy as np
 from tqdm import tqdm
 
-from . import thresholds
+from . import CalibrationError, thresholds
 from .calibration import CalibrationText
+from .progress import progress_bar, say
 
 # how the candidate with this rule is called
 ESTIMATE = "token rule estimate"
@@ -27,25 +28,32 @@ class Score(NamedTuple):
     spent: float
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
+    """profile, plan: the best. scores: of all plans that were compared, the full model under the name "full"."""
+
     profile: Profile
     plan: Plan
-    found: Dict[str, Score]  # all that were compared, the full model under the name "full"
+    scores: Dict[str, Score]
 
 
 def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.ndarray) -> Dict[str, Score]:
-    """Every plan's Score, and the full model's under the name "full"; windows int32, shape [n_windows, n_ctx]."""
+    """Every plan's Score, and the full model's under the name "full"; windows int32, shape [n_windows, n_ctx].
+
+    Raises:
+        CalibrationError: the model computes NaN or infinity.
+    """
     nll, kl, spent = (dict.fromkeys(("full", *plans), 0.0) for _ in range(3))
     total = len(token_windows) * (1 + len(plans))
     n = len(token_windows)
-    with tqdm(total=total, desc="held-out check", unit="pass", disable=None, leave=False) as bar:
+    with progress_bar("held-out check", total, "pass") as bar:
         for window in token_windows:
-            llm._set_native_plan(Plan.full(full))
+            llm.apply_plan(Plan.full(full))
             reference = Reference(llm, window)
             nll["full"] += reference.nll.mean() / n
             bar.update()
             for name, plan in plans.items():
-                llm._set_native_plan(plan)
+                llm.apply_plan(plan)
                 llm.expert_stats(reset=True)
                 values, divergence = reference.compare(llm)
                 nll[name] += values.mean() / n
@@ -53,6 +61,8 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
                 spent[name] += llm.expert_stats()["prefill"]["mean"].sum() / n
                 bar.update()
     spent["full"] = float(sum(full))
+    if not np.isfinite([*nll.values(), *kl.values()]).all():
+        raise CalibrationError("its predictions on held-out text are not finite", finite=False)
     return {name: Score(float(np.exp(nll[name])), kl[name], spent[name]) for name in nll}
 
 
@@ -89,21 +99,21 @@ def choose(
     others = list(candidates)
     if token_rule in (None, "estimate") and profile.estimator is not None:
         candidates[ESTIMATE] = (profile, profile.plan(total, full, "estimate"))
-    found = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
-    limit = found["full"].perplexity * (1 + max_increase)
+    measured = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
+    limit = measured["full"].perplexity * (1 + max_increase)
 
     def best_of(names: list) -> str:
-        return min(names, key=lambda name: (found[name].perplexity > limit, found[name].kl))
+        return min(names, key=lambda name: (measured[name].perplexity > limit, measured[name].kl))
 
     best = ESTIMATE if token_rule == "estimate" else best_of(list(candidates))
-    uniform = next(found[name] for name in candidates if name.startswith("uniform"))
+    uniform = next(measured[name] for name in candidates if name.startswith("uniform"))
     held_out = HeldOut(
         int(text.held_out.size),
-        found["full"].perplexity,
+        measured["full"].perplexity,
         uniform.perplexity,
-        found[best].perplexity,
+        measured[best].perplexity,
         uniform.kl,
-        found[best].kl,
+        measured[best].kl,
     )
     # what else the profile says is for other rules
     chosen = replace(candidates[best_of(others)][0], held_out=held_out)
@@ -111,7 +121,23 @@ def choose(
         chosen = replace(chosen, token_rule="estimate")
     else:
         chosen = replace(chosen, estimator=None)
-    return Choice(chosen, candidates[best][1], found)
+    return Choice(chosen, candidates[best][1], measured)
+
+
+def report(choice: Choice) -> None:
+    """Says what was compared, and where the choice is not what one would expect."""
+    say("on held-out text:  perplexity  divergence (nats)  activations")
+    for name, score in choice.scores.items():
+        say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
+    held_out = choice.profile.held_out
+    if choice.plan.token_rule == "estimate":
+        if held_out is not None and held_out.kl_plan > held_out.kl_uniform:
+            say("this plan does worse than uniform k on held-out text; it is written because --token-rule asks for it")
+    elif choice.profile.allocation == "uniform":
+        say(
+            "Alloc-L's plan does not beat uniform k on held-out text, so the uniform plan is written; more calibration text "
+            "(--calib, --calib-tokens) gives a better profile"
+        )
 
 
 def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationText, max_increase: float) -> int:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-import multiprocessing
 from pathlib import Path
 import sys
-import time
 from typing import Optional, Sequence
 
-from allocmoe_edge import GGUFError, Llama, PlanError, __version__, parse_budget
-from allocmoe_edge.arguments import add_n_cpu_moe, positive
-from allocmoe_edge.measure import memory
-from allocmoe_edge.plan import TOKEN_RULES, metadata
+from allocmoe_edge import __version__
+from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed
+from allocmoe_edge.command import run_command
+from allocmoe_edge.plan import TOKEN_RULES
 
-from . import ConvertError, calibration, checkpoint, choose, costs, estimate, output, sensitivity, source
-from .checkpoint import Checkpoint
+from . import huggingface, pipeline, quantize, sensitivity
+from .settings import Settings, checkpoint_path
 
 _DESCRIPTION = """\
 Works out where a Mixture-of-Experts model needs its experts, and writes a copy of the model that spends a given
@@ -43,6 +40,8 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
+        # what is not given is not there: `Settings` has the defaults
+        argument_default=argparse.SUPPRESS,
         prog="allocmoe-convert",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -89,7 +88,6 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--profile",
         choices=sensitivity.MODES,
-        default="fast",
         help="how the layers' sensitivities are measured. fast: one run a layer, at half its experts, and the rest from "
         "the layer's own output errors; single: a run for every layer and count; isolated: the same with one expert "
         "in all later layers, as Alloc-MoE's authors do it. Default: fast",
@@ -97,7 +95,6 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--metric",
         choices=sensitivity.METRICS,
-        default="kl",
         help="kl: divergence from the full model; perplexity: of the text, which needs more of it. Default: kl",
     )
     where.add_argument(
@@ -115,9 +112,7 @@ def parser() -> argparse.ArgumentParser:
         "where they are low; batch: the same by ranking each micro-batch, which does nothing for single tokens; off: the "
         "same number for all. Default: estimate, threshold or off, whichever does best on held-out text",
     )
-    where.add_argument(
-        "--k-base", type=positive, default=1, metavar="N", help="experts that every token keeps. Default: 1"
-    )
+    where.add_argument("--k-base", type=positive, metavar="N", help="experts that every token keeps. Default: 1")
     where.add_argument(
         "--reprofile", action="store_true", help="measure again although the input carries sensitivities"
     )
@@ -133,234 +128,107 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--calib-tokens",
         type=positive,
-        default=4096,
         metavar="N",
         help="tokens to profile on; a quarter as many again check the plan. More is slower and less noisy. Default: 4096",
     )
     text.add_argument(
         "--estimate-tokens",
         type=positive,
-        default=12288,
         metavar="N",
         help="tokens to calibrate token rule estimate on, of which --calib-tokens are profiled on too; what --calib has, if "
         "that is less. A quarter as many again are held out. Two or three passes over them; ten times as many pay where the "
         "model loses much. Default: 12288",
     )
-    text.add_argument("--ctx-size", type=positive, default=512, metavar="N", help="tokens per window. Default: 512")
-    text.add_argument("--seed", type=int, default=0, help="for the text that the model writes. Default: 0")
+    text.add_argument("--ctx-size", type=context_size, metavar="N", help="tokens per window. Default: 512")
+    text.add_argument("--seed", type=seed, help="for the text that the model writes. Default: 0")
 
-    source.add_arguments(p)
+    group = p.add_argument_group("input from elsewhere, and quantisation")
+    group.add_argument(
+        "--outtype",
+        choices=huggingface.OUTTYPES,
+        help="number format for a Hugging Face model. Default: auto, the 16-bit one that it has",
+    )
+    group.add_argument(
+        "--quantize",
+        type=_ftype,
+        metavar="TYPE",
+        help="quantise the model first, to Q4_K_M or any other type of llama.cpp's, so that the plan is measured on "
+        "what will run. A split input becomes one file",
+    )
+    group.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="importance matrix for --quantize: a GGUF file from llama-imatrix"
+    )
+    group.add_argument(
+        "--allow-requantize", action="store_true", help="let --quantize take tensors that are quantised already"
+    )
+    group.add_argument(
+        "--pre-tokenizer",
+        metavar="NAME",
+        help="for a Hugging Face model whose pre-tokenizer llama.cpp's converter does not recognise: the one to use, "
+        "for example gpt-2",
+    )
     machine = p.add_argument_group("machine")
-    machine.add_argument(
-        "--threads", type=positive, default=multiprocessing.cpu_count(), metavar="N", help="default: all cores"
-    )
-    machine.add_argument(
-        "--n-gpu-layers", type=int, default=0, metavar="N", help="layers on the GPU, -1 for all. Default: 0"
-    )
-    add_n_cpu_moe(machine)
+    add_threads(machine)
+    add_gpu(machine)
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: want a number above 0")
-    return value
+    return _number(text, text, 1e-9, "a number above 0")
 
 
 def _share(text: str) -> float:
-    value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: want a share of at least 0, like 3% or 0.03")
+    digits, percent = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
+    return _number(text, digits, 0.0, "a share of at least 0, like 3% or 0.03") * percent
+
+
+def _number(text: str, digits: str, least: float, want: str) -> float:
+    try:
+        value = float(digits)
+    except ValueError:
+        value = float("nan")
+    if not least <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: want {want}")
     return value
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = parser().parse_args(argv)
+def _ftype(text: str) -> str:
     try:
-        convert(args)
-    except (ConvertError, GGUFError, PlanError) as error:
-        print(f"allocmoe-convert: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nallocmoe-convert: interrupted, no output was written", file=sys.stderr)
-        if _checkpoint_path(args).exists():
-            print(
-                f"  what was measured is in {_checkpoint_path(args)}; the same command goes on from there",
-                file=sys.stderr,
-            )
-        return 130
-    return 0
+        return quantize.ftype(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def convert(args: argparse.Namespace) -> None:
-    with source.as_gguf(args) as gguf:
-        model = metadata.read(gguf.path)
-        if model.full is None or not any(model.full):
-            raise ConvertError(f"{args.model}: a dense model: it has no experts to allocate")
-        if model.side_file and not args.plan_only:
-            raise ConvertError(f"{args.model}: has a plan and no model: only --plan-only can write from it")
-        profile, plan = _planned(args, gguf.path, model)
-        if args.plan_only:
-            written = [output.write_side_file(args.output, model, plan, profile)]
-        else:
-            written = output.write_planned(gguf.path, args.output, plan, profile, consume=gguf.temporary)
-    checkpoint.remove(_checkpoint_path(args))
-    print(f"wrote {written[0]}" + (f" and {len(written) - 1} more" if written[1:] else ""))
-    uniform = profile.allocation == "uniform" and plan.token_rule != "estimate"
+def settings(args: argparse.Namespace) -> Settings:
+    """Of what `parser` has parsed."""
+    options = {name: value for name, value in vars(args).items() if name != "debug"}
+    given = frozenset(options) - {"threads", "n_gpu_layers", "n_cpu_moe"}  # which have their defaults here
+    return Settings(**options, given=given)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return run_command(parser(), _convert, argv, interrupted=_left_behind)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    done = pipeline.convert(settings(args))
+    paths, plan = done.paths, done.plan
+    print(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))
+    uniform = done.profile.allocation == "uniform" and plan.token_rule != "estimate"
     print(f"  {plan}" + (" (uniform)" if uniform else ""))
+    if not done.checked:
+        print(
+            "  planned from stored sensitivities, not checked on held-out text (--reprofile or --calib FILE checks it)"
+        )
     print(f"  experts per layer: {' '.join(map(str, plan.expert_used_count))}")
 
 
-def _planned(args: argparse.Namespace, path: Path, model: metadata.ModelPlan) -> tuple:
-    """(Profile, Plan), from the file's sensitivities if they will do, else measured."""
-    full = model.full
-    total = parse_budget(args.budget or "0.5", sum(full), sum(k > 0 for k in full))
-    # sensitivities are those of the weights that they were measured on
-    stored = None if args.calib or args.reprofile or args.quantize else model.profile
-    if stored is not None:
-        _say(f"using the sensitivities in {args.model} (measured on {stored.calibration.source})")
-        known = args.token_rule != "estimate" or stored.estimator is not None
-        if (
-            known
-            and args.max_ppl_increase is None
-            and args.target_tps is None
-            and args.cost in (None, stored.cost_unit)
-        ):
-            profile = replace(stored, held_out=None)
-            return profile, profile.plan(total, full, args.token_rule)
-    if model.side_file:
-        raise ConvertError(
-            f"{args.model}: has sensitivities and no model, and this needs the model; give the model's file"
-        )
-    return measure(args, path, full, total, stored)
-
-
-def measure(args: argparse.Namespace, path: Path, full: tuple, total: int, stored: Optional[metadata.Profile]) -> tuple:
-    """(Profile, Plan) by running the model; its sensitivities are measured unless `stored` has them."""
-    llm = _load(args, path)
-    with Checkpoint(_checkpoint_path(args), path) as results:
-        if results.restarted:
-            _say(f"{results.path} was of another model: measuring anew")
-        calibrated = stored is not None and stored.estimator is not None
-        n_fit = args.estimate_tokens if _tries_estimates(args, full, total) and not calibrated else 0
-        if args.calib is not None:
-            text = calibration.from_file(llm, args.calib, args.calib_tokens, args.ctx_size, n_fit)
-        else:
-            _say("the model writes its own calibration text (--calib FILE gives it one)")
-            text = calibration.self_generated(llm, args.calib_tokens, args.ctx_size, args.seed, results, n_fit)
-        profile = stored or _profile(args, llm, full, text, results)
-
-        decoded = text.held_out.ravel()
-        if args.cost == "ms" or args.target_tps is not None:
-            cost = costs.measure(llm, full, decoded)
-            profile = replace(profile, cost=cost.activation_ms, cost_unit="ms")
-            _say(
-                f"decoding takes {cost.decode_ms(full):.1f} ms a token at full budget, {cost.fixed_ms:.1f} ms of it not experts"
-            )
-        elif args.cost == "activations":
-            profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
-        if args.target_tps is not None:
-            total = costs.largest_total(cost, full, args.target_tps)
-        profile = replace(profile, estimator=_estimator(args, llm, profile, full, total, text, results))
-    if args.max_ppl_increase is not None:
-        _say(f"looking for the smallest budget within {args.max_ppl_increase:.1%} of the full model's perplexity")
-        total = choose.smallest_total(llm, profile, full, text, args.max_ppl_increase)
-
-    limit = {} if args.max_ppl_increase is None else {"max_increase": args.max_ppl_increase}
-    choice = choose.choose(llm, profile, total, full, text, args.token_rule, **limit)
-    _say("on held-out text:  perplexity  divergence (nats)  activations")
-    for name, score in choice.found.items():
-        _say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
-    if choice.plan.token_rule == "estimate":
-        if choice.profile.held_out.kl_plan > choice.profile.held_out.kl_uniform:
-            _say("this plan does worse than uniform k on held-out text; it is written because --token-rule asks for it")
-    elif choice.profile.allocation == "uniform":
-        _say(
-            "Alloc-L's plan does not beat uniform k on held-out text, so the uniform plan is written; more calibration text "
-            "(--calib, --calib-tokens) gives a better profile"
-        )
-    if args.target_tps is not None:
-        _say(f"measured with this plan: {1000 / costs.decode_ms(llm, choice.plan, decoded):.1f} tokens/s")
-    return choice.profile, choice.plan
-
-
-def _profile(
-    args, llm: Llama, full: tuple, text: calibration.CalibrationText, checkpoint: Checkpoint
-) -> metadata.Profile:
-    passes = sensitivity.n_passes(full, args.profile)
-    windows = f"{len(text.profile)} windows of {args.ctx_size} tokens"
-    _say(f"profiling ({args.profile}, {args.metric}) on {text.source.source}: {passes} passes over {windows}")
-    start = time.monotonic()
-    rows, reused = sensitivity.measure(llm, full, text.profile, args.profile, args.metric, checkpoint)
-    _say(
-        f"profiled in {time.monotonic() - start:.0f} s" + (f", {reused} cells of it measured before" if reused else "")
-    )
-    return metadata.Profile(
-        rows, (1.0,) * len(full), text.source, metric=args.metric, mode=args.profile, k_base=args.k_base
-    )
-
-
-def _tries_estimates(args: argparse.Namespace, full: tuple, total: int) -> bool:
-    """Whether token rule "estimate" is asked for, or among those to be tried and possible at this budget."""
-    possible = sum(min(k, args.k_base) for k in full) <= total < sum(full)
-    return args.token_rule == "estimate" or (args.token_rule is None and possible)
-
-
-def _estimator(args, llm: Llama, profile: metadata.Profile, full: tuple, total: int, text, checkpoint: Checkpoint):
-    """The profile's Estimator or a new one, if estimates are to be tried and there is memory for them; else None."""
-    if not _tries_estimates(args, full, total):
-        return None
-    if profile.estimator is not None:
-        return profile.estimator
-    asked = args.token_rule == "estimate"
-    needed, free = estimate.memory(full, llm, text.fit.shape), memory.available()
-    if not asked and free is not None and needed > free:
-        _say(
-            f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
-            "are free (--token-rule estimate tries them all the same)"
-        )
-        return None
-    _say(f"calibrating estimates of experts on {text.fit.size} tokens, {needed / 1e9:.1f} GB beside the model")
-    # at full budget nothing is skipped to learn from
-    at = total if total < sum(full) else parse_budget("0.5", sum(full), sum(k > 0 for k in full))
-    found = estimate.calibrate(llm, profile, at, full, text.fit, text.spend, checkpoint=checkpoint)
-    if found is None:
-        message = "token rule estimate: this model, or the backend that it runs on, cannot leave out single experts of a token"
-        if asked:
-            raise ConvertError(message)
-        _say(message)
-    return found
-
-
-def _load(args: argparse.Namespace, path: Path) -> Llama:
-    try:
-        llm = Llama(
-            str(path),
-            n_ctx=args.ctx_size,
-            n_batch=args.ctx_size,
-            # a window in one piece, so that a run can start at a later layer
-            n_ubatch=args.ctx_size,
-            n_threads=args.threads,
-            n_threads_batch=args.threads,
-            n_gpu_layers=args.n_gpu_layers,
-            n_cpu_moe=args.n_cpu_moe,
-            seed=args.seed,
-            verbose=False,
-        )
-    except ValueError as error:
-        raise ConvertError(f"{args.model}: llama.cpp cannot load it: {error}") from None
-    llm.set_plan(None)
-    return llm
-
-
-def _checkpoint_path(args: argparse.Namespace) -> Path:
-    return args.output.with_name(args.output.name + ".profile")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _left_behind(args: argparse.Namespace) -> str:
+    kept = checkpoint_path(args.output)
+    if not kept.exists():
+        return "no output was written"
+    return f"no output was written; what was measured is in {kept}, and the same command goes on from there"
 
 
 if __name__ == "__main__":

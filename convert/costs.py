@@ -8,9 +8,9 @@ from typing import NamedTuple
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, ffi, libllama
 import numpy as np
-from tqdm import tqdm
 
 from . import ConvertError
+from .progress import progress_bar
 
 _TOKENS, _REPEATS = 12, 7
 
@@ -50,10 +50,10 @@ def measure(llm: Llama, full: tuple, tokens: np.ndarray) -> Costs:
     if not everything:
         return Costs(decode_ms(llm, Plan.full(full), tokens), tuple(0.0 for _ in full))
     groups = classes if len(classes) == 1 else [*classes, everything]
-    plans = [Plan([1 if k and il in group else k for il, k in enumerate(full)], full) for group in groups]
+    plans = [Plan(tuple(1 if k and il in group else k for il, k in enumerate(full)), full) for group in groups]
     saved = np.empty((_REPEATS, len(plans)))
     whole = np.empty(_REPEATS)
-    with tqdm(total=_REPEATS * (len(plans) + 1), desc="decode cost", unit="run", disable=None, leave=False) as bar:
+    with progress_bar("decode cost", _REPEATS * (len(plans) + 1), "run") as bar:
         for repeat in range(_REPEATS):
             whole[repeat] = decode_ms(llm, Plan.full(full), tokens)
             bar.update()
@@ -107,12 +107,11 @@ def _bytes(llm: Llama, layers: list, full: tuple) -> float:
 
 def decode_ms(llm: Llama, plan: Plan, tokens: np.ndarray) -> float:
     """Median time of a decoded token, the first one, which builds the graph, not counted."""
-    llm._set_native_plan(plan)
-    llm._drop_cache()
+    llm.apply_plan(plan)
+    llm.clear_cache()
     times = []
     for i, token in enumerate(tokens[: _TOKENS + 1]):
         start = time.perf_counter()
-        llm._batch.set_batch(batch=[int(token)], n_past=i, logits_all=False)
-        llm._ctx.decode(llm._batch)
+        llm.decode([int(token)], i)
         times.append(time.perf_counter() - start)
     return 1000 * float(np.median(times[1:]))

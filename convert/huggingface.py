@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 import json
+import math
+import operator
 from pathlib import Path
 import re
 import sys
@@ -88,14 +90,20 @@ def download(repository: str) -> Path:
 
 def check_config(path: Path, name: str) -> None:
     """Raises ConvertError if a config.json cannot be read or describes a model without experts."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{name}: its config.json cannot be read: {error}") from None
+    config = _read_json(path, name)
     if not any(_expert_counts(config)):
         raise ConvertError(f"{name}: a dense model: it has no experts to allocate (config.json names none)")
+
+
+def _read_json(path: Path, name: str) -> dict:
+    """The object in a JSON file of the model `name`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConvertError(f"{name}: its {path.name} cannot be read: {error}") from None
 
 
 def _expert_counts(config: dict) -> Iterator[bool]:
@@ -124,7 +132,10 @@ def check_folder(folder: Path) -> int:
         raise ConvertError(f"{folder}: the tokenizer is missing: no {', '.join(_TOKENIZERS)}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = _read_json(index, str(folder)).get("weight_map")
+        if not (isinstance(files, dict) and files and all(isinstance(name, str) for name in files.values())):
+            raise ConvertError(f"{folder}: its {index.name} names no files of weights (weight_map)")
+        names = set(files.values())
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
             raise ConvertError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]}, ...")
@@ -143,16 +154,16 @@ def _safetensors_size(path: Path) -> int:
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < 1 << 28 else None
+            header = json.loads(file.read(size) if size < 1 << 28 else b"")
         total = 0
         for name, tensor in header.items():
             if name != "__metadata__":
-                n = 1
-                for extent in tensor["shape"]:
-                    n *= extent
+                n = math.prod(map(operator.index, tensor["shape"]))
                 total += n // 2 if tensor["dtype"] == "U8" else n * 8 if tensor["dtype"] == "I32" else n
+        if not 0 <= total < 1 << 60:
+            raise ValueError("no size that a file can have")
         return total
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise ConvertError(f"{path}: damaged or truncated safetensors file: its header cannot be read") from None
 
 
@@ -183,12 +194,8 @@ def convert(
     try:
         child.run(command, target, expected, "converting", env)
     except child.ChildFailed as error:
-        reason = error.last_line
-        if error.out_of_memory:
-            reason = "out of memory"
-        elif error.out_of_disk:
-            reason = "out of disk, or of what you may write on it"
-        elif "pre-tokenizer was not recognized" in error.log:
+        reason = error.reason
+        if "pre-tokenizer was not recognized" in error.log:
             reason = (
                 "llama.cpp's converter does not know its pre-tokenizer (how text is split before BPE merges); if you "
                 f"know which one it is like, name it with --pre-tokenizer: {', '.join(pre_tokenizers())}"

@@ -12,6 +12,7 @@ from allocmoe_edge.gguf_file import GGUFFile, model_paths, split_paths
 from allocmoe_edge.plan import metadata
 
 from . import ConvertError
+from .progress import progress_bar
 
 # room for our keys, generously: megabytes with an estimator, else kilobytes
 METADATA_SLACK = 64 << 20
@@ -155,11 +156,18 @@ def _plan_copy(source: Path, target: Path, plan: Plan, profile: Optional[metadat
     with GGUFFile(source) as file:
         metadata.write(file, plan, profile)
         file.write_metadata(target)
-        with open(source, "rb") as data, open(target, "ab") as copy:
-            data.seek(file.data_offset)
-            shutil.copyfileobj(data, copy, _BLOCK)
-            copy.flush()
-            os.fsync(copy.fileno())
+        _copy(source, target, "ab", file.data_offset)
+
+
+def _copy(source: Path, target: Path, mode: str, start: int) -> None:
+    """Writes what `source` has from a byte on to `target`, down to the disk."""
+    bar = progress_bar("writing the model", source.stat().st_size - start, "B", unit_scale=True)
+    with bar, open(source, "rb") as data, open(target, mode) as copy:
+        data.seek(start)
+        while block := data.read(_BLOCK):
+            bar.update(copy.write(block))
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
 def _plan_in_place(path: Path, plan: Plan, profile: Optional[metadata.Profile]) -> None:
@@ -171,7 +179,8 @@ def _plan_in_place(path: Path, plan: Plan, profile: Optional[metadata.Profile]) 
             file.write_metadata(header)
             start = file.data_offset
         added = header.stat().st_size - start
-        with open(path, "r+b") as data:
+        bar = progress_bar("writing the plan", path.stat().st_size - start, "B", unit_scale=True)
+        with bar, open(path, "r+b") as data:
             size = data.seek(0, os.SEEK_END)
             blocks = range(start, size, _BLOCK)
             # in the order in which nothing is overwritten before it has been moved
@@ -179,7 +188,7 @@ def _plan_in_place(path: Path, plan: Plan, profile: Optional[metadata.Profile]) 
                 data.seek(begin)
                 block = data.read(min(_BLOCK, size - begin))
                 data.seek(begin + added)
-                data.write(block)
+                bar.update(data.write(block))
             data.truncate(size + added)
             data.seek(0)
             data.write(header.read_bytes())
@@ -194,10 +203,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         # resolved: a link in a download cache is no file to link to
         os.link(source.resolve(), target)
     except OSError:
-        with open(source, "rb") as data, open(target, "wb") as copy:
-            shutil.copyfileobj(data, copy, _BLOCK)
-            copy.flush()
-            os.fsync(copy.fileno())
+        _copy(source, target, "wb", 0)
 
 
 def _rename_all(partial: list, targets: list) -> None:

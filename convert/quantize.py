@@ -46,7 +46,7 @@ def ftype(name: str) -> str:
 
 def n_bytes(n_elements: int, name: str) -> int:
     """Estimated size of a model in `name`: the bits in the name, and 1.5 for scales and what mixtures keep higher."""
-    return int(n_elements * (int(re.search(r"\d+", name)[0]) + 1.5) / 8)
+    return int(n_elements * (int(re.findall(r"\d+", name)[0]) + 1.5) / 8)
 
 
 def quantize(
@@ -82,12 +82,8 @@ def quantize(
     try:
         child.run([sys.executable, "-c", code, json.dumps(job)], target, expected, f"quantising to {name}")
     except child.ChildFailed as error:
-        reason = error.last_line.rpartition("failed to quantize: ")[2]
-        if error.out_of_memory:
-            reason = "out of memory"
-        elif error.out_of_disk:
-            reason = "out of disk, or of what you may write on it"
-        elif "requantizing" in reason:
+        reason = error.reason.rpartition("failed to quantize: ")[2]
+        if "requantizing" in reason:
             reason += (
                 ": the model is quantised already, and doing so twice loses more; --allow-requantize does it anyway"
             )
@@ -123,8 +119,8 @@ def read_imatrix(path: Path) -> dict:
         sums = sums.reshape(counts.size, -1)
         # an expert that no token reached says nothing: all its columns count the same
         values = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise ConvertError(f"{path}: {name} holds numbers that are not finite")
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise ConvertError(f"{path}: {name} holds numbers that are negative or not finite, which no mean square is")
         matrix[name] = values.ravel()
     if not matrix:
         raise ConvertError(f"{path}: no importance matrix (no tensor *.in_sum2)")

@@ -18,15 +18,21 @@ from dataclasses import replace
 from typing import Dict, Tuple
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.measure.perplexity import Reference
+from allocmoe_edge.measure.recording import recording, start_at
 import numpy as np
-from tqdm import tqdm
 
+from . import CalibrationError
 from .checkpoint import Checkpoint, window_name
+from .progress import progress_bar
 
 MODES = ("fast", "single", "isolated")
 METRICS = ("kl", "perplexity")
+
+
+def half_of(k: int) -> int:
+    """Half of a layer's experts: what the profile "fast" measures with."""
+    return max(1, k // 2)
 
 
 def cells(full: tuple, mode: str) -> Dict[Tuple[int, int], tuple]:
@@ -34,8 +40,7 @@ def cells(full: tuple, mode: str) -> Dict[Tuple[int, int], tuple]:
     layers = [il for il, k in enumerate(full) if k]
     found = {}
     for position, il in enumerate(layers):
-        half = max(1, full[il] // 2)
-        for k in {half, full[il]} if mode == "fast" else range(1, full[il] + 1):
+        for k in {half_of(full[il]), full[il]} if mode == "fast" else range(1, full[il] + 1):
             counts = list(full)
             counts[il] = k
             if mode == "isolated":
@@ -64,13 +69,18 @@ def measure(
     Returns:
         (sensitivities, reused): one float64 array of shape [K_l] per layer, empty where K_l is 0; how many of the cells
         had been measured before. The plan of `llm` is left as it was set last.
+
+    Raises:
+        CalibrationError: the model computes NaN or infinity.
     """
     wanted = cells(full, mode)
     plans = sorted(set(wanted.values()) - {tuple(full)}, reverse=True)
     starts = None  # not known before the first cell that has to be measured
-    nll, kl, errors, reused = {}, {}, [np.zeros(k + 1) for k in full], 0
+    nll: Dict[tuple, float] = {}
+    kl: Dict[tuple, float] = {}
+    errors, reused = [np.zeros(k + 1) for k in full], 0
     total = len(token_windows) * (len(plans) + 1)
-    with tqdm(total=total, desc="sensitivity", unit="pass", disable=None, smoothing=0.05) as bar:
+    with progress_bar("sensitivity", total, "pass", leave=True, smoothing=0.05) as bar:
         for window in token_windows:
             name = window_name(window)
             stored = checkpoint.get(f"{name} full")
@@ -79,13 +89,15 @@ def measure(
                 starts = _can_start_late(llm, full, window)
             if stored is None or missing:
                 reference, recorded = _reference(llm, full, window)
+                if not np.isfinite(reference.nll).all():
+                    raise CalibrationError("the model's own predictions are not finite", finite=False)
                 stored = {"nll": reference.nll.mean(), "errors": [row.tolist() for row in recorded]}
                 checkpoint.put(f"{name} full", stored)
             bar.update(1 + len(plans) - len(missing))
             reused += len(plans) - len(missing)
             for counts in missing:
                 changed = next(il for il, (k, own) in enumerate(zip(counts, full)) if k != own)
-                llm._set_native_plan(Plan(counts, full), start_layer=changed if starts else 0)
+                start_at(llm, Plan(counts, full), changed if starts else 0)
                 cell = [float(values.mean()) for values in reference.compare(llm)]
                 checkpoint.put(_cell_name(name, counts), cell)
                 bar.update()
@@ -101,6 +113,8 @@ def measure(
         rows = [_from_errors(damage, il, row) if k else np.empty(0) for il, (k, row) in enumerate(zip(full, errors))]
     else:
         rows = [np.array([damage[il, k] for k in range(1, own + 1)]) for il, own in enumerate(full)]
+    if not all(np.isfinite(row).all() for row in rows):
+        raise CalibrationError("predictions with fewer experts are not finite", finite=False)
     return tuple(rows), reused
 
 
@@ -109,23 +123,17 @@ def _cell_name(window: str, counts: tuple) -> str:
 
 
 def _reference(llm: Llama, full: tuple, window: np.ndarray) -> tuple:
-    """The full model's run over a window, and for each layer the squared error with k = 0..K_l experts, summed."""
-    context = context_pointer(llm)
-    libllama.allocmoe_clear_records(context)
+    """The full model's run over a window, and for each layer the squared error with k = 0..K_l experts, summed; outputs are kept."""
     # the rule "batch" keeps everything at full budget, and has the native side rank all K_l
-    llm._set_native_plan(replace(Plan.full(full), token_rule="batch"), record=True, keep_outputs=True)
-    reference = Reference(llm, window)
-    errors = [np.zeros(k + 1) for k in full]
-    for il, row in enumerate(errors):
-        libllama.allocmoe_take_errors(context, il, ffi.from_buffer("double *", row), row.size)
-    libllama.allocmoe_clear_records(context)
-    return reference, errors
+    with recording(llm, replace(Plan.full(full), token_rule="batch"), keep_outputs=True) as recorder:
+        reference, errors = recorder.reference(window)
+    return reference, [errors.get(il, np.zeros(1)) for il in range(len(full))]
 
 
 def _from_errors(damage: dict, il: int, errors: np.ndarray) -> np.ndarray:
     """S[l, 1..K_l] in proportion to the errors, through the measured cell at half of the layer's experts."""
     own = len(errors) - 1
-    half = max(1, own // 2)
+    half = half_of(own)
     rise = damage[il, half] - damage[il, own]
     share = errors[1:] / errors[half] if errors[half] > 0 else np.zeros(own)
     return damage[il, own] + rise * share
@@ -141,10 +149,10 @@ def _can_start_late(llm: Llama, full: tuple, window: np.ndarray) -> bool:
     if layers[-1] == 0:
         return False
     _reference(llm, full, window)
-    llm._set_native_plan(plan)
+    llm.apply_plan(plan)
     whole = Reference(llm, window)
     for start in {layers[len(layers) // 2], layers[-1]} - {0}:
-        llm._set_native_plan(plan, start_layer=start)
+        start_at(llm, plan, start)
         nll, kl = whole.compare(llm)
         if np.abs(nll - whole.nll).max() > 1e-3 or np.abs(kl).max() > 1e-3:
             return False

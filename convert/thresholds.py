@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Optional
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.measure.perplexity import evaluate
+from allocmoe_edge.measure.recording import recording
 import numpy as np
+
+from .progress import progress_bar
 
 
 def table_row(scores: np.ndarray, k_base: int) -> np.ndarray:
@@ -61,20 +62,10 @@ def recorded_values(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Option
     Returns:
         Per layer float32, shape [n_tokens, K_l]; None where the model's backend cannot skip single experts.
     """
-    llm._set_native_plan(plan, record=True)
-    context = context_pointer(llm)
-    if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
-        return None
-    libllama.allocmoe_clear_records(context)
     values: list = [[] for _ in plan.expert_used_count_full]
-
-    def take() -> None:
-        for il, n_used in enumerate(plan.expert_used_count_full):
-            n = libllama.allocmoe_take_scores(context, il, ffi.NULL, 0)
-            recorded = np.empty(n, np.float32)
-            libllama.allocmoe_take_scores(context, il, ffi.from_buffer("float *", recorded), n)
-            values[il].append(recorded.reshape(-1, max(n_used, 1)))
-        libllama.allocmoe_clear_records(context)
-
-    evaluate(llm, token_windows, progress=take)
-    return [np.concatenate(rows) for rows in values]
+    with recording(llm, plan) as recorder, progress_bar("thresholds", len(token_windows), "pass") as bar:
+        if not recorder.works:
+            return None
+        for il, layer in recorder.layers(token_windows, "values", progress=bar.update):
+            values[il].append(layer.values)
+    return [np.concatenate(rows) if rows else np.empty((0, 1), np.float32) for rows in values]

@@ -3,9 +3,10 @@
 from dataclasses import fields, replace
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge.convert import estimate, regression
+from allocmoe_edge.convert import estimate, estimator_fit, regression
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.measure.perplexity import Reference, bos_token, windows
+from allocmoe_edge.measure.recording import LayerRecord, recording
 from allocmoe_edge.plan import metadata
 from gguf_factory import reduced
 import numpy as np
@@ -143,11 +144,11 @@ def test_one_huge_token_does_not_take_the_ranks():
 
 
 def test_windows_kept_apart():
-    assert estimate._apart(1, 512).tolist() == [False]
-    assert estimate._apart(2, 512).tolist() == [False, True]
-    assert np.flatnonzero(estimate._apart(12, 512)).tolist() == [3, 7, 11]
+    assert estimator_fit.windows_apart(1, 512).tolist() == [False]
+    assert estimator_fit.windows_apart(2, 512).tolist() == [False, True]
+    assert np.flatnonzero(estimator_fit.windows_apart(12, 512)).tolist() == [3, 7, 11]
     for n in (32, 39, 96, 256, 1000):
-        assert 2048 < estimate._apart(n, 512).sum() * 512 <= 4096
+        assert 2048 < estimator_fit.windows_apart(n, 512).sum() * 512 <= 4096
 
 
 def test_nothing_missing_is_estimated_as_nothing():
@@ -162,25 +163,25 @@ def test_nothing_missing_is_estimated_as_nothing():
 
 def test_keeps_the_base_and_what_reaches_the_threshold():
     sizes = np.array([[0.0, 3.0, -1.0, 1.0], [-9.0, -8.0, -7.0, -6.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
-    assert estimate.keeps(sizes, 1.0, 1).tolist() == [[False, True, False, True], [False] * 3 + [True], [True] * 4]
-    assert estimate.keeps(sizes, 2.5, 2).tolist() == [
+    assert estimator_fit.keeps(sizes, 1.0, 1).tolist() == [[False, True, False, True], [False] * 3 + [True], [True] * 4]
+    assert estimator_fit.keeps(sizes, 2.5, 2).tolist() == [
         [False, True, False, True],
         [False, False, True, True],
         [True, True, False, False],
     ]
-    assert estimate.keeps(sizes, -np.inf, 1).all() and estimate.keeps(sizes, np.inf, 3).sum() == 9
+    assert estimator_fit.keeps(sizes, -np.inf, 1).all() and estimator_fit.keeps(sizes, np.inf, 3).sum() == 9
 
 
 def test_sensitivities_are_logs_of_divergence_per_error():
     rows = (np.array([9.0, 4.0, 1.0, 0.0]), np.empty(0), np.array([3.0, 1.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0, 0.0]))
     profile = metadata.Profile(rows, (1.0,) * 4, metadata.Calibration("made up", 1, "0"))
     errors = np.array([2.0, 0.0, 2.0, 2.0])
-    found = estimate._log_sensitivities(profile, errors, (4, 0, 4, 4))
+    found = estimator_fit.log_sensitivities(profile, errors, (4, 0, 4, 4))
     assert found == pytest.approx([0.5 * np.log(4 / 2), 0.0, 0.5 * np.log(1 / 2), 0.5 * np.log(0.04 / 2)])
     logs = replace(profile, metric="perplexity", sensitivity=tuple(np.exp(row) for row in rows))
-    assert estimate._log_sensitivities(logs, errors, (4, 0, 4, 4)) == pytest.approx(found)
+    assert estimator_fit.log_sensitivities(logs, errors, (4, 0, 4, 4)) == pytest.approx(found)
     useless = replace(profile, sensitivity=tuple(np.zeros_like(row) for row in rows))
-    assert not estimate._log_sensitivities(useless, errors, (4, 0, 4, 4)).any()
+    assert not estimator_fit.log_sensitivities(useless, errors, (4, 0, 4, 4)).any()
 
 
 # on a model
@@ -215,7 +216,8 @@ def calibrated(llm, text, profile):
 
 
 def recorded(llm, plan, window):
-    return dict(estimate._record(llm, plan, window[None], lambda: None))
+    with recording(llm, plan, inputs=True) as recorder:
+        return dict(recorder.layers(window[None], *(field.name for field in fields(LayerRecord))))
 
 
 def test_recorded_norms_and_weights_add_up(llm, text):
@@ -230,7 +232,7 @@ def test_recorded_norms_and_weights_add_up(llm, text):
 
 def test_recorded_sizes_are_the_estimators(llm, text, calibrated):
     """The native v is log w + log_norm . (down x, 1), of the last of down x what is positive. 0.02: both sides are rounded."""
-    assert calibrated.n_relu == estimate.n_relu_for(text[:8].size)
+    assert calibrated.n_relu == estimator_fit.n_relu_for(text[:8].size)
     plan = calibrated.plan(180, FULL)
     for il, found in recorded(llm, plan, text[9]).items():
         u = np.column_stack([reduced(found.inputs, calibrated.down[il]), np.ones(128)])
@@ -238,7 +240,7 @@ def test_recorded_sizes_are_the_estimators(llm, text, calibrated):
         assert (u[:, positive] < 0).any()
         u[:, positive] = u[:, positive].clip(0)
         want = np.log(found.weights) + np.einsum("tri,ti->tr", calibrated.log_norm[il][found.experts], u)
-        np.testing.assert_allclose(found.sizes, want, atol=0.02)
+        np.testing.assert_allclose(found.values, want, atol=0.02)
 
 
 def test_directions_are_fitted_as_they_run(calibrated):
@@ -247,14 +249,14 @@ def test_directions_are_fitted_as_they_run(calibrated):
 
 @pytest.mark.parametrize("n_tokens, n", [(1024, 40), (12288, 40), (65536, 64), (10**6, 128)])
 def test_more_text_more_directions(n_tokens, n):
-    assert estimate.n_relu_for(n_tokens) == n
+    assert estimator_fit.n_relu_for(n_tokens) == n
 
 
 def test_recorded_missing_is_what_the_rule_skips(llm, text, calibrated):
     """Of tokens that skip one expert, its norm times its weight; 1e-4: sums in float32."""
     plan, seen = calibrated.plan(330, FULL), 0
     for il, found in recorded(llm, plan, text[9]).items():
-        keep = estimate.keeps(found.sizes, plan.threshold[il], 1)
+        keep = estimator_fit.keeps(found.values, plan.threshold[il], 1)
         norms = np.linalg.norm(found.missing, axis=1)
         assert not norms[keep.all(axis=1)].any()
         one = (~keep).sum(axis=1) == 1
@@ -268,7 +270,7 @@ def test_sizes_are_predicted_on_other_text(llm, text, calibrated):
     shares = []
     for found in recorded(llm, calibrated.plan(180, FULL), text[9]).values():
         sizes = np.log(found.norms)
-        predicted = found.sizes - np.log(found.weights)
+        predicted = found.values - np.log(found.weights)
         predicted -= predicted.mean() - sizes.mean()
         shares.append(1 - ((sizes - predicted) ** 2).mean() / sizes.var())
     assert np.median(shares) > 0.3 and min(shares) > 0
@@ -277,7 +279,7 @@ def test_sizes_are_predicted_on_other_text(llm, text, calibrated):
 def test_missing_outputs_are_estimated_on_other_text(llm, text, calibrated):
     plan, shares = calibrated.plan(180, FULL), []
     for il, found in recorded(llm, plan, text[9]).items():
-        keep = estimate.keeps(found.sizes, plan.threshold[il], 1)
+        keep = estimator_fit.keeps(found.values, plan.threshold[il], 1)
         skipped = np.zeros((128, 12))
         np.put_along_axis(skipped, found.experts.astype(int), np.where(keep, 0, found.weights), axis=1)
         rank = calibrated.rank
@@ -384,8 +386,7 @@ def test_what_an_interrupted_run_has_found_is_used(llm, text, profile, tmp_path,
         patch.setattr(estimate, "_outputs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
-    record = estimate._record
-    monkeypatch.setattr(estimate, "_record", lambda *args: stages.append(args) or record(*args))
+    monkeypatch.setattr(estimate, "recording", lambda *args, **kw: stages.append(args) or recording(*args, **kw))
     with Checkpoint(tmp_path / "p", testbed_path) as checkpoint:
         resumed = estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
         assert len(stages) == 1

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import resource
 import shutil
+import subprocess
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import ConvertError, output
@@ -52,6 +53,8 @@ def test_output_is_a_link_to_a_file_of_the_input(tiny_split, out):
 @pytest.mark.parametrize("option", ["--calib", "--imatrix"])
 def test_output_is_a_text_or_an_importance_matrix(tiny_planned, out, option):
     other = write_imatrix(out / "other", {"w": (np.ones((1, 4)), np.ones(1))})
+    if option == "--calib":
+        other.write_text("text")
     before = other.read_bytes()
     refused(tiny_planned, "--quantize", "Q8_0", option, other, "--force", "-o", other, expect="a file of the input")
     assert other.read_bytes() == before
@@ -74,7 +77,7 @@ def test_output_is_no_file(tiny_planned, out):
 
 
 def test_split(tiny_split, tiny_planned, out):
-    done = run(tiny_split[0], "--budget", "0.75", "-o", out / "m.gguf")
+    done = run(tiny_split[0], "--budget", "0.75", "-o", out / "m.gguf", stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     written = sorted(out.iterdir())
     assert [path.name for path in written] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]

@@ -431,7 +431,7 @@ def test_plan_with_an_estimator_is_read_back(command, path, llm, text, tmp_path,
     monkeypatch.setitem(
         methods.METHODS,
         "ours",
-        replace(methods.METHODS["ours"], plan=methods._ours("ours", "--token-rule", "estimate")),
+        replace(methods.METHODS["ours"], plan=methods._ours("ours", "estimate")),
     )
     with Checkpoint(tmp_path / "cells", path) as checkpoint:
         ((_, _, first),) = main.planned(setting, {0.5: 8}, 0, checkpoint)

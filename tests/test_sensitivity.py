@@ -6,6 +6,7 @@ from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import sensitivity
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.measure.perplexity import Reference, perplexity
+from allocmoe_edge.measure.recording import kept_output
 from allocmoe_edge.plan import metadata
 import numpy as np
 import pytest
@@ -124,14 +125,9 @@ def test_errors_against_the_definition(name, built):
 
 def last_hidden(llm, counts, window) -> np.ndarray:
     """The last layer's output before the final norm, float32 [n_tokens, n_embd]."""
-    from allocmoe_edge._native import context_pointer, ffi, libllama
-
     llm.apply_plan(Plan(counts, metadata.read(llm.model_path).full), keep_outputs=True)
     Reference(llm, window)
-    il = len(counts) - 1
-    out = np.empty(libllama.allocmoe_get_kept_output(context_pointer(llm), il, ffi.NULL, 0), np.float32)
-    libllama.allocmoe_get_kept_output(context_pointer(llm), il, ffi.from_buffer("float *", out), out.size)
-    return out
+    return kept_output(llm, len(counts) - 1)
 
 
 @pytest.mark.parametrize(

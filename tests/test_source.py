@@ -13,6 +13,7 @@ import time
 
 from allocmoe_edge import Llama
 from allocmoe_edge.convert import child, cli, huggingface, output, source
+from allocmoe_edge.convert.settings import Settings
 from allocmoe_edge.plan import metadata
 from fake_hub import serve
 import gguf
@@ -314,7 +315,6 @@ def test_terminated_while_profiling(testbed_path, out):
 
 
 def test_source_is_what_the_user_gave_when_it_is_a_gguf(tiny_planned, out):
-    args = cli.parser().parse_args([str(tiny_planned), "-o", str(out / "m.gguf")])
-    with source.as_gguf(args) as found:
+    with source.as_gguf(Settings(tiny_planned, out / "m.gguf")) as found:
         assert found == source.Source(tiny_planned, temporary=False)
     assert tiny_planned.exists()

@@ -7,10 +7,11 @@ tokens in the segment from p on that activate expert e.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import numpy as np
 
-from .._native import context_pointer, ffi, libllama
-from ..measure.perplexity import evaluate
+from ..measure.recording import recording
 from ..plan import Plan
 
 SEGMENT_LENGTHS = (4, 16, 64, 256)
@@ -113,7 +114,7 @@ def segment_cache_hit_rate(active: np.ndarray, m: int, cache_size: int) -> float
     return hits / max(int(active.sum()), 1)
 
 
-def record(llm, token_windows: np.ndarray, progress=None) -> list:
+def record(llm, token_windows: np.ndarray, progress=None) -> Optional[list]:
     """The experts that a model chooses for each token of a text, at its own expert counts.
 
     Args:
@@ -129,25 +130,12 @@ def record(llm, token_windows: np.ndarray, progress=None) -> list:
         ValueError: a layer did not record every token.
     """
     full = llm.expert_used_count_full
-    context = context_pointer(llm)
-    llm.apply_plan(Plan(full, full, "batch"), record=True)
-    if libllama.allocmoe_get_token_rule(context) == libllama.ALLOCMOE_RULE_OFF:
-        return None
-    libllama.allocmoe_clear_records(context)
     recorded: list = [[] for _ in full]
-
-    def after_window() -> None:
-        for il, n_used in enumerate(full):
-            n = libllama.allocmoe_take_experts(context, il, ffi.NULL, 0)
-            ids = np.empty(n, np.int32)
-            libllama.allocmoe_take_experts(context, il, ffi.from_buffer("int32_t *", ids), n)
-            if n_used:
-                recorded[il].append(ids)
-        libllama.allocmoe_clear_records(context)  # the scores, too, which nobody takes
-        if progress is not None:
-            progress()
-
-    evaluate(llm, token_windows, progress=after_window)
+    with recording(llm, Plan(full, full, "batch")) as recorder:
+        if not recorder.works:
+            return None
+        for il, layer in recorder.layers(token_windows, "experts", progress=progress):
+            recorded[il].append(layer.experts)
     for il, (rows, k) in enumerate(zip(recorded, full)):
         for ids in rows:
             if ids.size != token_windows.shape[1] * k:

@@ -123,6 +123,8 @@ def _plan(report: dict) -> Iterator:
             f"{held_out['uniform']:.2f}, plan {held_out['plan']:.2f}; divergence from full (KL, nats): uniform "
             f"{held_out['kl_uniform']:.4f}, plan {held_out['kl_plan']:.4f}",
         )
+    elif profile:
+        yield "held out", "not checked: planned from sensitivities that were stored in a file"
 
 
 def _sensitivity(profile: dict) -> str:

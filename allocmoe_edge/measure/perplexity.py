@@ -19,6 +19,15 @@ def read_tokens(llm, path: Path) -> np.ndarray:
     """Token ids of a UTF-8 text file, or of the first 8 MiB of it; int32, shape [n].
 
     Raises:
+        ValueError: as `read_text`.
+    """
+    return np.array(llm.tokenize(read_text(path), add_bos=False, special=False), np.int32)
+
+
+def read_text(path: Path) -> bytes:
+    """A UTF-8 text file, or the first 8 MiB of it.
+
+    Raises:
         ValueError: the file cannot be read or is not text; says which file.
     """
     try:
@@ -33,7 +42,7 @@ def read_tokens(llm, path: Path) -> np.ndarray:
         if error.start < len(data) - 4:
             raise ValueError(f"text {path}: not UTF-8 text (byte {error.start})") from None
         data = data[: error.start]
-    return np.array(llm.tokenize(data, add_bos=False, special=False), np.int32)
+    return data
 
 
 def windows(tokens: np.ndarray, n_ctx: int, bos: Optional[int] = None) -> np.ndarray:
@@ -54,7 +63,7 @@ def windows(tokens: np.ndarray, n_ctx: int, bos: Optional[int] = None) -> np.nda
 
 
 def negative_log_likelihood(
-    llm, token_windows: np.ndarray, progress: Optional[Callable[[], None]] = None
+    llm, token_windows: np.ndarray, progress: Optional[Callable[[], object]] = None
 ) -> np.ndarray:
     """Negative log-likelihood of every token but the first of each window.
 
@@ -72,18 +81,18 @@ def negative_log_likelihood(
             out[i, rows] = _log_sum_exp(logits) - logits[np.arange(len(targets)), targets]
         if progress is not None:
             progress()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
     return out
 
 
-def evaluate(llm, token_windows: np.ndarray, progress: Optional[Callable[[], None]] = None) -> None:
+def evaluate(llm, token_windows: np.ndarray, progress: Optional[Callable[[], object]] = None) -> None:
     """Runs the windows as `negative_log_likelihood` does, for what the runtime counts or records on the way."""
     for window in token_windows:
         for _ in _run(llm, window):
             pass
         if progress is not None:
             progress()
-    llm._ctx.kv_cache_clear()
+    llm.clear_cache()
 
 
 def perplexity(llm, token_windows: np.ndarray) -> float:
@@ -93,7 +102,7 @@ def perplexity(llm, token_windows: np.ndarray) -> float:
 
 def bos_token(llm) -> Optional[int]:
     """The token that the model expects before a text, None if it expects none."""
-    add = llama_cpp.llama_vocab_get_add_bos(llm._model.vocab)
+    add = llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(llm.model))
     return llm.token_bos() if add and llm.token_bos() >= 0 else None
 
 
@@ -142,12 +151,10 @@ class Reference:
 
 def _run(llm, window: np.ndarray) -> Iterator[Tuple[slice, np.ndarray, np.ndarray]]:
     """Evaluates a window from an empty cache: rows of the result, their logits [n, n_vocab], the tokens they predict."""
-    llm._drop_cache()
+    llm.clear_cache()
     for start in range(0, len(window), llm.n_batch):
         batch = window[start : start + llm.n_batch]
-        llm._batch.set_batch(batch=batch.tolist(), n_past=start, logits_all=True)
-        llm._ctx.decode(llm._batch)
-        logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm.n_vocab()))
+        logits = llm.decode(batch.tolist(), start, logits_all=True)
         targets = window[start + 1 : start + len(batch) + 1]
         yield slice(start, start + len(targets)), logits[: len(targets)], targets
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Callable, Dict, Optional, Sequence
 
 from allocmoe_edge import Llama, Plan, PlanError, parse_budget
-from allocmoe_edge.convert import cli, sensitivity, thresholds
+from allocmoe_edge.convert import pipeline, sensitivity, thresholds
 from allocmoe_edge.convert.checkpoint import Checkpoint
+from allocmoe_edge.convert.settings import Settings
+from allocmoe_edge.convert.source import Source
+from allocmoe_edge.convert.task import plan_task
 from allocmoe_edge.plan import metadata
 from allocmoe_edge.plan.planner import allocate
 import lexi
@@ -73,7 +76,7 @@ def _profiled(mode: str, metric: str) -> Callable[[Setting, int], Plan]:
         if mode == "isolated" and setting.args.isolated_tokens:
             calib = calib[: max(1, setting.args.isolated_tokens // calib.shape[1])]
         # where allocmoe-convert keeps its cells, so that `ours` finds those that it needs too
-        with Checkpoint(cli._checkpoint_path(convert_arguments(setting, total)), setting.path) as checkpoint:
+        with Checkpoint(convert_settings(setting, total).checkpoint, setting.path) as checkpoint:
             rows, _ = sensitivity.measure(setting.llm, setting.full, calib, mode, metric, checkpoint)
         return spend_exactly(rows, total, setting.full)
 
@@ -165,15 +168,22 @@ def _check_probabilities(llm: Llama, plan: Plan, window: np.ndarray) -> None:
 # ours
 
 
-def convert_arguments(setting: Setting, total: int, *options: str) -> argparse.Namespace:
-    """Of allocmoe-convert with its defaults, this calibration text, a budget of `total`, and options."""
+def convert_settings(setting: Setting, total: int, token_rule: Optional[str] = None) -> Settings:
+    """Of allocmoe-convert with its defaults, this calibration text, and a budget of `total`."""
     args = setting.args
-    text = ["--calib", setting.calib_path] if setting.calib_path else ["--seed", setting.sample]
-    command = [str(setting.path), "--budget", str(total), *map(str, text), "--plan-only"]
-    command += ["--calib-tokens", str(args.calib_tokens), "--estimate-tokens", str(args.estimate_tokens)]
-    command += ["--ctx-size", str(args.ctx_size)]
-    command += ["--threads", str(args.threads), "-o", str(setting.output(".plan"))]
-    return cli.parser().parse_args([*command, *options])
+    text = {"calib": setting.calib_path} if setting.calib_path else {"seed": setting.sample}
+    return Settings(
+        setting.path,
+        setting.output(".plan"),
+        plan_only=True,
+        budget=str(total),
+        token_rule=token_rule,
+        calib_tokens=args.calib_tokens,
+        estimate_tokens=args.estimate_tokens,
+        ctx_size=args.ctx_size,
+        threads=args.threads,
+        **text,
+    )
 
 
 def plan_path(setting: Setting, method: str, total: int) -> Path:
@@ -185,14 +195,14 @@ def _keep(setting: Setting, method: str, total: int, plan: Plan, profile: metada
     metadata.write_side_file(plan_path(setting, method, total), metadata.read(setting.path), plan, profile)
 
 
-def _ours(method: str, *options: str) -> Callable[[Setting, int], Plan]:
+def _ours(method: str, token_rule: Optional[str] = None) -> Callable[[Setting, int], Plan]:
     """What allocmoe-convert writes."""
 
     def plan(setting: Setting, total: int) -> Plan:
-        args = convert_arguments(setting, total, *options)
-        profile, found = cli.measure(args, setting.path, setting.full, total, None)
-        _keep(setting, method, total, found, profile)
-        return found
+        task = plan_task(convert_settings(setting, total, token_rule), Source(setting.path, temporary=False))
+        choice = pipeline.measure(replace(task, stored=None))
+        _keep(setting, method, total, choice.plan, choice.profile)
+        return choice.plan
 
     return plan
 
@@ -225,9 +235,7 @@ METHODS: Dict[str, Method] = {
     "naee": Method("NAEE, K > 2", _on_value("relative", "layer")),
     "dynamic-moe": Method("Dynamic-MoE, top-p", _on_value("remaining", "model")),
     "ser": Method("ik_llama.cpp -ser", _on_value("relative", "model")),
-    "ours-threshold": Method(
-        "ours without estimates (--token-rule threshold)", _ours("ours-threshold", "--token-rule", "threshold")
-    ),
+    "ours-threshold": Method("ours without estimates (--token-rule threshold)", _ours("ours-threshold", "threshold")),
     "ours": Method("ours (allocmoe-convert)", _ours("ours"), decode=True),
     "ours-one-file": Method("ours, the file for half at another budget", _one_file),
 }

@@ -1,0 +1,140 @@
+"""Puts an `Estimator` together from what layers have recorded: functions of arrays, without the model (see `estimate.py`)."""
+
+from __future__ import annotations
+
+from typing import Dict, Tuple
+
+from allocmoe_edge.measure.recording import LayerRecord
+from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
+from allocmoe_edge.plan.profile import Profile
+import numpy as np
+
+from .regression import fit_sizes
+from .sensitivity import half_of
+
+# directions for sizes, and rank of the estimate of outputs
+N_SIZE, RANK = 8, 96
+# further directions for sizes, of which what is positive counts: one for so many tokens, no fewer and no more than so many
+_TOKENS_A_RELU, _LEAST_RELU, MOST_RELU = 1024, 40, 128
+# main directions of the input among which those are sought
+N_INPUT = 768
+# one window in so many, and no more tokens than so many, are not fitted on, and say how sizes are distributed: on the others the
+# fit is too good
+_APART, _APART_TOKENS = 4, 4096
+# an output smaller than this share of its layer's mean counts as being of this share
+_LEAST = np.exp(-4.0)
+# a layer whose sensitivity was found smaller than this share of the largest has that: so little is noise
+_LEAST_SENSITIVITY = 0.01
+
+# of one window and layer: (directions of the input [n, n_down], experts, log sizes, log weights [n, K])
+SizeRows = Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def n_relu_for(n_tokens: int) -> int:
+    """How many directions of which what is positive counts that many tokens can tell."""
+    # rows are repacked by eights
+    return int(np.clip(n_tokens // (8 * _TOKENS_A_RELU) * 8, _LEAST_RELU, MOST_RELU))
+
+
+def windows_apart(n: int, n_ctx: int) -> np.ndarray:
+    """bool [n]: which of n windows are kept apart; of more than one, one at least."""
+    apart = np.arange(n) % max(_APART, -(-n * n_ctx // _APART_TOKENS)) == _APART - 1
+    if not apart.any():
+        apart[-1] = n > 1
+    return apart
+
+
+def memory(expert_used_count_full: tuple, n_expert: int, n_embd: int, shape: tuple) -> int:
+    """Bytes that calibrating needs beside the model for windows of a shape [n, n_ctx]: in each layer two matrices of about
+    n_embd by n_embd floats, what one window has recorded, in vectors that have room for twice as much, the main inputs in
+    float16, and a few floats for each of a token's experts."""
+    full, size, n_tokens = expert_used_count_full, n_expert + n_embd, shape[0] * shape[1]
+    n_layer = sum(k > 0 for k in full)
+    matrices = n_layer * (size * (size + n_embd) + 2 * 2 * shape[1] * n_embd)
+    of_token = (N_SIZE + n_relu_for(n_tokens) + min(N_INPUT, n_embd) // 2) * n_layer + 3 * sum(full)
+    return 4 * (matrices + n_tokens * of_token)
+
+
+def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
+    """bool [n, K]: which experts the rule keeps, given their estimated log sizes [n, K]."""
+    best = np.argsort(-sizes, axis=1, kind="stable")[:, :k_base]
+    keep = sizes >= np.float32(threshold)
+    np.put_along_axis(keep, best, True, axis=1)
+    return keep
+
+
+def with_sizes(
+    down: np.ndarray,
+    n_relu: int,
+    kept: Dict[int, list],
+    sensitivity: np.ndarray,
+    apart: np.ndarray,
+    k_base: int,
+    full: tuple,
+    n_expert: int,
+) -> Estimator:
+    """An Estimator of sizes alone.
+
+    kept: for each layer with experts a `SizeRows` a window. apart: bool, which windows are not fitted on.
+    """
+    log_norm = np.zeros((len(full), n_expert, down.shape[1] + 1))
+    for il, windows in kept.items():
+        u, experts, sizes, _ = (np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if not a)))
+        log_norm[il] = fit_sizes(u, experts, sizes, n_expert)
+        log_norm[il, :, -1] += sensitivity[il]
+    layers = list(kept)
+    # only differences matter, and small numbers are the more exact in float16
+    log_norm[layers, :, -1] -= log_norm[layers, :, -1].mean()
+    log_norm = log_norm.astype(np.float16).astype(np.float32)
+    quantiles = np.zeros((len(full), N_QUANTILES), np.float32)
+    for il, windows in kept.items():
+        if full[il] <= k_base:
+            continue
+        u, experts, _, weights = (
+            np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if a or not apart.any()))
+        )
+        v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
+        rest = np.sort(v, axis=1)[:, : full[il] - k_base]
+        quantiles[il] = np.quantile(rest, np.linspace(0, 1, N_QUANTILES))
+    return Estimator(down, log_norm, np.zeros((len(full), n_expert, 0)), down[:, :0], quantiles, n_relu)
+
+
+def with_outputs(estimator: Estimator, fitted: Dict[int, tuple]) -> Estimator:
+    """With an estimate of outputs; what decides stays as it is, its coefficients of the new directions being zero."""
+    n_layer, n_expert = estimator.n_layer, estimator.n_expert
+    rank = next(iter(fitted.values()))[0].shape[1]
+    output = np.zeros((n_layer, n_expert, rank), np.float32)
+    down, up = (np.zeros((n_layer, rank, estimator.n_embd), np.float32) for _ in range(2))
+    for il, arrays in fitted.items():
+        output[il], down[il], up[il] = arrays
+    return Estimator(
+        np.concatenate([down, estimator.down], axis=1),
+        np.concatenate([np.zeros((n_layer, n_expert, rank), np.float32), estimator.log_norm], axis=2),
+        output,
+        up,
+        estimator.quantiles,
+        estimator.n_relu,
+    )
+
+
+def log_sensitivities(profile: Profile, errors: np.ndarray, full: tuple) -> np.ndarray:
+    """float64 [n_layer]: half the log of what a squared error in a layer's output costs, from the cell at half of its experts.
+
+    errors: [n_layer], squared, of that cell.
+    """
+    rise, logs = np.zeros(len(full)), np.zeros(len(full))
+    for il, row in enumerate(profile.sensitivity):
+        if full[il]:
+            half = row[half_of(full[il]) - 1]
+            rise[il] = half - row[-1] if profile.metric == "kl" else np.log(half / row[-1])
+    some = (errors > 0) & (rise.max() > 0)
+    logs[some] = 0.5 * np.log(np.maximum(rise, _LEAST_SENSITIVITY * rise.max())[some] / errors[some])
+    return logs
+
+
+def log_sizes(layer: LayerRecord) -> np.ndarray:
+    return np.log(np.maximum(layer.norms, max(_LEAST * layer.norms.mean(), 1e-20)))
+
+
+def log_weights(weights: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(weights, 1e-20))

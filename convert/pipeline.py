@@ -1,0 +1,229 @@
+"""The stages of a conversion in order: source, text, profile, estimates, choice, file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+import time
+from typing import Optional
+
+from allocmoe_edge import Llama, Plan, parse_budget
+from allocmoe_edge.measure import memory
+from allocmoe_edge.plan import PlanError
+from allocmoe_edge.plan.estimator import Estimator
+from allocmoe_edge.plan.profile import Profile
+import numpy as np
+
+from . import (
+    CalibrationError,
+    ConvertError,
+    calibration,
+    checkpoint,
+    choose,
+    costs,
+    estimate,
+    estimator_fit,
+    output,
+    sensitivity,
+    source,
+)
+from .calibration import CalibrationText
+from .checkpoint import Checkpoint
+from .finite import weights_not_finite
+from .progress import say, waiting
+from .settings import Settings
+from .task import Task, plan_task
+
+
+@dataclass(frozen=True)
+class Written:
+    """paths: of the files. checked: whether the plan was compared with others on held-out text."""
+
+    paths: list
+    plan: Plan
+    profile: Profile
+    checked: bool
+
+
+def convert(settings: Settings) -> Written:
+    """Everything that allocmoe-convert does.
+
+    Raises:
+        ConvertError, GGUFError, PlanError: see the stages; nothing has been written.
+    """
+    with source.as_gguf(settings) as gguf:
+        task = plan_task(settings, gguf)
+        if task.runs_the_model:
+            choice = measure(task)
+            profile, plan = choice.profile, choice.plan
+        else:
+            profile, plan = replan(task)
+        if settings.plan_only:
+            written = [output.write_side_file(settings.output, task.model, plan, profile)]
+        else:
+            written = output.write_planned(gguf.path, settings.output, plan, profile, consume=gguf.temporary)
+    if task.runs_the_model:
+        checkpoint.remove(settings.checkpoint)
+    return Written(written, plan, profile, checked=task.runs_the_model)
+
+
+def replan(task: Task) -> tuple:
+    """(Profile, Plan) from the file's own sensitivities, at once: not checked on any text."""
+    assert task.stored is not None
+    profile = replace(task.stored, held_out=None)
+    return profile, profile.plan(task.total, task.full, task.settings.token_rule)
+
+
+def measure(task: Task) -> choose.Choice:
+    """The plan by running the model; its sensitivities are measured unless the task has some."""
+    settings = task.settings
+    fits = _has_memory(task)
+    with Checkpoint(settings.checkpoint, task.source.path) as results:
+        if results.restarted:
+            say(f"{results.path} was of another model: measuring anew")
+        llm = load(task)
+        try:
+            # what the model itself has taken is known now
+            return _measured(task, llm, results, fits and _has_memory(task))
+        except CalibrationError as error:
+            raise ConvertError(_why_not_finite(task, error)) from error
+        finally:
+            llm.close()
+
+
+def _measured(task: Task, llm: Llama, results: Checkpoint, fits: bool) -> choose.Choice:
+    settings, full = task.settings, task.full
+    text = calibration_text(task, llm, results, settings.estimate_tokens if fits and not task.calibrated else 0)
+    decoded = text.held_out.ravel()
+    cost = None
+    if settings.cost == "ms" or settings.target_tps is not None:
+        cost = costs.measure(llm, full, decoded)
+        say(
+            f"decoding takes {cost.decode_ms(full):.1f} ms a token at full budget, {cost.fixed_ms:.1f} ms of it not experts"
+        )
+    if cost is not None and settings.target_tps is not None:
+        task = replace(task, total=costs.largest_total(cost, full, settings.target_tps))
+        if settings.token_rule == "estimate" and task.total < task.least:
+            raise ConvertError(
+                f"--target-tps {settings.target_tps:g}: leaves {task.total} activations, fewer than the {task.least} of "
+                f"--k-base {task.k_base} in every layer"
+            )
+    profile = task.stored or profiled(task, llm, text, results)
+    if cost is not None:
+        profile = replace(profile, cost=cost.activation_ms, cost_unit="ms")
+    elif settings.cost == "activations":
+        profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
+    tries = fits and task.tries_estimates
+    profile = replace(profile, estimator=_estimator(task, llm, profile, text, results) if tries else None)
+    if settings.max_ppl_increase is not None:
+        say(f"looking for the smallest budget within {settings.max_ppl_increase:.1%} of the full model's perplexity")
+        task = replace(task, total=choose.smallest_total(llm, profile, full, text, settings.max_ppl_increase))
+    limit = np.inf if settings.max_ppl_increase is None else settings.max_ppl_increase
+    choice = choose.choose(llm, profile, task.total, full, text, settings.token_rule, limit)
+    choose.report(choice)
+    if settings.target_tps is not None:
+        with waiting("decoding"):
+            say(f"measured with this plan: {1000 / costs.decode_ms(llm, choice.plan, decoded):.1f} tokens/s")
+    return choice
+
+
+def calibration_text(task: Task, llm: Llama, results: Checkpoint, n_fit: int) -> CalibrationText:
+    """From the file that the settings name, or written by the model. n_fit: tokens to calibrate estimates on."""
+    settings = task.settings
+    if settings.calib is not None:
+        with waiting("reading the calibration text"):
+            return calibration.from_file(llm, settings.calib, settings.calib_tokens, settings.ctx_size, n_fit)
+    say("the model writes its own calibration text (--calib FILE gives it one)")
+    return calibration.self_generated(llm, settings.calib_tokens, settings.ctx_size, settings.seed, results, n_fit)
+
+
+def profiled(task: Task, llm: Llama, text: CalibrationText, results: Checkpoint) -> Profile:
+    """The layers' sensitivities, measured."""
+    settings, full = task.settings, task.full
+    passes = sensitivity.n_passes(full, settings.profile)
+    windows = f"{len(text.profile)} windows of {settings.ctx_size} tokens"
+    say(f"profiling ({settings.profile}, {settings.metric}) on {text.source.source}: {passes} passes over {windows}")
+    start = time.monotonic()
+    rows, reused = sensitivity.measure(llm, full, text.profile, settings.profile, settings.metric, results)
+    before = f", {reused} cells of it measured before" if reused else ""
+    say(f"profiled in {time.monotonic() - start:.0f} s{before}")
+    return Profile(
+        rows, (1.0,) * len(full), text.source, metric=settings.metric, mode=settings.profile, k_base=settings.k_base
+    )
+
+
+def load(task: Task) -> Llama:
+    """The model at full budget, a window of the text in one piece, so that a run can start at a later layer."""
+    settings = task.settings
+    try:
+        with waiting("loading the model"):
+            llm = Llama(
+                str(task.source.path),
+                n_ctx=settings.ctx_size,
+                n_batch=settings.ctx_size,
+                n_ubatch=settings.ctx_size,
+                n_threads=settings.threads,
+                n_threads_batch=settings.threads,
+                n_gpu_layers=settings.n_gpu_layers,
+                n_cpu_moe=settings.n_cpu_moe,
+                seed=settings.seed,
+                verbose=False,
+            )
+    except PlanError:
+        raise
+    except ValueError as error:
+        raise ConvertError(f"{settings.model}: llama.cpp cannot load it: {error}") from None
+    llm.set_plan(None)
+    return llm
+
+
+def _has_memory(task: Task) -> bool:
+    """Whether estimates are to be tried and there is memory to calibrate them, said where there is not."""
+    settings = task.settings
+    if not task.tries_estimates:
+        return False
+    if task.calibrated:
+        return True
+    tokens = max(settings.estimate_tokens, settings.calib_tokens)
+    shape = max(tokens // settings.ctx_size, 1), settings.ctx_size
+    needed, free = estimator_fit.memory(task.full, task.n_expert, task.n_embd, shape), memory.available()
+    if settings.token_rule == "estimate" or free is None or needed <= free:
+        return True
+    say(
+        f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+        "are free (--token-rule estimate tries them all the same)"
+    )
+    return False
+
+
+def _estimator(
+    task: Task, llm: Llama, profile: Profile, text: CalibrationText, results: Checkpoint
+) -> Optional[Estimator]:
+    """The profile's Estimator or a new one; None, with a line that says why, where there can be none."""
+    if profile.estimator is not None:
+        return profile.estimator
+    needed = estimator_fit.memory(task.full, task.n_expert, task.n_embd, text.fit.shape)
+    say(f"calibrating estimates of experts on {text.fit.size} tokens, {needed / 1e9:.1f} GB beside the model")
+    # at full budget nothing is skipped to learn from
+    half = parse_budget("0.5", sum(task.full), sum(k > 0 for k in task.full))
+    at = max(task.total if task.total < sum(task.full) else half, task.least)
+    try:
+        found = estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
+        reason = "this model, or the backend that it runs on, cannot leave out single experts of a token"
+    except CalibrationError as error:
+        if not error.finite:
+            raise
+        found, reason = None, f"cannot be calibrated on this text ({error}); --calib FILE gives it another"
+    if found is None and task.settings.token_rule == "estimate":
+        raise ConvertError(f"token rule estimate: {reason}")
+    if found is None:
+        say(f"token rule estimate is left out: {reason}")
+    return found
+
+
+def _why_not_finite(task: Task, error: CalibrationError) -> str:
+    if error.finite:
+        return str(error)
+    tensor = weights_not_finite(task.source.path)
+    if tensor is not None:
+        return f"{task.settings.model}: {tensor} holds weights that are NaN or infinite: {error}"
+    return f"{task.settings.model}: {error}, though all of its weights are: it cannot be measured on this machine"

@@ -1,0 +1,123 @@
+"""What a conversion is asked for: the options, checked against each other before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import FrozenSet, Optional
+
+from allocmoe_edge.measure.cores import physical_cores
+from allocmoe_edge.plan import TOKEN_RULES, parse_budget
+from allocmoe_edge.plan.profile import Profile
+
+from . import ConvertError, quantize, sensitivity
+
+# how many activations a model has is not known before it is read: any number that one can have (llama.cpp's limits)
+_MOST_ACTIVATIONS = 512 * 1024
+_COSTS = ("activations", "ms")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of allocmoe-convert by their names, with their defaults; `allocmoe-convert --help` explains them.
+
+    given: names of those that the user has set, but for those of the machine.
+
+    Raises:
+        ConvertError: an option without one that it needs, or beside one that it contradicts.
+        PlanError: a budget that no model can have.
+    """
+
+    model: Path
+    output: Path
+    plan_only: bool = False
+    force: bool = False
+    budget: str = "0.5"
+    max_ppl_increase: Optional[float] = None
+    target_tps: Optional[float] = None
+    profile: str = "fast"
+    metric: str = "kl"
+    cost: Optional[str] = None
+    token_rule: Optional[str] = None
+    k_base: int = 1
+    reprofile: bool = False
+    calib: Optional[Path] = None
+    calib_tokens: int = 4096
+    estimate_tokens: int = 12288
+    ctx_size: int = 512
+    seed: int = 0
+    outtype: Optional[str] = None
+    quantize: Optional[str] = None
+    imatrix: Optional[Path] = None
+    allow_requantize: bool = False
+    pre_tokenizer: Optional[str] = None
+    threads: int = field(default_factory=physical_cores)
+    n_gpu_layers: int = 0
+    n_cpu_moe: int = 0
+    given: FrozenSet[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        choices = {"profile": sensitivity.MODES, "metric": sensitivity.METRICS, "quantize": quantize.FTYPES}
+        for name, allowed in {**choices, "cost": _COSTS, "token_rule": TOKEN_RULES}.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ConvertError(f"{option(name)} {value}: want one of: {', '.join(allowed)}")
+        least = {"k_base": 1, "calib_tokens": 1, "estimate_tokens": 1, "ctx_size": 2, "seed": 0, "threads": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConvertError(f"{option(name)} {getattr(self, name)}: want at least {low}")
+        parse_budget(self.budget, _MOST_ACTIVATIONS, 1)
+        for name in ("imatrix", "allow_requantize"):
+            if getattr(self, name) and self.quantize is None:
+                raise ConvertError(f"{option(name)} is for --quantize")
+        if self.calib is not None and "seed" in self.given:
+            raise ConvertError("--seed is for the text that the model writes, and --calib gives it one: leave one out")
+        if self.token_rule not in (None, "estimate") and "estimate_tokens" in self.given:
+            raise ConvertError(
+                f"--estimate-tokens is for token rule estimate: leave out --token-rule {self.token_rule}"
+            )
+        if self.target_tps is not None and self.cost == "activations":
+            raise ConvertError("--target-tps spends milliseconds: leave out --cost activations")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where what has been measured is kept until the output is complete."""
+        return checkpoint_path(self.output)
+
+    @property
+    def fixed_budget(self) -> bool:
+        """Whether the budget is what the user says, and not found by running the model."""
+        return self.max_ppl_increase is None and self.target_tps is None
+
+    def check_stored(self, stored: Profile, runs_the_model: bool) -> None:
+        """Refuses options that have no say where sensitivities are taken from the file.
+
+        Args:
+            stored: the file's profile.
+            runs_the_model: whether it is run on text all the same.
+
+        Raises:
+            ConvertError: names the option, and what would make it usable.
+        """
+        measured = {"profile": stored.mode, "metric": stored.metric, "k_base": stored.k_base}
+        unused = {name for name, value in measured.items() if getattr(self, name) != value}
+        if not runs_the_model:
+            unused |= {"calib_tokens", "estimate_tokens", "ctx_size", "seed"}
+        elif stored.estimator is not None:
+            unused.add("estimate_tokens")
+        for name in sorted(unused & self.given):
+            was = f" were measured with {option(name)} {measured[name]}" if name in measured else " need no text"
+            raise ConvertError(
+                f"{option(name)}: has no effect, for the sensitivities stored in {self.model} are used, which{was}; "
+                "--reprofile measures anew, --calib FILE on a text of yours"
+            )
+
+
+def checkpoint_path(output: Path) -> Path:
+    """The checkpoint of a conversion to `output`."""
+    return output.with_name(output.name + ".profile")
+
+
+def option(name: str) -> str:
+    """How the option for a field of `Settings` is written."""
+    return "--" + name.replace("_", "-")

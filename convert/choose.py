@@ -40,8 +40,10 @@ class Choice:
 def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.ndarray) -> Dict[str, Score]:
     """Every plan's Score, and the full model's under the name "full"; windows int32, shape [n_windows, n_ctx].
 
+    Infinity where a plan's predictions are no numbers.
+
     Raises:
-        CalibrationError: the model computes NaN or infinity.
+        CalibrationError: the full model's are none.
     """
     nll, kl, spent = (dict.fromkeys(("full", *plans), 0.0) for _ in range(3))
     total = len(token_windows) * (1 + len(plans))
@@ -61,8 +63,12 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
                 spent[name] += llm.expert_stats()["prefill"]["mean"].sum() / n
                 bar.update()
     spent["full"] = float(sum(full))
-    if not np.isfinite([*nll.values(), *kl.values()]).all():
-        raise CalibrationError("its predictions on held-out text are not finite", finite=False)
+    if not np.isfinite(nll["full"]):
+        raise CalibrationError("the model's own predictions on held-out text are not finite", finite=False)
+    for name in plans:
+        # what is no number is no rival
+        if not np.isfinite([nll[name], kl[name]]).all():
+            nll[name] = kl[name] = np.inf
     return {name: Score(float(np.exp(nll[name])), kl[name], spent[name]) for name in nll}
 
 
@@ -106,6 +112,8 @@ def choose(
         return min(names, key=lambda name: (measured[name].perplexity > limit, measured[name].kl))
 
     best = ESTIMATE if token_rule == "estimate" else best_of(list(candidates))
+    if not np.isfinite(measured[best].kl):
+        raise CalibrationError("no plan's predictions on held-out text are finite", finite=False)
     uniform = next(measured[name] for name in candidates if name.startswith("uniform"))
     held_out = HeldOut(
         int(text.held_out.size),

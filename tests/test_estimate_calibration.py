@@ -1,6 +1,8 @@
 """Calibrating token rule "estimate": the linear algebra against known answers, then the whole on a real model."""
 
 from dataclasses import fields, replace
+import functools
+from pathlib import Path
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import estimate, estimator_fit, regression
@@ -373,24 +375,42 @@ def test_sizes_are_settled_before_outputs(llm, calibrated):
     assert not calibrated.log_norm[:, :, :rank].any() and calibrated.log_norm[:, :, rank:-1].any()
 
 
-def test_one_window_will_do(llm, text, profile):
-    found = estimate.calibrate(llm, profile, 180, FULL, text[:1], n_size=4, n_relu=3, rank=2)
-    assert found.n_down == 9 and found.n_relu == 3 and found.plan(180, FULL).budget_total == 180
+# on a model so small that it takes no time
+
+SMALL = (4,) * 4
 
 
-def test_what_an_interrupted_run_has_found_is_used(llm, text, profile, tmp_path, testbed_path, monkeypatch):
+@pytest.fixture(scope="module")
+def small(built):
+    """A tiny model, windows of random tokens, and a made-up profile."""
+    llm = Llama(str(built["olmoe"].gguf_path), n_ctx=64, n_batch=64, n_ubatch=64, n_threads=1, verbose=False)
+    windows = np.random.default_rng(0).integers(3, 300, (3, 64)).astype(np.int32)
+    rows = tuple(np.linspace(1.1, 0.0, 4) for _ in SMALL)
+    return llm, windows, metadata.Profile(rows, (1.0,) * 4, metadata.Calibration("made up", 1, "0"))
+
+
+def test_one_window_will_do(small):
+    llm, windows, profile = small
+    found = estimate.calibrate(llm, profile, 8, SMALL, windows[:1], n_size=4, n_relu=3, rank=2)
+    assert found.n_down == 9 and found.n_relu == 3 and found.plan(8, SMALL).budget_total == 8
+
+
+def test_what_an_interrupted_run_has_found_is_used(small, tmp_path, monkeypatch):
     """The same, bit for bit, as without an interruption; stages that are done run the model no more."""
-    whole = estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2)
+    llm, windows, profile = small
+    calibrate = functools.partial(estimate.calibrate, llm, profile, full=SMALL, token_windows=windows, n_size=4, rank=2)
+    whole = calibrate(total=8)
     stages = []
-    with Checkpoint(tmp_path / "p", testbed_path) as checkpoint, monkeypatch.context() as patch:
+    path = Path(llm.model_path)
+    with Checkpoint(tmp_path / "p", path) as checkpoint, monkeypatch.context() as patch:
         patch.setattr(estimate, "_outputs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+            calibrate(total=8, checkpoint=checkpoint)
     monkeypatch.setattr(estimate, "recording", lambda *args, **kw: stages.append(args) or recording(*args, **kw))
-    with Checkpoint(tmp_path / "p", testbed_path) as checkpoint:
-        resumed = estimate.calibrate(llm, profile, 180, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+    with Checkpoint(tmp_path / "p", path) as checkpoint:
+        resumed = calibrate(total=8, checkpoint=checkpoint)
         assert len(stages) == 1
-        estimate.calibrate(llm, profile, 120, FULL, text[:3], n_size=4, rank=2, checkpoint=checkpoint)
+        calibrate(total=6, checkpoint=checkpoint)
         assert len(stages) == 2  # another budget skips other experts
     for field in fields(whole):
         assert np.array_equal(getattr(whole, field.name), getattr(resumed, field.name)), field.name

@@ -7,8 +7,8 @@ import time
 from typing import Optional
 
 from allocmoe_edge import Llama, Plan, parse_budget
+from allocmoe_edge.command import load_errors
 from allocmoe_edge.measure import memory
-from allocmoe_edge.plan import PlanError
 from allocmoe_edge.plan.estimator import Estimator
 from allocmoe_edge.plan.profile import Profile
 import numpy as np
@@ -154,24 +154,19 @@ def profiled(task: Task, llm: Llama, text: CalibrationText, results: Checkpoint)
 def load(task: Task) -> Llama:
     """The model at full budget, a window of the text in one piece, so that a run can start at a later layer."""
     settings = task.settings
-    try:
-        with waiting("loading the model"):
-            llm = Llama(
-                str(task.source.path),
-                n_ctx=settings.ctx_size,
-                n_batch=settings.ctx_size,
-                n_ubatch=settings.ctx_size,
-                n_threads=settings.threads,
-                n_threads_batch=settings.threads,
-                n_gpu_layers=settings.n_gpu_layers,
-                n_cpu_moe=settings.n_cpu_moe,
-                seed=settings.seed,
-                verbose=False,
-            )
-    except PlanError:
-        raise
-    except ValueError as error:
-        raise ConvertError(f"{settings.model}: llama.cpp cannot load it: {error}") from None
+    with load_errors(settings.model), waiting("loading the model"):
+        llm = Llama(
+            str(task.source.path),
+            n_ctx=settings.ctx_size,
+            n_batch=settings.ctx_size,
+            n_ubatch=settings.ctx_size,
+            n_threads=settings.threads,
+            n_threads_batch=settings.threads,
+            n_gpu_layers=settings.n_gpu_layers,
+            n_cpu_moe=settings.n_cpu_moe,
+            seed=settings.seed,
+            verbose=False,
+        )
     llm.set_plan(None)
     return llm
 

@@ -63,7 +63,7 @@ int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count
         // what it has left over says nothing about this plan
         llama_synchronize(ctx);
         const auto & first = *allocmoe_access::state(ctx).spent;
-        std::fill_n(first.left, (size_t) n_layer*first.n_left, 0.0f);
+        std::fill_n(first.left, (size_t) n_layer*llama_n_seq_max(ctx)*first.n_left, 0.0f);
     }
 
     settings.plan = std::move(plan);

@@ -1,5 +1,6 @@
 #include "allocmoe-context.h"
 
+#include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 #include "allocmoe-prefetch.h"
 
@@ -10,6 +11,7 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -27,8 +29,12 @@ const allocmoe_settings & allocmoe_access::settings(const llama_context * ctx) {
 }
 
 void allocmoe_access::set_settings(llama_context * ctx, allocmoe_settings settings) {
-    ctx->cparams.allocmoe.settings = std::make_shared<const allocmoe_settings>(std::move(settings));
-    ctx->sched_need_reserve = true; // the graph's shapes depend on them
+    auto made = std::make_shared<const allocmoe_settings>(std::move(settings));
+    const auto * graph = ctx->gf_res_prev_active ? ctx->gf_res_prev_active->allocmoe.get() : nullptr;
+    if (!graph || !graph->serves(made)) {
+        ctx->sched_need_reserve = true; // the graph's shapes depend on them
+    }
+    ctx->cparams.allocmoe.settings = std::move(made);
 }
 
 int64_t allocmoe_access::set_prefetch(llama_context * ctx, bool prefetch) {
@@ -38,19 +44,15 @@ int64_t allocmoe_access::set_prefetch(llama_context * ctx, bool prefetch) {
     return n_bytes;
 }
 
-bool allocmoe_same_graph(const allocmoe_cparams & a, const allocmoe_cparams & b) {
-    return a.settings == b.settings;
-}
-
 bool allocmoe_runs_token_rules(ggml_backend_dev_t device) {
     return device && ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), ALLOCMOE_PROC_TOKEN_RULES);
 }
 
 // In pinned memory of the model's device where it has one that runs token rules: those write there without a copy to the host.
-// n_left: positions for which is kept what is left over.
-static void allocate_spent(allocmoe_state & state, const llama_model & model, int32_t n_left) {
+// n_left: positions of each of n_seq sequences for which is kept what is left over.
+static void allocate_spent(allocmoe_state & state, const llama_model & model, int32_t n_left, int32_t n_seq) {
     const size_t n_layer = model.hparams.n_layer_all;
-    const size_t n_bytes = n_layer*(sizeof(allocmoe_spent) + n_left*sizeof(float));
+    const size_t n_bytes = n_layer*(sizeof(allocmoe_spent) + n_seq*n_left*sizeof(float));
     for (const auto & device : model.devices) {
         auto * type   = allocmoe_runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
         auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;
@@ -71,7 +73,7 @@ static void allocate_spent(allocmoe_state & state, const llama_model & model, in
     }
     auto * left = (float *) (state.spent.get() + n_layer);
     for (size_t il = 0; il < n_layer; ++il) {
-        state.spent.get()[il].left   = left + il*n_left;
+        state.spent.get()[il].left   = left + il*n_seq*n_left;
         state.spent.get()[il].n_left = n_left;
     }
 }
@@ -85,7 +87,10 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         phase.activations.resize(n_layer);
         phase.tokens     .resize(n_layer);
     }
-    allocate_spent(*state, model, cparams.n_ctx_seq);
+    // Where sequences share the context's cells, any of them may come to have all, but not each: what is kept is four times
+    // the cells. A rollback further back than a sequence's part finds what later text has left.
+    const uint32_t n_left = std::min<uint64_t>(cparams.n_ctx_seq, std::max<uint64_t>(1, 4ull*cparams.n_ctx/cparams.n_seq_max));
+    allocate_spent(*state, model, n_left, cparams.n_seq_max);
     state->n_layer_main = model.hparams.n_layer();
     state->records.layers .resize(n_layer);
     state->records.outputs.resize(n_layer);

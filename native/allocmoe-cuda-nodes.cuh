@@ -64,6 +64,11 @@ static __global__ void allocmoe_mask_weights_kernel(const float * weights, const
     }
 }
 
+// What ALLOCMOE_NODE_IDS and _BY_SIZE read of each token.
+static bool allocmoe_cuda_has_values(const ggml_tensor * limits, const ggml_tensor * places) {
+    return limits->type == GGML_TYPE_F32 && ggml_is_contiguous(limits) && (!places || (places->type == GGML_TYPE_I32 && ggml_is_contiguous(places)));
+}
+
 static bool allocmoe_cuda_has_rows_of(const ggml_tensor * tensor, ggml_type type) {
     return tensor->type == type && tensor->nb[0] == ggml_type_size(type);
 }
@@ -80,6 +85,7 @@ static bool allocmoe_cuda_supports(const ggml_tensor * node) {
         case ALLOCMOE_NODE_IDS:
             // a rule or value that is not known here stays on the CPU
             return (params.rule == ALLOCMOE_NODE_RULE_BATCH || params.rule == ALLOCMOE_NODE_RULE_THRESHOLD) &&
+                allocmoe_cuda_has_values(node->src[2], node->src[3]) &&
                 params.value >= ALLOCMOE_NODE_VALUE_SCORE && params.value <= ALLOCMOE_NODE_VALUE_REMAINING &&
                 allocmoe_cuda_has_rows_of(a, GGML_TYPE_I32) && allocmoe_cuda_has_rows_of(b, GGML_TYPE_F32) && node->type == GGML_TYPE_I32;
         case ALLOCMOE_NODE_WEIGHTS:
@@ -87,6 +93,9 @@ static bool allocmoe_cuda_supports(const ggml_tensor * node) {
         case ALLOCMOE_NODE_IDS_BY_SIZE:
         case ALLOCMOE_NODE_SKIPPED:
             if (params.kind == ALLOCMOE_NODE_SKIPPED && (node->ne[0] > ALLOCMOE_MAX_BLOCK || node->ne[0] % WARP_SIZE != 0 || !ggml_is_contiguous(node->src[3]))) {
+                return false;
+            }
+            if (params.kind == ALLOCMOE_NODE_IDS_BY_SIZE && !allocmoe_cuda_has_values(node->src[4], node->src[5])) {
                 return false;
             }
             return allocmoe_cuda_has_rows_of(a, GGML_TYPE_I32) && b->type == GGML_TYPE_F32 && allocmoe_cuda_has_rows_of(node->src[2], GGML_TYPE_F32) &&

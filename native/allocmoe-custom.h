@@ -20,23 +20,25 @@
 // What a layer's token rule has spent, in memory that the host and every device that runs the rule can write.
 struct allocmoe_spent {
     int64_t activations[2]; // by ALLOCMOE_PHASE_*
-    // Activations that a strict rule has left over after the token at each position, [n_left], positions beyond taking the
-    // first places again. By position, so that a token's experts depend on the tokens before it in its sequence, and not on
-    // what else the context has read, or has removed since. Sequences of one context share it.
+    // Activations that a strict rule has left over after the token at each position of each sequence, [n_seq_max][n_left],
+    // positions beyond taking the first places again. So a token's experts depend on the tokens before it in its sequence,
+    // and not on what else the context has read, or has removed since. A token of several sequences counts for its first.
     float * left;
     int32_t n_left;
 };
 
-// What is left over before the token at a position.
-ALLOCMOE_FN float allocmoe_left_before(const allocmoe_spent & spent, int32_t position) {
-    return position > 0 ? spent.left[(position - 1) % spent.n_left] : 0.0f;
-}
+// Where in `left` a token finds what is left over before it, and puts what is after it; -1 for nowhere. A sequence's first
+// token finds nothing.
+struct allocmoe_place {
+    int32_t before;
+    int32_t after;
+};
 
-ALLOCMOE_FN void allocmoe_leave(const allocmoe_spent & spent, int32_t position, float left) {
-    if (position >= 0) {
-        spent.left[position % spent.n_left] = left;
-    }
-}
+// What a token may activate in a layer: its sequence's planned count, and threshold.
+struct allocmoe_limit {
+    float k;
+    float threshold;
+};
 
 // How far a strict threshold on log sizes moves for each activation that is left over, and how many of those count. A
 // hundredth: a text that would spend an eighth too little takes some 50 tokens to be met, and the threshold hardly moves
@@ -46,10 +48,11 @@ static constexpr float ALLOCMOE_STRICT_LEFT = 400.0f;
 
 enum {
     ALLOCMOE_NODE_IDS = 1, // ids by rank, -1 where the token rule skips; src: ids [n_used, n_tokens], scores [n_expert, n_tokens],
-                           // positions [n_tokens] if strict, null where nothing is left over from token to token
+                           // limits [2, n_tokens, n_layer] (allocmoe_limit), and if strict places [2, n_tokens] (allocmoe_place),
+                           // null where nothing is left over from token to token
     ALLOCMOE_NODE_WEIGHTS, // weights, `skipped` where the ids are -1;    src: weights [1, n_used, n_tokens], ids [n_used, n_tokens]
     // under ALLOCMOE_RULE_ESTIMATE, u being [n_down, n_tokens]
-    ALLOCMOE_NODE_IDS_BY_SIZE, // as ALLOCMOE_NODE_IDS; src: ids, weights, u, log_norm [n_down + 1, n_expert], positions
+    ALLOCMOE_NODE_IDS_BY_SIZE, // as ALLOCMOE_NODE_IDS; src: ids, weights, u, log_norm [n_down + 1, n_expert], limits, places
     ALLOCMOE_NODE_SKIPPED,     // sum of w_e (output_e + u) over what is skipped, [rank padded with zeros, n_tokens];
                                // src: ids, weights, u, ids with -1, output [rank, n_expert]
 };
@@ -72,9 +75,8 @@ struct allocmoe_node {
     int8_t   strict;
     int16_t  rule;      // ALLOCMOE_NODE_RULE_*
     int16_t  n_relu;    // of the last so many of u, what is positive
-    int32_t  k_base;
-    int32_t  k;
-    float    threshold;
+    int32_t  k_base;    // experts that every token keeps, as far as its count goes
+    int32_t  il;        // layer
     float    skipped;
     int32_t  value;     // ALLOCMOE_NODE_VALUE_*
     allocmoe_spent * spent;

@@ -41,22 +41,19 @@ void allocmoe_build_estimate(ggml_context * ctx, llm_graph_result & res, int il,
     if (layer.rule.rule != ALLOCMOE_RULE_ESTIMATE) {
         return;
     }
-    const auto & estimates = layer.estimates->layers[il];
+    const auto & estimates = layer.plan->estimates->layers[il];
     layer.reduced = ggml_mul_mat(ctx, estimates.down, input);
     if (layer.instrument.record) {
         return; // all experts run, and the rule is applied to what they give
     }
 
-    ggml_tensor * args[] = { layer.selected, weights, layer.reduced, estimates.log_norm, layer.positions };
-    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args, layer.positions ? 5 : 4, compute_routed_by_size, 1, nullptr);
-    allocmoe_node node = layer.rule;
+    allocmoe_node node = {};
     node.kind   = ALLOCMOE_NODE_IDS_BY_SIZE;
-    node.n_relu = layer.estimates->n_relu;
-    allocmoe_set_node(layer.routed, node);
+    node.n_relu = layer.plan->estimates->n_relu;
+    layer.routed = allocmoe_build_routed(ctx, layer, node, { layer.selected, weights, layer.reduced, estimates.log_norm }, compute_routed_by_size);
 
     if (estimates.up) {
-        args[3] = layer.routed;
-        args[4] = estimates.output;
+        ggml_tensor * args[] = { layer.selected, weights, layer.reduced, layer.routed, estimates.output };
         ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.up->ne[0], layer.selected->ne[1], 1, 1, args, 5, compute_skipped, 1, nullptr);
         node = {};
         node.kind = ALLOCMOE_NODE_SKIPPED;

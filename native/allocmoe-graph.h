@@ -3,6 +3,7 @@
 
 #include "allocmoe-estimator.h"
 #include "allocmoe-instrument.h"
+#include "allocmoe-plan.h"
 #include "allocmoe-token-rule.h"
 
 #include <cstdint>
@@ -12,19 +13,40 @@
 
 class  llm_graph_result;
 struct allocmoe_state;
+struct llama_cparams;
+
+// How a layer is built: what of its token rule is part of the graph, and not a value that the rule's node reads.
+struct allocmoe_layer_rule {
+    int64_t n_ranked; // experts for each token
+    int32_t rule;     // ALLOCMOE_RULE_*, that of the node
+    int32_t k_base;
+    int32_t value;    // ALLOCMOE_VALUE_*
+    bool    strict;
+
+    bool operator==(const allocmoe_layer_rule & other) const;
+};
 
 struct allocmoe_graph {
+    // what the nodes of layers with the same tokens read: set before each run
+    struct input {
+        int64_t       n_tokens;
+        ggml_tensor * limits; // F32 [2, n_tokens, block_count], allocmoe_limit
+        ggml_tensor * places; // I32 [2, n_tokens], allocmoe_place; null while no layer needs it
+    };
+
     struct layer {
         int     il;
         int64_t n_tokens;
+        int64_t n_full;      // experts for each token without a plan
         int64_t activations; // by one run of the graph; 0 where the token rule's node counts them
 
-        allocmoe_node                             rule; // rule, value, k_base, k, threshold, strict
-        allocmoe_instrument                       instrument;
-        std::shared_ptr<allocmoe_state>           state;
-        std::shared_ptr<const allocmoe_estimates> estimates;
+        allocmoe_layer_rule                  rule;
+        allocmoe_instrument                  instrument;
+        std::shared_ptr<allocmoe_state>      state;
+        std::shared_ptr<const allocmoe_plan> plan; // null for the model's own counts
 
-        ggml_tensor * positions; // of the tokens, or nullptr where nothing is left over from token to token
+        ggml_tensor * limits;    // of the input with these tokens, or nullptr where there is no rule
+        ggml_tensor * places;    // or nullptr where nothing is left over from token to token
         ggml_tensor * selected;  // expert ids by rank
         ggml_tensor * scores;    // what they were ranked by, of all experts
         ggml_tensor * routed;    // the ids with -1 where the token rule skips, or nullptr
@@ -38,13 +60,24 @@ struct allocmoe_graph {
         std::vector<float> outputs; // of that node, for one token: [n_used + 1][n_embd]
     };
     std::deque<layer> layers; // nodes point into it
+    std::deque<input> inputs;
+
+    std::shared_ptr<const allocmoe_settings> settings; // in force
+    bool                                     warmup;
+    bool                                     for_devices; // allocmoe_state::spent_on_devices
+
+    // Whether it is what would be built under these settings.
+    bool serves(const std::shared_ptr<const allocmoe_settings> & other) const;
 
     // Null for a layer that the hooks have not been told of: experts that are given, warm-up.
     layer * find(int il);
 };
 
 // The graph's own, made where there is none yet.
-allocmoe_graph & allocmoe_graph_of(llm_graph_result & res);
+allocmoe_graph & allocmoe_graph_of(llm_graph_result & res, const llama_cparams & cparams);
+
+// The node that a layer's ids come from, from its sources but for the rule's values.
+ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute);
 
 //
 // what the nodes' functions share

@@ -26,9 +26,6 @@ struct allocmoe_cparams {
     std::shared_ptr<allocmoe_state>          state;
 };
 
-// Whether a graph that was built for one serves the other as well.
-bool allocmoe_same_graph(const allocmoe_cparams & a, const allocmoe_cparams & b);
-
 // What the model's metadata has of allocmoe.*, null if that is nothing. Throws std::runtime_error if it is invalid.
 std::shared_ptr<const allocmoe_model> allocmoe_load_model(const gguf_context * meta, const llama_hparams & hparams);
 

@@ -78,7 +78,7 @@ static void record_inputs(const record_args & a, const ggml_tensor * weighted, c
     float * missing = nullptr;
     if (sizes) {
         std::transform(sizes, sizes + a.n_used, keys, allocmoe_size_key);
-        allocmoe_keep_by_size(keys, a.n_used, a.layer.rule.k_base, a.layer.rule.threshold);
+        allocmoe_keep_by_size(keys, a.n_used, a.layer.rule.k_base, a.layer.plan->threshold[a.layer.il]);
         missing = a.row(floats[ALLOCMOE_FLOATS_MISSING], t, a.n_embd);
         std::fill_n(missing, a.n_embd, 0.0f);
     }
@@ -88,7 +88,7 @@ static void record_inputs(const record_args & a, const ggml_tensor * weighted, c
         const float   w = allocmoe_weight(a.weights, t, r);
         const float * y = (const float *) weighted->data + (t*a.n_used + r)*a.n_embd;
         const double squares = allocmoe_sum(a.n_embd, [&](int64_t i) { return (double) y[i]*y[i]; });
-        if (sizes && (uint32_t) keys[r] < allocmoe_key(a.layer.rule.threshold)) {
+        if (sizes && (uint32_t) keys[r] < allocmoe_key(a.layer.plan->threshold[a.layer.il])) {
             std::transform(y, y + a.n_embd, missing, missing, std::plus<float>());
         }
         weight[r] = w;
@@ -114,7 +114,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
     allocmoe_estimate_args estimate = {};
     if (reduced) {
         estimate = allocmoe_estimate_args_of(ids, a.weights, reduced, log_norm);
-        estimate.node.n_relu = layer.estimates->n_relu;
+        estimate.node.n_relu = layer.plan->estimates->n_relu;
     }
     if (!layer.has_room) {
         for (int64_t i = 0; i < a.n_used*a.n_tokens; ++i) {
@@ -172,7 +172,7 @@ ggml_tensor * allocmoe_build_record(ggml_context * ctx, llm_graph_result & res, 
     layer->outputs.resize((experts->ne[1] + 1)*experts->ne[0]);
     res.add_input(std::make_unique<allocmoe_input_records>(*layer, experts->ne[1], experts->ne[0]));
 
-    ggml_tensor * log_norm = layer->reduced ? layer->estimates->layers[il].log_norm : nullptr;
+    ggml_tensor * log_norm = layer->reduced ? layer->plan->estimates->layers[il].log_norm : nullptr;
     ggml_tensor * args[] = { experts, weights, layer->selected, layer->scores, layer->input, layer->reduced, log_norm };
     const int n_args = layer->reduced ? 7 : layer->instrument.record_inputs ? 5 : 4;
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[1], experts->ne[2], 1, args, n_args, compute_record, 1, layer);

@@ -39,6 +39,12 @@ struct allocmoe_settings {
     std::map<int32_t, std::shared_ptr<const allocmoe_plan>> seq_plans;
 
     allocmoe_instrument instrument = {};
+
+    // Of a token of this sequence, where there is a plan.
+    const allocmoe_plan & plan_of(int32_t seq_id) const {
+        const auto own = seq_plans.find(seq_id);
+        return own == seq_plans.end() ? *plan : *own->second;
+    }
 };
 
 // What a model's file carries.

@@ -21,9 +21,94 @@ static_assert((int) ALLOCMOE_NODE_RULE_BATCH      == ALLOCMOE_RULE_BATCH     &&
               (int) ALLOCMOE_NODE_VALUE_RELATIVE  == ALLOCMOE_VALUE_RELATIVE &&
               (int) ALLOCMOE_NODE_VALUE_REMAINING == ALLOCMOE_VALUE_REMAINING, "allocmoe-custom.h repeats allocmoe.h");
 
-allocmoe_graph & allocmoe_graph_of(llm_graph_result & res) {
+// What the graph's inputs are set from: a plan for each token.
+class allocmoe_input : public llm_graph_input_i {
+public:
+    explicit allocmoe_input(std::shared_ptr<allocmoe_graph> graph) : graph(std::move(graph)) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        for (const auto & input : graph->inputs) {
+            if (input.limits->buffer) {
+                set_limits(input, *ubatch);
+            }
+            if (input.places && input.places->buffer) {
+                set_places(input, *ubatch);
+            }
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        const auto & settings = params.cparams.allocmoe.settings;
+        if (graph->warmup != params.cparams.warmup || graph->for_devices != params.cparams.allocmoe.state->spent_on_devices || !graph->serves(settings)) {
+            return false;
+        }
+        graph->settings = settings;
+        return true;
+    }
+
+private:
+    void set_limits(const allocmoe_graph::input & input, const llama_ubatch & ubatch) {
+        limits.resize(ggml_nelements(input.limits)/2);
+        // a layer behind the choice of the tokens whose output is wanted sees those alone
+        const bool all = input.n_tokens == ubatch.n_tokens;
+        int64_t to = 0;
+        const auto set = [&](const allocmoe_plan & plan) {
+            for (const auto & layer : graph->layers) {
+                if (layer.limits == input.limits) {
+                    limits[layer.il*input.n_tokens + to] = limit_of(plan, layer);
+                }
+            }
+            ++to;
+        };
+        for (uint32_t t = 0; t < ubatch.n_tokens && to < input.n_tokens; ++t) {
+            if (all || (ubatch.output && ubatch.output[t])) {
+                set(graph->settings->plan_of(sequence_of(ubatch, t)));
+            }
+        }
+        while (to < input.n_tokens) {
+            set(*graph->settings->plan); // of what these tokens are, nobody has said anything
+        }
+        ggml_backend_tensor_set(input.limits, limits.data(), 0, ggml_nbytes(input.limits));
+    }
+
+    static int32_t sequence_of(const llama_ubatch & ubatch, int64_t t) {
+        return ubatch.seq_id && ubatch.n_seq_id[t] > 0 ? ubatch.seq_id[t][0] : 0;
+    }
+
+    static allocmoe_limit limit_of(const allocmoe_plan & plan, const allocmoe_graph::layer & layer) {
+        const int32_t k     = plan.expert_used_count[layer.il];
+        allocmoe_limit limit = { (float) (k > 0 ? k : layer.n_full), plan.threshold.empty() ? 0.0f : plan.threshold[layer.il] };
+        // all, or no more than every token keeps: without a say of the threshold
+        if (plan.token_rule != ALLOCMOE_RULE_ESTIMATE && !layer.instrument.record) {
+            limit.threshold = limit.k >= layer.n_full ? -INFINITY : limit.k <= layer.rule.k_base ? INFINITY : limit.threshold;
+        }
+        return limit;
+    }
+
+    void set_places(const allocmoe_graph::input & input, const llama_ubatch & ubatch) {
+        const int32_t n_left = graph->layers.front().state->spent.get()->n_left;
+        places.assign(input.n_tokens, { -1, -1 });
+        for (int64_t t = 0; t < std::min<int64_t>(input.n_tokens, ubatch.n_tokens); ++t) {
+            const int32_t position = ubatch.pos[t];
+            const int32_t first    = sequence_of(ubatch, t)*n_left;
+            places[t].before = position >  0 ? first + (position - 1) % n_left : -1;
+            places[t].after  = position >= 0 ? first +  position      % n_left : -1;
+        }
+        ggml_backend_tensor_set(input.places, places.data(), 0, ggml_nbytes(input.places));
+    }
+
+    std::shared_ptr<allocmoe_graph> graph;
+    std::vector<allocmoe_limit>     limits;
+    std::vector<allocmoe_place>     places;
+};
+
+allocmoe_graph & allocmoe_graph_of(llm_graph_result & res, const llama_cparams & cparams) {
     if (!res.allocmoe) {
         res.allocmoe = std::make_shared<allocmoe_graph>();
+        res.allocmoe->settings = cparams.allocmoe.settings;
+        res.allocmoe->warmup   = cparams.warmup;
+        res.allocmoe->for_devices = cparams.allocmoe.state->spent_on_devices;
+        res.add_input(std::make_unique<allocmoe_input>(res.allocmoe));
     }
     return *res.allocmoe;
 }
@@ -45,87 +130,131 @@ ggml_tensor * allocmoe_routed(const llm_graph_result & res, ggml_tensor * ids) {
     return ids;
 }
 
-// graph input: the tokens' positions, [n_tokens]
-class allocmoe_input_positions : public llm_graph_input_i {
-public:
-    explicit allocmoe_input_positions(ggml_tensor * positions) : positions(positions) {}
+bool allocmoe_layer_rule::operator==(const allocmoe_layer_rule & other) const {
+    return n_ranked == other.n_ranked && rule == other.rule && k_base == other.k_base && value == other.value && strict == other.strict;
+}
 
-    void set_input(const llama_ubatch * ubatch) override {
-        if (positions->buffer) {
-            ggml_backend_tensor_set(positions, ubatch->pos, 0, ggml_nbytes(positions));
+static allocmoe_layer_rule rule_of(const allocmoe_settings & settings, int il, int64_t n_full) {
+    allocmoe_layer_rule rule = { n_full, ALLOCMOE_RULE_OFF, 0, 0, false };
+    const auto * plan = settings.plan.get();
+    if (!plan || il >= (int) plan->expert_used_count.size() || plan->expert_used_count[il] == 0) {
+        return rule;
+    }
+    // over the context's plan and those of its sequences
+    int64_t least = n_full, most = 1;
+    bool    shares = false; // with every candidate kept, or none to share, the rule is top-k
+    const auto look_at = [&](const allocmoe_plan & x) {
+        const int64_t k = x.expert_used_count[il] > 0 ? std::min<int64_t>(n_full, x.expert_used_count[il]) : n_full;
+        least  = std::min(least, k);
+        most   = std::max(most,  k);
+        shares = shares || (x.token_rule == ALLOCMOE_RULE_ESTIMATE
+            ? x.k_base < n_full && !x.threshold.empty() && x.threshold[il] > -INFINITY // by its threshold alone
+            : x.k_base < k && k < n_full);
+    };
+    look_at(*plan);
+    for (const auto & seq : settings.seq_plans) {
+        look_at(*seq.second);
+    }
+
+    const bool record = settings.instrument.record;
+    rule.k_base = plan->k_base;
+    rule.value  = plan->value;
+    rule.strict = plan->strict && !record;
+    if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        rule.rule = shares || record ? ALLOCMOE_RULE_ESTIMATE : ALLOCMOE_RULE_OFF;
+    } else if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || record || least < most)) {
+        rule.rule = plan->token_rule;
+    } else if (least < most) {
+        // top-k with a count for each token: what every token keeps, as far as its count goes, is all there is
+        rule = { most, ALLOCMOE_RULE_THRESHOLD, (int32_t) most, ALLOCMOE_VALUE_SCORE, false };
+    } else if (plan->token_rule != ALLOCMOE_RULE_ESTIMATE) {
+        rule.n_ranked = most;
+    }
+    return rule;
+}
+
+bool allocmoe_graph::serves(const std::shared_ptr<const allocmoe_settings> & other) const {
+    if (other == settings) {
+        return true;
+    }
+    const auto & now  = settings->instrument;
+    const auto & then = other->instrument;
+    if (now.record != then.record || now.record_inputs != then.record_inputs || now.keep_outputs != then.keep_outputs || now.start_layer != then.start_layer ||
+            (now.record && settings->plan != other->plan)) {
+        return false;
+    }
+    return std::all_of(layers.begin(), layers.end(), [&](const layer & x) {
+        const auto rule = rule_of(*other, x.il, x.n_full);
+        return rule == x.rule && (rule.rule != ALLOCMOE_RULE_ESTIMATE || other->plan->estimates == x.plan->estimates);
+    });
+}
+
+// The values of the rule that a layer with so many tokens reads: those of an earlier layer, or new ones.
+static allocmoe_graph::input & values_of(ggml_context * ctx, allocmoe_graph & graph, int64_t n_tokens, int64_t n_layer) {
+    for (auto & input : graph.inputs) {
+        if (input.n_tokens == n_tokens) {
+            return input;
         }
     }
-    bool can_reuse(const llm_graph_params & params) override { return positions->ne[0] == params.ubatch.n_tokens; }
-
-private:
-    ggml_tensor * positions;
-};
-
-// The input that an earlier layer has made, or a new one; null for a layer that does not see every token.
-static ggml_tensor * positions_of(ggml_context * ctx, llm_graph_result & res, const llama_cparams & cparams, int il, int64_t n_tokens) {
-    if (il + 1 >= cparams.allocmoe.state->n_layer_main) {
-        return nullptr; // behind the choice of the tokens whose output is wanted
-    }
-    for (const auto & layer : allocmoe_graph_of(res).layers) {
-        if (layer.positions) {
-            return layer.positions->ne[0] == n_tokens ? layer.positions : nullptr;
-        }
-    }
-    ggml_tensor * positions = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens);
-    ggml_set_input(positions);
-    ggml_set_name(positions, "allocmoe.positions");
-    res.add_input(std::make_unique<allocmoe_input_positions>(positions));
-    return positions;
+    ggml_tensor * limits = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 2, n_tokens, n_layer);
+    ggml_set_input(limits);
+    ggml_set_name(limits, "allocmoe.limits");
+    graph.inputs.push_back({ n_tokens, limits, nullptr });
+    return graph.inputs.back();
 }
 
 int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cparams, llm_graph_result & res, int il, int64_t n_expert_used, int64_t n_tokens) {
+    auto & graph = allocmoe_graph_of(res, cparams);
     // a warm-up run is there to touch every expert
     if (cparams.warmup || il < 0) {
         return n_expert_used;
     }
-    // an architecture may build a second set of experts on the first one's choice: one layer, counted once
-    auto & graph = allocmoe_graph_of(res);
-    const bool again = graph.find(il) != nullptr;
-
     const auto & settings = *cparams.allocmoe.settings;
-    const bool   record   = settings.instrument.record;
-    const auto * plan     = settings.plan.get();
-    int64_t k = n_expert_used;
-    allocmoe_node rule = {};
-    if (plan && il < (int) plan->expert_used_count.size() && plan->expert_used_count[il] > 0) {
-        const float threshold = plan->threshold.empty() ? 0.0f : plan->threshold[il];
-        const bool estimate = plan->token_rule == ALLOCMOE_RULE_ESTIMATE; // by its threshold alone
-        k = estimate ? n_expert_used : std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
-
-        // with every candidate kept, or none to share, the rule is top-k
-        const bool shares   = estimate ? plan->k_base < n_expert_used && threshold > -INFINITY : plan->k_base < k && k < n_expert_used;
-        if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || record) && !again) {
-            rule.rule      = plan->token_rule;
-            rule.k_base    = std::min<int64_t>(plan->k_base, k);
-            rule.k         = std::min<int64_t>(n_expert_used, plan->expert_used_count[il]);
-            rule.threshold = threshold;
-            rule.strict    = plan->strict && !record;
-            rule.value     = plan->value;
-            rule.spent     = cparams.allocmoe.state->spent.get() + il;
-        }
-    }
-
-    if (!again) {
+    const auto & state    = cparams.allocmoe.state;
+    const auto   rule     = rule_of(settings, il, n_expert_used);
+    // an architecture may build a second set of experts on the first one's choice: one layer, counted once
+    if (!graph.find(il)) {
         allocmoe_graph::layer layer = {};
         layer.il          = il;
         layer.n_tokens    = n_tokens;
-        layer.activations = k*n_tokens;
+        layer.n_full      = n_expert_used;
+        layer.activations = rule.n_ranked*n_tokens;
         layer.rule        = rule;
-        layer.state       = cparams.allocmoe.state;
-        layer.positions   = rule.strict ? positions_of(ctx, res, cparams, il, n_tokens) : nullptr;
-        if (plan) {
-            layer.instrument = settings.instrument;
-            layer.estimates  = plan->estimates;
+        layer.state       = state;
+        layer.plan        = settings.plan;
+        layer.instrument  = settings.plan ? settings.instrument : allocmoe_instrument{};
+        if (rule.rule != ALLOCMOE_RULE_OFF) {
+            auto & values = values_of(ctx, graph, n_tokens, state->phases[0].tokens.size());
+            // behind the choice of the tokens whose output is wanted nothing is left over from token to token
+            if (rule.strict && il + 1 < state->n_layer_main) {
+                if (!values.places) {
+                    values.places = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, n_tokens);
+                    ggml_set_input(values.places);
+                    ggml_set_name(values.places, "allocmoe.places");
+                }
+                layer.places = values.places;
+            }
+            layer.limits = values.limits;
         }
         graph.layers.push_back(std::move(layer));
     }
+    return rule.n_ranked;
+}
 
-    return rule.rule == ALLOCMOE_RULE_OFF ? k : n_expert_used;
+ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute) {
+    args.push_back(layer.limits);
+    if (layer.places) {
+        args.push_back(layer.places);
+    }
+    ggml_tensor * routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args.data(), args.size(), compute, 1, nullptr);
+    node.strict = layer.rule.strict;
+    node.rule   = layer.rule.rule;
+    node.value  = layer.rule.value;
+    node.k_base = layer.rule.k_base;
+    node.il     = layer.il;
+    node.spent  = layer.state->spent.get() + layer.il;
+    allocmoe_set_node(routed, node);
+    return routed;
 }
 
 // node: ids by rank, -1 where the token rule skips
@@ -170,11 +299,9 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, llm_graph_result & r
         return weights; // goes by the weights that these become
     }
 
-    ggml_tensor * args_routed[] = { selected, scores, layer.positions };
-    layer.routed = ggml_custom_4d(ctx, GGML_TYPE_I32, selected->ne[0], selected->ne[1], 1, 1, args_routed, layer.positions ? 3 : 2, compute_routed, 1, nullptr);
-    allocmoe_node node = layer.rule;
+    allocmoe_node node = {};
     node.kind = ALLOCMOE_NODE_IDS;
-    allocmoe_set_node(layer.routed, node);
+    layer.routed = allocmoe_build_routed(ctx, layer, node, { selected, scores }, compute_routed);
 
     ggml_tensor * args_weights[] = { weights, layer.routed };
     ggml_tensor * masked = ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2, compute_weights, 1, nullptr);
@@ -190,7 +317,7 @@ static int32_t phase_of(const llama_ubatch & ubatch) {
 }
 
 void allocmoe_edit_graph(const llama_cparams & cparams, llm_graph_result & res, const llama_ubatch & ubatch, ggml_context * ctx, ggml_cgraph * gf) {
-    auto & graph = allocmoe_graph_of(res);
+    auto & graph = allocmoe_graph_of(res, cparams);
     for (auto & layer : graph.layers) {
         allocmoe_node node;
         if (layer.routed && allocmoe_get_node(layer.routed, node)) {
@@ -223,28 +350,31 @@ void allocmoe_build_as_for_devices(llama_context * ctx, bool on) {
 }
 
 void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left) {
-    std::vector<int32_t> ids(n_used), routed(n_used*n_tokens), positions(n_tokens);
+    std::vector<int32_t> ids(n_used), routed(n_used*n_tokens);
     std::iota(ids.begin(), ids.end(), 0);
-    std::iota(positions.begin(), positions.end(), 1);
+    std::vector<allocmoe_limit> limits(n_tokens, { (float) k, rule->threshold ? rule->threshold[0] : 0.0f });
+    std::vector<allocmoe_place> places;
+    for (int32_t t = 0; t < n_tokens; ++t) {
+        places.push_back({ t, t + 1 });
+    }
     std::vector<float> left_at(n_tokens + 1);
     left_at[0] = *left;
     allocmoe_spent spent = { {}, left_at.data(), (int32_t) left_at.size() };
 
     allocmoe_route_args args = {};
-    args.ids            = ids.data(); // every token's
-    args.scores         = scores;
-    args.positions      = positions.data();
-    args.routed         = routed.data();
-    args.stride_scores  = n_used;
-    args.n_used         = n_used;
-    args.n_tokens       = n_tokens;
-    args.node.rule      = rule->token_rule;
-    args.node.k_base    = rule->k_base;
-    args.node.k         = k;
-    args.node.threshold = rule->threshold ? rule->threshold[0] : 0.0f;
-    args.node.strict    = rule->strict;
-    args.node.value     = rule->value;
-    args.node.spent     = &spent;
+    args.ids           = ids.data(); // every token's
+    args.scores        = scores;
+    args.limits        = limits.data();
+    args.places        = places.data();
+    args.routed        = routed.data();
+    args.stride_scores = n_used;
+    args.n_used        = n_used;
+    args.n_tokens      = n_tokens;
+    args.node.rule     = rule->token_rule;
+    args.node.k_base   = rule->k_base;
+    args.node.strict   = rule->strict;
+    args.node.value    = rule->value;
+    args.node.spent    = &spent;
     allocmoe_one_thread   thread;
     allocmoe_route_shared shared;
     allocmoe_route(thread, args, shared);
@@ -252,4 +382,18 @@ void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores
         n_kept[t] = std::count_if(&routed[t*n_used], &routed[t*n_used] + n_used, [](int32_t id) { return id >= 0; });
     }
     *left = rule->strict ? left_at[n_tokens] : *left;
+}
+
+void allocmoe_set_plan_seq(llama_context * ctx, int32_t seq_id, const int32_t * expert_used_count, const float * threshold) {
+    allocmoe_settings settings = allocmoe_access::settings(ctx);
+    settings.seq_plans.erase(seq_id);
+    if (expert_used_count) {
+        auto plan = std::make_shared<allocmoe_plan>(*settings.plan);
+        std::copy_n(expert_used_count, plan->expert_used_count.size(), plan->expert_used_count.begin());
+        if (threshold) {
+            std::copy_n(threshold, plan->threshold.size(), plan->threshold.begin());
+        }
+        settings.seq_plans[seq_id] = std::move(plan);
+    }
+    allocmoe_access::set_settings(ctx, std::move(settings));
 }

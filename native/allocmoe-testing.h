@@ -16,6 +16,10 @@ LLAMA_API void allocmoe_select(const struct allocmoe_rule * rule, int32_t k, con
 // Has the CPU run the nodes that a device with token rules of its own would get, in graphs built from now on.
 LLAMA_API void allocmoe_build_as_for_devices(struct llama_context * ctx, bool on);
 
+// Gives a sequence counts and thresholds of its own, [block_count], under the context's plan; threshold: NULL for rules that
+// go by none. expert_used_count: NULL to end that.
+LLAMA_API void allocmoe_set_plan_seq(struct llama_context * ctx, int32_t seq_id, const int32_t * expert_used_count, const float * threshold);
+
 // [cffi end]
 
 #ifdef __cplusplus

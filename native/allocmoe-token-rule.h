@@ -96,7 +96,8 @@ ALLOCMOE_FN auto allocmoe_sum(int64_t n, F value) {
 struct allocmoe_route_args {
     const int32_t * ids;           // [n_tokens][n_used], by falling score
     const float   * scores;        // [n_tokens][n_expert]
-    const int32_t * positions;     // [n_tokens], null where the node has none
+    const allocmoe_limit * limits; // [n_tokens]
+    const allocmoe_place * places; // [n_tokens], null where the node has none
     int32_t       * routed;        // [n_tokens][n_used], contiguous
     int64_t         stride_ids;    // between tokens, in elements
     int64_t         stride_scores;
@@ -109,6 +110,7 @@ struct allocmoe_route_args {
 struct allocmoe_route_shared {
     int32_t  histogram[256];
     int32_t  taken[ALLOCMOE_MAX_BLOCK];
+    int32_t  sharing[ALLOCMOE_MAX_BLOCK]; // tokens that share, by their count
     uint32_t cut;
     int32_t  n_left;
     int32_t  total;
@@ -131,11 +133,22 @@ ALLOCMOE_FN float allocmoe_next_value(int32_t value, float score, bool first, fl
 
 // What is left over before token t, given what is after token t - 1: read only where a sequence begins or goes on, since the
 // memory may be the host's.
-ALLOCMOE_FN float allocmoe_left(const allocmoe_spent & spent, const int32_t * positions, int32_t t, float left) {
-    if (!positions) {
+ALLOCMOE_FN float allocmoe_left(const allocmoe_spent & spent, const allocmoe_place * places, int32_t t, float left) {
+    if (!places || places[t].before < 0) {
         return 0.0f;
     }
-    return t > 0 && positions[t] == positions[t - 1] + 1 ? left : allocmoe_left_before(spent, positions[t]);
+    return t > 0 && places[t].before == places[t - 1].after ? left : spent.left[places[t].before];
+}
+
+ALLOCMOE_FN void allocmoe_leave(const allocmoe_spent & spent, const allocmoe_place * places, int32_t t, float left) {
+    if (places && places[t].after >= 0) {
+        spent.left[places[t].after] = left;
+    }
+}
+
+// A token's count, of n_used candidates.
+ALLOCMOE_FN int32_t allocmoe_count(const allocmoe_limit & limit, int32_t n_used) {
+    return limit.k < n_used ? (int32_t) limit.k : n_used;
 }
 
 ALLOCMOE_FN int32_t * allocmoe_row_of(int32_t * routed, int32_t t, int32_t n_used) {
@@ -157,11 +170,12 @@ ALLOCMOE_FN void allocmoe_to_keys(const allocmoe_route_args & a, int32_t t, uint
 
 template <class Block>
 ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s) {
-    const uint32_t threshold = allocmoe_key(a.node.threshold);
     for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
         allocmoe_to_keys(a, t, ALLOCMOE_KEY_NAN);
         int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
-        int32_t   n    = a.node.k_base;
+        const int32_t  k         = allocmoe_count(a.limits[t], a.n_used);
+        const uint32_t threshold = allocmoe_key(a.limits[t].threshold);
+        int32_t n = k < a.node.k_base ? k : a.node.k_base;
         while (n < a.n_used && (uint32_t) keys[n] >= threshold) {
             n++;
         }
@@ -179,41 +193,36 @@ ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_
     if (block.rank() == 0) {
         float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
-            left = allocmoe_left(*a.node.spent, a.positions, t, left);
+            left = allocmoe_left(*a.node.spent, a.places, t, left);
             int32_t & kept = *allocmoe_row_of(a.routed, t, a.n_used);
-            int32_t allowed = left + a.node.k < a.n_used ? (int32_t) (left + a.node.k) : a.n_used;
-            allowed = allowed > a.node.k_base ? allowed : a.node.k_base;
-            kept    = kept < allowed ? kept : allowed;
-            left   += a.node.k - kept;
+            const int32_t k      = allocmoe_count(a.limits[t], a.n_used);
+            const int32_t k_base = k < a.node.k_base ? k : a.node.k_base;
+            int32_t allowed = left + k < a.n_used ? (int32_t) (left + k) : a.n_used;
+            allowed  = allowed > k_base ? allowed : k_base;
+            kept     = kept < allowed ? kept : allowed;
+            left    += k - kept;
             s.total += kept;
-            if (a.positions) {
-                allocmoe_leave(*a.node.spent, a.positions[t], left);
-            }
+            allocmoe_leave(*a.node.spent, a.places, t, left);
         }
     }
 }
 
-// The n_chosen highest of the pool, by radix selection of the lowest key that is chosen; of equal ones the better rank, then
-// the earlier token. A NaN counts as -infinity.
+// Whether a token with this count shares: with k_base or fewer, or all, it keeps exactly those.
+ALLOCMOE_FN bool allocmoe_shares(const allocmoe_route_args & a, int32_t k) {
+    return k > a.node.k_base && k < a.n_used;
+}
+
+// For the tokens with count k: the n_chosen highest of their pool, by radix selection of the lowest key that is chosen; of
+// equal ones the better rank, then the earlier token.
 template <class Block>
-ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s) {
-    const int32_t k_base   = a.node.k_base;
-    const int32_t n_chosen = a.n_tokens*(a.node.k - k_base);
+ALLOCMOE_FN void allocmoe_choose(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s, int32_t k, int32_t n_chosen) {
+    const int32_t k_base = a.node.k_base;
+    block.sync();
     if (block.rank() == 0) {
         s.cut    = 0;
         s.n_left = n_chosen;
-        s.total  = a.n_tokens*a.node.k;
     }
-    if (a.n_tokens == 1) { // with nobody to share
-        if (block.rank() == 0) {
-            a.routed[0] = a.node.k;
-        }
-        return;
-    }
-    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
-        allocmoe_to_keys(a, t, ALLOCMOE_KEY_LOWEST);
-    }
-    for (int shift = 24; shift >= 0 && n_chosen > 0; shift -= 8) {
+    for (int shift = 24; shift >= 0; shift -= 8) {
         for (int i = block.rank(); i < 256; i += block.size()) {
             s.histogram[i] = 0;
         }
@@ -221,7 +230,7 @@ ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args
         const uint32_t above = shift == 24 ? 0 : s.cut >> (shift + 8);
         for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
             const int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
-            for (int32_t r = k_base; r < a.n_used; ++r) {
+            for (int32_t r = k_base; r < a.n_used && allocmoe_count(a.limits[t], a.n_used) == k; ++r) {
                 const uint32_t key = keys[r];
                 if (shift == 24 || key >> (shift + 8) == above) {
                     block.add(&s.histogram[key >> shift & 255], 1);
@@ -239,11 +248,14 @@ ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args
         block.sync();
     }
 
-    const uint32_t cut    = n_chosen > 0 ? s.cut    : 0xffffffffu;
-    int32_t        n_left = n_chosen > 0 ? s.n_left : 0;
+    const uint32_t cut    = s.cut;
+    int32_t        n_left = s.n_left;
     for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
         int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
         int32_t   n    = k_base;
+        if (allocmoe_count(a.limits[t], a.n_used) != k) {
+            continue;
+        }
         for (int32_t r = k_base; r < a.n_used; ++r) {
             n += (uint32_t) keys[r] > cut;
         }
@@ -252,7 +264,8 @@ ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args
     for (int32_t r = k_base; r < a.n_used && n_left > 0; ++r) {
         for (int32_t t0 = 0; t0 < a.n_tokens && n_left > 0; t0 += block.size()) {
             const int32_t t = t0 + block.rank();
-            bool take = t < a.n_tokens && (uint32_t) allocmoe_row_of(a.routed, t, a.n_used)[r] == cut;
+            bool take = t < a.n_tokens && allocmoe_count(a.limits[t], a.n_used) == k &&
+                (uint32_t) allocmoe_row_of(a.routed, t, a.n_used)[r] == cut;
             const int32_t n_equal = block.count(take);
             if (n_equal > n_left) {
                 s.taken[block.rank()] = take;
@@ -269,6 +282,38 @@ ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args
                 ++*allocmoe_row_of(a.routed, t, a.n_used);
             }
             n_left -= n_equal;
+        }
+    }
+}
+
+// Tokens with the same count share what it leaves beyond k_base, so that sequences with budgets of their own spend those. A
+// NaN counts as -infinity.
+template <class Block>
+ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s) {
+    if (a.n_tokens == 1) { // with nobody to share
+        if (block.rank() == 0) {
+            s.total = a.routed[0] = allocmoe_count(a.limits[0], a.n_used);
+        }
+        return;
+    }
+    for (int32_t k = block.rank(); k < a.n_used; k += block.size()) {
+        s.sharing[k] = 0;
+    }
+    block.sync();
+    for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
+        const int32_t k = allocmoe_count(a.limits[t], a.n_used);
+        block.add(&s.total, k);
+        if (allocmoe_shares(a, k)) {
+            block.add(&s.sharing[k], 1);
+            allocmoe_to_keys(a, t, ALLOCMOE_KEY_LOWEST);
+        } else {
+            *allocmoe_row_of(a.routed, t, a.n_used) = k;
+        }
+    }
+    block.sync();
+    for (int32_t k = a.node.k_base + 1; k < a.n_used; ++k) {
+        if (s.sharing[k] > 0) {
+            allocmoe_choose(block, a, s, k, s.sharing[k]*(k - a.node.k_base));
         }
     }
 }
@@ -307,7 +352,8 @@ struct allocmoe_estimate_args {
     const float   * weights;  // [n_tokens][n_used]
     const float   * reduced;  // [n_tokens][n_down], u
     const float   * table;    // [n_expert][n_down + 1], log_norm; or [n_expert][rank], output
-    const int32_t * positions; // [n_tokens], null where the node has none
+    const allocmoe_limit * limits; // [n_tokens]
+    const allocmoe_place * places; // [n_tokens], null where the node has none
     int32_t       * routed;   // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
     float         * skipped;  // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
     int64_t         stride_ids; // between tokens, in elements
@@ -423,21 +469,19 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
 
     if (!a.node.strict) {
         for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
-            block.add(&s.total, allocmoe_route_token_by_size(a, t, a.node.threshold));
+            block.add(&s.total, allocmoe_route_token_by_size(a, t, a.limits[t].threshold));
         }
         block.sync();
     } else if (block.rank() == 0) {
         // what a token may spend depends on all tokens before it
         float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
-            left = allocmoe_left(*a.node.spent, a.positions, t, left);
-            const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.node.threshold, ALLOCMOE_STRICT_STEP*left));
-            left  += a.node.k - n;
+            left = allocmoe_left(*a.node.spent, a.places, t, left);
+            const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.limits[t].threshold, ALLOCMOE_STRICT_STEP*left));
+            left  += allocmoe_count(a.limits[t], a.n_used) - n;
             left   = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT : left;
             s.total += n;
-            if (a.positions) {
-                allocmoe_leave(*a.node.spent, a.positions[t], left);
-            }
+            allocmoe_leave(*a.node.spent, a.places, t, left);
         }
     }
     if (block.rank() == 0) {
@@ -481,13 +525,22 @@ ALLOCMOE_FN void allocmoe_sum_skipped(Block & block, const allocmoe_estimate_arg
 // the same for a node of the graph
 //
 
+static inline const allocmoe_limit * allocmoe_limits_of(const ggml_tensor * limits, const allocmoe_node & params) {
+    return (const allocmoe_limit *) limits->data + params.il*limits->ne[1];
+}
+
+static inline const allocmoe_place * allocmoe_places_of(const ggml_tensor * places) {
+    return places ? (const allocmoe_place *) places->data : nullptr;
+}
+
 static inline allocmoe_route_args allocmoe_route_args_of(const ggml_tensor * node, const allocmoe_node & params) {
     const ggml_tensor * ids    = node->src[0];
     const ggml_tensor * scores = node->src[1];
     allocmoe_route_args args = {};
     args.ids           = (const int32_t *) ids->data;
     args.scores        = (const float   *) scores->data;
-    args.positions     = (const int32_t *) (node->src[2] ? node->src[2]->data : nullptr);
+    args.limits        = allocmoe_limits_of(node->src[2], params);
+    args.places        = allocmoe_places_of(node->src[3]);
     args.routed        = (int32_t       *) node->data;
     args.stride_ids    = ids->nb[1]/sizeof(int32_t);
     args.stride_scores = scores->nb[1]/sizeof(float);
@@ -522,7 +575,8 @@ static inline allocmoe_estimate_args allocmoe_estimate_args_of(const ggml_tensor
     auto args = allocmoe_estimate_args_of(node->src[0], node->src[1], node->src[2], node->src[skipped ? 4 : 3]);
     args.routed    = (int32_t *) (skipped ? node->src[3] : node)->data;
     args.skipped   = (float   *) (skipped ? node->data : nullptr);
-    args.positions = !skipped && node->src[4] ? (const int32_t *) node->src[4]->data : nullptr;
+    args.limits    = skipped ? nullptr : allocmoe_limits_of(node->src[4], params);
+    args.places    = skipped ? nullptr : allocmoe_places_of(node->src[5]);
     args.n_columns = node->ne[0];
     args.node      = params;
     return args;

@@ -106,8 +106,8 @@ LLAMA_API int32_t allocmoe_get_counts(const struct llama_context * ctx, int32_t 
 
 LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 
-// What a strict rule has left over after each of the first n_tokens positions, [n_layer][n_tokens]: goes with the memory of
-// those tokens where that is saved and restored.
+// What a strict rule has left over after each of the first n_tokens positions of sequence 0, [n_layer][n_tokens]: goes with
+// the memory of those tokens where that is saved and restored.
 LLAMA_API void allocmoe_get_left(struct llama_context * ctx, float * left, int32_t n_tokens);
 LLAMA_API void allocmoe_set_left(struct llama_context * ctx, const float * left, int32_t n_tokens);
 

@@ -73,30 +73,36 @@ static void write(const std::vector<T> & data) {
 // what a rule leaves over at the positions from `first` on, in a ring that they run around
 static const int N_LEFT = 7;
 
-static std::vector<int32_t> positions_from(int first, int n_tokens) {
-    std::vector<int32_t> positions(n_tokens);
+static int place_of(int position) {
+    return position < 0 ? -1 : position % N_LEFT;
+}
+
+static std::vector<allocmoe_place> places_from(int first, int n_tokens) {
+    std::vector<allocmoe_place> places(n_tokens);
     for (int t = 0; t < n_tokens; ++t) {
-        positions[t] = first + t;
+        places[t] = { place_of(first + t - 1), place_of(first + t) };
     }
-    return positions;
+    return places;
 }
 
 static void route(const std::vector<int32_t> & h) {
     const int n_threads = h[1], n_used = h[7], n_expert = h[8], n_tokens = h[9];
-    const auto numbers = read<double>(2);
+    const auto left_0  = read<float>(1);
+    const auto limits  = read<allocmoe_limit>(n_tokens);
     const auto ids     = read<int32_t>((size_t) n_tokens*n_expert); // all ranked, as an argsort leaves them
     const auto scores  = read<float>((size_t) n_tokens*n_expert);
 
     std::vector<int32_t> routed((size_t) n_tokens*n_used);
-    const auto positions = positions_from(5, n_tokens);
+    const auto places = places_from(5, n_tokens);
     std::vector<float> left(N_LEFT);
     allocmoe_spent spent = { {}, left.data(), N_LEFT };
-    allocmoe_leave(spent, positions[0] - 1, numbers[1]);
+    left[places[0].before] = left_0[0];
 
     allocmoe_route_args args = {};
     args.ids           = ids.data();
     args.scores        = scores.data();
-    args.positions     = positions.data();
+    args.limits        = limits.data();
+    args.places        = places.data();
     args.routed        = routed.data();
     args.stride_ids    = n_expert;
     args.stride_scores = n_expert;
@@ -105,10 +111,8 @@ static void route(const std::vector<int32_t> & h) {
     args.node.rule      = h[2];
     args.node.value     = h[3];
     args.node.k_base    = h[4];
-    args.node.k         = h[5];
     args.node.strict    = h[6];
     args.node.phase     = 1;
-    args.node.threshold = numbers[0];
     args.node.spent     = &spent;
 
     shared_block block(n_threads);
@@ -118,7 +122,7 @@ static void route(const std::vector<int32_t> & h) {
         allocmoe_route(thread, args, *shared);
     });
     write(routed);
-    write<double>({ (double) spent.activations[0], (double) spent.activations[1], allocmoe_left_before(spent, 5 + (h[6] ? n_tokens : 0)) });
+    write<double>({ (double) spent.activations[0], (double) spent.activations[1], left[place_of(4 + (h[6] ? n_tokens : 0))] });
 }
 
 // the end of mm_ids_helper, after every expert has written its own
@@ -178,6 +182,7 @@ static void estimate(const std::vector<int32_t> & h) {
     const int n_threads = h[1], n_used = h[2], n_expert = h[3], n_tokens = h[4], n_down = h[5], rank = h[6], n_columns = h[7];
     const int k = h[9]; // 0 for a rule that is not strict
     const auto threshold = read<float>(1);
+    const std::vector<allocmoe_limit> limits(n_tokens, { (float) k, threshold[0] });
     const auto ids       = read<int32_t>((size_t) n_tokens*n_expert);
     const auto weights   = read<float>((size_t) n_tokens*n_used);
     const auto reduced   = read<float>((size_t) n_tokens*n_down);
@@ -187,9 +192,10 @@ static void estimate(const std::vector<int32_t> & h) {
     std::vector<int32_t> routed((size_t) n_tokens*n_used);
     std::vector<float>   skipped((size_t) n_tokens*n_columns);
     // half way the text goes back to its fourth token
-    auto positions = positions_from(0, n_tokens);
-    for (int t = n_tokens/2; n_tokens > 6 && t < n_tokens; ++t) {
-        positions[t] = t - n_tokens/2 + 3;
+    std::vector<allocmoe_place> places;
+    for (int t = 0; t < n_tokens; ++t) {
+        const int position = n_tokens > 6 && t >= n_tokens/2 ? t - n_tokens/2 + 3 : t;
+        places.push_back({ position - 1, position });
     }
     std::vector<float> left(n_tokens);
     allocmoe_spent spent = { {}, left.data(), n_tokens };
@@ -198,7 +204,8 @@ static void estimate(const std::vector<int32_t> & h) {
     args.ids                 = ids.data();
     args.weights             = weights.data();
     args.reduced             = reduced.data();
-    args.positions           = positions.data();
+    args.limits              = limits.data();
+    args.places              = places.data();
     args.table               = log_norm.data();
     args.routed              = routed.data();
     args.skipped             = skipped.data();
@@ -213,10 +220,8 @@ static void estimate(const std::vector<int32_t> & h) {
     args.rank                = rank;
     args.n_columns           = n_columns;
     args.node.k_base         = h[8];
-    args.node.threshold      = threshold[0];
     args.node.n_relu         = h[10];
     args.node.strict         = k > 0;
-    args.node.k              = k;
     args.node.phase          = 1;
     args.node.spent          = &spent;
 

@@ -198,8 +198,8 @@ NODE_MAGIC = 0x6F6C6C61
 N_LEFT = 7  # positions for which a test's layer keeps what is left over
 
 
-def set_node(tensor, kind, *, rule=0, value=0, k_base=0, k=0, strict=0, threshold=0.0, skipped=0.0, spent=0) -> None:
-    packed = struct.pack("Ihbbiiiffiq", NODE_MAGIC, kind, 1, strict, rule, k_base, k, threshold, skipped, value, spent)
+def set_node(tensor, kind, *, rule=0, value=0, k_base=0, il=0, strict=0, skipped=0.0, spent=0) -> None:
+    packed = struct.pack("Ihbbiiifi4xq", NODE_MAGIC, kind, 1, strict, rule, k_base, il, skipped, value, spent)
     assert NODE_OFFSET + len(packed) == 64
     ffi.memmove(ffi.cast("char *", tensor.op_params) + NODE_OFFSET, packed, len(packed))
 
@@ -221,20 +221,24 @@ def test_rules_on_the_device(backend, n_tokens):
         ids = np.ascontiguousarray(all_ids[:, :n_used])
 
         def build(context):
-            src = ffi.new("struct ggml_tensor *[3]")
+            src = ffi.new("struct ggml_tensor *[4]")
             src[0] = base.ggml_new_tensor_2d(context, numbered("i32"), n_used, n_tokens)
             src[1] = base.ggml_new_tensor_2d(context, numbered("f32"), N_EXPERT, n_tokens)
-            src[2] = base.ggml_new_tensor_2d(context, numbered("i32"), n_tokens, 1)
-            node = base.ggml_custom_4d(context, numbered("i32"), n_used, n_tokens, 1, 1, src, 3, ffi.NULL, 1, ffi.NULL)
-            names = ("rule", "value", "k_base", "k", "strict", "threshold")
-            set_node(node, 1, spent=address, **{name: case[name] for name in names})
+            src[2] = base.ggml_new_tensor_3d(context, numbered("f32"), 2, n_tokens, 2)
+            src[3] = base.ggml_new_tensor_2d(context, numbered("i32"), 2, n_tokens)
+            node = base.ggml_custom_4d(context, numbered("i32"), n_used, n_tokens, 1, 1, src, 4, ffi.NULL, 1, ffi.NULL)
+            names = ("rule", "value", "k_base", "strict")
+            set_node(node, 1, spent=address, il=1, **{name: case[name] for name in names})
             assert base.ggml_backend_supports_op(backend, node)
-            return {"ids": src[0], "scores": src[1], "positions": src[2]}, node
+            return {"ids": src[0], "scores": src[1], "limits": src[2], "places": src[3]}, node
 
         graph = Graph(backend, build)
         graph.set("ids", ids)
         graph.set("scores", scores)
-        graph.set("positions", np.arange(5, 5 + n_tokens, dtype=np.int32))
+        limits = np.zeros((2, n_tokens, 2), np.float32)
+        limits[1] = case["k"], case["threshold"]
+        graph.set("limits", limits)
+        graph.set("places", (np.arange(4, 4 + n_tokens)[:, None] + [0, 1]).astype(np.int32) % N_LEFT)
         spent[:] = 0
         left[4] = case["left"]
         routed = graph(np.int32)[0, 0]

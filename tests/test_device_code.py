@@ -91,9 +91,10 @@ def test_rules_in_a_block_of_any_size(program, n_tokens, n_threads, request):
     every = 7 if "sanitizer" in request.node.name else 1
     for case in list(cases(rng, n_tokens))[::every]:
         ids, scores = scatter(rng, case["ranked"])
-        numbers = (case["rule"], case["value"], case["k_base"], case["k"], case["strict"], case["n_used"])
+        numbers = (case["rule"], case["value"], case["k_base"], 0, case["strict"], case["n_used"])
         data += header(ROUTE, n_threads, *numbers, N_EXPERT, n_tokens)
-        data += struct.pack("2d", case["threshold"], case["left"]) + ids.tobytes() + scores.tobytes()
+        limits = np.tile(np.float32([case["k"], case["threshold"]]), (n_tokens, 1))
+        data += np.float32(case["left"]).tobytes() + limits.tobytes() + ids.tobytes() + scores.tobytes()
         todo.append((case, ids))
     found, at = run(program, data), 0
     for case, ids in todo:
@@ -107,6 +108,43 @@ def test_rules_in_a_block_of_any_size(program, n_tokens, n_threads, request):
         assert np.array_equal(routed, expected), shown
         assert (prefill, decode, left) == (0, n_kept.sum(), left_after), shown
     assert at == len(found) and len(todo) == 4 * 7 * 3 * 5 // every
+
+
+@pytest.mark.parametrize("n_threads", [1, 3, 32])
+@pytest.mark.parametrize("rule", ["off", "batch", "threshold"])
+def test_every_token_by_its_own_limits(program, rule, n_threads):
+    """Tokens of two sequences in one micro-batch: each keeps what it keeps where its sequence's are alone."""
+    rng = np.random.default_rng(n_threads)
+    n_tokens, n_used = 40, 8
+    for name, ranked in score_sets(rng, n_tokens, n_used):
+        ids, scores = scatter(rng, ranked)
+        mine = rng.random(n_tokens) < 0.4
+        for (k, threshold), (other_k, other_threshold) in (
+            ((5, 0.3), (3, 0.6)),
+            ((8, -np.inf), (2, 0.1)),  # all experts, and some
+            ((1, np.inf), (4, 0.5)),  # fewer than the other sequence keeps in any case
+        ):
+            # `off` keeps a token's count: the rule with every candidate in the base and a threshold that none reaches
+            k_base = n_used if rule == "off" else 2
+            limits = np.where(mine[:, None], np.float32([k, threshold]), np.float32([other_k, other_threshold]))
+            if rule == "off":
+                limits[:, 1] = np.inf
+            number = RULES["batch"] if rule == "batch" else RULES["threshold"]
+            data = header(ROUTE, n_threads, number, 0, k_base, 0, 0, n_used, N_EXPERT, n_tokens)
+            data += np.float32(0).tobytes() + limits.astype(np.float32).tobytes() + ids.tobytes() + scores.tobytes()
+            found = run(program, data)
+            kept = (np.frombuffer(found, np.int32, n_tokens * n_used).reshape(n_tokens, n_used) >= 0).sum(1)
+            for tokens, count, least in ((mine, k, threshold), (~mine, other_k, other_threshold)):
+                values = np.ascontiguousarray(ranked[tokens], np.float32)
+                base = min(k_base, count)
+                if rule == "off":
+                    want = np.full(len(values), count)
+                elif rule == "batch":
+                    want = reference_batch(base, count, values)
+                else:
+                    want = reference_threshold(base, count, values, least, False, 0.0)[0]
+                assert kept[tokens].tolist() == want.tolist(), (name, count)
+            assert np.frombuffer(found, np.float64, 3, n_tokens * n_used * 4)[1] == kept.sum()
 
 
 @pytest.mark.parametrize("n_tokens, n_threads", [(1, 1), (1, 32), (1, 256), (3, 96), (9, 40), (9, 1)])

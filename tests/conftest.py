@@ -43,7 +43,7 @@ def dense_path() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as download:
             # a copy, which takes its name when it is complete: the source may be an installed package's
             copy = Path(download) / "copy"
-            copy.write_bytes(testbed._source_model(Path(download)).read_bytes())
+            copy.write_bytes(testbed.source_model(Path(download)).read_bytes())
             os.replace(copy, path)
     return path
 

@@ -142,9 +142,9 @@ def test_estimate_replans_without_a_profile(estimated, tmp_path):
     assert llm.plan == found.plan
 
 
-def test_estimates_are_calibrated_with_stored_sensitivities(planned_path, tmp_path):
+def test_estimates_are_calibrated_with_stored_sensitivities(tiny_planned, tmp_path):
     """A file that was converted without them: the model runs, but takes no new profile."""
-    done = run(planned_path, "--budget", "0.5", "--token-rule", "estimate", *QUICK, "-o", tmp_path / "half.gguf")
+    done = run(tiny_planned, "--budget", "0.5", "--token-rule", "estimate", *QUICK, "-o", tmp_path / "half.gguf")
     assert done.returncode == 0, done.stderr
     assert (
         "using the sensitivities" in done.stderr
@@ -219,28 +219,29 @@ def test_calibration_windows_of_many_places(testbed_path, tmp_path):
     assert all(second == first + 128 for first, second in starts(few.fit))
 
 
-def test_calibration_that_the_model_writes(testbed_path, tmp_path):
+def test_calibration_that_the_model_writes(tiny, tmp_path):
     """More of it begins with the same documents, which a checkpoint gives back."""
     from allocmoe_edge.convert.calibration import self_generated
     from allocmoe_edge.convert.checkpoint import Checkpoint
 
-    llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, verbose=False)
-    with Checkpoint(tmp_path / "c", testbed_path) as checkpoint:
+    model = tiny.gguf_path
+    llm = Llama(str(model), n_ctx=32, n_batch=32, verbose=False)
+    with Checkpoint(tmp_path / "c", model) as checkpoint:
         text = self_generated(llm, 64, 32, 7, checkpoint)
     assert [len(rows) for rows in text[:4]] == [2, 2, 1, 1]
     llm.generate = None  # what was written is not written again
-    with Checkpoint(tmp_path / "c", testbed_path) as checkpoint:
+    with Checkpoint(tmp_path / "c", model) as checkpoint:
         assert np.array_equal(self_generated(llm, 64, 32, 7, checkpoint).fit, text.fit)
         with pytest.raises(TypeError, match="not callable"):
             self_generated(llm, 64, 32, 8, checkpoint)
-    llm = Llama(str(testbed_path), n_ctx=32, n_batch=32, verbose=False)
-    with Checkpoint(tmp_path / "c", testbed_path) as checkpoint:
+    llm = Llama(str(model), n_ctx=32, n_batch=32, verbose=False)
+    with Checkpoint(tmp_path / "c", model) as checkpoint:
         more = self_generated(llm, 64, 32, 7, checkpoint, n_fit=128)
     assert [len(rows) for rows in more[:4]] == [2, 4, 1, 1]
     assert np.array_equal(more.fit[:2], text.fit) and more.source.source == "self-generated, seed 7"
     # documents are short, however long the windows are
-    llm = Llama(str(testbed_path), n_ctx=160, n_batch=160, verbose=False)
-    with Checkpoint(tmp_path / "long", testbed_path) as checkpoint:
+    llm = Llama(str(model), n_ctx=160, n_batch=160, verbose=False)
+    with Checkpoint(tmp_path / "long", model) as checkpoint:
         assert self_generated(llm, 160, 160, 7, checkpoint).fit.shape == (1, 160)
         documents = [checkpoint.get(f"document {n} of seed 7, up to 128 tokens") for n in range(3)]
     assert max(map(len, documents)) == 128
@@ -399,13 +400,13 @@ def test_budget_in_milliseconds(testbed_path, tmp_path):
     assert metadata.read(tmp_path / "o.gguf").plan.budget_total == 180
 
 
-def test_target_tps(testbed_path, tmp_path):
-    refused(testbed_path, *NO_RULE, "--target-tps", "1e9", "-o", tmp_path / "o.gguf", expect="out of reach")
+def test_target_tps(tiny, tmp_path):
+    refused(tiny.gguf_path, *NO_RULE, "--target-tps", "1e9", "-o", tmp_path / "o.gguf", expect="out of reach")
     kept = tmp_path / "o.gguf.profile"
     assert list(tmp_path.iterdir()) == [kept]  # the text was not for nothing
-    done = run(testbed_path, *NO_RULE, "--target-tps", "0.001", "-o", tmp_path / "o.gguf")
+    done = run(tiny.gguf_path, *NO_RULE, "--target-tps", "0.001", "-o", tmp_path / "o.gguf")
     assert done.returncode == 0, done.stderr
-    assert "tokens/s" in done.stderr and metadata.read(tmp_path / "o.gguf").plan.budget_total == 360
+    assert "tokens/s" in done.stderr and metadata.read(tmp_path / "o.gguf").plan.budget_total == 16
 
 
 def test_max_ppl_increase(converted, tmp_path):

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import re
 import sys
+from typing import Any, Optional
 
 import cffi
 
@@ -143,10 +144,10 @@ def set_verbose(verbose: bool) -> None:
         llama_cpp.llama_log_set(_log_all if verbose else _log_errors, None)
 
 
-def _address(function) -> int:
+def _address(function) -> Optional[int]:
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
-def context_pointer(llm) -> "ffi.CData":
+def context_pointer(llm) -> Any:
     """`struct llama_context *` of a `llama_cpp.Llama`, for the allocmoe_* functions."""
     return ffi.cast("struct llama_context *", llm.ctx)

@@ -46,7 +46,7 @@ class _Generation:
         self.ended_by: Optional[str] = None
 
 
-class _GrammarSampler(internals.LlamaSampler):
+class _GrammarSampler(internals.LlamaSampler):  # type: ignore[name-defined]
     """A chain of samplers with a grammar, which is not told of a token that it does not allow: it would end the process."""
 
     def sample(self, ctx, idx: int = -1) -> int:
@@ -67,6 +67,8 @@ class _GrammarSampler(internals.LlamaSampler):
 class CheckedLlama(llama_cpp.Llama):
     """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
 
+    n_tokens: int
+    _lora_adapter: Any
     _stack = contextlib.ExitStack()  # what __del__ closes, also where __init__ raises before it has its own
     _generation: Optional[_Generation] = None
     # "a step" of a generation, in which our methods are called by llama-cpp-python, or "a callback" of the user's in it

@@ -18,6 +18,7 @@ from .gguf_file import GGUFFile, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget
+from .plan.estimator import Estimator
 
 Budget = Union[float, int, str]
 
@@ -98,7 +99,9 @@ class Llama(CheckedLlama):
         if not (prefetch is None or isinstance(prefetch, bool)):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
-        self._plan_path, self._asked, self._estimator, self._prefetch = plan_path, None, None, False
+        self._plan_path, self._prefetch = plan_path, False
+        self._asked: Optional[Plan] = None
+        self._estimator: Optional[Estimator] = None
         self._drafted = np.zeros((2, 0), np.int64)
         for name in ("n_threads", "n_threads_batch"):
             kwargs[name] = kwargs.get(name) or physical_cores()
@@ -146,7 +149,7 @@ class Llama(CheckedLlama):
         """Refuses overrides that do not fit the model, and those that no plan of the file can serve."""
         stored = self._stored
         used = overrides.check(model_path, kv_overrides, stored.plan is not None)
-        if used is None or stored.plan is None or used <= max(stored.full):
+        if used is None or stored.plan is None or stored.full is None or used <= max(stored.full):
             return
         self._beyond_plan = (
             f"kv_overrides: {stored.architecture}.expert_used_count is {used}, above the {max(stored.full)} experts per token "
@@ -197,7 +200,8 @@ class Llama(CheckedLlama):
         if not any(full):
             return None
         counts = self._expert_used_count(libllama.allocmoe_get_plan)
-        if libllama.allocmoe_get_token_rule(context_pointer(self)) == libllama.ALLOCMOE_RULE_OFF:
+        rule = libllama.allocmoe_get_token_rule(context_pointer(self))
+        if self._asked is None or rule == libllama.ALLOCMOE_RULE_OFF:
             return Plan(counts, full)
         return replace(self._asked, expert_used_count=counts, expert_used_count_full=full)
 
@@ -239,12 +243,14 @@ class Llama(CheckedLlama):
                     "file; convert it first, or pass a plan of your own to set_plan"
                 )
             plan = profile.plan(budget, full, token_rule, strict) if profile else None
-        elif profile is not None and (token_rule is not None or strict is not None):
+        elif profile is not None and plan is not None and (token_rule is not None or strict is not None):
             plan = profile.with_token_rule(plan, token_rule, strict)
         elif plan is not None and token_rule == "off":
             plan = replace(plan, token_rule="off", threshold=None, strict=False, value="score", estimator=None)
         self.set_plan(plan)
-        return self.plan
+        found = self.plan
+        assert found is not None  # a model without experts has been refused above
+        return found
 
     def set_plan(self, plan: Union[Plan, Sequence[int], None]) -> None:
         """Sets the experts per token of each layer directly.
@@ -402,17 +408,18 @@ class Llama(CheckedLlama):
         return np.ctypeslib.as_array(self._ctx.get_logits(), (len(tokens) if logits_all else 1, self.n_vocab()))
 
     def _warn_if_degraded(self) -> None:
-        asked = self._asked.token_rule if self._asked else "off"
+        plan = self._asked
+        asked = plan.token_rule if plan is not None else "off"
         if TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))] == asked:
             return
         profile = self._stored.profile
-        if asked == "estimate" and profile is not None and profile.threshold_table is not None:
+        if plan is not None and asked == "estimate" and profile is not None and profile.threshold_table is not None:
             warnings.warn(
                 "token rule 'estimate' is off: this model, or the backend that it runs on, has no estimates of skipped "
                 "experts; token rule 'threshold' takes its place",
                 stacklevel=3,
             )
-            self.set_plan(profile.plan(self._asked.budget_total, self._asked.expert_used_count_full, "threshold"))
+            self.set_plan(profile.plan(plan.budget_total, plan.expert_used_count_full, "threshold"))
             return
         warnings.warn(
             f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
@@ -526,4 +533,4 @@ def _signature() -> inspect.Signature:
     return inspect.Signature([*parameters.values(), *(ours[name] for name in names), extra])
 
 
-Llama.__init__.__signature__ = _signature()
+Llama.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ chats one turn, and measures perplexity, prefill and decode speed at full budget
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from pathlib import Path
 import statistics
 import sys
@@ -18,6 +17,7 @@ import time
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import cli as convert
+from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.measure.perplexity import bos_token, perplexity, windows
 import testbed
 
@@ -26,7 +26,7 @@ PPL_TOKENS = 4096
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 48
 ROUNDS = 3
-N_THREADS = multiprocessing.cpu_count()
+N_THREADS = physical_cores()
 
 
 def reference_text() -> bytes:

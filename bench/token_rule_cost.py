@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-import multiprocessing
 from pathlib import Path
 import sys
 
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError, parse_budget
 from allocmoe_edge.bench import BenchError, machine, measure, report
 from allocmoe_edge.convert import estimate, thresholds
+from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.measure.traffic import WeightTraffic
 from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
 import numpy as np
@@ -72,8 +72,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=256, metavar="N", help="prompt tokens, 0 for none. Default: 256")
     parser.add_argument("--gen", type=int, default=64, metavar="N", help="generated tokens, 0 for none. Default: 64")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="rounds. Default: 10")
-    cores = multiprocessing.cpu_count()
-    parser.add_argument("--threads", type=int, default=cores, metavar="N", help="default: all cores")
+    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N", help="default: physical cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single run")
     args = parser.parse_args()
     items = [measure.Item("prefill", args.prompt)] if args.prompt else []

@@ -196,7 +196,7 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
     if stored.full is None or not any(stored.full):
         raise PlanError(f"{llm.model_path}: a dense model: it has no experts to budget")
     llm.set_plan(None)
-    full = llm.plan.expert_used_count_full
+    full = llm.expert_used_count_full
     plans = {"full": Plan.full(full)}
     if budgets is None and stored.plan is not None:
         plans[f"{stored.plan.budget:.2f} (file)"] = llm.set_budget(None, token_rule=token_rule)

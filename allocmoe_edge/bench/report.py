@@ -67,7 +67,7 @@ def _row(item: Item, name: str, plan: Plan, samples: Samples, ratios, traffic: W
 
 def noise(all_rows: List[dict]) -> Dict[tuple, float]:
     """By (phase, length): how far the quartiles of the reference against itself lie from 1."""
-    found = {}
+    found: Dict[tuple, float] = {}
     for row in all_rows:
         # the item's first row is its reference
         found.setdefault(_item(row), max(abs(q - 1) for q in row["ratio_quartiles"]))

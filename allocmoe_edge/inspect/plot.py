@@ -197,7 +197,8 @@ def _curve(ax, report: dict) -> None:
         # beside a measured curve the prediction gets an axis of its own: the two are not in the same unit
         own = ax.twinx() if measured else ax
         budgets = [100 * point["budget"] for point in predicted]
-        mark, style = "", {"marker": "."}
+        style: dict = {"marker": "."}
+        mark = ""
         if measured:
             mark, style = " (predicted)", {"linewidth": 1, "alpha": 0.75, "linestyle": ":"}
         for key, label, colour in (("damage_uniform", "uniform k", _OTHER), ("damage", "the plan", _PLAN)):

@@ -78,7 +78,7 @@ def build(path, curve: bool = True) -> dict:
         "plan": plan and _plan(plan, profile, read),
         "profile": profile and _profile(profile),
         "held_out": held_out and dataclasses.asdict(held_out),
-        "predicted_curve": predicted_curve(profile, stored.full) if profile and curve else None,
+        "predicted_curve": predicted_curve(profile, stored.full) if profile and stored.full and curve else None,
         "measured_curve": None,
         "routing": None,
     }

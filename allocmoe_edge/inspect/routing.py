@@ -166,7 +166,7 @@ def consistency(
         if ids is None:
             continue
         active, K = activations(ids, n_expert), ids.shape[2]
-        row = {"layer": il, "srp": [], "size_ratio": [], "sch": []}
+        row: dict = {"layer": il, "srp": [], "size_ratio": [], "sch": []}
         for i, m in enumerate(lengths):
             histogram = segment_histogram(active, m)
             sums[i] += histogram

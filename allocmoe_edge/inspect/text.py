@@ -26,7 +26,7 @@ def render(report: dict, width: int, unicode: bool) -> str:
         rows = list(block)
         lines += [""] * bool(lines and rows)
         for row in rows:
-            lines += [row] if isinstance(row, str) else _wrapped(*row, width)
+            lines += [row] if isinstance(row, str) else _wrapped(row[0], row[1], width)
     if report["plan"]:
         lines += ["", *bars(report, width, unicode)]
     return "\n".join(printable(line) for line in lines) + "\n"

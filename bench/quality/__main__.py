@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields, replace
 import json
-import multiprocessing
 from pathlib import Path
 import sys
 from typing import Optional, Sequence
@@ -27,6 +26,7 @@ from allocmoe_edge import GGUFError, Llama, Plan, PlanError, __version__, parse_
 from allocmoe_edge.bench import machine
 from allocmoe_edge.convert import ConvertError, calibration
 from allocmoe_edge.convert.checkpoint import Checkpoint, window_name
+from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.measure.perplexity import bos_token, read_tokens, windows
 from allocmoe_edge.plan import metadata
 from methods import METHODS, Setting, plan_path
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--task-items", type=int, default=200, help="items of each task. Default: 200")
     p.add_argument("--task-budgets", type=float, nargs="+", default=[0.5], help="budgets to run tasks at. Default: 0.5")
     p.add_argument("--task-methods", nargs="+", choices=METHODS, default=["uniform", "ours"], metavar="M")
-    p.add_argument("--threads", type=int, default=multiprocessing.cpu_count(), help="Default: all cores")
+    p.add_argument("--threads", type=int, default=physical_cores(), help="Default: physical cores")
     return p
 
 

@@ -19,6 +19,7 @@ from .measure import memory
 from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget
 from .plan.estimator import Estimator
+from .prompt_cache import CacheOfOnePlan
 
 Budget = Union[float, int, str]
 
@@ -470,6 +471,10 @@ class Llama(CheckedLlama):
     def save_state(self):
         """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, and what that has left over."""
         state = super().save_state()
+        if not self._logits_all:
+            state.scores = np.zeros(
+                (1, 1), np.single
+            )  # none were kept; load_state takes any shape that spreads over them
         state.plan = _named(self.plan)
         state.mixed = self._mixed
         if state.plan is not None and state.plan.strict:
@@ -491,6 +496,15 @@ class Llama(CheckedLlama):
         left = getattr(state, "left", None)
         if left is not None and then == self.plan:
             libllama.allocmoe_set_left(context_pointer(self), ffi.from_buffer("float[]", left), state.n_tokens)
+
+    @property
+    def cache(self):
+        """The cache of prompts, see `set_cache` of `llama_cpp.Llama`: entries of another plan than the one in force are none."""
+        return self._prompt_cache
+
+    @cache.setter
+    def cache(self, cache) -> None:
+        self._prompt_cache = None if cache is None else CacheOfOnePlan(cache, self)
 
     def __getstate__(self):
         holders = (self._stored.profile, self._stored.plan)

@@ -1,8 +1,10 @@
 """What llama-cpp-python crashes on, or gets wrong and says nothing: an error in our class. On a tiny dense model."""
 
+import gc
 import itertools
 from pathlib import Path
 import pickle
+import weakref
 
 from allocmoe_edge import GenerationError, Llama
 import llama_cpp
@@ -136,6 +138,21 @@ def test_embedding_model(tmp_path):
     assert not np.allclose(a, b)
     llm.clear_cache()
     assert llm.create_embedding("hello")["data"][0]["embedding"]
+
+
+def test_model_is_freed_with_its_last_name(path):
+    """And not when the collector comes by: it is large."""
+    llm = Llama(path, **SIZES)
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    assert len(tokens(llm)) == 12 and llm(PROMPT, max_tokens=2, grammar=LlamaGrammar.from_string('root ::= "ab"'))
+    _, chunks = stream(llm)
+    freed = weakref.ref(llm)
+    gc.disable()
+    try:
+        del llm, chunks
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 # --- after the end

@@ -338,6 +338,21 @@ def test_state_goes_on_where_it_was_saved(llm):
     np.testing.assert_allclose(llm.scores[len(tokens)], expected, atol=1e-3)
 
 
+def test_state_holds_what_is_needed(planned_path):
+    """The memory of its tokens; no logits where none are kept, of which llama-cpp-python saves as many as there could be."""
+    llm = Llama(planned_path, n_ctx=256, verbose=False)
+    tokens = llm.tokenize(b"A state is saved and loaded, and goes on " * 4)
+    expected = [token for token, _ in zip(llm.generate(tokens, temp=0.0), range(6))]
+    llm.clear_cache()
+    llm.eval(tokens)
+    state = llm.save_state()
+    assert len(pickle.dumps(state)) < state.llama_state_size + 20_000
+    for other in (llm, llama_cpp.Llama(str(planned_path), n_ctx=256, verbose=False)):
+        other.reset()
+        other.load_state(state)
+        assert [token for token, _ in zip(other.generate(tokens, temp=0.0), range(6))] == expected
+
+
 def test_state_of_another_plan_says_so(llm):
     llm.reset()
     llm.eval([1, 2, 3])
@@ -449,6 +464,32 @@ def test_state_of_a_stream_with_two_plans_says_so(llm):
     chunks.close()
     with pytest.warns(UserWarning, match="saved while the plan changed, in force is .*90 of 360"):
         llm.load_state(state)
+
+
+def test_cached_prompt_of_another_plan_is_none(llm):
+    """It would be text of a plan that is no longer in force, and a warning."""
+    cache = llama_cpp.LlamaRAMCache()
+    prompt = "The history of Rome begins with"
+    llm.set_cache(cache)
+    try:
+        first = text(llm)
+        llm.set_budget(0.25)
+        llm.clear_cache()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other = text(llm)
+            llm.set_cache(None)
+            llm.clear_cache()
+            assert text(llm) == other != first
+            llm.set_cache(cache)
+            llm(prompt, max_tokens=4, temperature=0.0)
+            llm.clear_cache()
+            llm.expert_stats(reset=True)
+            llm(prompt, max_tokens=4, temperature=0.0)
+        # of the same plan: the prompt is there, but for the token whose logits are needed
+        assert llm.expert_stats()["prefill"]["tokens"].max() == 0
+    finally:
+        llm.set_cache(None)
 
 
 def test_drafted_tokens_are_generated_ones(planned_path):

@@ -363,8 +363,6 @@ class Llama(CheckedLlama):
             )
         self._estimator = estimator
 
-    _set_native_plan = apply_plan  # until the last caller has changed
-
     def reset(self) -> None:
         super().reset()
         self._mixed = False
@@ -373,8 +371,6 @@ class Llama(CheckedLlama):
         """Forgets every token evaluated so far: the next ones are computed from nothing."""
         self.reset()
         self._ctx.kv_cache_clear()
-
-    _drop_cache = clear_cache  # until the last caller has changed
 
     def rewind(self, n_past: int) -> bool:
         """Forgets the tokens from position n_past on; False where the model's memory cannot forget a part (recurrent ones)."""

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 from allocmoe_edge import Llama
-from allocmoe_edge._native import llama_cpp
 from allocmoe_edge.measure.perplexity import bos_token, read_text, read_tokens, windows
 from allocmoe_edge.plan.metadata import Calibration
 import numpy as np
-from tqdm import tqdm
 
-from . import CalibrationError, ConvertError
+from . import ConvertError
 from .checkpoint import Checkpoint
 from .progress import progress_bar
+from .writing import write_documents
 
 # one window in HELD_OUT is kept out of the profile, for the check against uniform k
 HELD_OUT = 5
 # Windows of a longer text are put together of pieces of about so many tokens from as many places: many subjects tell more than
 # many tokens. Shorter pieces would be read with hardly any context of their own.
 _PIECE = 128
+# documents that the model writes at a time: always as many together, so that a text does not depend on where it was interrupted
+_SIDE_BY_SIDE = 16
 
 
 class CalibrationText(NamedTuple):
@@ -85,38 +87,22 @@ def self_generated(
     needed = _n_windows(max(n_tokens, n_fit), n_ctx) * (n_ctx - (bos is not None))
     n_max = min(_PIECE, n_ctx - 2)
     tokens: list = []
-    document = 0
+    n_documents = 0
     with progress_bar("calibration text", needed, "tok") as bar:
         while len(tokens) < needed:
-            name = f"document {document} of seed {seed}, up to {n_max} tokens"
+            seeds = range(seed + n_documents, seed + n_documents + _SIDE_BY_SIDE)
+            name = f"documents of seeds {seeds[0]} to {seeds[-1]}, up to {n_max} tokens"
             written = checkpoint.get(name)
             if written is None:
-                written = _document(llm, start, n_max, seed + document, bar)
+                written = write_documents(llm, start, n_max, seeds, bar.update)
                 checkpoint.put(name, written)
             else:
-                bar.update(len(written))
-            tokens += written
-            document += 1
-            if document > 64 and len(tokens) < document:
+                bar.update(sum(map(len, written)))
+            tokens += itertools.chain.from_iterable(written)
+            n_documents += len(written)
+            if n_documents > 64 and len(tokens) < n_documents:
                 raise ConvertError("the model writes no text of its own: give calibration text with --calib")
     return _split(llm, np.array(tokens[:needed], np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}", n_fit)
-
-
-def _document(llm: Llama, start: int, n_max: int, seed: int, bar: tqdm) -> list:
-    llm.set_seed(seed)
-    vocab = llama_cpp.llama_model_get_vocab(llm.model)
-    tokens: list = []
-    for token in llm.generate([start], temp=1.0, top_k=0, top_p=0.95, min_p=0.0, repeat_penalty=1.0):
-        if llama_cpp.llama_vocab_is_eog(vocab, token):
-            break
-        tokens.append(int(token))
-        bar.update()
-        if len(tokens) >= n_max:
-            break
-    # the sampler takes any token where there is no number to go by, and what is NaN once is so to the end
-    if not np.isfinite(llm.decode([start, *tokens])).all():
-        raise CalibrationError("the model's own predictions are not finite", finite=False)
-    return tokens
 
 
 def n_pieces(n_ctx: int) -> int:

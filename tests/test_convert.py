@@ -219,8 +219,9 @@ def test_calibration_windows_of_many_places(testbed_path, tmp_path):
     assert all(second == first + 128 for first, second in starts(few.fit))
 
 
-def test_calibration_that_the_model_writes(tiny, tmp_path):
+def test_calibration_that_the_model_writes(tiny, tmp_path, monkeypatch):
     """More of it begins with the same documents, which a checkpoint gives back."""
+    from allocmoe_edge.convert import calibration
     from allocmoe_edge.convert.calibration import self_generated
     from allocmoe_edge.convert.checkpoint import Checkpoint
 
@@ -229,12 +230,11 @@ def test_calibration_that_the_model_writes(tiny, tmp_path):
     with Checkpoint(tmp_path / "c", model) as checkpoint:
         text = self_generated(llm, 64, 32, 7, checkpoint)
     assert [len(rows) for rows in text[:4]] == [2, 2, 1, 1]
-    llm.generate = None  # what was written is not written again
-    with Checkpoint(tmp_path / "c", model) as checkpoint:
+    with Checkpoint(tmp_path / "c", model) as checkpoint, monkeypatch.context() as patch:
+        patch.setattr(calibration, "write_documents", None)  # what was written is not written again
         assert np.array_equal(self_generated(llm, 64, 32, 7, checkpoint).fit, text.fit)
         with pytest.raises(TypeError, match="not callable"):
             self_generated(llm, 64, 32, 8, checkpoint)
-    llm = Llama(str(model), n_ctx=32, n_batch=32, verbose=False)
     with Checkpoint(tmp_path / "c", model) as checkpoint:
         more = self_generated(llm, 64, 32, 7, checkpoint, n_fit=128)
     assert [len(rows) for rows in more[:4]] == [2, 4, 1, 1]
@@ -243,8 +243,29 @@ def test_calibration_that_the_model_writes(tiny, tmp_path):
     llm = Llama(str(model), n_ctx=160, n_batch=160, verbose=False)
     with Checkpoint(tmp_path / "long", model) as checkpoint:
         assert self_generated(llm, 160, 160, 7, checkpoint).fit.shape == (1, 160)
-        documents = [checkpoint.get(f"document {n} of seed 7, up to 128 tokens") for n in range(3)]
+        documents = checkpoint.get("documents of seeds 7 to 22, up to 128 tokens")
     assert max(map(len, documents)) == 128
+
+
+def test_documents_side_by_side_are_what_the_model_would_write(tiny_planned):
+    """Every token is among the likeliest that have 95% together, by the model alone at full budget, whatever its file plans.
+
+    1e-3: probabilities of one token and of many differ in their last bits.
+    """
+    from allocmoe_edge.convert.writing import write_documents
+
+    llm = Llama(str(tiny_planned), n_ctx=64, n_batch=64, verbose=False)
+    start, planned = llm.token_bos(), llm.plan
+    documents = write_documents(llm, start, 24, range(5), lambda: None)
+    assert documents == write_documents(llm, start, 24, range(5), lambda: None)
+    assert len(documents) == 5 and len({tuple(tokens) for tokens in documents}) == 5
+    assert all(0 < len(tokens) <= 24 for tokens in documents)
+    assert llm.plan == planned and llm.n_tokens == 0
+    llm.set_plan(None)
+    for tokens in documents:
+        for logits, token in zip(llm.decode([start, *tokens], logits_all=True), tokens):
+            p = np.exp(logits - logits.max(), dtype=np.float64)
+            assert p[p > p[token]].sum() / p.sum() <= 0.95 + 1e-3
 
 
 # refusals

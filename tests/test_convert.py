@@ -162,6 +162,15 @@ def test_estimates_are_not_tried_without_the_memory(testbed_path, monkeypatch, c
     assert "not tried: to calibrate them takes 0.1 GB of memory, and 0.0 GB are free" in capsys.readouterr().err
 
 
+def test_memory_is_looked_at_before_the_work(tiny, tmp_path, monkeypatch):
+    """Not after text and profile: the first line says what is left out, and nothing is calibrated."""
+    monkeypatch.setattr(pipeline.memory, "available", lambda: 10**5)
+    done = run(tiny.gguf_path, *QUICK, "-o", tmp_path / "m.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "estimates of experts are not tried" in done.stderr.splitlines()[0] and "calibrating" not in done.stderr
+    assert metadata.read(tmp_path / "m.gguf").profile.estimator is None
+
+
 def test_the_result_runs(converted):
     llm = Llama(str(converted[0]), n_ctx=128, verbose=False)
     answer = llm.create_chat_completion([{"role": "user", "content": "Say hello."}], max_tokens=8)

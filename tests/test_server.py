@@ -10,6 +10,7 @@ import time
 
 from allocmoe_edge import server
 from allocmoe_edge.measure.cores import physical_cores
+import other_models
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="asks the server over HTTP")
@@ -76,6 +77,13 @@ def test_chat_over_http_under_the_files_plan(planned_path, tmp_path):
 def test_model_without_experts(dense):
     answer = complete(dense[0], temperature=0.0).json()
     assert answer["object"] == "text_completion" and answer["usage"]["completion_tokens"] > 0
+
+
+def test_embedding_model(tmp_path):
+    model = other_models.write_bert(tmp_path / "bert.gguf")
+    with serving(tmp_path, "--model", model, "--n_ctx", "64", "--embedding", "true") as (url, _):
+        answer = httpx.post(f"{url}/embeddings", json={"input": ["hello world", "a prompt"]}, timeout=60).json()
+        assert [len(each["embedding"]) for each in answer["data"]] == [64, 64]
 
 
 def test_threads_are_the_physical_cores(monkeypatch):

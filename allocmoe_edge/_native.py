@@ -57,6 +57,7 @@ bool         gguf_write_to_file(const gguf_context * ctx, const char * fname, bo
 const char * ggml_type_name(int type);
 size_t       ggml_type_size(int type);
 int64_t      ggml_blck_size(int type);
+size_t       ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
 struct llama_model_tensor_buft_override { const char * pattern; void * buft; };
 void * ggml_backend_cpu_buffer_type(void);

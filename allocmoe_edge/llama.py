@@ -101,8 +101,9 @@ class Llama(CheckedLlama):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
         self._plan_path, self._prefetch = plan_path, False
-        self._asked: Optional[Plan] = None
-        self._estimator: Optional[Estimator] = None
+        self._stored_whole: Optional[metadata.ModelPlan] = None
+        self._by_hand: Optional[Plan] = None
+        self._handed_over: Optional[Estimator] = None
         self._drafted = np.zeros((2, 0), np.int64)
         for name in ("n_threads", "n_threads_batch"):
             kwargs[name] = kwargs.get(name) or physical_cores()
@@ -117,27 +118,25 @@ class Llama(CheckedLlama):
             super().__init__(model_path, **kwargs)
             return
         # before native code sees the file: it would abort the process, or say no more than "failed"
-        self._stored = metadata.read(model_path)
+        self._stored = metadata.read(model_path, estimator=False)  # the library has it
         if self._stored.side_file:
             raise PlanError(f"{model_path}: has a plan and no model: pass it as plan_path, beside the model's own file")
         if asked and not any(self._stored.full or ()):
             raise PlanError(f"{model_path}: {_DENSE}")
         if plan_path is not None:
-            self._stored = metadata.read_for(plan_path, self._stored)
+            self._stored = metadata.read_for(plan_path, self._stored, estimator=False)
         self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)
         if prefetch is None:
             free = memory.available()
             prefetch = free is not None and sum(os.path.getsize(path) for path in model_paths(model_path)) > free
         super().__init__(model_path, **kwargs)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
-        self._asked = self._stored.plan
         if self._beyond_plan is not None:
             self.set_plan(None)
-        elif plan_path is not None or (self._asked is not None and self._asked.token_rule == "estimate"):
-            # the native side has read the plan in the model's file, but no estimator
-            self.set_plan(self._asked)
-        else:
-            self._warn_if_degraded()
+        elif plan_path is not None:
+            self._check(libllama.allocmoe_load_plan_file(context_pointer(self), os.fsencode(plan_path)), plan_path)
+        if budget is None and token_rule is None and self._stored.plan is not None:
+            self._warn_if_degraded(self._stored.plan.token_rule)
         if budget is not None or token_rule is not None:
             self.set_budget(budget, token_rule=token_rule)
         if self.verbose and asked:
@@ -187,7 +186,12 @@ class Llama(CheckedLlama):
     @property
     def stored(self) -> metadata.ModelPlan:
         """What the model's file, or the one in plan_path, says of experts: the plan, and the profile if it has one."""
-        return self._stored
+        if self._vocab_only:
+            return self._stored
+        if self._stored_whole is None:
+            found = metadata.read(self.model_path)
+            self._stored_whole = found if self._plan_path is None else metadata.read_for(self._plan_path, found)
+        return self._stored_whole
 
     @property
     def expert_used_count_full(self) -> tuple:
@@ -196,15 +200,20 @@ class Llama(CheckedLlama):
 
     @property
     def plan(self) -> Optional[Plan]:
-        """The plan in force, as the native side has it; None for a model without experts."""
+        """The plan in force, as the library has it; None for a model without experts."""
         full = self.expert_used_count_full
         if not any(full):
             return None
         counts = self._expert_used_count(libllama.allocmoe_get_plan)
-        rule = libllama.allocmoe_get_token_rule(context_pointer(self))
-        if self._asked is None or rule == libllama.ALLOCMOE_RULE_OFF:
+        rule, threshold = ffi.new("struct allocmoe_rule *"), ffi.new("float[]", len(full))
+        libllama.allocmoe_get_rule(context_pointer(self), rule, threshold, len(full))
+        token_rule = TOKEN_RULES[rule.token_rule]
+        if token_rule == "off":
             return Plan(counts, full)
-        return replace(self._asked, expert_used_count=counts, expert_used_count_full=full)
+        if self._by_hand is not None and self._by_hand.token_rule == token_rule:
+            return replace(self._by_hand, expert_used_count=counts, expert_used_count_full=full)
+        limits = None if rule.threshold == ffi.NULL else list(threshold)
+        return Plan(counts, full, token_rule, rule.k_base, limits, rule.strict, VALUES[rule.value])
 
     def set_budget(
         self, budget: Optional[Budget] = None, *, token_rule: Optional[str] = None, strict: Optional[bool] = None
@@ -227,28 +236,26 @@ class Llama(CheckedLlama):
                 rule but "off" and for `strict`, thresholds for "threshold", an estimator for "estimate".
         """
         full = self._full_of_experts()
-        profile, plan = self._stored.profile, self._stored.plan
-        if self._beyond_plan is not None:
-            profile = plan = None
-            if budget is None or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
-                raise PlanError(f"{self.model_path}: {self._beyond_plan}")
-        if profile is None and (strict or token_rule not in (None, "off")):
-            raise PlanError(
-                f"{self.model_path}: token_rule={token_rule!r}, strict={strict} needs the profile that allocmoe-convert "
-                "stores in the file; convert it first, or pass a Plan with a token rule to set_plan"
-            )
+        total = libllama.ALLOCMOE_TOTAL_OF_FILE
         if budget is not None:
-            if profile is None and parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
-                raise PlanError(
-                    f"{self.model_path}: budget={budget!r} needs the sensitivities that allocmoe-convert stores in the "
-                    "file; convert it first, or pass a plan of your own to set_plan"
-                )
-            plan = profile.plan(budget, full, token_rule, strict) if profile else None
-        elif profile is not None and plan is not None and (token_rule is not None or strict is not None):
-            plan = profile.with_token_rule(plan, token_rule, strict)
-        elif plan is not None and token_rule == "off":
-            plan = replace(plan, token_rule="off", threshold=None, strict=False, value="score", estimator=None)
-        self.set_plan(plan)
+            total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
+        if self._beyond_plan is not None and (total != sum(full) or strict or token_rule not in (None, "off")):
+            raise PlanError(f"{self.model_path}: {self._beyond_plan}")
+        if token_rule is not None and token_rule not in TOKEN_RULES:
+            raise PlanError(f"token_rule: found {token_rule!r}, want one of: {', '.join(TOKEN_RULES)}")
+        changed = self._check(
+            libllama.allocmoe_set_budget(
+                context_pointer(self),
+                total,
+                -1 if token_rule is None else TOKEN_RULES.index(token_rule),
+                -1 if strict is None else bool(strict),
+            )
+        )
+        self._by_hand = self._handed_over = None
+        if changed:
+            self._plan_changed()
+        own = self._stored.plan.token_rule if self._stored.plan else "off"
+        self._warn_if_degraded(own if token_rule is None else token_rule)
         found = self.plan
         assert found is not None  # a model without experts has been refused above
         return found
@@ -266,7 +273,7 @@ class Llama(CheckedLlama):
             if libllama.allocmoe_has_plan(context_pointer(self)):
                 libllama.allocmoe_clear_plan(context_pointer(self))
                 self._plan_changed()
-            self._asked = None
+            self._by_hand = None
             return
         full = self._full_of_experts()
         if not isinstance(plan, Plan):
@@ -279,7 +286,7 @@ class Llama(CheckedLlama):
             raise PlanError(f"the plan has {len(plan.expert_used_count)} layers, the model has {len(full)}")
         if self.apply_plan(plan):
             self._plan_changed()
-        self._warn_if_degraded()
+        self._warn_if_degraded(plan.token_rule)
 
     def _full_of_experts(self) -> tuple:
         full = self.expert_used_count_full
@@ -320,48 +327,41 @@ class Llama(CheckedLlama):
             PlanError: the plan does not fit the model.
         """
         if plan.token_rule == "estimate":
-            self._set_native_estimator(plan)
+            self._hand_over(plan.estimator)
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
         rule = ffi.new("struct allocmoe_rule *")
         rule.token_rule = TOKEN_RULES.index(plan.token_rule)
         rule.value = VALUES.index(plan.value)
         rule.k_base, rule.strict, rule.threshold = plan.k_base, plan.strict, threshold
         counts = list(plan.expert_used_count)
-        status = libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule)
-        if status < 0:
-            raise PlanError(f"the native library refused the plan (status {status})")
-        self._asked = plan
+        changed = self._check(libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule))
+        self._by_hand = plan
         instrument = ffi.new("struct allocmoe_instrument *", [record, record_inputs, keep_outputs, start_layer])
-        if libllama.allocmoe_set_instrument(context_pointer(self), instrument) < 0:
-            raise PlanError(f"start_layer: found {start_layer}, want a layer of the model")
-        return status == libllama.ALLOCMOE_CHANGED
+        self._check(libllama.allocmoe_set_instrument(context_pointer(self), instrument))
+        return changed
 
-    def _set_native_estimator(self, plan: Plan) -> None:
-        """Hands over what the plan goes by, unless the native side has it."""
-        holders = (plan, self._stored.profile, self._stored.plan)
-        estimator = next((h.estimator for h in holders if h is not None and h.estimator is not None), None)
-        if estimator is None:
-            raise PlanError(
-                f"{self.model_path}: token_rule 'estimate' needs an estimator, and neither plan nor file has one"
-            )
-        if estimator is self._estimator:
+    def _hand_over(self, estimator: Optional[Estimator]) -> None:
+        """What token rule "estimate" goes by from now on; None for what the file has."""
+        if estimator is self._handed_over:
             return
-        if estimator.n_layer != plan.n_layer:
-            raise PlanError(f"the estimator has {estimator.n_layer} layers, the model has {plan.n_layer}")
+        if estimator is None:
+            self._check(libllama.allocmoe_set_estimator(context_pointer(self), ffi.NULL, 0, 0, 0))
+            self._handed_over = None
+            return
         arrays = {
             name: ffi.from_buffer("float[]", getattr(estimator, name)) for name in ("down", "log_norm", "output", "up")
         }
         numbers = {name: getattr(estimator, name) for name in ("n_down", "rank", "n_relu")}
         handed = ffi.new("struct allocmoe_estimator *", {**numbers, **arrays})
         sizes = estimator.n_layer, estimator.n_expert, estimator.n_embd
-        status = libllama.allocmoe_set_estimator(context_pointer(self), handed, *sizes)
-        if status < 0:
-            raise PlanError(
-                "no memory for the estimator where the model is"
-                if status == libllama.ALLOCMOE_ERR_MEMORY
-                else f"the estimator is for another model, of n_embd {estimator.n_embd} and {estimator.n_expert} experts (status {status})"
-            )
-        self._estimator = estimator
+        self._check(libllama.allocmoe_set_estimator(context_pointer(self), handed, *sizes))
+        self._handed_over = estimator
+
+    def _check(self, status: int, path: Optional[str] = None) -> bool:
+        """What a call of the library has returned: whether it changed anything. Raises PlanError with what is wrong."""
+        if status >= 0:
+            return status == libllama.ALLOCMOE_CHANGED
+        raise PlanError(f"{path or self.model_path}: {ffi.string(libllama.allocmoe_last_error()).decode()}")
 
     def reset(self) -> None:
         super().reset()
@@ -404,19 +404,16 @@ class Llama(CheckedLlama):
         self._ctx.decode(self._batch)
         return np.ctypeslib.as_array(self._ctx.get_logits(), (len(tokens) if logits_all else 1, self.n_vocab()))
 
-    def _warn_if_degraded(self) -> None:
-        plan = self._asked
-        asked = plan.token_rule if plan is not None else "off"
-        if TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))] == asked:
+    def _warn_if_degraded(self, asked: str) -> None:
+        found = TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))]
+        if found == asked or not libllama.allocmoe_has_plan(context_pointer(self)):
             return
-        profile = self._stored.profile
-        if plan is not None and asked == "estimate" and profile is not None and profile.threshold_table is not None:
+        if found != "off":
             warnings.warn(
-                "token rule 'estimate' is off: this model, or the backend that it runs on, has no estimates of skipped "
-                "experts; token rule 'threshold' takes its place",
+                f"token rule {asked!r} is off: this model, or the backend that it runs on, has no estimates of skipped "
+                f"experts; token rule {found!r} takes its place",
                 stacklevel=3,
             )
-            self.set_plan(profile.plan(plan.budget_total, plan.expert_used_count_full, "threshold"))
             return
         warnings.warn(
             f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
@@ -503,8 +500,6 @@ class Llama(CheckedLlama):
         self._prompt_cache = None if cache is None else CacheOfOnePlan(cache, self)
 
     def __getstate__(self):
-        holders = (self._stored.profile, self._stored.plan)
-        own = self._asked is not None and any(h is not None and h.estimator is self._asked.estimator for h in holders)
         return {
             **super().__getstate__(),
             "plan_path": self._plan_path,
@@ -512,8 +507,7 @@ class Llama(CheckedLlama):
             "repack": self._repack,
             "prefetch": self._asked_prefetch,
             "budget": None if self._beyond_plan is None else 1.0,
-            # the file's own estimator need not travel
-            "plan": _named(self._asked) if own else self._asked,
+            "plan": self.plan if libllama.allocmoe_has_plan(context_pointer(self)) else None,
         }
 
     def __setstate__(self, state):

@@ -1,10 +1,13 @@
-// The public C API.
+// The public C API. Nothing throws through it.
+#include "allocmoe-api.h"
+
 #include "allocmoe.h"
 #include "allocmoe-context.h"
-#include "allocmoe-estimator.h"
+#include "allocmoe-file.h"
 #include "allocmoe-plan.h"
 
 #include "llama-hparams.h"
+#include "llama-impl.h"
 #include "llama-model.h"
 
 #include "ggml-backend.h"
@@ -13,6 +16,23 @@
 #include <atomic>
 #include <cstdio>
 #include <memory>
+#include <tuple>
+#include <utility>
+
+static thread_local char last_error[1024] = "";
+
+const char * allocmoe_last_error(void) {
+    return last_error;
+}
+
+int32_t allocmoe_fail(int32_t status, const char * what) noexcept {
+    snprintf(last_error, sizeof(last_error), "%s", what);
+    return status;
+}
+
+static int32_t wrong_n_layer(const llama_context * ctx, int32_t n_layer) {
+    return allocmoe_fail(ALLOCMOE_ERR_N_LAYER, format("found %d layers, want %d, the model's", n_layer, allocmoe_n_layer(ctx)).c_str());
+}
 
 int32_t allocmoe_plan_version(void) {
     return ALLOCMOE_PLAN_VERSION;
@@ -22,83 +42,149 @@ int32_t allocmoe_n_layer(const llama_context * ctx) {
     return allocmoe_access::model(ctx).hparams.n_layer_all;
 }
 
-int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer, const allocmoe_rule * rule) {
-    const auto & model = allocmoe_access::model(ctx);
-    if (n_layer != (int32_t) model.hparams.n_layer_all) {
-        return ALLOCMOE_ERR_N_LAYER;
-    }
+//
+// what is in force
+//
 
-    auto plan = std::make_shared<allocmoe_plan>();
-    plan->expert_used_count.assign(expert_used_count, expert_used_count + n_layer);
-    if (allocmoe_out_of_range(model.hparams, plan->expert_used_count)) {
-        return ALLOCMOE_ERR_K;
-    }
-
-    if (rule) {
-        plan->token_rule = rule->token_rule;
-        plan->k_base     = rule->k_base;
-        plan->value      = rule->value;
-        plan->strict     = rule->strict;
-        if (rule->threshold) {
-            plan->threshold.assign(rule->threshold, rule->threshold + n_layer);
-        }
-        const bool by_threshold = plan->token_rule == ALLOCMOE_RULE_THRESHOLD || plan->token_rule == ALLOCMOE_RULE_ESTIMATE;
-        if (allocmoe_token_rule_out_of_range(*plan) || (by_threshold && !rule->threshold)) {
-            return ALLOCMOE_ERR_RULE;
-        }
-        allocmoe_degrade_token_rule(*plan, model, allocmoe_access::state(ctx));
-        if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
-            plan->estimates = allocmoe_access::state(ctx).estimates;
-            if (!plan->estimates) {
-                return ALLOCMOE_ERR_RULE;
-            }
-        }
-    }
-
-    allocmoe_settings settings = allocmoe_access::settings(ctx);
-    if (settings.plan && *settings.plan == *plan) {
-        return ALLOCMOE_OK;
-    }
-    if (settings.plan && settings.plan->strict) {
-        // what it has left over says nothing about this plan
-        llama_synchronize(ctx);
-        const auto & first = *allocmoe_access::state(ctx).spent;
-        std::fill_n(first.left, (size_t) n_layer*llama_n_seq_max(ctx)*first.n_left, 0.0f);
-    }
-
-    settings.plan = std::move(plan);
-    allocmoe_access::set_settings(ctx, std::move(settings));
-    return ALLOCMOE_CHANGED;
+static int32_t put(llama_context * ctx, std::unique_ptr<allocmoe_plan> plan) {
+    auto runnable = allocmoe_runnable(std::move(plan), allocmoe_access::state(ctx), allocmoe_access::model(ctx));
+    return allocmoe_access::set_plan(ctx, std::move(runnable)) ? ALLOCMOE_CHANGED : ALLOCMOE_OK;
 }
 
-int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
-    auto & current = allocmoe_access::state(ctx).estimates;
-    if (!estimator) {
-        current = nullptr;
-        return ALLOCMOE_OK;
+// The same for a plan from a file, which is what the context goes by from then on.
+static int32_t put_of_file(llama_context * ctx, std::shared_ptr<const allocmoe_model> file, std::unique_ptr<allocmoe_plan> plan) {
+    auto & state = allocmoe_access::state(ctx);
+    const auto before = std::make_pair(state.file, state.estimates);
+    state.file      = std::move(file);
+    state.estimates = nullptr;
+    try {
+        return put(ctx, std::move(plan));
+    } catch (...) {
+        std::tie(state.file, state.estimates) = before;
+        throw;
     }
-    return allocmoe_make_estimates(allocmoe_access::model(ctx), *estimator, n_layer, n_expert, n_embd, current);
+}
+
+int32_t allocmoe_set_budget(llama_context * ctx, int64_t total, int32_t token_rule, int32_t strict) {
+    return allocmoe_guarded([&] {
+        auto & state = allocmoe_access::state(ctx);
+        auto   plan  = allocmoe_plan_budget(state.file.get(), allocmoe_access::model(ctx), total, token_rule, strict);
+        return put_of_file(ctx, state.file, std::move(plan));
+    });
+}
+
+int32_t allocmoe_load_plan_file(llama_context * ctx, const char * path) {
+    return allocmoe_guarded([&] {
+        const auto & model = allocmoe_access::model(ctx);
+        auto file = allocmoe_read_side_file(path, model);
+        auto plan = allocmoe_plan_budget(file.get(), model, ALLOCMOE_TOTAL_OF_FILE, -1, -1);
+        return put_of_file(ctx, std::move(file), std::move(plan));
+    });
+}
+
+int32_t allocmoe_set_budget_seq(llama_context * ctx, int32_t seq_id, int64_t total) {
+    return allocmoe_guarded([&] {
+        const auto & model = allocmoe_access::model(ctx);
+        const auto & state = allocmoe_access::state(ctx);
+        if (seq_id < 0 || seq_id >= (int32_t) llama_n_seq_max(ctx)) {
+            throw allocmoe_error(format("sequence: found %d, want 0 to %u", seq_id, llama_n_seq_max(ctx) - 1));
+        }
+        allocmoe_settings settings = allocmoe_access::settings(ctx);
+        if (total == ALLOCMOE_TOTAL_OF_FILE) {
+            if (settings.seq_plans.erase(seq_id) == 0) {
+                return ALLOCMOE_OK;
+            }
+        } else {
+            if (!settings.plan) {
+                // the other sequences go on with all of the model's experts
+                int64_t full = 0;
+                for (int32_t k : allocmoe_effective_plan(model, nullptr)) {
+                    full += k;
+                }
+                settings.plan = allocmoe_runnable(allocmoe_plan_budget(state.file.get(), model, full, -1, -1), state, model);
+            }
+            if (!settings.plan) {
+                throw allocmoe_error("a budget of its own for a sequence needs the plans that allocmoe-convert stores in the file");
+            }
+            const auto & base = *settings.plan;
+            auto plan = allocmoe_plan_budget(state.file.get(), model, total, base.token_rule, allocmoe_by_threshold(base.token_rule) ? base.strict : -1);
+            if (!plan || plan->k_base != base.k_base || plan->value != base.value) {
+                throw allocmoe_error("a budget of its own for a sequence needs a context whose plan is the file's, not one by hand");
+            }
+            plan->estimates = base.estimates;
+            settings.seq_plans[seq_id] = std::move(plan);
+        }
+        allocmoe_access::set_settings(ctx, std::move(settings));
+        return ALLOCMOE_CHANGED;
+    });
+}
+
+int32_t allocmoe_set_plan(llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer, const allocmoe_rule * rule) {
+    return allocmoe_guarded([&] {
+        const auto & model = allocmoe_access::model(ctx);
+        if (n_layer != (int32_t) model.hparams.n_layer_all) {
+            return wrong_n_layer(ctx, n_layer);
+        }
+        auto plan = std::make_unique<allocmoe_plan>();
+        plan->expert_used_count.assign(expert_used_count, expert_used_count + n_layer);
+        if (allocmoe_out_of_range(model.hparams, plan->expert_used_count)) {
+            return allocmoe_fail(ALLOCMOE_ERR_K, format("expert_used_count: found an entry outside 0..%u", model.hparams.n_expert).c_str());
+        }
+        if (rule) {
+            plan->token_rule = rule->token_rule;
+            plan->k_base     = rule->k_base;
+            plan->value      = rule->value;
+            plan->strict     = rule->strict;
+            if (rule->threshold) {
+                plan->threshold.assign(rule->threshold, rule->threshold + n_layer);
+            }
+            if (allocmoe_token_rule_out_of_range(*plan)) {
+                return allocmoe_fail(ALLOCMOE_ERR_RULE, "rule: found one that there is not, or k_base below 1, or a threshold that is missing or not a number");
+            }
+        }
+        return put(ctx, std::move(plan));
+    });
 }
 
 void allocmoe_clear_plan(llama_context * ctx) {
-    if (allocmoe_has_plan(ctx)) {
-        allocmoe_settings settings = allocmoe_access::settings(ctx);
-        settings.plan = nullptr;
-        allocmoe_access::set_settings(ctx, std::move(settings));
-    }
+    allocmoe_guarded([&] { return put(ctx, nullptr); });
 }
 
 bool allocmoe_has_plan(const llama_context * ctx) {
     return allocmoe_access::settings(ctx).plan != nullptr;
 }
 
+int32_t allocmoe_get_token_rule(const llama_context * ctx) {
+    const auto * plan = allocmoe_access::settings(ctx).plan.get();
+    return plan ? plan->token_rule : ALLOCMOE_RULE_OFF;
+}
+
+int32_t allocmoe_get_rule(const llama_context * ctx, allocmoe_rule * rule, float * threshold, int32_t n_layer) {
+    return allocmoe_guarded([&] {
+        if (n_layer != allocmoe_n_layer(ctx)) {
+            return wrong_n_layer(ctx, n_layer);
+        }
+        const allocmoe_plan none;
+        const auto * own  = allocmoe_access::settings(ctx).plan.get();
+        const auto & plan = own ? *own : none;
+        *rule = { plan.token_rule, plan.value, plan.k_base, plan.strict, nullptr };
+        if (allocmoe_by_threshold(plan.token_rule)) {
+            std::copy(plan.threshold.begin(), plan.threshold.end(), threshold);
+            rule->threshold = threshold;
+        }
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
 static int32_t copy_effective_plan(const llama_context * ctx, const allocmoe_plan * plan, int32_t * expert_used_count, int32_t n_layer) {
-    if (n_layer != allocmoe_n_layer(ctx)) {
-        return ALLOCMOE_ERR_N_LAYER;
-    }
-    const auto k = allocmoe_effective_plan(allocmoe_access::model(ctx), plan);
-    std::copy(k.begin(), k.end(), expert_used_count);
-    return ALLOCMOE_OK;
+    return allocmoe_guarded([&] {
+        if (n_layer != allocmoe_n_layer(ctx)) {
+            return wrong_n_layer(ctx, n_layer);
+        }
+        const auto k = allocmoe_effective_plan(allocmoe_access::model(ctx), plan);
+        std::copy(k.begin(), k.end(), expert_used_count);
+        return (int32_t) ALLOCMOE_OK;
+    });
 }
 
 int32_t allocmoe_get_plan(const llama_context * ctx, int32_t * expert_used_count, int32_t n_layer) {
@@ -109,21 +195,27 @@ int32_t allocmoe_get_full(const llama_context * ctx, int32_t * expert_used_count
     return copy_effective_plan(ctx, nullptr, expert_used_count, n_layer);
 }
 
+//
+// what has been spent
+//
+
 int32_t allocmoe_get_counts(const llama_context * ctx, int32_t phase, int64_t * activations, int64_t * tokens, int32_t n_layer) {
-    if (n_layer != allocmoe_n_layer(ctx)) {
-        return ALLOCMOE_ERR_N_LAYER;
-    }
-    if (phase != ALLOCMOE_PHASE_PREFILL && phase != ALLOCMOE_PHASE_DECODE) {
-        return ALLOCMOE_ERR_PHASE;
-    }
-    llama_synchronize(const_cast<llama_context *>(ctx)); // devices count as they run
-    const auto & state  = allocmoe_access::state(ctx);
-    const auto & counts = state.phases[phase];
-    std::copy(counts.tokens.begin(), counts.tokens.end(), tokens);
-    for (int32_t il = 0; il < n_layer; ++il) {
-        activations[il] = counts.activations[il] + state.spent.get()[il].activations[phase];
-    }
-    return ALLOCMOE_OK;
+    return allocmoe_guarded([&] {
+        if (n_layer != allocmoe_n_layer(ctx)) {
+            return wrong_n_layer(ctx, n_layer);
+        }
+        if (phase != ALLOCMOE_PHASE_PREFILL && phase != ALLOCMOE_PHASE_DECODE) {
+            return allocmoe_fail(ALLOCMOE_ERR_PHASE, "phase: found one that there is not");
+        }
+        llama_synchronize(const_cast<llama_context *>(ctx)); // devices count as they run
+        const auto & state  = allocmoe_access::state(ctx);
+        const auto & counts = state.phases[phase];
+        std::copy(counts.tokens.begin(), counts.tokens.end(), tokens);
+        for (int32_t il = 0; il < n_layer; ++il) {
+            activations[il] = counts.activations[il] + state.spent.get()[il].activations[phase];
+        }
+        return (int32_t) ALLOCMOE_OK;
+    });
 }
 
 void allocmoe_reset_counts(llama_context * ctx) {
@@ -157,10 +249,9 @@ void allocmoe_set_left(llama_context * ctx, const float * left, int32_t n_tokens
     for_each_left(ctx, n_tokens, [&](float * own, size_t first, int32_t n) { std::copy_n(left + first, n, own); });
 }
 
-int32_t allocmoe_get_token_rule(const llama_context * ctx) {
-    const auto * plan = allocmoe_access::settings(ctx).plan.get();
-    return plan ? plan->token_rule : ALLOCMOE_RULE_OFF;
-}
+//
+// where the experts are
+//
 
 const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, int64_t * n_bytes) {
     const auto & model = allocmoe_access::model(ctx);

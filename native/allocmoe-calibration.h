@@ -10,6 +10,22 @@ extern "C" {
 
 // [cffi begin]
 
+// What ALLOCMOE_RULE_ESTIMATE goes by: for every expert e a small model of its output y_e, and of the size of that, on a few
+// directions u = down x of the layer's input x. With w_e the weight of e among all of the token's experts,
+//   estimated size:    v_e  = log w_e + log_norm_e . (u, 1), where of the last `n_relu` of u only what is positive counts
+//   estimated output:  y'_e = up^T (output_e + the first `rank` of u)
+// and a layer gives  sum over kept of w_e y_e + sum over skipped of w_e y'_e.
+// Layers without routed experts have entries too; nothing reads them.
+struct allocmoe_estimator {
+    int32_t n_down; // at least 1
+    int32_t rank;   // 0 to n_down
+    int32_t n_relu; // 0 to n_down - rank
+    const float * down;     // [n_layer][n_down][n_embd]
+    const float * log_norm; // [n_layer][n_expert][n_down + 1]
+    const float * output;   // [n_layer][n_expert][rank]
+    const float * up;       // [n_layer][rank][n_embd]
+};
+
 struct allocmoe_instrument {
     bool    record;        // keep scores, ids and errors of all ranks for allocmoe_take_*, and run all, under any token rule but off
     bool    record_inputs; // with it, what allocmoe_take_floats returns
@@ -27,6 +43,11 @@ enum {
 
 // From the next decode on; NULL for none, as in a new context. Setting what is set already changes nothing.
 LLAMA_API int32_t allocmoe_set_instrument(struct llama_context * ctx, const struct allocmoe_instrument * instrument);
+
+// What ALLOCMOE_RULE_ESTIMATE is to go by in plans that are set from now on; NULL for what the file carries. Copied, n_layer
+// being the block count; down and up are rounded to what they run in, Q4_0, or float16 for down where n_embd is no multiple of
+// 32.
+LLAMA_API int32_t allocmoe_set_estimator(struct llama_context * ctx, const struct allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd);
 
 // What layer il has recorded since the last call: the values, which by default are the scores and under
 // ALLOCMOE_RULE_ESTIMATE v_e, of the experts by rank, [n_tokens][n_used]. Copies at most n_max floats to values and forgets

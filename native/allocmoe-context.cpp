@@ -1,9 +1,11 @@
 #include "allocmoe-context.h"
 
+#include "allocmoe.h"
 #include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 #include "allocmoe-prefetch.h"
 
+#include "llama-arch.h"
 #include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
@@ -15,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 
 const llama_model & allocmoe_access::model(const llama_context * ctx) {
     return ctx->model;
@@ -35,6 +38,25 @@ void allocmoe_access::set_settings(llama_context * ctx, allocmoe_settings settin
         ctx->sched_need_reserve = true; // the graph's shapes depend on them
     }
     ctx->cparams.allocmoe.settings = std::move(made);
+}
+
+bool allocmoe_access::set_plan(llama_context * ctx, std::shared_ptr<const allocmoe_plan> plan) {
+    allocmoe_settings settings = allocmoe_access::settings(ctx);
+    const auto & current = settings.plan;
+    const bool   same    = current && plan ? *current == *plan : current == plan;
+    if (same && settings.seq_plans.empty()) {
+        return false;
+    }
+    if (!same && current && current->strict) {
+        // what it has left over says nothing about this plan
+        llama_synchronize(ctx);
+        const auto & first = *state(ctx).spent;
+        std::fill_n(first.left, current->expert_used_count.size()*llama_n_seq_max(ctx)*first.n_left, 0.0f);
+    }
+    settings.plan = std::move(plan);
+    settings.seq_plans.clear();
+    set_settings(ctx, std::move(settings));
+    return true;
 }
 
 int64_t allocmoe_access::set_prefetch(llama_context * ctx, bool prefetch) {
@@ -78,6 +100,33 @@ static void allocate_spent(allocmoe_state & state, const llama_model & model, in
     }
 }
 
+std::shared_ptr<const allocmoe_plan> allocmoe_runnable(std::unique_ptr<allocmoe_plan> plan, const allocmoe_state & state, const llama_model & model) {
+    if (!plan) {
+        return nullptr;
+    }
+    // a context that only measures memory has no weights to go by
+    if (model.hparams.no_alloc && plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        plan->token_rule = ALLOCMOE_RULE_OFF;
+    }
+    if (const char * obstacle = allocmoe_token_rule_obstacle(plan->token_rule, model, state)) {
+        const auto * file = state.file.get();
+        const bool thresholds = plan->token_rule == ALLOCMOE_RULE_ESTIMATE && file && file->n_rows > 0 && !file->threshold_table.empty();
+        LLAMA_LOG_WARN("allocmoe: token rule %s is off: %s\n", allocmoe_token_rule_names[plan->token_rule], obstacle);
+        if (thresholds) {
+            const int64_t total = std::accumulate(plan->expert_used_count.begin(), plan->expert_used_count.end(), (int64_t) 0);
+            return allocmoe_runnable(allocmoe_plan_budget(file, model, total, ALLOCMOE_RULE_THRESHOLD, -1), state, model);
+        }
+        plan->token_rule = ALLOCMOE_RULE_OFF;
+    }
+    if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        plan->estimates = state.estimates || !state.file ? state.estimates : state.file->estimates(model);
+        if (!plan->estimates) {
+            throw allocmoe_error("token rule estimate needs an estimator, and neither plan nor file has one", ALLOCMOE_ERR_RULE);
+        }
+    }
+    return plan;
+}
+
 void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     const uint32_t n_layer = model.hparams.n_layer_all;
 
@@ -96,30 +145,31 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     state->records.outputs.resize(n_layer);
     cparams.allocmoe = { settings, state };
 
-    if (!model.allocmoe) {
+    state->file = model.allocmoe;
+    if (!state->file) {
         return;
     }
-
-    auto plan = std::make_shared<allocmoe_plan>(*model.allocmoe->plan);
-    allocmoe_degrade_token_rule(*plan, model, *state);
-    const char * rule = allocmoe_token_rule_name(plan->token_rule);
-    if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
-        plan->token_rule = ALLOCMOE_RULE_OFF; // until allocmoe_set_estimator gives it what it goes by
+    const auto own  = allocmoe_effective_plan(model, nullptr);
+    int64_t    full = 0;
+    int64_t    n_moe = 0;
+    for (int32_t k : own) {
+        full  += k;
+        n_moe += k > 0;
     }
-    settings->plan = plan;
+    if (full == 0) {
+        return;
+    }
+    const int64_t asked = state->file->asked_total;
+    if (asked == 0 && allocmoe_overridden(*state->file, model)) {
+        LLAMA_LOG_WARN("allocmoe: %s.expert_used_count is overridden with more than the file's plan was made for: it is not used\n", llm_arch_name(model.arch));
+    }
+    settings->plan = allocmoe_runnable(allocmoe_plan_budget(state->file.get(), model, asked, -1, -1), *state, model);
 
     int64_t total = 0;
-    int64_t full  = 0;
-    int64_t n_moe = 0;
-    const auto k     = allocmoe_effective_plan(model, plan.get());
-    const auto k_own = allocmoe_effective_plan(model, nullptr);
-    for (size_t il = 0; il < k.size(); ++il) {
-        total += k[il];
-        full  += k_own[il];
-        n_moe += k_own[il] > 0;
+    for (int32_t k : allocmoe_effective_plan(model, settings->plan.get())) {
+        total += k;
     }
-    if (n_moe > 0) {
-        LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
-                (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe, rule);
-    }
+    LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
+            (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe,
+            allocmoe_token_rule_names[settings->plan ? settings->plan->token_rule : ALLOCMOE_RULE_OFF]);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "allocmoe-custom.h"
+#include "allocmoe-file.h"
 #include "allocmoe-instrument.h"
 #include "allocmoe-plan.h"
 
@@ -25,9 +26,14 @@ struct allocmoe_state {
     int32_t n_layer_main = 0; // layers before the model's heads for further tokens, if it has any
     bool    prefetch     = false; // graphs ask the system for the chosen experts' pages
 
-    std::shared_ptr<const allocmoe_estimates> estimates; // for plans to come
+    std::shared_ptr<const allocmoe_model>     file;      // what budgets are served from: the model's or a side file; null for none
+    std::shared_ptr<const allocmoe_estimates> estimates; // a caller's, in place of the file's
     allocmoe_records                          records;
 };
+
+// A plan as the model can run it: with its estimates, and another token rule where the model cannot run the plan's, with a
+// warning in the log. Throws allocmoe_error where there is no estimator to go by.
+std::shared_ptr<const allocmoe_plan> allocmoe_runnable(std::unique_ptr<allocmoe_plan> plan, const allocmoe_state & state, const llama_model & model);
 
 // Whether the device's backend is one of ours that takes -1 for a slot without work; others would take it for an expert.
 bool allocmoe_runs_token_rules(struct ggml_backend_device * device);
@@ -40,6 +46,10 @@ struct allocmoe_access {
 
     // From the next decode on; graphs that exist are built anew where they differ.
     static void set_settings(llama_context * ctx, allocmoe_settings settings);
+
+    // Puts a plan that the model can run in force, null for the model's own counts, and ends what single sequences had of their
+    // own. Returns whether that changed anything.
+    static bool set_plan(llama_context * ctx, std::shared_ptr<const allocmoe_plan> plan);
 
     static int64_t set_prefetch(llama_context * ctx, bool prefetch);
 };

@@ -7,7 +7,98 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <map>
+
+ggml_type allocmoe_matrices::down_type() const {
+    return n_embd % ggml_blck_size(GGML_TYPE_Q4_0) == 0 ? GGML_TYPE_Q4_0 : GGML_TYPE_F16;
+}
+
+int64_t allocmoe_matrices::n_columns() const {
+    return GGML_PAD(rank, ggml_blck_size(GGML_TYPE_Q4_0));
+}
+
+size_t allocmoe_matrices::down_bytes() const {
+    return n_down*ggml_row_size(down_type(), n_embd);
+}
+
+size_t allocmoe_matrices::up_bytes() const {
+    return n_embd*ggml_row_size(GGML_TYPE_Q4_0, n_columns());
+}
+
+static bool in_range(const float * values, size_t n) {
+    return std::all_of(values, values + n, [](float x) { return std::isfinite(x) && std::abs(x) <= ALLOCMOE_LARGEST; });
+}
+
+bool allocmoe_in_range(const allocmoe_estimator & e, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
+    const size_t experts = (size_t) n_layer*n_expert;
+    const size_t columns = (size_t) n_layer*n_embd;
+    return in_range(e.down, columns*e.n_down) && in_range(e.log_norm, experts*(e.n_down + 1)) && in_range(e.output, experts*e.rank) &&
+           in_range(e.up, columns*e.rank);
+}
+
+static bool bytes_in_range(ggml_type type, const std::vector<uint8_t> & bytes) {
+    // float16 values, or one at the start of every block of Q4_0
+    const size_t step = ggml_type_size(type);
+    for (size_t i = 0; i < bytes.size(); i += step) {
+        ggml_fp16_t bits;
+        memcpy(&bits, bytes.data() + i, sizeof(bits));
+        if (!std::isfinite(ggml_fp16_to_fp32(bits))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+const char * allocmoe_matrices_fault(const allocmoe_matrices & m) {
+    if (m.n_down < 1 || m.n_down > INT16_MAX || m.rank < 0 || m.rank > m.n_down || m.n_relu < 0 || m.n_relu > m.n_down - m.rank) {
+        return "estimator: n_down, rank and n_relu contradict each other";
+    }
+    if (!bytes_in_range(m.down_type(), m.down)) {
+        return "estimator.down: found a number beyond the range of float16";
+    }
+    if (!bytes_in_range(GGML_TYPE_Q4_0, m.up)) {
+        return "estimator.up: found a number beyond the range of float16";
+    }
+    if (!in_range(m.log_norm.data(), m.log_norm.size())) {
+        return "estimator.log_norm: found a number beyond the range of float16";
+    }
+    if (!in_range(m.output.data(), m.output.size())) {
+        return "estimator.output: found a number beyond the range of float16";
+    }
+    return nullptr;
+}
+
+static void append_rows(std::vector<uint8_t> & bytes, ggml_type type, const float * rows, int64_t n_rows, int64_t n) {
+    const size_t begin = bytes.size();
+    bytes.resize(begin + n_rows*ggml_row_size(type, n));
+    ggml_quantize_chunk(type, rows, bytes.data() + begin, 0, n_rows, n, nullptr);
+}
+
+allocmoe_matrices allocmoe_round(const allocmoe_estimator & estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
+    allocmoe_matrices m;
+    m.n_down   = estimator.n_down;
+    m.rank     = estimator.rank;
+    m.n_relu   = estimator.n_relu;
+    m.n_expert = n_expert;
+    m.n_embd   = n_embd;
+    m.log_norm.assign(estimator.log_norm, estimator.log_norm + (size_t) n_layer*n_expert*(m.n_down + 1));
+    m.output  .assign(estimator.output,   estimator.output   + (size_t) n_layer*n_expert*m.rank);
+
+    const int64_t n_columns = m.n_columns();
+    std::vector<float> transposed(n_columns*n_embd);
+    for (int32_t il = 0; il < n_layer; ++il) {
+        m.entry.push_back(il);
+        append_rows(m.down, m.down_type(), estimator.down + (size_t) il*m.n_down*n_embd, m.n_down, n_embd);
+        for (int64_t i = 0; i < (int64_t) m.rank*n_embd; ++i) {
+            transposed[i%n_embd*n_columns + i/n_embd] = estimator.up[(size_t) il*m.rank*n_embd + i];
+        }
+        if (m.rank > 0) {
+            append_rows(m.up, GGML_TYPE_Q4_0, transposed.data(), n_embd, n_columns);
+        }
+    }
+    return m;
+}
 
 // For tensors that nodes beside layer il's router read.
 static ggml_backend_buffer_type_t type_beside_router(const llama_model & model, int32_t il) {
@@ -42,83 +133,55 @@ static ggml_backend_buffer_type_t type_for_products(ggml_backend_buffer_type_t p
     return plain;
 }
 
-// Sets a matrix of F16 or Q4_0.
-static void set_converted(ggml_tensor * tensor, const float * values) {
-    std::vector<char> data(ggml_nbytes(tensor));
-    ggml_quantize_chunk(tensor->type, values, data.data(), 0, tensor->ne[1], tensor->ne[0], nullptr);
-    ggml_backend_tensor_set(tensor, data.data(), 0, data.size());
-}
-
-int32_t allocmoe_make_estimates(const llama_model & model, const allocmoe_estimator & estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd, std::shared_ptr<const allocmoe_estimates> & made) {
-    const auto & hparams = model.hparams;
-    if (n_layer != (int32_t) hparams.n_layer_all) {
-        return ALLOCMOE_ERR_N_LAYER;
-    }
-    const int64_t n_down = estimator.n_down;
-    const int64_t rank   = estimator.rank;
-    const int64_t n_relu = estimator.n_relu;
-    if (n_expert != (int32_t) hparams.n_expert || n_embd != (int32_t) hparams.n_embd || n_down < 1 || n_down > INT16_MAX ||
-        rank < 0 || rank > n_down || n_relu < 0 || n_relu > n_down - rank) {
-        return ALLOCMOE_ERR_ESTIMATOR;
-    }
-    const auto finite = [](const float * values, int64_t n) {
-        return std::all_of(values, values + n, [](float x) { return std::isfinite(x) && std::abs(x) < 65504.0f; });
-    };
-    if (!finite(estimator.down, n_layer*n_down*n_embd) || !finite(estimator.log_norm, (int64_t) n_layer*n_expert*(n_down + 1)) ||
-        !finite(estimator.output, n_layer*n_expert*rank) || !finite(estimator.up, n_layer*rank*n_embd)) {
-        return ALLOCMOE_ERR_ESTIMATOR;
-    }
-
+std::shared_ptr<const allocmoe_estimates> allocmoe_place(const allocmoe_matrices & m, const llama_model & model) {
     auto estimates = std::make_shared<allocmoe_estimates>();
-    estimates->layers.resize(n_layer);
-    estimates->n_relu = n_relu;
+    estimates->layers.resize(m.entry.size());
+    estimates->n_relu = m.n_relu;
 
-    // whole blocks; float16 would be multiplied 64 columns at a time or one by one
-    const int64_t   n_block   = ggml_blck_size(GGML_TYPE_Q4_0);
-    const int64_t   n_columns = GGML_PAD(rank, n_block);
-    const ggml_type down_type = n_embd % n_block == 0 ? GGML_TYPE_Q4_0 : GGML_TYPE_F16;
+    const ggml_type down_type = m.down_type();
+    const int64_t   n_columns = m.n_columns();
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> meta_by_type;
     const auto new_matrix = [&](ggml_backend_buffer_type_t buft, ggml_type type, int64_t n_in, int64_t n_out) {
         auto *& meta = meta_by_type[buft];
         if (!meta) {
-            meta = ggml_init({ 4*n_layer*ggml_tensor_overhead(), nullptr, true });
+            meta = ggml_init({ 4*m.entry.size()*ggml_tensor_overhead(), nullptr, true });
             estimates->contexts.emplace_back(meta);
         }
         return ggml_new_tensor_2d(meta, type, n_in, n_out);
     };
-    for (int32_t il = 0; il < n_layer; ++il) {
+    for (size_t il = 0; il < m.entry.size(); ++il) {
+        if (m.entry[il] < 0) {
+            continue;
+        }
         auto * type  = type_beside_router(model, il);
         auto & layer = estimates->layers[il];
-        layer.down     = new_matrix(type_for_products(type, down_type, n_embd, n_down), down_type, n_embd, n_down);
-        layer.log_norm = new_matrix(type, GGML_TYPE_F32, n_down + 1, n_expert);
-        layer.output   = rank > 0 ? new_matrix(type, GGML_TYPE_F32, rank, n_expert) : nullptr;
-        layer.up       = rank > 0 ? new_matrix(type_for_products(type, GGML_TYPE_Q4_0, n_columns, n_embd), GGML_TYPE_Q4_0, n_columns, n_embd) : nullptr;
-        ggml_format_name(layer.down, "allocmoe.down-%d", il);
+        layer.down     = new_matrix(type_for_products(type, down_type, m.n_embd, m.n_down), down_type, m.n_embd, m.n_down);
+        layer.log_norm = new_matrix(type, GGML_TYPE_F32, m.n_down + 1, m.n_expert);
+        layer.output   = m.rank > 0 ? new_matrix(type, GGML_TYPE_F32, m.rank, m.n_expert) : nullptr;
+        layer.up       = m.rank > 0 ? new_matrix(type_for_products(type, GGML_TYPE_Q4_0, n_columns, m.n_embd), GGML_TYPE_Q4_0, n_columns, m.n_embd) : nullptr;
+        ggml_format_name(layer.down, "allocmoe.down-%zu", il);
     }
     for (const auto & [type, meta] : meta_by_type) {
         auto * buffer = ggml_backend_alloc_ctx_tensors_from_buft(meta, type);
         if (!buffer) {
-            return ALLOCMOE_ERR_MEMORY;
+            return nullptr;
         }
         ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         estimates->buffers.emplace_back(buffer);
     }
-
-    std::vector<float> transposed(n_columns*n_embd);
-    for (int32_t il = 0; il < n_layer; ++il) {
-        auto & layer = estimates->layers[il];
-        set_converted(layer.down, estimator.down + il*n_down*n_embd);
-        ggml_backend_tensor_set(layer.log_norm, estimator.log_norm + il*n_expert*(n_down + 1), 0, ggml_nbytes(layer.log_norm));
-        if (rank == 0) {
+    for (size_t il = 0; il < m.entry.size(); ++il) {
+        const size_t entry = m.entry[il];
+        auto       & layer = estimates->layers[il];
+        if (m.entry[il] < 0) {
             continue;
         }
-        for (int64_t i = 0; i < rank*n_embd; ++i) {
-            transposed[i%n_embd*n_columns + i/n_embd] = estimator.up[il*rank*n_embd + i];
+        ggml_backend_tensor_set(layer.down,     m.down.data() + entry*m.down_bytes(), 0, m.down_bytes());
+        ggml_backend_tensor_set(layer.log_norm, m.log_norm.data() + entry*m.n_expert*(m.n_down + 1), 0, ggml_nbytes(layer.log_norm));
+        if (m.rank > 0) {
+            ggml_backend_tensor_set(layer.up,     m.up.data() + entry*m.up_bytes(), 0, m.up_bytes());
+            ggml_backend_tensor_set(layer.output, m.output.data() + entry*m.n_expert*m.rank, 0, ggml_nbytes(layer.output));
         }
-        set_converted(layer.up, transposed.data());
-        ggml_backend_tensor_set(layer.output, estimator.output + il*n_expert*rank, 0, ggml_nbytes(layer.output));
     }
-    made = std::move(estimates);
-    return ALLOCMOE_OK;
+    return estimates;
 }

@@ -8,14 +8,14 @@
 struct ggml_cgraph;
 struct ggml_context;
 struct ggml_tensor;
-struct gguf_context;
 class  llm_graph_result;
 struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
+struct llama_model_loader;
 struct llama_ubatch;
 
-struct allocmoe_model;    // what a model's file carries, allocmoe-plan.h
+struct allocmoe_model;    // what a model's file carries, allocmoe-file.h
 struct allocmoe_settings; // what a context's graphs are built for, allocmoe-plan.h; replaced as a whole, never changed
 struct allocmoe_state;    // what a context has spent and recorded, allocmoe-context.h
 struct allocmoe_graph;    // what the hooks have built into one graph, allocmoe-graph.h; made by the first that has something
@@ -27,9 +27,9 @@ struct allocmoe_cparams {
 };
 
 // What the model's metadata has of allocmoe.*, null if that is nothing. Throws std::runtime_error if it is invalid.
-std::shared_ptr<const allocmoe_model> allocmoe_load_model(const gguf_context * meta, const llama_hparams & hparams);
+std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & loader, const llama_hparams & hparams);
 
-// Puts the model's plan into a new context and logs it.
+// Puts the model's plan into a new context and logs it. Throws std::runtime_error where that cannot be.
 void allocmoe_init_context(llama_cparams & cparams, const llama_model & model);
 
 // The number of experts that build_moe_ffn is to rank for each token of layer il, given the architecture's own choice:

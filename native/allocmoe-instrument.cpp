@@ -1,12 +1,15 @@
 #include "allocmoe-instrument.h"
 
+#include "allocmoe-api.h"
 #include "allocmoe-context.h"
+#include "allocmoe-estimator.h"
 #include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 
 #include "llama-graph.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
@@ -262,19 +265,57 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
 //
 
 int32_t allocmoe_set_instrument(llama_context * ctx, const allocmoe_instrument * instrument) {
-    allocmoe_settings settings = allocmoe_access::settings(ctx);
-    const allocmoe_instrument wanted = instrument ? *instrument : allocmoe_instrument{};
-    if (wanted.start_layer < 0 || wanted.start_layer >= std::max(1, allocmoe_n_layer(ctx))) {
-        return ALLOCMOE_ERR_N_LAYER;
-    }
-    const auto & current = settings.instrument;
-    if (current.record == wanted.record && current.record_inputs == wanted.record_inputs &&
-            current.keep_outputs == wanted.keep_outputs && current.start_layer == wanted.start_layer) {
-        return ALLOCMOE_OK;
-    }
-    settings.instrument = wanted;
-    allocmoe_access::set_settings(ctx, std::move(settings));
-    return ALLOCMOE_CHANGED;
+    return allocmoe_guarded([&] {
+        allocmoe_settings settings = allocmoe_access::settings(ctx);
+        const allocmoe_instrument wanted = instrument ? *instrument : allocmoe_instrument{};
+        const int32_t n_layer = allocmoe_n_layer(ctx);
+        if (wanted.start_layer < 0 || wanted.start_layer >= std::max(1, n_layer)) {
+            return allocmoe_fail(ALLOCMOE_ERR_N_LAYER, format("start_layer: found %d, want 0 to %d", wanted.start_layer, n_layer - 1).c_str());
+        }
+        const auto & current = settings.instrument;
+        if (current.record == wanted.record && current.record_inputs == wanted.record_inputs &&
+                current.keep_outputs == wanted.keep_outputs && current.start_layer == wanted.start_layer) {
+            return (int32_t) ALLOCMOE_OK;
+        }
+        settings.instrument = wanted;
+        allocmoe_access::set_settings(ctx, std::move(settings));
+        return (int32_t) ALLOCMOE_CHANGED;
+    });
+}
+
+int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
+    return allocmoe_guarded([&] {
+        const auto & model   = allocmoe_access::model(ctx);
+        const auto & hparams = model.hparams;
+        auto       & current = allocmoe_access::state(ctx).estimates;
+        if (!estimator) {
+            current = nullptr;
+            return (int32_t) ALLOCMOE_OK;
+        }
+        if (n_layer != (int32_t) hparams.n_layer_all) {
+            return allocmoe_fail(ALLOCMOE_ERR_N_LAYER, format("estimator: found %d layers, want %u, the model's", n_layer, hparams.n_layer_all).c_str());
+        }
+        if (n_expert != (int32_t) hparams.n_expert || n_embd != (int32_t) hparams.n_embd) {
+            return allocmoe_fail(ALLOCMOE_ERR_ESTIMATOR, format("the estimator is for another model, of n_embd %d and %d experts", n_embd, n_expert).c_str());
+        }
+        allocmoe_matrices sizes;
+        sizes.n_down = estimator->n_down;
+        sizes.rank   = estimator->rank;
+        sizes.n_relu = estimator->n_relu;
+        const char * fault = allocmoe_matrices_fault(sizes);
+        if (!fault && !allocmoe_in_range(*estimator, n_layer, n_expert, n_embd)) {
+            fault = "estimator: found a number beyond the range of float16";
+        }
+        if (fault) {
+            return allocmoe_fail(ALLOCMOE_ERR_ESTIMATOR, fault);
+        }
+        auto placed = allocmoe_place(allocmoe_round(*estimator, n_layer, n_expert, n_embd), model);
+        if (!placed) {
+            return allocmoe_fail(ALLOCMOE_ERR_MEMORY, "no memory for the estimator where the model is");
+        }
+        current = std::move(placed);
+        return (int32_t) ALLOCMOE_OK;
+    });
 }
 
 static allocmoe_records::layer * record_of(llama_context * ctx, int32_t il) {

@@ -2,26 +2,21 @@
 
 #include "allocmoe.h"
 #include "allocmoe-context.h"
-#include "allocmoe-hooks.h"
 
 #include "llama-hparams.h"
-#include "llama-impl.h"
 #include "llama-model.h"
 
 #include "ggml-backend.h"
-#include "gguf.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <stdexcept>
 #include <string>
 
-static const char * const token_rule_names[] = { "off", "batch", "threshold", "estimate" };
-static const char * const value_names[]      = { "score", "relative", "remaining" };
+const char * const allocmoe_token_rule_names[4] = { "off", "batch", "threshold", "estimate" };
+const char * const allocmoe_value_names[3]      = { "score", "relative", "remaining" };
 
-const char * allocmoe_token_rule_name(int32_t token_rule) {
-    return token_rule_names[token_rule];
+bool allocmoe_by_threshold(int32_t token_rule) {
+    return token_rule == ALLOCMOE_RULE_THRESHOLD || token_rule == ALLOCMOE_RULE_ESTIMATE;
 }
 
 allocmoe_plan::allocmoe_plan() : token_rule(ALLOCMOE_RULE_OFF), k_base(1), value(ALLOCMOE_VALUE_SCORE), strict(false) {}
@@ -60,20 +55,19 @@ bool allocmoe_out_of_range(const llama_hparams & hparams, const std::vector<int3
 bool allocmoe_token_rule_out_of_range(const allocmoe_plan & plan) {
     const bool bad_threshold = std::any_of(plan.threshold.begin(), plan.threshold.end(), [](float t) { return std::isnan(t); });
     return plan.token_rule < ALLOCMOE_RULE_OFF || plan.token_rule > ALLOCMOE_RULE_ESTIMATE || plan.k_base < 1 || bad_threshold ||
+           (allocmoe_by_threshold(plan.token_rule) && plan.threshold.size() != plan.expert_used_count.size()) ||
            plan.value < ALLOCMOE_VALUE_SCORE || plan.value > ALLOCMOE_VALUE_REMAINING;
 }
 
-//
-// what the model can run
-//
-
-// Why the model cannot skip single experts of a token, nullptr if it can. What can are the plain and the repacked
-// MUL_MAT_ID of ggml's CPU backend, and backends that say so.
-static const char * token_rule_obstacle(const allocmoe_plan & plan, const llama_model & model, const allocmoe_state & state) {
+// What can skip are the plain and the repacked MUL_MAT_ID of ggml's CPU backend, and backends that say so.
+const char * allocmoe_token_rule_obstacle(int32_t token_rule, const llama_model & model, const allocmoe_state & state) {
+    if (token_rule == ALLOCMOE_RULE_OFF) {
+        return nullptr;
+    }
     if (model.arch == LLM_ARCH_GROVEMOE) {
         return "the architecture derives further experts from the chosen ones";
     }
-    if (plan.token_rule == ALLOCMOE_RULE_ESTIMATE) {
+    if (token_rule == ALLOCMOE_RULE_ESTIMATE) {
         if (model.arch == LLM_ARCH_LLAMA4) {
             return "the weights act on the experts' input";
         }
@@ -107,84 +101,4 @@ static const char * token_rule_obstacle(const allocmoe_plan & plan, const llama_
         }
     }
     return nullptr;
-}
-
-void allocmoe_degrade_token_rule(allocmoe_plan & plan, const llama_model & model, const allocmoe_state & state) {
-    const char * obstacle = plan.token_rule == ALLOCMOE_RULE_OFF ? nullptr : token_rule_obstacle(plan, model, state);
-    if (obstacle) {
-        LLAMA_LOG_WARN("allocmoe: token rule %s is off: %s\n", token_rule_names[plan.token_rule], obstacle);
-        plan.token_rule = ALLOCMOE_RULE_OFF;
-    }
-}
-
-//
-// from metadata
-//
-
-template <typename T>
-static const T * gguf_array(const gguf_context * meta, const char * key, gguf_type type, size_t n, const char * type_name) {
-    const int64_t i = gguf_find_key(meta, key);
-    if (i < 0 || gguf_get_kv_type(meta, i) != GGUF_TYPE_ARRAY || gguf_get_arr_type(meta, i) != type || gguf_get_arr_n(meta, i) != n) {
-        throw std::runtime_error(format("%s is missing or not an array of %zu %s", key, n, type_name));
-    }
-    return (const T *) gguf_get_arr_data(meta, i);
-}
-
-// The place of a string among `names`; 0 where the key is missing.
-template <size_t n>
-static int32_t gguf_name(const gguf_context * meta, const char * key, const char * const (&names)[n]) {
-    const int64_t i = gguf_find_key(meta, key);
-    if (i < 0) {
-        return 0;
-    }
-    const char * name = gguf_get_kv_type(meta, i) == GGUF_TYPE_STRING ? gguf_get_val_str(meta, i) : "";
-    const auto * it   = std::find_if(names, names + n, [&](const char * x) { return strcmp(x, name) == 0; });
-    if (it == names + n) {
-        throw std::runtime_error(format("%s '%s' is not known to this version of allocmoe-edge", key, name));
-    }
-    return (int32_t) (it - names);
-}
-
-std::shared_ptr<const allocmoe_model> allocmoe_load_model(const gguf_context * meta, const llama_hparams & hparams) {
-    const int64_t i_version = meta ? gguf_find_key(meta, "allocmoe.version") : -1;
-    if (i_version < 0) {
-        return nullptr;
-    }
-
-    if (gguf_get_kv_type(meta, i_version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(meta, i_version) != ALLOCMOE_PLAN_VERSION) {
-        throw std::runtime_error(format("allocmoe.version is not %d: made by another version of allocmoe-edge", ALLOCMOE_PLAN_VERSION));
-    }
-
-    auto plan = std::make_shared<allocmoe_plan>();
-
-    const uint32_t n_layer = hparams.n_layer_all;
-    const auto * k = gguf_array<int32_t>(meta, "allocmoe.expert_used_count", GGUF_TYPE_INT32, n_layer, "int32");
-    plan->expert_used_count.assign(k, k + n_layer);
-    if (allocmoe_out_of_range(hparams, plan->expert_used_count)) {
-        throw std::runtime_error(format("allocmoe.expert_used_count has an entry outside 0..%u", hparams.n_expert));
-    }
-
-    plan->token_rule = gguf_name(meta, "allocmoe.token_rule", token_rule_names);
-    plan->value      = gguf_name(meta, "allocmoe.value",      value_names);
-
-    const int64_t i_base = gguf_find_key(meta, "allocmoe.k_base");
-    if (i_base >= 0) {
-        if (gguf_get_kv_type(meta, i_base) != GGUF_TYPE_UINT32 || gguf_get_val_u32(meta, i_base) < 1 || gguf_get_val_u32(meta, i_base) > hparams.n_expert) {
-            throw std::runtime_error(format("allocmoe.k_base is not a uint32 from 1 to %u", hparams.n_expert));
-        }
-        plan->k_base = gguf_get_val_u32(meta, i_base);
-    }
-
-    if (plan->token_rule == ALLOCMOE_RULE_THRESHOLD || plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
-        const auto * threshold = gguf_array<float>(meta, "allocmoe.threshold", GGUF_TYPE_FLOAT32, n_layer, "float32");
-        plan->threshold.assign(threshold, threshold + n_layer);
-    }
-
-    if (allocmoe_token_rule_out_of_range(*plan)) {
-        throw std::runtime_error("allocmoe.threshold has an entry that is not a number");
-    }
-
-    auto file = std::make_shared<allocmoe_model>();
-    file->plan = std::move(plan);
-    return file;
 }

@@ -1,4 +1,4 @@
-// The plan: experts per token in each layer and a token rule, from a file's metadata or from the caller.
+// The plan: experts per token in each layer and a token rule.
 #pragma once
 
 #include "allocmoe-instrument.h"
@@ -47,12 +47,11 @@ struct allocmoe_settings {
     }
 };
 
-// What a model's file carries.
-struct allocmoe_model {
-    std::shared_ptr<const allocmoe_plan> plan;
-};
+extern const char * const allocmoe_token_rule_names[4]; // by ALLOCMOE_RULE_*
+extern const char * const allocmoe_value_names[3];      // by ALLOCMOE_VALUE_*
 
-const char * allocmoe_token_rule_name(int32_t token_rule);
+// Whether the rule goes by thresholds.
+bool allocmoe_by_threshold(int32_t token_rule);
 
 // The experts per token of every layer under a plan, [block_count]: null for the model's own; 0 where the plan has no say.
 std::vector<int32_t> allocmoe_effective_plan(const llama_model & model, const allocmoe_plan * plan);
@@ -63,5 +62,5 @@ bool allocmoe_out_of_range(const llama_hparams & hparams, const std::vector<int3
 // Whether rule, value or k_base are unknown, or a threshold is missing or not a number.
 bool allocmoe_token_rule_out_of_range(const allocmoe_plan & plan);
 
-// Puts top-k in place of a token rule that the model cannot run, with a warning.
-void allocmoe_degrade_token_rule(allocmoe_plan & plan, const llama_model & model, const allocmoe_state & state);
+// Why the model cannot skip single experts of a token under a rule, nullptr if it can or need not.
+const char * allocmoe_token_rule_obstacle(int32_t token_rule, const llama_model & model, const allocmoe_state & state);

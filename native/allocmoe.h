@@ -9,21 +9,25 @@ extern "C" {
 #endif
 
 // version of the allocmoe.* GGUF keys that this library reads
-#define ALLOCMOE_PLAN_VERSION 1
+#define ALLOCMOE_PLAN_VERSION 2
 
 // [cffi begin]
 
-// Return values of the functions below that return int32_t.
+// Return values of the functions below that return int32_t; allocmoe_last_error() says more of those below 0.
 enum {
     ALLOCMOE_OK            =  0,
-    ALLOCMOE_CHANGED       =  1, // by allocmoe_set_plan: the plan is another one than before
+    ALLOCMOE_CHANGED       =  1, // what is in force is another plan than before
     ALLOCMOE_ERR_N_LAYER   = -1, // n_layer is not the model's block count
     ALLOCMOE_ERR_K         = -2, // an entry is below 0 or above the number of experts
     ALLOCMOE_ERR_PHASE     = -3, // unknown phase
-    ALLOCMOE_ERR_RULE      = -4, // unknown token rule or value, k_base below 1, a threshold missing or not a number, or no estimator
-    ALLOCMOE_ERR_ESTIMATOR = -5, // sizes that are not the model's, or an entry that is not a finite number
-    ALLOCMOE_ERR_MEMORY    = -6, // no memory for the estimator beside the model's routers
+    ALLOCMOE_ERR_RULE      = -4, // unknown token rule or value, k_base below 1, a threshold missing or not a number
+    ALLOCMOE_ERR_ESTIMATOR = -5, // sizes that are not the model's, or a number beyond float16's range
+    ALLOCMOE_ERR_MEMORY    = -6,
+    ALLOCMOE_ERR_BUDGET    = -7, // what the file carries cannot serve it
+    ALLOCMOE_ERR_OTHER     = -8,
 };
+
+enum { ALLOCMOE_TOTAL_OF_FILE = 0 };
 
 // How a layer's planned activations are shared among tokens. k is the layer's planned count.
 enum {
@@ -49,22 +53,6 @@ struct allocmoe_rule {
     const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE; copied
 };
 
-// What ALLOCMOE_RULE_ESTIMATE goes by: for every expert e a small model of its output y_e, and of the size of that, on a few
-// directions u = down x of the layer's input x. With w_e the weight of e among all of the token's experts,
-//   estimated size:    v_e  = log w_e + log_norm_e . (u, 1), where of the last `n_relu` of u only what is positive counts
-//   estimated output:  y'_e = up^T (output_e + the first `rank` of u)
-// and a layer gives  sum over kept of w_e y_e + sum over skipped of w_e y'_e.
-// Layers without routed experts have entries too; nothing reads them.
-struct allocmoe_estimator {
-    int32_t n_down; // at least 1
-    int32_t rank;   // 0 to n_down
-    int32_t n_relu; // 0 to n_down - rank
-    const float * down;     // [n_layer][n_down][n_embd]
-    const float * log_norm; // [n_layer][n_expert][n_down + 1]
-    const float * output;   // [n_layer][n_expert][rank]
-    const float * up;       // [n_layer][rank][n_embd]
-};
-
 enum {
     ALLOCMOE_PHASE_PREFILL = 0, // micro-batches with more than one token of some sequence
     ALLOCMOE_PHASE_DECODE  = 1, // micro-batches with one token a sequence
@@ -76,15 +64,32 @@ LLAMA_API int32_t allocmoe_plan_version(void);
 // Block count of the context's model: the length of every array below.
 LLAMA_API int32_t allocmoe_n_layer(const struct llama_context * ctx);
 
-// Experts used per token in each layer from the next decode on. 0 leaves a layer as the model has it;
-// an entry above the model's own count is lowered to it. Setting the plan that is already set changes
-// nothing: the graphs built for it stay valid. rule may be NULL for ALLOCMOE_RULE_OFF; one that the model's backends
-// cannot run becomes ALLOCMOE_RULE_OFF, with a warning in the log.
+// What was wrong in this thread's last call that returned less than 0, a sentence; "" before there was one.
+LLAMA_API const char * allocmoe_last_error(void);
+
+// The plan for `total` expert activations per token, over all layers, from the next decode on: looked up in what the model's
+// file carries (or the side file that was loaded last). ALLOCMOE_TOTAL_OF_FILE for the plan in the file itself. The model's
+// full budget always works. token_rule: ALLOCMOE_RULE_*, or -1 for the file's. strict: 0, 1, or -1 for 1 under
+// ALLOCMOE_RULE_ESTIMATE and 0 else. A token rule that the model's backends cannot run becomes another one, with a warning in
+// the log. Ends the budgets of single sequences.
+LLAMA_API int32_t allocmoe_set_budget(struct llama_context * ctx, int64_t total, int32_t token_rule, int32_t strict);
+
+// The budget of one sequence in place of the context's, under the context's token rule; ALLOCMOE_TOTAL_OF_FILE ends it.
+LLAMA_API int32_t allocmoe_set_budget_seq(struct llama_context * ctx, int32_t seq_id, int64_t total);
+
+// From now on the context's budgets come from this file, a side file as `allocmoe-convert --plan-only` writes, and the plan in
+// it is put in force.
+LLAMA_API int32_t allocmoe_load_plan_file(struct llama_context * ctx, const char * path);
+
+// A plan by hand: experts used per token in each layer from the next decode on. 0 leaves a layer as the model has it; an entry
+// above the model's own count is lowered to it. Setting the plan that is already set changes nothing: the graphs built for it
+// stay valid. rule may be NULL for ALLOCMOE_RULE_OFF; one that the model's backends cannot run becomes another, with a
+// warning in the log.
 LLAMA_API int32_t allocmoe_set_plan(struct llama_context * ctx, const int32_t * expert_used_count, int32_t n_layer, const struct allocmoe_rule * rule);
 
-// What ALLOCMOE_RULE_ESTIMATE is to go by in plans that are set from now on; NULL for none. Copied, n_layer being the block
-// count; down and up are kept in Q4_0, down in float16 where n_embd is no multiple of 32.
-LLAMA_API int32_t allocmoe_set_estimator(struct llama_context * ctx, const struct allocmoe_estimator * estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd);
+// The rule in force: ALLOCMOE_RULE_OFF where there is no plan. Under a rule that has thresholds they are copied to threshold,
+// [n_layer], and rule->threshold points there.
+LLAMA_API int32_t allocmoe_get_rule(const struct llama_context * ctx, struct allocmoe_rule * rule, float * threshold, int32_t n_layer);
 
 // The token rule in force.
 LLAMA_API int32_t allocmoe_get_token_rule(const struct llama_context * ctx);

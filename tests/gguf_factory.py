@@ -43,8 +43,9 @@ def write_gguf(path: Path, *, n_layer=3, expert_count=8, expert_used_count=4, de
 def plan_keys(counts=(0, 2, 3), **changes) -> list:
     """The allocmoe.* keys of a valid plan for `write_gguf`'s model, with changes; None drops a key."""
     keys = {
-        "version": 1,
+        "version": 2,
         "expert_used_count": np.array(counts, np.int32),
+        "expert_used_count_full": np.array((0, 4, 4), np.int32),
         "token_rule": "off",
         "allocation": "alloc-l",
         "sensitivity": np.array([9.0, 8, 7, 6, 5, 4, 3, 2]),

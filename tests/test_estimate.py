@@ -261,8 +261,12 @@ def test_the_native_side_refuses_what_does_not_fit(olmoe):
     sizes = dict(n_expert=7), dict(n_embd=32), dict(n_down=0), dict(rank=-1), dict(rank=N_DOWN + 1)
     sizes += dict(n_relu=-1), dict(n_relu=N_DOWN - RANK + 1), dict(n_down=1 << 15)
     numbers = [{name: bad} for name in ("down", "log_norm", "output", "up") for bad in (np.nan, np.inf, 1e6)]
+    numbers += [{name: np.nextafter(np.float32(65504), np.float32(1e6))} for name in ("down", "up", "output")]
     for changes in (*sizes, *numbers):
         assert handed(olmoe, **changes) == libllama.ALLOCMOE_ERR_ESTIMATOR, changes
+    assert "beyond the range of float16" in ffi.string(libllama.allocmoe_last_error()).decode()
+    for name in ("down", "log_norm", "output", "up"):  # float16's largest, as in Python
+        assert handed(olmoe, **{name: 65504.0}) == libllama.ALLOCMOE_OK
 
 
 def test_a_plan_needs_an_estimator(built):

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 from allocmoe_edge import Plan, PlanError
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.plan import metadata
-from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator, _rounded, pack, unpack
+from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator, _rounded, from_stored, n_words, stored, to_blocks
+import gguf
 from gguf_factory import plan_keys, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ import pytest
 FULL = (0, 4, 4)
 
 
-def make(n_layer=3, n_expert=8, n_embd=32, n_down=3, rank=2, seed=0, moe=(1, 2)) -> Estimator:
+def make(n_layer=3, n_expert=8, n_embd=32, n_down=3, rank=2, seed=0, moe=(1, 2), n_relu=1) -> Estimator:
     """Random numbers in the layers `moe`, zeros in the others."""
     rng = np.random.default_rng(seed)
     arrays = {}
@@ -23,7 +24,7 @@ def make(n_layer=3, n_expert=8, n_embd=32, n_down=3, rank=2, seed=0, moe=(1, 2))
         arrays[name] = np.zeros(shape, np.float32)
         arrays[name][list(moe)] = rng.standard_normal((len(moe), *shape[1:]))
     arrays["quantiles"].sort(axis=1)
-    return Estimator(**arrays, n_relu=1)
+    return Estimator(**arrays, n_relu=n_relu)
 
 
 def same(one: Estimator, other: Estimator) -> bool:
@@ -69,23 +70,46 @@ def test_directions_for_outputs_do_not_count_where_positive(n_relu):
         replace(make(), n_relu=n_relu)
 
 
-def test_numbers_are_float16s_that_cannot_be_changed():
+def test_numbers_are_as_they_run_and_cannot_be_changed():
     found = make()
-    assert found.down.dtype == np.float32 and np.array_equal(found.down, found.down.astype(np.float16))
+    assert found.down.dtype == np.float32 and np.array_equal(found.log_norm, found.log_norm.astype(np.float16))
+    for array in (found.down, np.pad(found.up.swapaxes(1, 2), ((0, 0), (0, 0), (0, 30)))):
+        kind = gguf.GGMLQuantizationType.Q4_0
+        assert np.array_equal(gguf.dequantize(to_blocks(array), kind), array)
     with pytest.raises(ValueError):
         found.down[0] = 1
 
 
-@given(st.lists(st.floats(width=16, allow_nan=False), max_size=40))
-def test_packing_is_exact(values):
-    words = pack(np.array(values, np.float16))
-    assert words.dtype == np.uint64 and len(words) == -(-len(values) // 4)
-    assert unpack(words, (len(values),)).tolist() == values
+@pytest.mark.parametrize("n_embd, rank, n_down", [(32, 2, 3), (64, 33, 40), (24, 5, 9), (32, 0, 1)])
+def test_what_is_stored_is_exactly_what_runs(n_embd, rank, n_down):
+    """Of any width, blocks or not: stored, read back and rounded again without a change."""
+    found = make(n_embd=n_embd, rank=rank, n_down=n_down, n_relu=0)
+    arrays = {}
+    for name in ("down", "log_norm", "output", "up"):
+        array = getattr(found, name)
+        words = stored(name, array)
+        assert words.dtype == np.uint64 and len(words) == n_words(name, array.shape)
+        arrays[name] = from_stored(name, words, array.shape)
+        assert np.array_equal(arrays[name], array), name
+    assert same(replace(found, **arrays), found)
 
 
-def test_packing_order():
+def test_stored_order():
     """The first of four lies in the lowest bits: 1.0 is 0x3c00, 2.0 is 0x4000, -2.0 is 0xc000."""
-    assert [hex(word) for word in pack(np.array([1.0, 2.0, -2.0, 0.0, 1.0]))] == ["0xc00040003c00", "0x3c00"]
+    words = stored("output", np.array([1.0, 2.0, -2.0, 0.0, 1.0], np.float32).reshape(1, 1, 5))
+    assert [hex(word) for word in words] == ["0xc00040003c00", "0x3c00"]
+
+
+@pytest.mark.parametrize("name", ["down", "log_norm", "output", "up"])
+def test_the_bound_is_float16s_own(name):
+    """65504 is the largest; 65520 is the first that rounds to infinity."""
+    good = make()
+    array = np.array(getattr(good, name))
+    array[1, 0, 0] = 65504.0
+    assert getattr(replace(good, **{name: array}), name)[1, 0, 0] == 65504.0
+    array[1, 0, 0] = 65520.0
+    with pytest.raises(PlanError, match=f"estimator.{name}: found a number beyond the range of float16"):
+        replace(good, **{name: array})
 
 
 # plans
@@ -171,6 +195,22 @@ def test_shifted_distributions_have_the_share():
         np.testing.assert_allclose(np.diff(moved.quantiles[il]), np.diff(estimator.quantiles[il]), atol=1e-6)
 
 
+@pytest.mark.parametrize("k_base", [1, 3])
+@pytest.mark.parametrize("cost", [None, (0.0, 1.0, 7.0)])
+def test_the_table_has_every_plan(k_base, cost):
+    estimator = make()
+    counts, threshold = estimator.plan_table(FULL, k_base, cost)
+    assert counts.shape == threshold.shape == (8 - 2 + 1, 3)
+    for row, total in enumerate(range(2, 9)):
+        try:
+            plan = estimator.plan(total, FULL, k_base, cost)
+        except PlanError:
+            assert np.isnan(threshold[row]).all()
+            continue
+        assert plan.expert_used_count == tuple(counts[row]) and plan.threshold == tuple(threshold[row])
+    assert np.isnan(threshold[0]).all() == (k_base > 1)
+
+
 # in a profile
 
 
@@ -235,11 +275,6 @@ def test_what_is_written_is_read_back(side_file, tmp_path):
         assert found.profile.plan(5, FULL) == found.plan
 
 
-def test_without_the_key_no_direction_counts_where_positive(side_file, tmp_path):
-    found = metadata.read(changed(side_file, tmp_path / "old.gguf", estimator__n_relu=None)).plan.estimator
-    assert found.n_relu == 0 and same(replace(found, n_relu=1), make())
-
-
 def test_plan_without_a_profile_keeps_it(side_file, tmp_path):
     model = metadata.read(tmp_path / "m.gguf")
     metadata.write_side_file(tmp_path / "bare.gguf", model, make().plan(5, FULL), None)
@@ -271,9 +306,9 @@ def changed(path, target, **keys):
         (dict(threshold=np.zeros(2, np.float32)), "threshold: found 2 entries, want 3"),
         (dict(estimator__n_down=None), "estimator: found nothing"),
         (dict(estimator__n_down="3"), "estimator.n_down: found '3'"),
-        (dict(estimator__n_down=4), "estimator.down: found 48 entries, want 64"),
-        (dict(estimator__n_down=0), "estimator.down: found 48 entries, want 0"),
-        (dict(estimator__n_down=2**31), "estimator.down: found 48 entries"),
+        (dict(estimator__n_down=4), "estimator.down: found 14 entries, want 18"),
+        (dict(estimator__n_down=0), "estimator.down: found 14 entries, want 0"),
+        (dict(estimator__n_down=2**31), "estimator.down: found 14 entries"),
         (dict(estimator__rank=None), "estimator.rank: found None"),
         (dict(estimator__rank=3), "estimator.output: found 8 entries, want 12"),
         (dict(estimator__n_relu=2), "estimator.n_relu: found 2, want 0 to 1"),
@@ -282,10 +317,13 @@ def changed(path, target, **keys):
         (dict(estimator__n_expert=0), "estimator.n_expert: found 0"),
         (dict(estimator__n_expert=9), "estimator.log_norm: found 16 entries, want 18"),
         (dict(estimator__down=None), "estimator.down: found nothing"),
-        (dict(estimator__down=np.zeros(48)), "estimator.down: found float64 array, want an array of uint64"),
-        (dict(estimator__down=np.zeros(47, np.uint64)), "estimator.down: found 47 entries, want 48"),
-        (dict(estimator__up=pack(np.full(128, np.nan))), "estimator.up: found NaN or infinity"),
-        (dict(estimator__output=pack(np.full(32, np.inf))), "estimator.output: found NaN or infinity"),
+        (dict(estimator__down=np.zeros(14)), "estimator.down: found float64 array, want an array of uint64"),
+        (dict(estimator__down=np.zeros(13, np.uint64)), "estimator.down: found 13 entries, want 14"),
+        (dict(estimator__up=np.full(144, 2**64 - 1, np.uint64)), "estimator.up: found NaN or infinity"),
+        (dict(estimator__output=np.full(8, 2**64 - 1, np.uint64)), "estimator.output: found NaN or infinity"),
+        (dict(estimator__n_relu=None), "estimator.n_relu: found None"),
+        (dict(table__expert_used_count=np.zeros(20, np.uint8)), "table.expert_used_count: found 20 entries, want 21"),
+        (dict(table__estimate__threshold=None), "table.estimate.threshold: found nothing"),
         (dict(estimator__log_norm="1 2 3"), "estimator.log_norm: found '1 2 3'"),
         (dict(estimator__quantiles=None), "estimator.quantiles: found nothing"),
         (dict(estimator__quantiles=np.zeros(65, np.float32)), "estimator.quantiles: found 65 entries, want 130"),

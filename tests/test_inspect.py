@@ -505,7 +505,7 @@ def test_every_truncation_is_one_line(tmp_path, capfd):
         plan_keys(token_rule=np.array([1, 2], np.int32)),
         plan_keys(allocation=np.array([1, 2], np.int32)),
         [("general.type", "allocmoe-plan")],
-        [("general.type", "allocmoe-plan"), *plan_keys(**{"model.expert_used_count": np.array([-1], np.int32)})],
+        [("general.type", "allocmoe-plan"), *plan_keys(expert_used_count_full=np.array([-1], np.int32))],
         plan_keys(**{"held_out.n_tokens": 5}),
         plan_keys(**{**HELD_OUT, "held_out.n_tokens": "many"}),
         plan_keys(**{**HELD_OUT, "held_out.perplexity": np.array([1.0, 2.0, np.nan])}),

@@ -712,14 +712,26 @@ def test_native_api_refuses_wrong_arguments(llm):
     assert llm.plan == before
 
 
-def test_native_library_refuses_a_bad_plan_in_a_file(testbed_path, tmp_path):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("version", 1),
+        ("expert_used_count", np.full(29, 6, np.int32)),
+        ("expert_used_count", np.full(30, 13, np.int32)),
+        ("expert_used_count_full", None),
+        ("token_rule", "guess"),
+        ("k_base", 0),
+        ("table.expert_used_count", np.full(330, 6, np.uint8)),
+        ("table.expert_used_count", np.full(331 * 30, 13, np.uint8)),
+    ],
+)
+def test_native_library_refuses_a_bad_plan_in_a_file(planned_path, tmp_path, key, value):
     """Programs other than ours that link the library get an error from the loader, not an abort."""
     bad = tmp_path / "bad.gguf"
-    with GGUFFile(testbed_path) as file:
-        file.set("allocmoe.version", 1)
-        file.set("allocmoe.expert_used_count", np.full(29, 6, np.int32))
+    with GGUFFile(planned_path) as file:
+        file.set(f"allocmoe.{key}", value)
         file.write_metadata(bad)
-        with open(testbed_path, "rb") as data, open(bad, "ab") as copy:
+        with open(planned_path, "rb") as data, open(bad, "ab") as copy:
             data.seek(file.data_offset)
             copy.write(data.read())
     with pytest.raises(ValueError, match="Failed to load model"):

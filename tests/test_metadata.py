@@ -58,8 +58,11 @@ HELD_OUT = {"held_out.n_tokens": 9, "held_out.perplexity": np.array([9.0, 12.0, 
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (plan_keys(version=2), "allocmoe.version is 2"),
-        (plan_keys(version="1"), "allocmoe.version is '1'"),
+        (plan_keys(version=1), "allocmoe.version is 1, this allocmoe-edge reads version 2: convert it again"),
+        (plan_keys(version="2"), "allocmoe.version is '2'"),
+        (plan_keys(expert_used_count_full=None), "expert_used_count_full: found nothing"),
+        (plan_keys(expert_used_count_full=np.array([0, 4, 3], np.int32)), "found [0, 4, 3], want the model's own"),
+        (plan_keys(**{"table.expert_used_count": np.zeros(21, np.int32)}), "table.expert_used_count: found int32 array"),
         (plan_keys(expert_used_count=None), "expert_used_count: found nothing"),
         (plan_keys(expert_used_count="0 2 3"), "expert_used_count: found '0 2 3'"),
         (plan_keys(expert_used_count=np.array([0, 2, 3], np.float32)), "found float32 array, want an array of int32"),
@@ -196,13 +199,14 @@ def test_cost_of_a_layer_without_experts_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ([], "allocmoe.model.expert_used_count is missing"),
-        ([("allocmoe.model.expert_used_count", np.array([0, 4, 4], np.int32))], "allocmoe.version is None"),
+        ([], "allocmoe.version is None"),
+        ([("allocmoe.expert_used_count_full", np.array([0, 4, 4], np.int32))], "allocmoe.version is None"),
+        (plan_keys(expert_used_count_full=None), "allocmoe.expert_used_count_full is missing"),
         (
-            [("allocmoe.model.expert_used_count", np.array([0, 0, 0], np.int32)), *plan_keys()],
+            plan_keys(expert_used_count_full=np.array([0, 0, 0], np.int32)),
             "no routed experts|at least one layer",
         ),
-        ([("allocmoe.model.expert_used_count", np.array([0, 1, 4], np.int32)), *plan_keys()], "layer 1: found 2"),
+        (plan_keys(expert_used_count_full=np.array([0, 1, 4], np.int32)), "layer 1: found 2"),
     ],
 )
 def test_malformed_side_file_is_refused(tmp_path, keys, message):

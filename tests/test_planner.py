@@ -5,7 +5,7 @@ import itertools
 import math
 
 from allocmoe_edge.plan import Plan, PlanError, planner
-from allocmoe_edge.plan.planner import allocate
+from allocmoe_edge.plan.planner import allocate, allocate_totals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
@@ -354,3 +354,30 @@ def test_refuses_overflowing_cost():
 @pytest.mark.parametrize("bad", [1.0, "111", [True, True, True], ["1", "1", "1"]])
 def test_refuses_cost_that_is_no_array_of_numbers(bad):
     refused("cost: found .*want a 1-D array of real numbers", cost=bad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(exact)
+def test_the_plans_of_all_totals_are_those_of_each(case):
+    sensitivity, full, _, _, _ = case
+    rows = allocate_totals(sensitivity, full)
+    least = sum(K > 0 for K in full)
+    assert len(rows) == sum(full) - least + 1
+    for row, total in zip(rows, range(least, sum(full) + 1)):
+        assert tuple(row) == allocate(sensitivity, total, full).expert_used_count
+
+
+@settings(max_examples=60, deadline=None)
+@given(real)
+def test_with_costs_a_total_is_a_share_of_what_all_cost(case):
+    """Plans of equal damage and cost but for rounding may differ, hence no comparison of counts."""
+    sensitivity, full, _, _, cost = case
+    most, least = sum(c * K for c, K in zip(cost, full)), sum(c for c, K in zip(cost, full) if K)
+    for row, total in zip(allocate_totals(sensitivity, full, cost), range(sum(K > 0 for K in full), sum(full) + 1)):
+        budget, found = total / sum(full) * most, Plan(row.tolist(), full)
+        if budget < least * (1 - 1e-9):
+            assert max(found.expert_used_count) == 1  # the cheapest there is
+            continue
+        want = allocate(sensitivity, budget * (1 + 1e-12), full, cost=cost)
+        assert total_cost(cost, found) <= budget * (1 + 1e-9)
+        assert total_damage(sensitivity, found) == pytest.approx(total_damage(sensitivity, want), abs=1e-12)

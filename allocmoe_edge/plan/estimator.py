@@ -14,15 +14,20 @@ v compares across layers, and one threshold for all spreads a budget over layers
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+import math
 
 import numpy as np
 
+from .._native import ffi, libggml_base
 from .plan import Plan, PlanError
 
 # values of a layer's distribution of v that are kept, from the least to the largest
 N_QUANTILES = 65
 # the arrays of an Estimator
 ARRAYS = ("down", "log_norm", "output", "up", "quantiles")
+# ggml's Q4_0: blocks of 32 values, a float16 scale and 16 bytes, the first half of the values in their low bits
+BLOCK = 32
+_Q4_0, _BLOCK_BYTES = 2, 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +40,8 @@ class Estimator:
     quantiles: [n_layer, N_QUANTILES], ascending: v over text like the calibration's, of the candidates that are not among
         their token's k_base best.
 
-    All but the quantiles are rounded to float16, as they are stored. `up` runs in Q4_0, and so does `down` where n_embd is a
-    multiple of 32.
+    Rounded as they run and are stored: `up` and, where n_embd is a multiple of 32, `down` to Q4_0, whose blocks lie along
+    n_embd in `down` and along the rank, padded with zeros, in `up`; `log_norm`, `output` and any other `down` to float16.
 
     Raises PlanError, naming the array, for shapes that do not fit each other and for numbers beyond float16's.
     """
@@ -59,10 +64,11 @@ class Estimator:
                 raise PlanError(f"estimator.{name}: found NaN or infinity, want finite numbers")
             if name != "quantiles":
                 with np.errstate(over="ignore"):
-                    array = array.astype(np.float16)
-                if not np.isfinite(array).all():
+                    half = array.astype(np.float16)
+                if not np.isfinite(half).all():
                     raise PlanError(f"estimator.{name}: found a number beyond the range of float16")
-            array = array.astype(np.float32)
+                array = _as_it_runs(name, array, half)
+            array = np.array(array, np.float32, order="C")
             array.flags.writeable = False
             object.__setattr__(self, name, array)  # frozen; this is the one place that may set them
         object.__setattr__(self, "n_relu", int(self.n_relu))
@@ -121,36 +127,57 @@ class Estimator:
 
         Raises PlanError: the total is below k_base in every layer or above sum(K_l), or the model has other layers.
         """
+        counts, threshold = self._plans(np.array([total]), full, k_base, cost)
+        if np.isnan(threshold).any():
+            base = sum(min(k, k_base) for k in full)
+            raise PlanError(
+                f"budget: found {total} activations, want {base} (k_base in every layer, at what they cost) to {sum(full)}"
+                " under token rule 'estimate'"
+            )
+        return Plan(counts[0].tolist(), full, "estimate", k_base, threshold[0].tolist(), estimator=self)
+
+    def plan_table(self, full: tuple, k_base: int = 1, cost: tuple | None = None) -> tuple:
+        """The plans of every total from one expert in each layer with experts to all: expert_used_count int64
+        [n_totals, n_layer], and threshold float32 of that shape, NaN in rows whose total the rule cannot serve."""
+        totals = np.arange(sum(k > 0 for k in full), sum(full) + 1)
+        return self._plans(totals, full, k_base, cost)
+
+    def _plans(self, totals: np.ndarray, full: tuple, k_base: int, cost: tuple | None) -> tuple:
+        """As `plan_table`, of any totals."""
         if len(full) != self.n_layer:
             raise PlanError(f"estimator: found {self.n_layer} layers, want {len(full)}, the model's")
         own = np.array(full)
         unit = np.where(own > 0, 1.0 if cost is None else cost, 1.0)
         base = np.minimum(own, k_base)
-        want = total / own.sum() * (unit * own).sum()
-        if not (unit * base).sum() <= want * (1 + 1e-9) or total > own.sum():
-            raise PlanError(
-                f"budget: found {total} activations, want {base.sum()} (k_base in every layer, at what they cost) to {own.sum()}"
-                " under token rule 'estimate'"
-            )
+        want = totals / own.sum() * (unit * own).sum()
+        least = (unit * base).sum()
+        served = (least <= want * (1 + 1e-9)) & (totals <= own.sum())
         # relative to the mean, so that equal costs change nothing
         offset = 0.5 * np.log(unit / unit[own > 0].mean())
 
-        def means(limit: float) -> np.ndarray:
-            return base + (own - base) * [self._share(il, limit + offset[il]) for il in range(len(full))]
+        def means(limit: np.ndarray) -> np.ndarray:
+            shares = [self._share(il, limit + offset[il]) for il in range(len(full))]
+            return base + (own - base) * np.stack(shares, axis=1)
 
-        if total == own.sum():
-            limit, mean = -np.inf, own.astype(float)
-        elif want <= (unit * base).sum():
-            limit, mean = np.inf, base.astype(float)
-        else:
-            low, high = self.quantiles.min() - abs(offset).max() - 1.0, self.quantiles.max() + abs(offset).max() + 1.0
-            for _ in range(60):
-                middle = (low + high) / 2
-                low, high = (middle, high) if (unit * means(middle)).sum() > want else (low, middle)
-            limit, mean = high, means(high)
-        counts = _rounded(mean, np.where(own > 0, 1, 0), own, total if cost is None else int(mean.sum() + 0.5))
-        threshold = np.where(own > 0, (limit + offset).astype(np.float32), 0.0)
-        return Plan(counts, full, "estimate", k_base, threshold.tolist(), estimator=self)
+        low = np.full(len(totals), self.quantiles.min() - abs(offset).max() - 1.0)
+        high = np.full(len(totals), self.quantiles.max() + abs(offset).max() + 1.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = (unit * means(middle)).sum(axis=1) > want
+            low, high = np.where(above, middle, low), np.where(above, high, middle)
+        mean = means(high)
+        everything, nothing = totals == own.sum(), want <= least
+        limit = np.where(everything, -np.inf, np.where(nothing, np.inf, high))
+        mean = np.where(everything[:, None], own, np.where(nothing[:, None], base, mean))
+        least_counts = np.where(own > 0, 1, 0)
+        counts = [
+            _rounded(row, least_counts, own, int(total) if cost is None else int(row.sum() + 0.5))
+            if served_ else least_counts.tolist()
+            for row, total, served_ in zip(mean, totals, served)
+        ]  # fmt: skip
+        threshold = np.where(own > 0, (limit[:, None] + offset).astype(np.float32), np.float32(0.0))
+        threshold[~served] = np.nan
+        return np.array(counts), threshold
 
     def shifted(self, limit: np.ndarray, shares: np.ndarray) -> Estimator:
         """With each layer's quantiles moved so that the given share of its candidates, [n_layer], has v of at least `limit`."""
@@ -158,12 +185,10 @@ class Estimator:
         shift = [t - np.interp(1.0 - share, grid, row) for t, share, row in zip(limit, shares, self.quantiles)]
         return replace(self, quantiles=self.quantiles + np.array(shift, np.float32)[:, None])
 
-    def _share(self, il: int, limit: float) -> float:
-        """Of a layer's candidates beyond the k_base best, those with v of at least `limit`."""
+    def _share(self, il: int, limit: np.ndarray) -> np.ndarray:
+        """Of a layer's candidates beyond the k_base best, those with v of at least each `limit`."""
         row = self.quantiles[il]
-        if limit > row[-1]:
-            return 0.0
-        return 1.0 - float(np.interp(limit, row, np.linspace(0.0, 1.0, N_QUANTILES)))
+        return np.where(limit > row[-1], 0.0, 1.0 - np.interp(limit, row, np.linspace(0.0, 1.0, N_QUANTILES)))
 
 
 def _rounded(means: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -> list:
@@ -176,13 +201,74 @@ def _rounded(means: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -
     return counts.tolist()
 
 
-def pack(values: np.ndarray) -> np.ndarray:
-    """float16 values, four to a uint64, zeros at the end: metadata arrays of a quarter as many entries are quicker to read."""
-    flat = np.asarray(values, "<f2").ravel()
-    return np.concatenate([flat, np.zeros(-flat.size % 4, "<f2")]).view("<u8").astype(np.uint64)
+def _as_it_runs(name: str, array: np.ndarray, half: np.ndarray) -> np.ndarray:
+    if name == "down" and _in_blocks(array.shape[2]):
+        return from_blocks(to_blocks(array), array.shape[2])
+    if name == "up" and array.shape[1]:
+        return from_blocks(to_blocks(_columns(array)), array.shape[1]).swapaxes(1, 2)
+    return half
 
 
-def unpack(words: np.ndarray, shape: tuple) -> np.ndarray:
-    """The inverse of `pack`, as float32 of a shape that takes as many values."""
-    n = int(np.prod(shape))
-    return words.astype("<u8").view("<f2")[:n].astype(np.float32).reshape(shape)
+def _in_blocks(n: int) -> bool:
+    return n % BLOCK == 0
+
+
+def _columns(up: np.ndarray) -> np.ndarray:
+    """[n_layer, rank, n_embd] as [n_layer, n_embd, rank padded to whole blocks]."""
+    return np.pad(np.swapaxes(up, 1, 2), ((0, 0), (0, 0), (0, -up.shape[1] % BLOCK)))
+
+
+def to_blocks(array: np.ndarray) -> np.ndarray:
+    """Rows in Q4_0, whole blocks: uint8, [..., bytes of a row]."""
+    rows = np.ascontiguousarray(array, np.float32).reshape(-1, array.shape[-1])
+    blocks = np.empty((len(rows), rows.shape[1] // BLOCK * _BLOCK_BYTES), np.uint8)
+    if rows.size:
+        libggml_base.ggml_quantize_chunk(
+            _Q4_0, ffi.from_buffer("float[]", rows), ffi.from_buffer(blocks), 0, *rows.shape, ffi.NULL
+        )
+    return blocks.reshape(*array.shape[:-1], blocks.shape[1])
+
+
+def from_blocks(blocks: np.ndarray, n: int) -> np.ndarray:
+    """The first n values of rows in Q4_0: float32, [..., n]."""
+    n_blocks = blocks.shape[-1] // _BLOCK_BYTES
+    of_block = blocks.reshape(*blocks.shape[:-1], n_blocks, _BLOCK_BYTES)
+    scale = np.ascontiguousarray(of_block[..., :2]).view("<f2").astype(np.float32)
+    nibbles = np.concatenate([of_block[..., 2:] & 15, of_block[..., 2:] >> 4], axis=-1)
+    values = scale * (nibbles.astype(np.float32) - 8)
+    return np.ascontiguousarray(values.reshape(*blocks.shape[:-1], n_blocks * BLOCK)[..., :n])
+
+
+def stored(name: str, array: np.ndarray) -> np.ndarray:
+    """One of the arrays down, log_norm, output and up, of some layers, as a file has it: uint64. Metadata arrays are read entry
+    by entry by many programs, and these are an eighth as many as there are bytes."""
+    rows = _columns(array) if name == "up" else array
+    data = to_blocks(rows) if _stored_in_blocks(name, array.shape) else rows.astype("<f2").view(np.uint8)
+    flat = np.ascontiguousarray(data).ravel()
+    return np.concatenate([flat, np.zeros(-flat.size % 8, np.uint8)]).view("<u8").astype(np.uint64)
+
+
+def from_stored(name: str, words: np.ndarray, shape: tuple) -> np.ndarray:
+    """The inverse of `stored`: float32 of a shape that takes as many `n_words`."""
+    raw = words.astype("<u8").view(np.uint8)[: _n_bytes(name, shape)]
+    if not _stored_in_blocks(name, shape):
+        return raw.view("<f2").astype(np.float32).reshape(shape)
+    if name == "up":
+        return from_blocks(raw.reshape(shape[0], shape[2], -1), shape[1]).swapaxes(1, 2)
+    return from_blocks(raw.reshape(*shape[:2], -1), shape[2])
+
+
+def n_words(name: str, shape: tuple) -> int:
+    """How many entries `stored` makes of an array of that shape."""
+    return -(-_n_bytes(name, shape) // 8)
+
+
+def _stored_in_blocks(name: str, shape: tuple) -> bool:
+    return math.prod(shape) > 0 and (name == "up" or (name == "down" and _in_blocks(shape[2])))
+
+
+def _n_bytes(name: str, shape: tuple) -> int:
+    if not _stored_in_blocks(name, shape):
+        return 2 * math.prod(shape)
+    n_rows, n = (shape[0] * shape[2], shape[1]) if name == "up" else (shape[0] * shape[1], shape[2])
+    return n_rows * -(-n // BLOCK) * _BLOCK_BYTES

@@ -2,21 +2,27 @@
 
 | key | type | meaning |
 | --- | --- | --- |
-| allocmoe.version | uint32 | version of these keys, 1 |
+| allocmoe.version | uint32 | version of these keys, 2 |
 | allocmoe.expert_used_count | int32[block_count] | planned experts per token, 0 where a layer routes none |
-| allocmoe.budget_total | uint32 | their sum |
+| allocmoe.expert_used_count_full | int32[block_count] | the model's own, K_l, which plans were made for, 0 where a layer routes none |
+| allocmoe.budget_total | uint32 | sum of the planned ones; a key override of it at load time is another budget |
 | allocmoe.token_rule | string | how a layer's activations are shared among tokens: off (top-k), batch, threshold, estimate |
 | allocmoe.k_base | uint32 | experts that every token keeps under any rule but off |
 | allocmoe.threshold | float32[block_count] | for threshold and estimate: the value, or size, from which a candidate is activated |
 | allocmoe.value | string | what batch and threshold go by: score (the default), relative, remaining; see `Plan` |
-| allocmoe.allocation | string | how the plan was made: alloc-l, or uniform where Alloc-L lost on held-out text |
-| allocmoe.sensitivity | float64[sum of K_l] | S[l,k], k = 1..K_l, rows of the layers with experts in order |
-| allocmoe.sensitivity.metric, .mode | string | what S holds (kl, perplexity), how it was measured (fast, single, isolated) |
-| allocmoe.threshold_table | float32[sum of K_l] | t[l,k], the threshold at which the mean is k; rows as above |
+| allocmoe.table.expert_used_count | uint8 or uint16[n_rows * block_count] | the plan for every total: row r for n_moe_layers + r, up to sum(K_l), under the rules other than estimate |
+| allocmoe.table.estimate.expert_used_count | the same | the same under estimate |
+| allocmoe.table.estimate.threshold | float32[n_rows * block_count] | its thresholds; rows of NaN where the rule cannot spend so little |
+| allocmoe.threshold_table | float32[sum of K_l] | t[l,k], the threshold at which the mean is k, k = 1..K_l, rows of the layers with experts in order |
 | allocmoe.estimator.n_down, .rank, .n_embd, .n_expert | uint32 | sizes of what estimate goes by, see `estimator.py` |
-| allocmoe.estimator.n_relu | uint32 | directions that count where positive; none where the key is missing |
-| allocmoe.estimator.down, .log_norm, .output, .up | uint64[] | its arrays, of layers with experts: float16, four to an entry |
+| allocmoe.estimator.n_relu | uint32 | directions that count where positive |
+| allocmoe.estimator.down | uint64[] | its array of layers with experts, [layer, n_down, n_embd]: Q4_0 blocks, float16 where n_embd is no multiple of 32 |
+| allocmoe.estimator.up | uint64[] | [layer, n_embd, rank]: Q4_0 blocks, rows padded with zeros to whole ones |
+| allocmoe.estimator.log_norm, .output | uint64[] | [layer, n_expert, n_down + 1] and [layer, n_expert, rank]: float16 |
 | allocmoe.estimator.quantiles | float32[65 a layer with routed experts] | distribution of the estimated sizes, ascending |
+| allocmoe.allocation | string | how the plan was made: alloc-l, or uniform where Alloc-L lost on held-out text |
+| allocmoe.sensitivity | float64[sum of K_l] | S[l,k], k = 1..K_l; rows as in threshold_table |
+| allocmoe.sensitivity.metric, .mode | string | what S holds (kl, perplexity), how it was measured (fast, single, isolated) |
 | allocmoe.cost | float64[block_count] | cost of one activation in each layer |
 | allocmoe.cost.unit | string | of those costs: activations (all 1), or ms of decoding on the machine that converted |
 | allocmoe.calibration.source, .sha256 | string | the calibration text, by name and by hash of its token ids |
@@ -25,7 +31,9 @@
 | allocmoe.held_out.perplexity | float64[3] | on that text: of the full model, of uniform k at this budget, of the plan |
 | allocmoe.held_out.kl | float64[2] | divergence from the full model in nats per token: of uniform k, of the plan |
 
-Only the first two are needed to run a plan; the rest lets another budget be planned without profiling again.
+The library (native/allocmoe-file.cpp) reads all up to the estimator's quantiles, and serves any budget from the tables; the
+rest is for allocmoe-convert, which plans anew from it, and allocmoe-inspect. The first three are needed to run a plan, the
+tables for any budget but that of the file. Numbers in uint64[] are little-endian, packed without gaps, zeros at the end.
 The model's own expert_used_count stays as it is, so that stock llama.cpp loads the file at full budget.
 
 A side file is a GGUF file of these keys and no tensors, for models that nobody wants to copy. It also has:
@@ -34,27 +42,25 @@ A side file is a GGUF file of these keys and no tensors, for models that nobody 
 | --- | --- | --- |
 | general.type | string | allocmoe-plan |
 | allocmoe.model.name, .architecture | string | the model that it was made for |
-| allocmoe.model.expert_used_count | int32[block_count] | the model's own experts per token, which the plan's must fit |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-import math
 from typing import Optional
 
 import numpy as np
 
 from ..gguf_file import GGUFFile, expert_used_count_full
-from .estimator import Estimator, pack, unpack
+from .estimator import Estimator, from_stored, n_words, stored
 from .plan import Plan, PlanError
 from .profile import Calibration, HeldOut, Profile
 
-VERSION = 1
+VERSION = 2
 SIDE_FILE = "allocmoe-plan"
 ALLOCATIONS = ("alloc-l", "uniform")
 _SIZES = ("n_down", "rank", "n_embd", "n_expert")
-_PACKED = ("down", "log_norm", "output", "up")
+_STORED = ("down", "log_norm", "output", "up")
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,11 @@ class ModelPlan:
     side_file: bool = False
 
 
-def read(path) -> ModelPlan:
+def read(path, *, estimator: bool = True) -> ModelPlan:
     """Reads and checks everything about experts in a GGUF file.
+
+    Args:
+        estimator: False leaves it out of plan and profile, for callers that leave it to the library: it is megabytes.
 
     Raises:
         GGUFError: no such file, not a GGUF file, damaged, or expert keys that contradict each other.
@@ -86,49 +95,73 @@ def read(path) -> ModelPlan:
         kind = file.get("general.type")
         side_file = isinstance(kind, str) and kind == SIDE_FILE
         if side_file:
-            own = file.get("allocmoe.model.expert_used_count")
+            own = file.get("allocmoe.expert_used_count_full")
             if not isinstance(own, np.ndarray) or own.dtype != np.int32:
-                raise PlanError(f"{path}: allocmoe.model.expert_used_count is missing or not an array of int32")
+                _check_version(file)
+                raise PlanError(f"{path}: allocmoe.expert_used_count_full is missing or not an array of int32")
             try:
                 full = Plan.full(own).expert_used_count
                 identity = {key: _value(file, f"allocmoe.model.{key}", str, "") for key in ("name", "architecture")}
             except PlanError as error:
-                raise PlanError(f"{path}: allocmoe.model.{error}") from None
+                raise PlanError(f"{path}: allocmoe.{error}") from None
         else:
             full = expert_used_count_full(file)
             identity = {key: str(file.get(f"general.{key}", "")) for key in ("name", "architecture")}
-        version = file.get("allocmoe.version")
-        if version is None and not side_file:
+        if file.get("allocmoe.version") is None and not side_file:
             return ModelPlan(full, **identity)
-        if type(version) is not int or version != VERSION:
-            raise PlanError(f"{path}: allocmoe.version is {version!r}, this allocmoe-edge reads version {VERSION}")
+        _check_version(file)
         if full is None:
             raise PlanError(f"{path}: has a plan (allocmoe.*) but the model has no experts")
         try:
             planned = _array(file, "allocmoe.expert_used_count", np.int32, len(full))
+            own = _array(file, "allocmoe.expert_used_count_full", np.int32, len(full))
+            if own.tolist() != list(full):
+                raise PlanError(f"expert_used_count_full: found {own.tolist()}, want the model's own, {list(full)}")
+            _check_tables(file, full)
             rule = _value(file, "allocmoe.token_rule", str, "off")
             threshold = None
             if rule in ("threshold", "estimate"):
                 threshold = _array(file, "allocmoe.threshold", np.float32, len(full)).tolist()
             value = _value(file, "allocmoe.value", str, "score") if rule not in ("off", "estimate") else "score"
-            estimator = _read_estimator(file, full)
-            if rule == "estimate" and estimator is None:
+            if rule == "estimate" and file.get("allocmoe.estimator.n_down") is None:
                 raise PlanError("estimator: found nothing, want one for token_rule 'estimate'")
-            own = estimator if rule == "estimate" else None
+            found = _read_estimator(file, full) if estimator else None
+            own = found if rule == "estimate" else None
             strict = rule == "estimate"  # its default, see `Profile.plan`
             plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, strict, value, own)
         except PlanError as error:
             raise PlanError(f"{path}: allocmoe.{error}") from None
-        return ModelPlan(full, plan, _read_profile(file, full, estimator), **identity, side_file=side_file)
+        return ModelPlan(full, plan, _read_profile(file, full, found), **identity, side_file=side_file)
 
 
-def read_for(path, model: ModelPlan) -> ModelPlan:
+def _check_version(file: GGUFFile) -> None:
+    version = file.get("allocmoe.version")
+    if type(version) is not int or version != VERSION:
+        raise PlanError(
+            f"{file.path}: allocmoe.version is {version!r}, this allocmoe-edge reads version {VERSION}: convert it again"
+        )
+
+
+def _check_tables(file: GGUFFile, full: tuple) -> None:
+    """Their sizes; the library checks their entries."""
+    n = (sum(full) - sum(k > 0 for k in full) + 1) * len(full)
+    for key in ("table.expert_used_count", "table.estimate.expert_used_count"):
+        value = file.get(f"allocmoe.{key}")
+        if value is not None:
+            _array(file, f"allocmoe.{key}", np.uint8 if getattr(value, "dtype", None) == np.uint8 else np.uint16, n)
+    if file.get("allocmoe.table.estimate.expert_used_count") is not None:
+        _array(file, "allocmoe.table.estimate.threshold", np.float32, n)
+
+
+def read_for(path, model: ModelPlan, *, estimator: bool = True) -> ModelPlan:
     """`model` with the plan in the side file `path` (or in another copy of the model) instead of its own.
+
+    estimator: as in `read`.
 
     Raises:
         GGUFError, PlanError: as `read`, and where the plan was made for another model.
     """
-    found = read(path)
+    found = read(path, estimator=estimator)
     if found.plan is None:
         raise PlanError(f"{path}: has no plan; allocmoe-convert --plan-only writes one")
     if found.architecture != model.architecture or found.full != model.full:
@@ -150,7 +183,6 @@ def write_side_file(path, model: ModelPlan, plan: Plan, profile: Optional[Profil
         write(file, plan, profile)
         file.set("allocmoe.model.name", model.name)
         file.set("allocmoe.model.architecture", model.architecture)
-        file.set("allocmoe.model.expert_used_count", np.array(model.full, np.int32))
         file.write_metadata(path)
 
 
@@ -160,6 +192,7 @@ def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
         file.set(key, None)
     file.set("allocmoe.version", VERSION)
     file.set("allocmoe.expert_used_count", np.array(plan.expert_used_count, np.int32))
+    file.set("allocmoe.expert_used_count_full", np.array(plan.expert_used_count_full, np.int32))
     file.set("allocmoe.budget_total", plan.budget_total)
     file.set("allocmoe.token_rule", plan.token_rule)
     file.set("allocmoe.k_base", plan.k_base)
@@ -173,6 +206,7 @@ def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
         file.set("allocmoe.threshold", np.array(plan.threshold, np.float32))
     if profile is None:
         return
+    _write_tables(file, profile, plan.expert_used_count_full)
     file.set("allocmoe.allocation", profile.allocation)
     file.set("allocmoe.sensitivity", np.concatenate([np.asarray(row, np.float64) for row in profile.sensitivity]))
     if profile.threshold_table is not None:
@@ -210,11 +244,20 @@ def _value(file: GGUFFile, key: str, kind: type, default):
     return value
 
 
+def _write_tables(file: GGUFFile, profile: Profile, full: tuple) -> None:
+    smallest = np.uint8 if max(full) <= 255 else np.uint16
+    file.set("allocmoe.table.expert_used_count", profile.plan_table(full).astype(smallest).ravel())
+    if profile.estimator is not None:
+        counts, threshold = profile.estimate_table(full)
+        file.set("allocmoe.table.estimate.expert_used_count", counts.astype(smallest).ravel())
+        file.set("allocmoe.table.estimate.threshold", threshold.ravel())
+
+
 def _write_estimator(file: GGUFFile, estimator: Estimator, layers: tuple) -> None:
     for name in (*_SIZES, "n_relu"):
         file.set(f"allocmoe.estimator.{name}", int(getattr(estimator, name)))
-    for name in _PACKED:
-        file.set(f"allocmoe.estimator.{name}", pack(getattr(estimator, name)[list(layers)]))
+    for name in _STORED:
+        file.set(f"allocmoe.estimator.{name}", stored(name, getattr(estimator, name)[list(layers)]))
     file.set("allocmoe.estimator.quantiles", estimator.quantiles[list(layers)].ravel())
 
 
@@ -230,14 +273,15 @@ def _read_estimator(file: GGUFFile, full: tuple) -> Optional[Estimator]:
     layers = [il for il, k in enumerate(full) if k]
     arrays = {}
     for name, (_, *shape) in Estimator.shapes(len(full), **sizes).items():
-        n = len(layers) * math.prod(shape)
-        if name in _PACKED:
-            values = unpack(_array(file, f"allocmoe.estimator.{name}", np.uint64, -(-n // 4)), (len(layers), *shape))
+        shape = (len(layers), *shape)
+        key = f"allocmoe.estimator.{name}"
+        if name in _STORED:
+            values = from_stored(name, _array(file, key, np.uint64, n_words(name, shape)), shape)
         else:
-            values = _array(file, f"allocmoe.estimator.{name}", np.float32, n).reshape(len(layers), *shape)
-        arrays[name] = np.zeros((len(full), *shape), np.float32)
+            values = _array(file, key, np.float32, shape[0] * shape[1]).reshape(shape)
+        arrays[name] = np.zeros((len(full), *shape[1:]), np.float32)
         arrays[name][layers] = values
-    return Estimator(**arrays, n_relu=_value(file, "allocmoe.estimator.n_relu", int, 0))
+    return Estimator(**arrays, n_relu=_value(file, "allocmoe.estimator.n_relu", int, None))
 
 
 def _read_profile(file: GGUFFile, full: tuple, estimator: Optional[Estimator]) -> Optional[Profile]:

@@ -60,7 +60,33 @@ def allocate(sensitivity, budget_total, expert_used_count_full, *, k_min=1, k_ma
     damages = _check_sensitivity(sensitivity, full)
     unit = _check_cost(cost, hi, layers)
     cap = _check_budget(budget_total, cost is None, unit, lo, layers)
+    _, steps = _fronts(damages, full, layers, lo, hi, unit, cap)
+    return Plan(_path(steps, layers, full, -1), full)  # a front falls in damage as it grows in cost: its last state is best
 
+
+def allocate_totals(sensitivity, expert_used_count_full, cost=None):
+    """The plans of every budget at once: int64 [n_totals, n_layer], row r for n_moe_layers + r activations, up to all.
+
+    Without costs, row r is `allocate` of that total. With costs, it is the best that costs no more than the same share of
+    what all activations cost: the total of activations / sum(K_l).
+    """
+    whole = Plan.full(expert_used_count_full)
+    full, layers = whole.expert_used_count, whole.moe_layers
+    damages = _check_sensitivity(sensitivity, full)
+    unit = _check_cost(cost, full, layers)
+    most = sum(unit[i] * full[i] for i in layers)
+    ones = tuple(min(k, 1) for k in full)
+    spent, steps = _fronts(damages, full, layers, ones, full, unit, most * (1 + 1e-12))
+    rows = []
+    for total in range(len(layers), sum(full) + 1):
+        budget = total if cost is None else total / sum(full) * most * (1 + 1e-12)
+        # the cheapest plan where shares of the cost do not reach even that
+        rows.append(_path(steps, layers, full, max(np.searchsorted(spent, budget, side="right") - 1, 0)))
+    return np.array(rows)
+
+
+def _fronts(damages, full, layers, lo, hi, unit, cap):
+    """The Pareto front over all layers: what its states cost, ascending, and for each layer (parent state, k) of its states."""
     # What the layers after each one need at least: a state that leaves less is dead already.
     least = np.array([unit[i] * lo[i] for i in layers])
     rest = np.append(np.cumsum(least[::-1])[::-1][1:], 0.0)
@@ -80,12 +106,15 @@ def allocate(sensitivity, budget_total, expert_used_count_full, *, k_min=1, k_ma
         front = _thin(_pareto_front(spent, damage, uneven), spent)
         steps.append((parent[front], k[choice[front]]))
         spent, damage, uneven = spent[front], damage[front], uneven[front]
+    return spent, steps
 
+
+def _path(steps, layers, full, state):
+    """The plan that leads to a state of the last front, a list of n_layer ints."""
     planned = [0] * len(full)
-    state = -1  # a front falls in damage as it grows in cost: the best state is the last
     for i, (parent, k) in zip(reversed(layers), reversed(steps)):
-        planned[i], state = k[state], parent[state]
-    return Plan(planned, full)
+        planned[i], state = int(k[state]), parent[state]
+    return planned
 
 
 def _pareto_front(spent, damage, uneven):

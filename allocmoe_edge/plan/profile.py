@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Optional
 
+import numpy as np
+
 from .estimator import Estimator
 from .plan import Plan, PlanError, parse_budget
-from .planner import allocate
+from .planner import allocate, allocate_totals
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ class Profile:
         if self.estimator is None:
             raise PlanError("token_rule 'estimate' needs an estimator, and the file has none: convert it again")
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
-        cost = None if all(c == 1 for c in self.cost) else self.cost
-        return replace(self.estimator.plan(total, full, self.k_base, cost), strict=strict is not False)
+        return replace(self.estimator.plan(total, full, self.k_base, self._cost()), strict=strict is not False)
 
     def with_token_rule(self, plan: Plan, token_rule: Optional[str] = None, strict: Optional[bool] = None) -> Plan:
         """The same experts per layer under a token rule, None as in `plan`; as many in all where "estimate" comes or goes."""
@@ -94,13 +95,28 @@ class Profile:
             plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value=value
         )
 
+    def plan_table(self, full: tuple) -> np.ndarray:
+        """The counts of every total under the rules other than "estimate": int64 [n_totals, n_layer], as `allocate_totals`."""
+        if self.allocation == "uniform":
+            totals = range(sum(k > 0 for k in full), sum(full) + 1)
+            return np.array([Plan.uniform(full, total).expert_used_count for total in totals])
+        return allocate_totals(self._rows(full), full, self._cost())
+
+    def estimate_table(self, full: tuple) -> tuple:
+        """The same under "estimate", and the thresholds, see `Estimator.plan_table`."""
+        return self.estimator.plan_table(full, self.k_base, self._cost())
+
     def _allocate(self, budget, full: tuple) -> Plan:
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
         if self.allocation == "uniform":
             return Plan.uniform(full, total)
-        rows = [row[:k] for row, k in zip(self.sensitivity, full)]
-        if all(c == 1 for c in self.cost):
-            return allocate(rows, total, full)
-        share = total / sum(full)
-        budget_cost = share * sum(c * k for c, k in zip(self.cost, full))
-        return allocate(rows, budget_cost, full, cost=self.cost)
+        if self._cost() is None:
+            return allocate(self._rows(full), total, full)
+        # a front of real costs is thinned by what it reaches up to: as the table has it
+        return Plan(self.plan_table(full)[total - sum(k > 0 for k in full)], full)
+
+    def _rows(self, full: tuple) -> list:
+        return [row[:k] for row, k in zip(self.sensitivity, full)]
+
+    def _cost(self) -> Optional[tuple]:
+        return None if all(c == 1 for c in self.cost) else self.cost

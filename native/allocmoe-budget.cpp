@@ -1,0 +1,174 @@
+// The plan for a budget, looked up in what a file carries. Plans are made in Python, when a file is written.
+#include "allocmoe-file.h"
+
+#include "allocmoe.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+static int64_t sum_of(const std::vector<int32_t> & k) {
+    return std::accumulate(k.begin(), k.end(), (int64_t) 0);
+}
+
+bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model) {
+    const auto own = allocmoe_effective_plan(model, nullptr);
+    for (size_t il = 0; il < own.size(); ++il) {
+        if (own[il] > file.full[il]) {
+            return true;
+        }
+    }
+    return false;
+}
+
+[[noreturn]] static void fail_overridden(const allocmoe_model & file, const llama_model & model) {
+    const auto own = allocmoe_effective_plan(model, nullptr);
+    const auto k   = *std::max_element(own.begin(), own.end());
+    throw allocmoe_error(format(
+        "%s.expert_used_count is overridden with %d, and the file's plans are for %d: only the full budget, %lld activations per token, can be served",
+        llm_arch_name(model.arch), k, *std::max_element(file.full.begin(), file.full.end()), (long long) sum_of(own)));
+}
+
+// Whether a row's threshold says that the rule can serve it.
+static bool served(const allocmoe_model & file, size_t row) {
+    const auto * threshold = &file.estimate.threshold[row*file.full.size()];
+    return std::none_of(threshold, threshold + file.full.size(), [](float t) { return std::isnan(t); });
+}
+
+// The row for a total. Where the model's own counts are below those that the plans were made for, by an override, that is the
+// one that spends most within the total when every layer is cut off at them.
+static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
+    const bool   estimate = rule == ALLOCMOE_RULE_ESTIMATE;
+    const size_t n_layer = file.full.size();
+    const auto & counts  = estimate ? file.estimate.expert_used_count : file.counts.expert_used_count;
+    const int64_t least  = sum_of(file.full) - (int64_t) (file.n_rows - 1);
+
+    size_t  best  = file.n_rows;
+    int64_t found = -1;
+    int64_t low   = sum_of(own);
+    for (size_t row = 0; row < file.n_rows; ++row) {
+        if (estimate && !served(file, row)) {
+            continue;
+        }
+        int64_t spends = least + row;
+        if (own != file.full) {
+            spends = 0;
+            for (size_t il = 0; il < n_layer; ++il) {
+                spends += std::min(counts[row*n_layer + il], own[il]);
+            }
+        }
+        low = std::min(low, spends);
+        if (spends <= total && spends > found) {
+            best  = row;
+            found = spends;
+        }
+    }
+    if (best == file.n_rows || total > sum_of(own)) {
+        throw allocmoe_error(format("budget: found %lld activations per token, want %lld to %lld under token rule %s",
+                (long long) total, (long long) low, (long long) sum_of(own), allocmoe_token_rule_names[rule]));
+    }
+    return best;
+}
+
+// A file's value serves the rules that compare scores; a plan under another has none.
+static void use_score_where_unused(allocmoe_plan & plan) {
+    if (plan.token_rule == ALLOCMOE_RULE_OFF || plan.token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        plan.value = ALLOCMOE_VALUE_SCORE;
+    }
+}
+
+static std::vector<float> thresholds_of(const allocmoe_model & file, const std::vector<int32_t> & counts) {
+    if (file.threshold_table.empty()) {
+        throw allocmoe_error("token rule threshold needs a threshold table, and the file has none: convert it again");
+    }
+    std::vector<float> threshold(counts.size(), 0.0f); // layers without experts have no row, and nothing reads their entry
+    for (size_t il = 0; il < counts.size(); ++il) {
+        if (counts[il] > 0) {
+            threshold[il] = file.threshold_table[file.threshold_begin[il] + counts[il] - 1];
+        }
+    }
+    return threshold;
+}
+
+static std::unique_ptr<allocmoe_plan> full_or_fail(const allocmoe_model * file, const llama_model & model, int64_t total, int32_t token_rule, int32_t strict) {
+    const auto own = allocmoe_effective_plan(model, nullptr);
+    if (token_rule > ALLOCMOE_RULE_OFF || strict > 0) {
+        throw allocmoe_error("a token rule, or strict, needs the profile that allocmoe-convert stores in the file; convert it first");
+    }
+    if (total == ALLOCMOE_TOTAL_OF_FILE && file) {
+        auto plan = std::make_unique<allocmoe_plan>(file->plan);
+        plan->token_rule = ALLOCMOE_RULE_OFF;
+        plan->strict     = false;
+        plan->threshold.clear();
+        use_score_where_unused(*plan);
+        return plan;
+    }
+    if (total == ALLOCMOE_TOTAL_OF_FILE || total == sum_of(own)) {
+        return nullptr;
+    }
+    throw allocmoe_error(format("a budget of %lld needs the plans that allocmoe-convert stores in the file; convert it first", (long long) total));
+}
+
+std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file, const llama_model & model, int64_t total, int32_t token_rule, int32_t strict) {
+    const auto own = allocmoe_effective_plan(model, nullptr);
+    if (sum_of(own) == 0) {
+        throw allocmoe_error("a dense model: it has no experts to budget");
+    }
+    if (token_rule < -1 || token_rule > ALLOCMOE_RULE_ESTIMATE || strict < -1 || strict > 1) {
+        throw allocmoe_error(format("token rule: found %d, strict %d, want -1 or one that there is", token_rule, strict));
+    }
+    if (file && token_rule == -1 && strict == -1 && total == ALLOCMOE_TOTAL_OF_FILE) {
+        if (allocmoe_overridden(*file, model)) {
+            return nullptr; // whoever raises the count wants it raised
+        }
+        auto plan = std::make_unique<allocmoe_plan>(file->plan);
+        use_score_where_unused(*plan);
+        return plan;
+    }
+    if (!file || file->n_rows == 0) {
+        return full_or_fail(file, model, total, token_rule, strict);
+    }
+    if (allocmoe_overridden(*file, model)) {
+        if ((total != ALLOCMOE_TOTAL_OF_FILE && total != sum_of(own)) || token_rule > ALLOCMOE_RULE_OFF || strict == 1) {
+            fail_overridden(*file, model);
+        }
+        return nullptr;
+    }
+
+    const int32_t rule = token_rule < 0 ? file->plan.token_rule : token_rule;
+    if (strict == 1 && !allocmoe_by_threshold(rule)) {
+        throw allocmoe_error(format("strict: needs token rule threshold or estimate, found %s", allocmoe_token_rule_names[rule]));
+    }
+    const bool estimate = rule == ALLOCMOE_RULE_ESTIMATE;
+    if (estimate && (!file->has_estimator || file->estimate.threshold.empty())) {
+        throw allocmoe_error("token rule estimate needs an estimator, and the file has none: convert it again");
+    }
+
+    auto plan = std::make_unique<allocmoe_plan>(file->plan);
+    // the file's own plan under another rule keeps its counts, but where estimates come or go
+    const bool same_counts = total == ALLOCMOE_TOTAL_OF_FILE && estimate == (file->plan.token_rule == ALLOCMOE_RULE_ESTIMATE);
+    if (!same_counts) {
+        const size_t n_layer = own.size();
+        const auto & table   = estimate ? file->estimate : file->counts;
+        const size_t row     = find_row(*file, own, rule, total == ALLOCMOE_TOTAL_OF_FILE ? sum_of(file->plan.expert_used_count) : total);
+        plan->expert_used_count.assign(table.expert_used_count.begin() + row*n_layer, table.expert_used_count.begin() + (row + 1)*n_layer);
+        if (estimate) {
+            plan->threshold.assign(table.threshold.begin() + row*n_layer, table.threshold.begin() + (row + 1)*n_layer);
+        }
+    }
+    for (size_t il = 0; il < own.size(); ++il) {
+        plan->expert_used_count[il] = std::min(plan->expert_used_count[il], own[il]);
+    }
+    plan->token_rule = rule;
+    plan->strict     = estimate ? strict != 0 : strict == 1;
+    use_score_where_unused(*plan);
+    if (rule == ALLOCMOE_RULE_THRESHOLD) {
+        plan->threshold = thresholds_of(*file, plan->expert_used_count);
+    } else if (!estimate) {
+        plan->threshold.clear();
+    }
+    return plan;
+}

@@ -1,0 +1,270 @@
+#include "allocmoe-file.h"
+
+#include "allocmoe.h"
+#include "allocmoe-hooks.h"
+
+#include "llama-arch.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+#include "llama-model.h"
+
+#include "gguf.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+// The allocmoe.* keys of some metadata, by what follows the dot.
+struct keys {
+    const gguf_context * meta;
+
+    int64_t find(const std::string & name) const { return gguf_find_key(meta, ("allocmoe." + name).c_str()); }
+    bool    has (const std::string & name) const { return find(name) >= 0; }
+
+    [[noreturn]] static void fail(const std::string & name, const std::string & what) {
+        throw allocmoe_error("allocmoe." + name + " " + what);
+    }
+
+    template <typename T>
+    std::vector<T> array(const std::string & name, gguf_type type, size_t n) const {
+        const int64_t i = find(name);
+        if (i < 0 || gguf_get_kv_type(meta, i) != GGUF_TYPE_ARRAY || gguf_get_arr_type(meta, i) != type || gguf_get_arr_n(meta, i) != n) {
+            fail(name, format("is missing or not an array of %zu %s", n, gguf_type_name(type)));
+        }
+        const auto * values = (const T *) gguf_get_arr_data(meta, i);
+        return { values, values + n };
+    }
+
+    std::vector<float> finite(const std::string & name, size_t n) const {
+        auto values = array<float>(name, GGUF_TYPE_FLOAT32, n);
+        if (std::any_of(values.begin(), values.end(), [](float x) { return std::isnan(x); })) {
+            fail(name, "has an entry that is not a number");
+        }
+        return values;
+    }
+
+    // Expert counts in the smallest type that holds them.
+    std::vector<int32_t> counts(const std::string & name, size_t n, int32_t most) const {
+        const int64_t i     = find(name);
+        const bool    bytes = i >= 0 && gguf_get_kv_type(meta, i) == GGUF_TYPE_ARRAY && gguf_get_arr_type(meta, i) == GGUF_TYPE_UINT8;
+        std::vector<int32_t> k(n);
+        if (bytes) {
+            const auto values = array<uint8_t>(name, GGUF_TYPE_UINT8, n);
+            std::copy(values.begin(), values.end(), k.begin());
+        } else {
+            const auto values = array<uint16_t>(name, GGUF_TYPE_UINT16, n);
+            std::copy(values.begin(), values.end(), k.begin());
+        }
+        if (std::any_of(k.begin(), k.end(), [most](int32_t x) { return x > most; })) {
+            fail(name, format("has an entry outside 0..%d", most));
+        }
+        return k;
+    }
+
+    uint32_t number(const std::string & name, uint32_t low, uint32_t high) const {
+        const int64_t i = find(name);
+        if (i < 0 || gguf_get_kv_type(meta, i) != GGUF_TYPE_UINT32 || gguf_get_val_u32(meta, i) < low || gguf_get_val_u32(meta, i) > high) {
+            fail(name, format("is missing or not a uint32 from %u to %u", low, high));
+        }
+        return gguf_get_val_u32(meta, i);
+    }
+
+    // The place of a string among `names`; 0 where the key is missing.
+    template <size_t n>
+    int32_t choice(const std::string & name, const char * const (&names)[n]) const {
+        const int64_t i = find(name);
+        if (i < 0) {
+            return 0;
+        }
+        const char * found = gguf_get_kv_type(meta, i) == GGUF_TYPE_STRING ? gguf_get_val_str(meta, i) : "";
+        const auto * it    = std::find_if(names, names + n, [&](const char * x) { return strcmp(x, found) == 0; });
+        if (it == names + n) {
+            fail(name, format("'%s' is not known to this version of allocmoe-edge", found));
+        }
+        return (int32_t) (it - names);
+    }
+};
+
+} // namespace
+
+static void check_version(const keys & keys) {
+    const int64_t i = keys.find("version");
+    if (gguf_get_kv_type(keys.meta, i) != GGUF_TYPE_UINT32 || gguf_get_val_u32(keys.meta, i) != ALLOCMOE_PLAN_VERSION) {
+        keys.fail("version", format("is not %d: the file was made by another version of allocmoe-edge, convert it again", ALLOCMOE_PLAN_VERSION));
+    }
+}
+
+static void read_plan(const keys & keys, const llama_hparams & hparams, allocmoe_model & file) {
+    const size_t n_layer = hparams.n_layer_all;
+
+    file.full = keys.array<int32_t>("expert_used_count_full", GGUF_TYPE_INT32, n_layer);
+    if (allocmoe_out_of_range(hparams, file.full)) {
+        keys.fail("expert_used_count_full", format("has an entry outside 0..%u", hparams.n_expert));
+    }
+    auto & plan = file.plan;
+    plan.expert_used_count = keys.array<int32_t>("expert_used_count", GGUF_TYPE_INT32, n_layer);
+    for (size_t il = 0; il < n_layer; ++il) {
+        if (plan.expert_used_count[il] < std::min(1, file.full[il]) || plan.expert_used_count[il] > file.full[il]) {
+            keys.fail("expert_used_count", format("has %d in layer %zu, which is not between one and the model's own %d",
+                    plan.expert_used_count[il], il, file.full[il]));
+        }
+    }
+    plan.token_rule = keys.choice("token_rule", allocmoe_token_rule_names);
+    plan.value      = keys.choice("value",      allocmoe_value_names);
+    plan.strict     = plan.token_rule == ALLOCMOE_RULE_ESTIMATE;
+    if (keys.has("k_base")) {
+        plan.k_base = keys.number("k_base", 1, hparams.n_expert);
+    }
+    if (allocmoe_by_threshold(plan.token_rule)) {
+        plan.threshold = keys.finite("threshold", n_layer);
+    }
+}
+
+static void read_tables(const keys & keys, allocmoe_model & file) {
+    const size_t n_layer = file.full.size();
+    if (keys.has("table.expert_used_count")) {
+        size_t n_rows = 1;
+        for (int32_t k : file.full) {
+            n_rows += std::max(k - 1, 0);
+        }
+        const auto read = [&](const char * name) {
+            auto k = keys.counts(name, n_rows*n_layer, UINT16_MAX);
+            for (size_t i = 0; i < k.size(); ++i) {
+                if (k[i] < std::min(1, file.full[i % n_layer]) || k[i] > file.full[i % n_layer]) {
+                    keys.fail(name, format("has %d for layer %zu, which is not between one and the model's own %d", k[i], i % n_layer, file.full[i % n_layer]));
+                }
+            }
+            return k;
+        };
+        file.n_rows = n_rows;
+        file.counts.expert_used_count = read("table.expert_used_count");
+        if (keys.has("table.estimate.expert_used_count")) {
+            file.estimate.expert_used_count = read("table.estimate.expert_used_count");
+            file.estimate.threshold = keys.array<float>("table.estimate.threshold", GGUF_TYPE_FLOAT32, n_rows*n_layer);
+        }
+    }
+    if (keys.has("threshold_table")) {
+        size_t n = 0;
+        for (int32_t k : file.full) {
+            file.threshold_begin.push_back(n);
+            n += k;
+        }
+        file.threshold_table = keys.finite("threshold_table", n);
+    }
+}
+
+// Stored in whole uint64: fewer entries are quicker to read.
+static std::vector<uint8_t> packed(const keys & keys, const char * name, size_t n_bytes) {
+    const auto words = keys.array<uint64_t>(name, GGUF_TYPE_UINT64, (n_bytes + 7)/8);
+    const auto * bytes = (const uint8_t *) words.data();
+    return { bytes, bytes + n_bytes };
+}
+
+static std::vector<float> packed_half(const keys & keys, const char * name, size_t n) {
+    const auto bytes = packed(keys, name, 2*n);
+    std::vector<float> values(n);
+    ggml_fp16_to_fp32_row((const ggml_fp16_t *) bytes.data(), values.data(), n);
+    return values;
+}
+
+static std::unique_ptr<allocmoe_matrices> read_estimator(const keys & keys, const llama_hparams & hparams, const std::vector<int32_t> & full) {
+    auto made = std::make_unique<allocmoe_matrices>();
+    auto & m  = *made;
+    m.n_embd   = keys.number("estimator.n_embd",   1, INT32_MAX);
+    m.n_expert = keys.number("estimator.n_expert", 1, INT32_MAX);
+    if (m.n_embd != (int32_t) hparams.n_embd || m.n_expert != (int32_t) hparams.n_expert) {
+        throw allocmoe_error(format("the estimator is for another model, of n_embd %d and %d experts", m.n_embd, m.n_expert));
+    }
+    m.n_down   = keys.number("estimator.n_down",   1, INT16_MAX);
+    m.rank     = keys.number("estimator.rank",     0, m.n_down);
+    m.n_relu   = keys.number("estimator.n_relu",   0, m.n_down - m.rank);
+
+    size_t n = 0;
+    for (int32_t k : full) {
+        m.entry.push_back(k > 0 ? (int32_t) n++ : -1);
+    }
+    m.down     = packed(keys, "estimator.down", n*m.down_bytes());
+    m.up       = packed(keys, "estimator.up",   n*m.up_bytes());
+    m.log_norm = packed_half(keys, "estimator.log_norm", n*m.n_expert*(m.n_down + 1));
+    m.output   = packed_half(keys, "estimator.output",   n*m.n_expert*m.rank);
+    if (const char * fault = allocmoe_matrices_fault(m)) {
+        throw allocmoe_error(fault);
+    }
+    return made;
+}
+
+std::unique_ptr<allocmoe_model> allocmoe_read_file(const gguf_context * meta, const llama_hparams & hparams) {
+    const keys keys = { meta };
+    if (!meta || !keys.has("version")) {
+        return nullptr;
+    }
+    check_version(keys);
+
+    auto file = std::make_unique<allocmoe_model>();
+    read_plan  (keys, hparams, *file);
+    read_tables(keys, *file);
+    file->has_estimator = keys.has("estimator.n_down");
+    if (file->has_estimator) {
+        file->matrices = read_estimator(keys, hparams, file->full);
+    }
+    if (file->plan.token_rule == ALLOCMOE_RULE_ESTIMATE && !file->has_estimator) {
+        throw allocmoe_error("allocmoe.token_rule is estimate, and the file has no estimator");
+    }
+    return file;
+}
+
+std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & loader, const llama_hparams & hparams) {
+    std::shared_ptr<allocmoe_model> file = allocmoe_read_file(loader.metadata, hparams);
+    if (file) {
+        const int64_t i = gguf_find_key(loader.metadata, "allocmoe.budget_total");
+        uint32_t total  = 0;
+        // a key override beats what is in the file
+        if (i >= 0 && loader.get_key("allocmoe.budget_total", total, false) && total != gguf_get_val_u32(loader.metadata, i)) {
+            file->asked_total = total;
+        }
+    }
+    return file;
+}
+
+std::shared_ptr<const allocmoe_model> allocmoe_read_side_file(const char * path, const llama_model & model) {
+    const std::unique_ptr<gguf_context, decltype(&gguf_free)> meta(gguf_init_from_file(path, { true, nullptr }), gguf_free);
+    if (!meta) {
+        throw allocmoe_error(format("%s: no GGUF file, or a damaged one", path));
+    }
+    const std::string own = llm_arch_name(model.arch);
+    for (const char * key : { "allocmoe.model.architecture", "general.architecture" }) {
+        const int64_t i = gguf_find_key(meta.get(), key);
+        if (i < 0) {
+            continue;
+        }
+        const std::string found = gguf_get_kv_type(meta.get(), i) == GGUF_TYPE_STRING ? gguf_get_val_str(meta.get(), i) : "";
+        if (found != own) {
+            throw allocmoe_error(format("%s: was made for a model of architecture %s, this is %s", path, found.c_str(), own.c_str()));
+        }
+        break;
+    }
+    try {
+        std::shared_ptr<allocmoe_model> file = allocmoe_read_file(meta.get(), model.hparams);
+        if (!file) {
+            throw allocmoe_error("has no plan");
+        }
+        return file;
+    } catch (const allocmoe_error & error) {
+        throw allocmoe_error(format("%s: %s", path, error.what()));
+    }
+}
+
+std::shared_ptr<const allocmoe_estimates> allocmoe_model::estimates(const llama_model & model) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!placed && matrices) {
+        placed = allocmoe_place(*matrices, model);
+        if (!placed) {
+            throw allocmoe_error("no memory for the estimator where the model is", ALLOCMOE_ERR_MEMORY);
+        }
+        matrices.reset();
+    }
+    return placed;
+}

@@ -1,0 +1,69 @@
+// What a file carries: a plan, a table from which any other budget is served, and the estimator. The file is the model's own
+// or a side file; its keys are described in allocmoe_edge/plan/metadata.py.
+#pragma once
+
+#include "allocmoe.h"
+#include "allocmoe-estimator.h"
+#include "allocmoe-plan.h"
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+struct gguf_context;
+struct llama_hparams;
+struct llama_model;
+
+// What a caller of the C API or the user of a file has to be told.
+struct allocmoe_error : std::runtime_error {
+    int32_t status; // ALLOCMOE_ERR_*
+    explicit allocmoe_error(const std::string & what, int32_t status = ALLOCMOE_ERR_BUDGET) : std::runtime_error(what), status(status) {}
+};
+
+struct allocmoe_model {
+    allocmoe_plan        plan; // what the file says is to be run, without estimates
+    std::vector<int32_t> full; // [block_count], the experts per token that the plans were made for, 0 where a layer routes none
+
+    // Plans by what they spend: row r is for n_moe_layers + r activations, the last for all. Empty: the file has none.
+    struct table {
+        std::vector<int32_t> expert_used_count; // [n_rows][block_count]
+        std::vector<float>   threshold;         // [n_rows][block_count], for ALLOCMOE_RULE_ESTIMATE; NaN where the rule cannot spend so little
+    };
+    table  counts;    // for the other rules
+    table  estimate;  // for ALLOCMOE_RULE_ESTIMATE
+    size_t n_rows = 0;
+
+    // for ALLOCMOE_RULE_THRESHOLD, by layer and count: empty, or those of layer il begin at threshold_begin[il]
+    std::vector<float>  threshold_table;
+    std::vector<size_t> threshold_begin;
+
+    // budget_total as a key override of the caller has it, 0 for none
+    uint32_t asked_total = 0;
+
+    // Beside the model's routers, from the first time that somebody asks for them: contexts share them. Null if the file has
+    // no estimator.
+    std::shared_ptr<const allocmoe_estimates> estimates(const llama_model & model) const;
+    bool has_estimator = false;
+
+    // of estimates()
+    mutable std::mutex                                mutex;
+    mutable std::unique_ptr<allocmoe_matrices>        matrices; // until they have been put there
+    mutable std::shared_ptr<const allocmoe_estimates> placed;
+};
+
+// Null if the metadata has nothing of ours. Throws allocmoe_error if it is invalid.
+std::unique_ptr<allocmoe_model> allocmoe_read_file(const gguf_context * meta, const llama_hparams & hparams);
+
+// What a side file has, checked against the model. Throws allocmoe_error.
+std::shared_ptr<const allocmoe_model> allocmoe_read_side_file(const char * path, const llama_model & model);
+
+// The plan that spends `total` activations per token, ALLOCMOE_TOTAL_OF_FILE for what the file itself spends, under a rule, -1
+// for the file's; strict: 0, 1, or -1 for the rule's own way. Without estimates. file: null where there is none. Returns null
+// for the model's own expert counts. Throws allocmoe_error where it cannot be served.
+std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file, const llama_model & model, int64_t total, int32_t token_rule, int32_t strict);
+
+// Whether the model runs more experts per token than the file's plans were made for: somebody has overridden its count.
+bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model);

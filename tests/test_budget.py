@@ -168,9 +168,17 @@ def test_side_files_that_the_library_refuses(llm, source, tmp_path, damage):
         path.write_bytes(b"not a GGUF file")
     else:
         with GGUFFile(path) as file:
-            file.set(*(("allocmoe.version", None) if damage == "without a plan" else ("allocmoe.model.architecture", "llama")))
+            file.set(
+                *(
+                    ("allocmoe.version", None)
+                    if damage == "without a plan"
+                    else ("allocmoe.model.architecture", "llama")
+                )
+            )
             file.write_metadata(path)
     before = llm.plan
     status = libllama.allocmoe_load_plan_file(context_pointer(llm), str(path).encode())
-    assert status == libllama.ALLOCMOE_ERR_BUDGET and "plan.gguf: " in ffi.string(libllama.allocmoe_last_error()).decode()
+    assert (
+        status == libllama.ALLOCMOE_ERR_BUDGET and "plan.gguf: " in ffi.string(libllama.allocmoe_last_error()).decode()
+    )
     assert llm.plan == before

@@ -21,10 +21,20 @@ TEXT = ROOT / "docs" / "how-it-works.md"
 @pytest.fixture(scope="module")
 def perplexity():
     build = ROOT / "build" / "programs"
-    configure = ["cmake", "-S", ROOT / "native", "-B", build, f"-DPython_EXECUTABLE={sys.executable}", "-DALLOCMOE_PROGRAMS=ON"]
+    configure = [
+        "cmake",
+        "-S",
+        ROOT / "native",
+        "-B",
+        build,
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DALLOCMOE_PROGRAMS=ON",
+    ]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(
-        ["cmake", "--build", build, "--target", "llama-perplexity", "-j", str(os.cpu_count())], check=True, capture_output=True
+        ["cmake", "--build", build, "--target", "llama-perplexity", "-j", str(os.cpu_count())],
+        check=True,
+        capture_output=True,
     )
     return build / "programs" / "llama-perplexity"
 
@@ -90,7 +100,7 @@ def planned(testbed_path, tmp_path_factory):
 def test_perplexity_and_python_have_equal_logits(perplexity, planned, tmp_path, rule):
     path = planned(rule)
     llm = Llama(str(path), n_ctx=N_CTX, n_batch=N_CTX, n_ubatch=N_CTX, n_threads=2, n_threads_batch=2, verbose=False)
-    bits, rows = {}, {}
+    bits = {}
     for total in (None, 90):
         options = [] if total is None else ["--override-kv", f"allocmoe.budget_total=int:{total}"]
         tokens, steps, rounded = saved(perplexity, path, tmp_path / "logits", *options)

@@ -61,7 +61,9 @@ def allocate(sensitivity, budget_total, expert_used_count_full, *, k_min=1, k_ma
     unit = _check_cost(cost, hi, layers)
     cap = _check_budget(budget_total, cost is None, unit, lo, layers)
     _, steps = _fronts(damages, full, layers, lo, hi, unit, cap)
-    return Plan(_path(steps, layers, full, -1), full)  # a front falls in damage as it grows in cost: its last state is best
+    return Plan(
+        _path(steps, layers, full, -1), full
+    )  # a front falls in damage as it grows in cost: its last state is best
 
 
 def allocate_totals(sensitivity, expert_used_count_full, cost=None):

@@ -107,7 +107,9 @@ def test_a_dense_layer_is_read_whole(tmp_path):
 
 
 def test_layers_for_multi_token_prediction_are_not_read(tmp_path):
-    keys = [*plan_keys((0, 2, 0), sensitivity=np.array([9.0, 8, 7, 6])), ("deepseek.nextn_predict_layers", 1)]
+    full = np.array([0, 4, 0], np.int32)
+    keys = plan_keys((0, 2, 0), expert_used_count_full=full, sensitivity=np.array([9.0, 8, 7, 6]))
+    keys += [("deepseek.nextn_predict_layers", 1)]
     read = report.build(write_gguf(tmp_path / "m.gguf", keys=keys))["plan"]["bytes_per_token"]
     assert (read["experts"], read["experts_full"]) == (2 * EXPERT, 4 * EXPERT)
     assert read["other"] == DENSE + ROUTER + EMBEDDING
@@ -141,7 +143,8 @@ def test_an_embedding_that_is_not_the_output_is_a_row_lookup(tmp_path):
 
 
 def test_experts_given_by_the_token_id_are_read_whatever_the_plan(tmp_path):
-    keys = plan_keys((0, 0, 3), sensitivity=np.array([5.0, 4, 3, 2]))
+    full = np.array([0, 0, 4], np.int32)
+    keys = plan_keys((0, 0, 3), expert_used_count_full=full, sensitivity=np.array([5.0, 4, 3, 2]))
     path = add_tensors(write_gguf(tmp_path / "m.gguf", keys=keys), ["blk.1.ffn_gate_tid2eid.weight"])
     read = report.build(path)["plan"]["bytes_per_token"]
     assert (read["experts"], read["experts_full"]) == (3 * EXPERT, 4 * EXPERT)

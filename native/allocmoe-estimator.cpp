@@ -133,7 +133,7 @@ static ggml_backend_buffer_type_t type_for_products(ggml_backend_buffer_type_t p
     return plain;
 }
 
-std::shared_ptr<const allocmoe_estimates> allocmoe_place(const allocmoe_matrices & m, const llama_model & model) {
+std::shared_ptr<const allocmoe_estimates> allocmoe_upload(const allocmoe_matrices & m, const llama_model & model) {
     auto estimates = std::make_shared<allocmoe_estimates>();
     estimates->layers.resize(m.entry.size());
     estimates->n_relu = m.n_relu;

@@ -60,4 +60,4 @@ bool allocmoe_in_range(const allocmoe_estimator & estimator, int32_t n_layer, in
 allocmoe_matrices allocmoe_round(const allocmoe_estimator & estimator, int32_t n_layer, int32_t n_expert, int32_t n_embd);
 
 // Puts them beside the model's routers; null where there is no memory for them.
-std::shared_ptr<const allocmoe_estimates> allocmoe_place(const allocmoe_matrices & matrices, const llama_model & model);
+std::shared_ptr<const allocmoe_estimates> allocmoe_upload(const allocmoe_matrices & matrices, const llama_model & model);

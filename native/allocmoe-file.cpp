@@ -260,7 +260,7 @@ std::shared_ptr<const allocmoe_model> allocmoe_read_side_file(const char * path,
 std::shared_ptr<const allocmoe_estimates> allocmoe_model::estimates(const llama_model & model) const {
     const std::lock_guard<std::mutex> lock(mutex);
     if (!placed && matrices) {
-        placed = allocmoe_place(*matrices, model);
+        placed = allocmoe_upload(*matrices, model);
         if (!placed) {
             throw allocmoe_error("no memory for the estimator where the model is", ALLOCMOE_ERR_MEMORY);
         }

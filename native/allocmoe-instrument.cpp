@@ -309,7 +309,7 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
         if (fault) {
             return allocmoe_fail(ALLOCMOE_ERR_ESTIMATOR, fault);
         }
-        auto placed = allocmoe_place(allocmoe_round(*estimator, n_layer, n_expert, n_embd), model);
+        auto placed = allocmoe_upload(allocmoe_round(*estimator, n_layer, n_expert, n_embd), model);
         if (!placed) {
             return allocmoe_fail(ALLOCMOE_ERR_MEMORY, "no memory for the estimator where the model is");
         }

@@ -126,17 +126,19 @@ def logits(llm) -> np.ndarray:
 
 
 def test_raised_expert_count(planned):
-    """The file's plans are for 4: an override that raises it is what runs, and all that can."""
-    override = {"olmoe.expert_used_count": 6}
-    with pytest.warns(UserWarning, match=r"olmoe\.expert_used_count"):
-        llm = Llama(str(planned), kv_overrides=override, **SIZES)
+    """The file's plans are for 4: an override that raises it is what runs, and all that can. `Llama` refuses the rest itself;
+    other programs hear it of the library."""
+    llm = Llama(str(planned), kv_overrides={"olmoe.expert_used_count": 6}, budget=1.0, **SIZES)
     assert llm.plan.expert_used_count == (6,) * N_LAYER and llm.plan.token_rule == "off"
     full = logits(llm)
-    assert llm.set_budget(1.0).budget_total == 24 and np.array_equal(logits(llm), full)
-    for arguments in (dict(budget=0.5), dict(token_rule="threshold"), dict(budget=1.0, strict=True)):
-        with pytest.raises(PlanError, match=r"olmoe\.expert_used_count is overridden with 6, .* for 4"):
-            llm.set_budget(**arguments)
-    assert llm.set_budget().budget_total == 24
+    of_file, context = libllama.ALLOCMOE_TOTAL_OF_FILE, context_pointer(llm)
+    for total, rule, strict in ((8, -1, -1), (of_file, libllama.ALLOCMOE_RULE_THRESHOLD, -1), (24, -1, 1)):
+        assert libllama.allocmoe_set_budget(context, total, rule, strict) == libllama.ALLOCMOE_ERR_BUDGET
+        message = ffi.string(libllama.allocmoe_last_error()).decode()
+        assert "olmoe.expert_used_count is overridden with 6, and the file's plans are for 4" in message
+    for total in (24, of_file):
+        assert libllama.allocmoe_set_budget(context, total, -1, -1) == libllama.ALLOCMOE_OK
+    assert np.array_equal(logits(llm), full)
     llm.close()
 
 

@@ -107,6 +107,11 @@ int32_t allocmoe_set_budget_seq(llama_context * ctx, int32_t seq_id, int64_t tot
                 throw allocmoe_error("a budget of its own for a sequence needs the plans that allocmoe-convert stores in the file");
             }
             const auto & base = *settings.plan;
+            // top-k with a count for each token leaves out single experts too
+            const char * obstacle = allocmoe_token_rule_obstacle(base.token_rule == ALLOCMOE_RULE_OFF ? ALLOCMOE_RULE_THRESHOLD : base.token_rule, model, state);
+            if (obstacle) {
+                throw allocmoe_error(format("a budget of its own for a sequence: %s", obstacle));
+            }
             auto plan = allocmoe_plan_budget(state.file.get(), model, total, base.token_rule, allocmoe_by_threshold(base.token_rule) ? base.strict : -1);
             if (!plan || plan->k_base != base.k_base || plan->value != base.value) {
                 throw allocmoe_error("a budget of its own for a sequence needs a context whose plan is the file's, not one by hand");

@@ -74,7 +74,10 @@ LLAMA_API const char * allocmoe_last_error(void);
 // the log. Ends the budgets of single sequences.
 LLAMA_API int32_t allocmoe_set_budget(struct llama_context * ctx, int64_t total, int32_t token_rule, int32_t strict);
 
-// The budget of one sequence in place of the context's, under the context's token rule; ALLOCMOE_TOTAL_OF_FILE ends it.
+// The budget of one sequence in place of the context's, under the context's token rule; ALLOCMOE_TOTAL_OF_FILE ends it. Its
+// tokens run in one batch with those of other sequences, each by its own. Under ALLOCMOE_RULE_BATCH sequences with the same
+// count in a layer share it. What a strict rule has left over is a sequence's own, by position; llama_memory_seq_cp does not
+// take it along, and a token of several sequences counts for its first.
 LLAMA_API int32_t allocmoe_set_budget_seq(struct llama_context * ctx, int32_t seq_id, int64_t total);
 
 // From now on the context's budgets come from this file, a side file as `allocmoe-convert --plan-only` writes, and the plan in

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from allocmoe_edge import Llama, Plan
+from conftest import plan_from_made_up_profile
 from gguf_factory import random_estimator
 import llama_cpp.llama_cpp as raw
 from native_testing import ffi, libllama
@@ -99,6 +100,14 @@ class Context:
                 found[seq].append(rows[n * n_batch : (n + 1) * n_batch])
         return {seq: np.concatenate(rows) for seq, rows in found.items()}
 
+    def run_as(self, seq: int, n_batch: int = 4) -> np.ndarray:
+        """The tokens of `seq`, as the context's sequence 0."""
+        raw.llama_memory_clear(self.memory, True)
+        starts = range(0, N_TOKENS, n_batch)
+        return np.concatenate(
+            [self.decode([(TOKENS[seq][i], i, 0) for i in range(start, start + n_batch)]) for start in starts]
+        )
+
     def spent(self) -> int:
         """Activations since the last call."""
         total = 0
@@ -144,12 +153,7 @@ def test_each_sequence_as_it_is_alone(model, rule, unified):
             wanted, spent = {}, 0
             for seq, plan in enumerate(own):
                 alone.set_plan(plan, estimates)
-                raw.llama_memory_clear(alone.memory, True)
-                rows = [
-                    alone.decode([(TOKENS[seq][i], i, 0) for i in range(start, start + n_batch)])
-                    for start in range(0, N_TOKENS, n_batch)
-                ]
-                wanted[seq] = np.concatenate(rows)
+                wanted[seq] = alone.run_as(seq, n_batch)
                 spent += alone.spent()
             both.set_plan(own[0], estimates)
             both.set_plan_seq(1, own[1])
@@ -260,3 +264,28 @@ def test_a_plan_of_another_shape_builds_another_graph(model):
             decode_one(context, 3)
             assert context.n_reused() == before
             raw.llama_memory_clear(context.memory, True)
+
+
+def test_budgets_by_sequence_from_the_file(built, tmp_path):
+    """The C function that a server calls: the plans are those that the file has for each budget."""
+    path = plan_from_made_up_profile(built["olmoe"].gguf_path, tmp_path / "planned.gguf")
+    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    with Context(llm) as both, Context(llm, n_seq_max=1) as alone:
+        wanted = []
+        for seq, total in enumerate((7, 11)):
+            assert libllama.allocmoe_set_budget(alone.ctx, total, -1, -1) >= 0
+            wanted.append(alone.run_as(seq))
+        assert libllama.allocmoe_set_budget(both.ctx, 7, -1, -1) >= 0
+        assert libllama.allocmoe_set_budget_seq(both.ctx, 1, 11) == libllama.ALLOCMOE_CHANGED
+        found = both.run((0, 1), 4)
+        assert np.array_equal(found[0], wanted[0]) and np.array_equal(found[1], wanted[1])
+        assert both.spent() == alone.spent() == (7 + 11) * N_TOKENS
+        # ended, it has the context's again
+        assert (
+            libllama.allocmoe_set_budget_seq(both.ctx, 1, libllama.ALLOCMOE_TOTAL_OF_FILE) == libllama.ALLOCMOE_CHANGED
+        )
+        assert not np.array_equal(both.run((0, 1), 4)[1], wanted[1])
+        assert both.spent() == 14 * N_TOKENS
+        for seq in (-1, 2):
+            assert libllama.allocmoe_set_budget_seq(both.ctx, seq, 7) < 0
+    llm.close()

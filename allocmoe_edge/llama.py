@@ -212,7 +212,7 @@ class Llama(CheckedLlama):
             return Plan(counts, full)
         if self._by_hand is not None and self._by_hand.token_rule == token_rule:
             return replace(self._by_hand, expert_used_count=counts, expert_used_count_full=full)
-        limits = None if rule.threshold == ffi.NULL else list(threshold)
+        limits = None if rule.threshold == ffi.NULL else tuple(threshold)
         return Plan(counts, full, token_rule, rule.k_base, limits, rule.strict, VALUES[rule.value])
 
     def set_budget(
@@ -357,7 +357,7 @@ class Llama(CheckedLlama):
         self._check(libllama.allocmoe_set_estimator(context_pointer(self), handed, *sizes))
         self._handed_over = estimator
 
-    def _check(self, status: int, path: Optional[str] = None) -> bool:
+    def _check(self, status: int, path: Union[str, os.PathLike, None] = None) -> bool:
         """What a call of the library has returned: whether it changed anything. Raises PlanError with what is wrong."""
         if status >= 0:
             return status == libllama.ALLOCMOE_CHANGED

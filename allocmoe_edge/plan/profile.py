@@ -87,9 +87,8 @@ class Profile:
                     "token_rule 'threshold' needs a threshold table, and the file has none: convert it again"
                 )
             # layers without experts have no row, and nothing reads their entry
-            threshold = [
-                float(row[k - 1]) if k else 0.0 for row, k in zip(self.threshold_table, plan.expert_used_count)
-            ]
+            rows = zip(self.threshold_table, plan.expert_used_count)
+            threshold = tuple(float(row[k - 1]) if k else 0.0 for row, k in rows)
         value = self.value if token_rule != "off" else "score"
         return replace(
             plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value=value
@@ -103,7 +102,8 @@ class Profile:
         return allocate_totals(self._rows(full), full, self._cost())
 
     def estimate_table(self, full: tuple) -> tuple:
-        """The same under "estimate", and the thresholds, see `Estimator.plan_table`."""
+        """The same under "estimate", and the thresholds, see `Estimator.plan_table`; for a profile that has an estimator."""
+        assert self.estimator is not None
         return self.estimator.plan_table(full, self.k_base, self._cost())
 
     def _allocate(self, budget, full: tuple) -> Plan:

@@ -2,7 +2,7 @@
 # make test   set everything up and run every test
 #
 # make test-install   what the README shows, in a second environment with the wheel and its base dependencies alone
-# make lint           ruff; make format puts right what it can
+# make lint           ruff, mypy and clang-format; make format puts right what they can
 #
 # VENV=...        where the virtual environment goes (.venv)
 # PYTHON=...      the Python to make it from (python3)
@@ -52,6 +52,7 @@ test-install: $(VENV)/.installed
 	cd $(FRESH)/empty && ../venv/bin/python $(CURDIR)/tests/install_check.py
 
 LINT := build/lint/bin
+NATIVE_CODE := $(wildcard native/*.h native/*.cpp native/*.cuh tests/*.cpp tests/native/*.cpp)
 $(LINT)/ruff: Makefile
 	$(PYTHON) -m venv build/lint
 	$(LINT)/pip install --quiet --disable-pip-version-check 'ruff==0.17.*' 'mypy==2.4.*' 'clang-format==23.*'
@@ -60,10 +61,13 @@ $(LINT)/ruff: Makefile
 lint: $(LINT)/ruff
 	$(LINT)/ruff check .
 	$(LINT)/ruff format --check .
+	$(LINT)/mypy
+	$(LINT)/clang-format --dry-run -Werror $(NATIVE_CODE)
 
 format: $(LINT)/ruff
 	$(LINT)/ruff check --fix .
 	$(LINT)/ruff format .
+	$(LINT)/clang-format -i $(NATIVE_CODE)
 
 clean:
 	rm -rf build $(VENV)

@@ -53,10 +53,10 @@ static int32_t put(llama_context * ctx, std::unique_ptr<allocmoe_plan> plan) {
 
 // The same for a plan from a file, which is what the context goes by from then on.
 static int32_t put_of_file(llama_context * ctx, std::shared_ptr<const allocmoe_model> file, std::unique_ptr<allocmoe_plan> plan) {
-    auto & state = allocmoe_access::state(ctx);
+    auto & state      = allocmoe_access::state(ctx);
     const auto before = std::make_pair(state.file, state.estimates);
-    state.file      = std::move(file);
-    state.estimates = nullptr;
+    state.file        = std::move(file);
+    state.estimates   = nullptr;
     try {
         return put(ctx, std::move(plan));
     } catch (...) {
@@ -68,7 +68,7 @@ static int32_t put_of_file(llama_context * ctx, std::shared_ptr<const allocmoe_m
 int32_t allocmoe_set_budget(llama_context * ctx, int64_t total, int32_t token_rule, int32_t strict) {
     return allocmoe_guarded([&] {
         auto & state = allocmoe_access::state(ctx);
-        auto   plan  = allocmoe_plan_budget(state.file.get(), allocmoe_access::model(ctx), total, token_rule, strict);
+        auto plan    = allocmoe_plan_budget(state.file.get(), allocmoe_access::model(ctx), total, token_rule, strict);
         return put_of_file(ctx, state.file, std::move(plan));
     });
 }
@@ -76,8 +76,8 @@ int32_t allocmoe_set_budget(llama_context * ctx, int64_t total, int32_t token_ru
 int32_t allocmoe_load_plan_file(llama_context * ctx, const char * path) {
     return allocmoe_guarded([&] {
         const auto & model = allocmoe_access::model(ctx);
-        auto file = allocmoe_read_side_file(path, model);
-        auto plan = allocmoe_plan_budget(file.get(), model, ALLOCMOE_TOTAL_OF_FILE, -1, -1);
+        auto file          = allocmoe_read_side_file(path, model);
+        auto plan          = allocmoe_plan_budget(file.get(), model, ALLOCMOE_TOTAL_OF_FILE, -1, -1);
         return put_of_file(ctx, std::move(file), std::move(plan));
     });
 }
@@ -116,7 +116,7 @@ int32_t allocmoe_set_budget_seq(llama_context * ctx, int32_t seq_id, int64_t tot
             if (!plan || plan->k_base != base.k_base || plan->value != base.value) {
                 throw allocmoe_error("a budget of its own for a sequence needs a context whose plan is the file's, not one by hand");
             }
-            plan->estimates = base.estimates;
+            plan->estimates            = base.estimates;
             settings.seq_plans[seq_id] = std::move(plan);
         }
         allocmoe_access::set_settings(ctx, std::move(settings));
@@ -172,7 +172,7 @@ int32_t allocmoe_get_rule(const llama_context * ctx, allocmoe_rule * rule, float
         const allocmoe_plan none;
         const auto * own  = allocmoe_access::settings(ctx).plan.get();
         const auto & plan = own ? *own : none;
-        *rule = { plan.token_rule, plan.value, plan.k_base, plan.strict, nullptr };
+        *rule             = { plan.token_rule, plan.value, plan.k_base, plan.strict, nullptr };
         if (allocmoe_by_threshold(plan.token_rule)) {
             std::copy(plan.threshold.begin(), plan.threshold.end(), threshold);
             rule->threshold = threshold;
@@ -228,7 +228,7 @@ void allocmoe_reset_counts(llama_context * ctx) {
     auto & state = allocmoe_access::state(ctx);
     for (auto & phase : state.phases) {
         std::fill(phase.activations.begin(), phase.activations.end(), 0);
-        std::fill(phase.tokens     .begin(), phase.tokens     .end(), 0);
+        std::fill(phase.tokens.begin(), phase.tokens.end(), 0);
     }
     for (size_t il = 0; il < state.phases[0].tokens.size(); ++il) {
         auto & activations = state.spent.get()[il].activations;
@@ -242,7 +242,7 @@ static void for_each_left(llama_context * ctx, int32_t n_tokens, F && f) {
     llama_synchronize(ctx); // devices write as they run
     const auto * spent = allocmoe_access::state(ctx).spent.get();
     for (int32_t il = 0; il < allocmoe_n_layer(ctx); ++il) {
-        f(spent[il].left, (size_t) il*n_tokens, std::min(n_tokens, spent[il].n_left));
+        f(spent[il].left, (size_t) il * n_tokens, std::min(n_tokens, spent[il].n_left));
     }
 }
 
@@ -260,7 +260,7 @@ void allocmoe_set_left(llama_context * ctx, const float * left, int32_t n_tokens
 
 const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, int64_t * n_bytes) {
     const auto & model = allocmoe_access::model(ctx);
-    *n_bytes = 0;
+    *n_bytes           = 0;
     if (il < 0 || il >= (int32_t) model.layers.size()) {
         return "";
     }
@@ -268,8 +268,8 @@ const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, in
     const char * buffer = "";
     for (const auto * tensor : { layer.ffn_gate_exps, layer.ffn_up_exps, layer.ffn_down_exps, layer.ffn_gate_up_exps }) {
         if (tensor) {
-            *n_bytes += ggml_nbytes(tensor)/tensor->ne[2];
-            buffer    = tensor->buffer ? ggml_backend_buft_name(ggml_backend_buffer_get_type(tensor->buffer)) : "";
+            *n_bytes += ggml_nbytes(tensor) / tensor->ne[2];
+            buffer = tensor->buffer ? ggml_backend_buft_name(ggml_backend_buffer_get_type(tensor->buffer)) : "";
         }
     }
     return buffer;
@@ -280,7 +280,7 @@ int64_t allocmoe_set_prefetch(llama_context * ctx, bool prefetch) {
 }
 
 void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {
-    static std::atomic<bool> error{false}; // whether the line being written is one
+    static std::atomic<bool> error{ false }; // whether the line being written is one
     if (level != GGML_LOG_LEVEL_CONT) {
         error = level == GGML_LOG_LEVEL_ERROR;
     }

@@ -25,35 +25,35 @@ namespace {
 
 #if defined(__AVX512F__)
 #define ALLOCMOE_SIMD
-using vec = __m512;
+using vec           = __m512;
 constexpr int LANES = 16, N_SUMS = 16;
-inline vec zero()                             { return _mm512_setzero_ps(); }
-inline vec load(const float * x)              { return _mm512_loadu_ps(x); }
-inline vec load(const ggml_fp16_t * x)        { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x)); }
-inline vec multiply_add(vec a, vec b, vec c)  { return _mm512_fmadd_ps(a, b, c); }
+inline vec zero() { return _mm512_setzero_ps(); }
+inline vec load(const float * x) { return _mm512_loadu_ps(x); }
+inline vec load(const ggml_fp16_t * x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x)); }
+inline vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 // out[i]: the sum of a[i]
 inline void add_up(const vec * a, float * out) {
     vec b[8], c[4], d[2];
     for (int i = 0; i < 8; ++i) {
-        b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2*i], a[2*i + 1]), _mm512_unpackhi_ps(a[2*i], a[2*i + 1]));
+        b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
     }
     for (int i = 0; i < 4; ++i) {
-        const __m512d x = _mm512_castps_pd(b[2*i]), y = _mm512_castps_pd(b[2*i + 1]);
+        const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
         c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
     for (int i = 0; i < 2; ++i) {
-        d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2*i], c[2*i + 1], 0x88), _mm512_shuffle_f32x4(c[2*i], c[2*i + 1], 0xdd));
+        d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88), _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
     }
     _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd)));
 }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define ALLOCMOE_SIMD
-using vec = __m256;
+using vec           = __m256;
 constexpr int LANES = 8, N_SUMS = 8;
-inline vec zero()                             { return _mm256_setzero_ps(); }
-inline vec load(const float * x)              { return _mm256_loadu_ps(x); }
-inline vec load(const ggml_fp16_t * x)        { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
-inline vec multiply_add(vec a, vec b, vec c)  { return _mm256_fmadd_ps(a, b, c); }
+inline vec zero() { return _mm256_setzero_ps(); }
+inline vec load(const float * x) { return _mm256_loadu_ps(x); }
+inline vec load(const ggml_fp16_t * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
+inline vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline void add_up(const vec * a, float * out) {
     const vec x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     const vec y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
@@ -61,12 +61,12 @@ inline void add_up(const vec * a, float * out) {
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #define ALLOCMOE_SIMD
-using vec = float32x4_t;
+using vec           = float32x4_t;
 constexpr int LANES = 4, N_SUMS = 16;
-inline vec zero()                             { return vdupq_n_f32(0.0f); }
-inline vec load(const float * x)              { return vld1q_f32(x); }
-inline vec load(const ggml_fp16_t * x)        { return vcvt_f32_f16(vld1_f16((const __fp16 *) x)); }
-inline vec multiply_add(vec a, vec b, vec c)  { return vfmaq_f32(c, a, b); }
+inline vec zero() { return vdupq_n_f32(0.0f); }
+inline vec load(const float * x) { return vld1q_f32(x); }
+inline vec load(const ggml_fp16_t * x) { return vcvt_f32_f16(vld1_f16((const __fp16 *) x)); }
+inline vec multiply_add(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 inline void add_up(const vec * a, float * out) {
     for (int i = 0; i < N_SUMS; i += 4) {
         vst1q_f32(out + i, vpaddq_f32(vpaddq_f32(a[i], a[i + 1]), vpaddq_f32(a[i + 2], a[i + 3])));
@@ -78,8 +78,9 @@ inline void add_up(const vec * a, float * out) {
 constexpr int64_t BLOCK = 64; // lines of the cache that a thread takes at once
 
 // out[line*HEADS + head]: products of n elements
-template <int LINES> void multiply(const ggml_fp16_t * const * lines, const float * const * heads, int64_t n, float * out) {
-    constexpr int HEADS = N_SUMS/LINES;
+template <int LINES>
+void multiply(const ggml_fp16_t * const * lines, const float * const * heads, int64_t n, float * out) {
+    constexpr int HEADS = N_SUMS / LINES;
     vec sum[N_SUMS];
     for (int i = 0; i < N_SUMS; ++i) {
         sum[i] = zero();
@@ -93,21 +94,22 @@ template <int LINES> void multiply(const ggml_fp16_t * const * lines, const floa
         for (int h = 0; h < HEADS; ++h) {
             const vec head = load(heads[h] + k);
             for (int i = 0; i < LINES; ++i) {
-                sum[i*HEADS + h] = multiply_add(line[i], head, sum[i*HEADS + h]);
+                sum[i * HEADS + h] = multiply_add(line[i], head, sum[i * HEADS + h]);
             }
         }
     }
     add_up(sum, out);
     for (; k < n; ++k) {
         for (int i = 0; i < N_SUMS; ++i) {
-            out[i] += GGML_CPU_FP16_TO_FP32(lines[i/HEADS][k])*heads[i % HEADS][k];
+            out[i] += GGML_CPU_FP16_TO_FP32(lines[i / HEADS][k]) * heads[i % HEADS][k];
         }
     }
 }
 
 // Lines line0 to line1 of a matrix by the n_heads heads from head0 on.
-template <int LINES> void multiply_block(ggml_tensor * dst, const char * matrix, int64_t line0, int64_t line1, int64_t head0, int64_t n_heads) {
-    constexpr int HEADS = N_SUMS/LINES;
+template <int LINES>
+void multiply_block(ggml_tensor * dst, const char * matrix, int64_t line0, int64_t line1, int64_t head0, int64_t n_heads) {
+    constexpr int HEADS      = N_SUMS / LINES;
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     for (int64_t h = 0; h < n_heads; h += HEADS) {
@@ -115,19 +117,19 @@ template <int LINES> void multiply_block(ggml_tensor * dst, const char * matrix,
         const float * heads[HEADS];
         for (int64_t i = 0; i < HEADS; ++i) {
             // where there are fewer, the last one again
-            heads[i] = (const float *) ((const char *) src1->data + (head0 + h + std::min(i, n_here - 1))*src1->nb[2]);
+            heads[i] = (const float *) ((const char *) src1->data + (head0 + h + std::min(i, n_here - 1)) * src1->nb[2]);
         }
         for (int64_t line = line0; line < line1; line += LINES) {
             const ggml_fp16_t * lines[LINES];
             for (int64_t i = 0; i < LINES; ++i) {
-                lines[i] = (const ggml_fp16_t *) (matrix + std::min(line + i, line1 - 1)*src0->nb[1]);
+                lines[i] = (const ggml_fp16_t *) (matrix + std::min(line + i, line1 - 1) * src0->nb[1]);
             }
             float products[N_SUMS];
             multiply<LINES>(lines, heads, src0->ne[0], products);
             for (int64_t i = 0; i < n_here; ++i) {
-                auto * out = (float *) ((char *) dst->data + (head0 + h + i)*dst->nb[2]);
+                auto * out = (float *) ((char *) dst->data + (head0 + h + i) * dst->nb[2]);
                 for (int64_t j = 0; j < std::min<int64_t>(LINES, line1 - line); ++j) {
-                    out[line + j] = products[j*HEADS + i];
+                    out[line + j] = products[j * HEADS + i];
                 }
             }
         }
@@ -141,18 +143,18 @@ bool allocmoe_mul_mat_cache(const ggml_compute_params * params, ggml_tensor * ds
 #if defined(ALLOCMOE_SIMD)
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
-    const int64_t n_heads = src1->ne[2]/src0->ne[2]; // that share a matrix
+    const int64_t n_heads    = src1->ne[2] / src0->ne[2]; // that share a matrix
     if (params->use_ref || src0->type != GGML_TYPE_F16 || src1->type != GGML_TYPE_F32 || n_heads < 2 || src1->ne[1] != 1 ||
-            src0->ne[3] != 1 || src1->ne[3] != 1 || src0->nb[0] != sizeof(ggml_fp16_t) || src1->nb[0] != sizeof(float)) {
+        src0->ne[3] != 1 || src1->ne[3] != 1 || src0->nb[0] != sizeof(ggml_fp16_t) || src1->nb[0] != sizeof(float)) {
         return false;
     }
-    const int64_t n_blocks = (src0->ne[1] + BLOCK - 1)/BLOCK;
-    for (int64_t i = params->ith; i < n_blocks*src0->ne[2]; i += params->nth) {
-        const int64_t i2    = i/n_blocks;
-        const int64_t line0 = i % n_blocks*BLOCK, line1 = std::min(line0 + BLOCK, src0->ne[1]);
-        const char  * matrix = (const char *) src0->data + i2*src0->nb[2];
-        const auto    run    = n_heads > N_SUMS/4 ? multiply_block<2> : multiply_block<4>;
-        run(dst, matrix, line0, line1, i2*n_heads, n_heads);
+    const int64_t n_blocks = (src0->ne[1] + BLOCK - 1) / BLOCK;
+    for (int64_t i = params->ith; i < n_blocks * src0->ne[2]; i += params->nth) {
+        const int64_t i2    = i / n_blocks;
+        const int64_t line0 = i % n_blocks * BLOCK, line1 = std::min(line0 + BLOCK, src0->ne[1]);
+        const char * matrix = (const char *) src0->data + i2 * src0->nb[2];
+        const auto run      = n_heads > N_SUMS / 4 ? multiply_block<2> : multiply_block<4>;
+        run(dst, matrix, line0, line1, i2 * n_heads, n_heads);
     }
     return true;
 #else

@@ -34,19 +34,19 @@ bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model)
 
 // Whether a row's threshold says that the rule can serve it.
 static bool served(const allocmoe_model & file, size_t row) {
-    const auto * threshold = &file.estimate.threshold[row*file.full.size()];
+    const auto * threshold = &file.estimate.threshold[row * file.full.size()];
     return std::none_of(threshold, threshold + file.full.size(), [](float t) { return std::isnan(t); });
 }
 
 // The row for a total. Where the model's own counts are below those that the plans were made for, by an override, that is the
 // one that spends most within the total when every layer is cut off at them.
 static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
-    const bool   estimate = rule == ALLOCMOE_RULE_ESTIMATE;
+    const bool estimate  = rule == ALLOCMOE_RULE_ESTIMATE;
     const size_t n_layer = file.full.size();
     const auto & counts  = estimate ? file.estimate.expert_used_count : file.counts.expert_used_count;
     const int64_t least  = sum_of(file.full) - (int64_t) (file.n_rows - 1);
 
-    size_t  best  = file.n_rows;
+    size_t best   = file.n_rows;
     int64_t found = -1;
     int64_t low   = sum_of(own);
     for (size_t row = 0; row < file.n_rows; ++row) {
@@ -57,7 +57,7 @@ static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> &
         if (own != file.full) {
             spends = 0;
             for (size_t il = 0; il < n_layer; ++il) {
-                spends += std::min(counts[row*n_layer + il], own[il]);
+                spends += std::min(counts[row * n_layer + il], own[il]);
             }
         }
         low = std::min(low, spends);
@@ -68,7 +68,7 @@ static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> &
     }
     if (best == file.n_rows || total > sum_of(own)) {
         throw allocmoe_error(format("budget: found %lld activations per token, want %lld to %lld under token rule %s",
-                (long long) total, (long long) low, (long long) sum_of(own), allocmoe_token_rule_names[rule]));
+            (long long) total, (long long) low, (long long) sum_of(own), allocmoe_token_rule_names[rule]));
     }
     return best;
 }
@@ -99,7 +99,7 @@ static std::unique_ptr<allocmoe_plan> full_or_fail(const allocmoe_model * file, 
         throw allocmoe_error("a token rule, or strict, needs the profile that allocmoe-convert stores in the file; convert it first");
     }
     if (total == ALLOCMOE_TOTAL_OF_FILE && file) {
-        auto plan = std::make_unique<allocmoe_plan>(file->plan);
+        auto plan        = std::make_unique<allocmoe_plan>(file->plan);
         plan->token_rule = ALLOCMOE_RULE_OFF;
         plan->strict     = false;
         plan->threshold.clear();
@@ -154,9 +154,9 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
         const size_t n_layer = own.size();
         const auto & table   = estimate ? file->estimate : file->counts;
         const size_t row     = find_row(*file, own, rule, total == ALLOCMOE_TOTAL_OF_FILE ? sum_of(file->plan.expert_used_count) : total);
-        plan->expert_used_count.assign(table.expert_used_count.begin() + row*n_layer, table.expert_used_count.begin() + (row + 1)*n_layer);
+        plan->expert_used_count.assign(table.expert_used_count.begin() + row * n_layer, table.expert_used_count.begin() + (row + 1) * n_layer);
         if (estimate) {
-            plan->threshold.assign(table.threshold.begin() + row*n_layer, table.threshold.begin() + (row + 1)*n_layer);
+            plan->threshold.assign(table.threshold.begin() + row * n_layer, table.threshold.begin() + (row + 1) * n_layer);
         }
     }
     for (size_t il = 0; il < own.size(); ++il) {

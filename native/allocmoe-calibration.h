@@ -17,9 +17,9 @@ extern "C" {
 // and a layer gives  sum over kept of w_e y_e + sum over skipped of w_e y'_e.
 // Layers without routed experts have entries too; nothing reads them.
 struct allocmoe_estimator {
-    int32_t n_down; // at least 1
-    int32_t rank;   // 0 to n_down
-    int32_t n_relu; // 0 to n_down - rank
+    int32_t n_down;         // at least 1
+    int32_t rank;           // 0 to n_down
+    int32_t n_relu;         // 0 to n_down - rank
     const float * down;     // [n_layer][n_down][n_embd]
     const float * log_norm; // [n_layer][n_expert][n_down + 1]
     const float * output;   // [n_layer][n_expert][rank]
@@ -27,10 +27,10 @@ struct allocmoe_estimator {
 };
 
 struct allocmoe_instrument {
-    bool    record;        // keep scores, ids and errors of all ranks for allocmoe_take_*, and run all, under any token rule but off
-    bool    record_inputs; // with it, what allocmoe_take_floats returns
-    bool    keep_outputs;  // keep the output of every layer, of the last micro-batch
-    int32_t start_layer;   // run layers from this one on, on the output kept of the layer before; whole where there is none
+    bool record;         // keep scores, ids and errors of all ranks for allocmoe_take_*, and run all, under any token rule but off
+    bool record_inputs;  // with it, what allocmoe_take_floats returns
+    bool keep_outputs;   // keep the output of every layer, of the last micro-batch
+    int32_t start_layer; // run layers from this one on, on the output kept of the layer before; whole where there is none
 };
 
 // What record_inputs keeps of a layer.

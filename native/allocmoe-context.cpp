@@ -32,7 +32,7 @@ const allocmoe_settings & allocmoe_access::settings(const llama_context * ctx) {
 }
 
 void allocmoe_access::set_settings(llama_context * ctx, allocmoe_settings settings) {
-    auto made = std::make_shared<const allocmoe_settings>(std::move(settings));
+    auto made          = std::make_shared<const allocmoe_settings>(std::move(settings));
     const auto * graph = ctx->gf_res_prev_active ? ctx->gf_res_prev_active->allocmoe.get() : nullptr;
     if (!graph || !graph->serves(made)) {
         ctx->sched_need_reserve = true; // the graph's shapes depend on them
@@ -42,8 +42,8 @@ void allocmoe_access::set_settings(llama_context * ctx, allocmoe_settings settin
 
 bool allocmoe_access::set_plan(llama_context * ctx, std::shared_ptr<const allocmoe_plan> plan) {
     allocmoe_settings settings = allocmoe_access::settings(ctx);
-    const auto & current = settings.plan;
-    const bool   same    = current && plan ? *current == *plan : current == plan;
+    const auto & current       = settings.plan;
+    const bool same            = current && plan ? *current == *plan : current == plan;
     if (same && settings.seq_plans.empty()) {
         return false;
     }
@@ -51,7 +51,7 @@ bool allocmoe_access::set_plan(llama_context * ctx, std::shared_ptr<const allocm
         // what it has left over says nothing about this plan
         llama_synchronize(ctx);
         const auto & first = *state(ctx).spent;
-        std::fill_n(first.left, current->expert_used_count.size()*llama_n_seq_max(ctx)*first.n_left, 0.0f);
+        std::fill_n(first.left, current->expert_used_count.size() * llama_n_seq_max(ctx) * first.n_left, 0.0f);
     }
     settings.plan = std::move(plan);
     settings.seq_plans.clear();
@@ -60,9 +60,9 @@ bool allocmoe_access::set_plan(llama_context * ctx, std::shared_ptr<const allocm
 }
 
 int64_t allocmoe_access::set_prefetch(llama_context * ctx, bool prefetch) {
-    const int64_t n_bytes = allocmoe_advise_experts(ctx->model, prefetch);
+    const int64_t n_bytes                 = allocmoe_advise_experts(ctx->model, prefetch);
     ctx->cparams.allocmoe.state->prefetch = prefetch && n_bytes > 0;
-    ctx->sched_need_reserve = true; // graphs that exist are not used again
+    ctx->sched_need_reserve               = true; // graphs that exist are not used again
     return n_bytes;
 }
 
@@ -74,7 +74,7 @@ bool allocmoe_runs_token_rules(ggml_backend_dev_t device) {
 // n_left: positions of each of n_seq sequences for which is kept what is left over.
 static void allocate_spent(allocmoe_state & state, const llama_model & model, int32_t n_left, int32_t n_seq) {
     const size_t n_layer = model.hparams.n_layer_all;
-    const size_t n_bytes = n_layer*(sizeof(allocmoe_spent) + n_seq*n_left*sizeof(float));
+    const size_t n_bytes = n_layer * (sizeof(allocmoe_spent) + n_seq * n_left * sizeof(float));
     for (const auto & device : model.devices) {
         auto * type   = allocmoe_runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
         auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;
@@ -95,7 +95,7 @@ static void allocate_spent(allocmoe_state & state, const llama_model & model, in
     }
     auto * left = (float *) (state.spent.get() + n_layer);
     for (size_t il = 0; il < n_layer; ++il) {
-        state.spent.get()[il].left   = left + il*n_seq*n_left;
+        state.spent.get()[il].left   = left + il * n_seq * n_left;
         state.spent.get()[il].n_left = n_left;
     }
 }
@@ -109,7 +109,7 @@ std::shared_ptr<const allocmoe_plan> allocmoe_runnable(std::unique_ptr<allocmoe_
         plan->token_rule = ALLOCMOE_RULE_OFF;
     }
     if (const char * obstacle = allocmoe_token_rule_obstacle(plan->token_rule, model, state)) {
-        const auto * file = state.file.get();
+        const auto * file     = state.file.get();
         const bool thresholds = plan->token_rule == ALLOCMOE_RULE_ESTIMATE && file && file->n_rows > 0 && !file->threshold_table.empty();
         LLAMA_LOG_WARN("allocmoe: token rule %s is off: %s\n", allocmoe_token_rule_names[plan->token_rule], obstacle);
         if (thresholds) {
@@ -134,14 +134,14 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     auto settings = std::make_shared<allocmoe_settings>();
     for (auto & phase : state->phases) {
         phase.activations.resize(n_layer);
-        phase.tokens     .resize(n_layer);
+        phase.tokens.resize(n_layer);
     }
     // Where sequences share the context's cells, any of them may come to have all, but not each: what is kept is four times
     // the cells. A rollback further back than a sequence's part finds what later text has left.
-    const uint32_t n_left = std::min<uint64_t>(cparams.n_ctx_seq, std::max<uint64_t>(1, 4ull*cparams.n_ctx/cparams.n_seq_max));
+    const uint32_t n_left = std::min<uint64_t>(cparams.n_ctx_seq, std::max<uint64_t>(1, 4ull * cparams.n_ctx / cparams.n_seq_max));
     allocate_spent(*state, model, n_left, cparams.n_seq_max);
     state->n_layer_main = model.hparams.n_layer();
-    state->records.layers .resize(n_layer);
+    state->records.layers.resize(n_layer);
     state->records.outputs.resize(n_layer);
     cparams.allocmoe = { settings, state };
 
@@ -149,11 +149,11 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     if (!state->file) {
         return;
     }
-    const auto own  = allocmoe_effective_plan(model, nullptr);
-    int64_t    full = 0;
-    int64_t    n_moe = 0;
+    const auto own = allocmoe_effective_plan(model, nullptr);
+    int64_t full   = 0;
+    int64_t n_moe  = 0;
     for (int32_t k : own) {
-        full  += k;
+        full += k;
         n_moe += k > 0;
     }
     if (full == 0) {
@@ -170,6 +170,6 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         total += k;
     }
     LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
-            (double) total/full, (long long) total, (long long) full, (double) total/n_moe, (double) full/n_moe,
-            allocmoe_token_rule_names[settings->plan ? settings->plan->token_rule : ALLOCMOE_RULE_OFF]);
+        (double) total / full, (long long) total, (long long) full, (double) total / n_moe, (double) full / n_moe,
+        allocmoe_token_rule_names[settings->plan ? settings->plan->token_rule : ALLOCMOE_RULE_OFF]);
 }

@@ -21,14 +21,14 @@ struct allocmoe_state {
     std::array<phase, 2> phases; // by ALLOCMOE_PHASE_*
     // [block_count], written by the nodes of the token rules: to be read after the context has been synchronised
     std::shared_ptr<allocmoe_spent> spent;
-    bool                            spent_on_devices = false; // the model's devices can write it too
+    bool spent_on_devices = false; // the model's devices can write it too
 
-    int32_t n_layer_main = 0; // layers before the model's heads for further tokens, if it has any
-    bool    prefetch     = false; // graphs ask the system for the chosen experts' pages
+    int32_t n_layer_main = 0;     // layers before the model's heads for further tokens, if it has any
+    bool prefetch        = false; // graphs ask the system for the chosen experts' pages
 
-    std::shared_ptr<const allocmoe_model>     file;      // what budgets are served from: the model's or a side file; null for none
+    std::shared_ptr<const allocmoe_model> file;          // what budgets are served from: the model's or a side file; null for none
     std::shared_ptr<const allocmoe_estimates> estimates; // a caller's, in place of the file's
-    allocmoe_records                          records;
+    allocmoe_records records;
 };
 
 // A plan as the model can run it: with its estimates, and another token rule where the model cannot run the plan's, with a
@@ -40,8 +40,8 @@ bool allocmoe_runs_token_rules(struct ggml_backend_device * device);
 
 // the friend that llama_context grants us
 struct allocmoe_access {
-    static const llama_model       & model   (const llama_context * ctx);
-    static allocmoe_state          & state   (const llama_context * ctx);
+    static const llama_model & model(const llama_context * ctx);
+    static allocmoe_state & state(const llama_context * ctx);
     static const allocmoe_settings & settings(const llama_context * ctx);
 
     // From the next decode on; graphs that exist are built anew where they differ.

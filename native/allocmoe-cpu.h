@@ -34,9 +34,9 @@ bool allocmoe_transpose(const struct ggml_compute_params * params, struct ggml_t
 static inline void allocmoe_zero_skipped_rows(const struct ggml_tensor * ids, struct ggml_tensor * dst, int ith, int nth) {
     for (int64_t t = ith; t < ids->ne[1]; t += nth) {
         for (int64_t i = 0; i < ids->ne[0]; ++i) {
-            const int32_t id = *(const int32_t *) ((const char *) ids->data + t*ids->nb[1] + i*ids->nb[0]);
+            const int32_t id = *(const int32_t *) ((const char *) ids->data + t * ids->nb[1] + i * ids->nb[0]);
             if (id < 0) {
-                memset((char *) dst->data + t*dst->nb[2] + i*dst->nb[1], 0, dst->ne[0]*sizeof(float));
+                memset((char *) dst->data + t * dst->nb[2] + i * dst->nb[1], 0, dst->ne[0] * sizeof(float));
             }
         }
     }
@@ -47,6 +47,6 @@ static inline bool allocmoe_add_nothing(int32_t id, float * dst, const float * s
     if (id >= 0) {
         return false;
     }
-    memmove(dst, src, n*sizeof(float));
+    memmove(dst, src, n * sizeof(float));
     return true;
 }

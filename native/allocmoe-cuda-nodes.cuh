@@ -7,13 +7,13 @@
 #include "allocmoe-token-rule.h"
 
 static __global__ void allocmoe_zero_skipped_rows_kernel(
-        const char * ids, char * dst, const int64_t ne0, const int n_used, const int64_t nb0_ids, const int64_t nb1_ids, const int64_t nb1, const int64_t nb2) {
+    const char * ids, char * dst, const int64_t ne0, const int n_used, const int64_t nb0_ids, const int64_t nb1_ids, const int64_t nb1, const int64_t nb2) {
     const int i = blockIdx.x % n_used;
     const int t = blockIdx.x / n_used;
-    if (*(const int32_t *) (ids + t*nb1_ids + i*nb0_ids) >= 0) {
+    if (*(const int32_t *) (ids + t * nb1_ids + i * nb0_ids) >= 0) {
         return;
     }
-    float * row = (float *) (dst + t*nb2 + i*nb1);
+    float * row = (float *) (dst + t * nb2 + i * nb1);
     for (int64_t j = threadIdx.x; j < ne0; j += blockDim.x) {
         row[j] = 0.0f;
     }
@@ -25,16 +25,16 @@ static void allocmoe_cuda_zero_skipped_rows(cudaStream_t stream, const ggml_tens
     if (from_top_k || ggml_is_empty(dst)) {
         return;
     }
-    allocmoe_zero_skipped_rows_kernel<<<ids->ne[0]*ids->ne[1], 256, 0, stream>>>(
+    allocmoe_zero_skipped_rows_kernel<<<ids->ne[0] * ids->ne[1], 256, 0, stream>>>(
         (const char *) ids->data, (char *) dst->data, dst->ne[0], ids->ne[0], ids->nb[0], ids->nb[1], dst->nb[1], dst->nb[2]);
     CUDA_CHECK(cudaGetLastError());
 }
 
 struct allocmoe_cuda_block {
-    __device__ int  rank() const { return threadIdx.x; }
-    __device__ int  size() const { return blockDim.x; }
+    __device__ int rank() const { return threadIdx.x; }
+    __device__ int size() const { return blockDim.x; }
     __device__ void sync() const { __syncthreads(); }
-    __device__ int  count(bool condition) const { return __syncthreads_count(condition); }
+    __device__ int count(bool condition) const { return __syncthreads_count(condition); }
     __device__ void add(int32_t * address, int32_t value) const { atomicAdd(address, value); }
 };
 
@@ -58,7 +58,7 @@ static __global__ void __launch_bounds__(ALLOCMOE_MAX_BLOCK) allocmoe_sum_skippe
 }
 
 static __global__ void allocmoe_mask_weights_kernel(const float * weights, const int32_t * routed, float * dst, const int64_t n, const float skipped) {
-    const int64_t i = (int64_t) blockIdx.x*blockDim.x + threadIdx.x;
+    const int64_t i = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) {
         dst[i] = routed[i] >= 0 ? weights[i] : skipped;
     }
@@ -85,9 +85,9 @@ static bool allocmoe_cuda_supports(const ggml_tensor * node) {
         case ALLOCMOE_NODE_IDS:
             // a rule or value that is not known here stays on the CPU
             return (params.rule == ALLOCMOE_NODE_RULE_BATCH || params.rule == ALLOCMOE_NODE_RULE_THRESHOLD) &&
-                allocmoe_cuda_has_values(node->src[2], node->src[3]) &&
-                params.value >= ALLOCMOE_NODE_VALUE_SCORE && params.value <= ALLOCMOE_NODE_VALUE_REMAINING &&
-                allocmoe_cuda_has_rows_of(a, GGML_TYPE_I32) && allocmoe_cuda_has_rows_of(b, GGML_TYPE_F32) && node->type == GGML_TYPE_I32;
+                   allocmoe_cuda_has_values(node->src[2], node->src[3]) &&
+                   params.value >= ALLOCMOE_NODE_VALUE_SCORE && params.value <= ALLOCMOE_NODE_VALUE_REMAINING &&
+                   allocmoe_cuda_has_rows_of(a, GGML_TYPE_I32) && allocmoe_cuda_has_rows_of(b, GGML_TYPE_F32) && node->type == GGML_TYPE_I32;
         case ALLOCMOE_NODE_WEIGHTS:
             return a->type == GGML_TYPE_F32 && ggml_is_contiguous(a) && b->type == GGML_TYPE_I32 && ggml_is_contiguous(b);
         case ALLOCMOE_NODE_IDS_BY_SIZE:
@@ -99,7 +99,7 @@ static bool allocmoe_cuda_supports(const ggml_tensor * node) {
                 return false;
             }
             return allocmoe_cuda_has_rows_of(a, GGML_TYPE_I32) && b->type == GGML_TYPE_F32 && allocmoe_cuda_has_rows_of(node->src[2], GGML_TYPE_F32) &&
-                allocmoe_cuda_has_rows_of(node->src[params.kind == ALLOCMOE_NODE_SKIPPED ? 4 : 3], GGML_TYPE_F32);
+                   allocmoe_cuda_has_rows_of(node->src[params.kind == ALLOCMOE_NODE_SKIPPED ? 4 : 3], GGML_TYPE_F32);
     }
     return false;
 }
@@ -117,12 +117,12 @@ static void * allocmoe_cuda_proc(const char * name) {
 
 static void allocmoe_cuda_compute_estimate(cudaStream_t stream, ggml_tensor * node, const allocmoe_node & params) {
     const bool skipped = params.kind == ALLOCMOE_NODE_SKIPPED;
-    const auto args = allocmoe_estimate_args_of(node, params);
+    const auto args    = allocmoe_estimate_args_of(node, params);
     if (skipped) {
         allocmoe_sum_skipped_kernel<<<args.n_tokens, args.n_columns, 0, stream>>>(args);
     } else {
         GGML_ASSERT(params.spent);
-        const int n_threads = std::min<int>(args.n_tokens*args.n_used*WARP_SIZE, ALLOCMOE_MAX_BLOCK);
+        const int n_threads = std::min<int>(args.n_tokens * args.n_used * WARP_SIZE, ALLOCMOE_MAX_BLOCK);
         allocmoe_route_by_size_kernel<<<1, n_threads, 0, stream>>>(args);
     }
 }
@@ -139,13 +139,13 @@ static void allocmoe_cuda_compute(cudaStream_t stream, ggml_tensor * node) {
         allocmoe_cuda_compute_estimate(stream, node, params);
     } else if (params.kind == ALLOCMOE_NODE_IDS) {
         GGML_ASSERT(params.spent);
-        const auto args = allocmoe_route_args_of(node, params);
+        const auto args     = allocmoe_route_args_of(node, params);
         const int n_threads = std::min<int>(GGML_PAD(args.n_tokens, WARP_SIZE), ALLOCMOE_MAX_BLOCK);
         allocmoe_route_kernel<<<1, n_threads, 0, stream>>>(args);
     } else {
         constexpr int n_threads = 256;
-        const int64_t n = ggml_nelements(node);
-        allocmoe_mask_weights_kernel<<<(n + n_threads - 1)/n_threads, n_threads, 0, stream>>>(
+        const int64_t n         = ggml_nelements(node);
+        allocmoe_mask_weights_kernel<<<(n + n_threads - 1) / n_threads, n_threads, 0, stream>>>(
             (const float *) a->data, (const int32_t *) b->data, (float *) node->data, n, params.skipped);
     }
     CUDA_CHECK(cudaGetLastError());

@@ -11,7 +11,7 @@
 // In a kernel whose block or warp computes rows row0 to row0 + n_rows of one slot: whether the slot is skipped; then those
 // of its rows that exist, n_rows_total in all, are zeroed.
 static __device__ __forceinline__ bool allocmoe_skip_slot(
-        const int32_t expert, float * dst, const int row0, const int n_rows, const int n_rows_total, const int tid) {
+    const int32_t expert, float * dst, const int row0, const int n_rows, const int n_rows_total, const int tid) {
     if (expert >= 0) {
         return false;
     }
@@ -34,15 +34,15 @@ static __device__ __forceinline__ int32_t allocmoe_sort_last(const int32_t exper
 // In mm_ids_helper, by one whole warp, with the number of slots that are not skipped: marks what no expert has written, so
 // that the quantisation of src1 passes over it.
 static __device__ __forceinline__ void allocmoe_mark_skipped(
-        const int32_t * ids, int32_t * ids_src1, const int n_valid, const int n_tokens, const int n_expert_used, const int stride_ids,
-        const bool write_inverse) {
-    const int n_slots = n_tokens*n_expert_used;
+    const int32_t * ids, int32_t * ids_src1, const int n_valid, const int n_tokens, const int n_expert_used, const int stride_ids,
+    const bool write_inverse) {
+    const int n_slots = n_tokens * n_expert_used;
     if (n_valid == n_slots) {
         return;
     }
     if (write_inverse) {
         for (int i = threadIdx.x; i < n_slots; i += blockDim.x) {
-            if (ids[(i/n_expert_used)*stride_ids + i % n_expert_used] < 0) {
+            if (ids[(i / n_expert_used) * stride_ids + i % n_expert_used] < 0) {
                 ids_src1[i] = -1;
             }
         }
@@ -55,12 +55,12 @@ static __device__ __forceinline__ void allocmoe_mark_skipped(
 
 // Where the ids are sorted on the host: skipped slots take row n_valid of the sorted result, which is returned.
 static inline int64_t allocmoe_pad_skipped(
-        const ggml_tensor * ids, const std::vector<char> & ids_host, std::vector<int32_t> & ids_to_sorted, std::vector<int32_t> & ids_from_sorted) {
+    const ggml_tensor * ids, const std::vector<char> & ids_host, std::vector<int32_t> & ids_to_sorted, std::vector<int32_t> & ids_from_sorted) {
     const int64_t n_valid = ids_to_sorted.size();
     for (int64_t t = 0; t < ids->ne[1]; ++t) {
         for (int64_t i = 0; i < ids->ne[0]; ++i) {
-            if (*(const int32_t *) (ids_host.data() + t*ids->nb[1] + i*ids->nb[0]) < 0) {
-                ids_from_sorted[t*ids->ne[0] + i] = n_valid;
+            if (*(const int32_t *) (ids_host.data() + t * ids->nb[1] + i * ids->nb[0]) < 0) {
+                ids_from_sorted[t * ids->ne[0] + i] = n_valid;
                 ids_to_sorted.push_back(0);
             }
         }

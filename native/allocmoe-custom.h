@@ -70,21 +70,21 @@ enum {
 
 struct allocmoe_node {
     uint32_t magic;
-    int16_t  kind;      // ALLOCMOE_NODE_*
-    int8_t   phase;     // ALLOCMOE_PHASE_*
-    int8_t   strict;
-    int16_t  rule;      // ALLOCMOE_NODE_RULE_*
-    int16_t  n_relu;    // of the last so many of u, what is positive
-    int32_t  k_base;    // experts that every token keeps, as far as its count goes
-    int32_t  il;        // layer
-    float    skipped;
-    int32_t  value;     // ALLOCMOE_NODE_VALUE_*
+    int16_t kind; // ALLOCMOE_NODE_*
+    int8_t phase; // ALLOCMOE_PHASE_*
+    int8_t strict;
+    int16_t rule;   // ALLOCMOE_NODE_RULE_*
+    int16_t n_relu; // of the last so many of u, what is positive
+    int32_t k_base; // experts that every token keeps, as far as its count goes
+    int32_t il;     // layer
+    float skipped;
+    int32_t value; // ALLOCMOE_NODE_VALUE_*
     allocmoe_spent * spent;
 };
 
-static constexpr uint32_t ALLOCMOE_NODE_MAGIC  = 0x6f6c6c61;
-static constexpr size_t   ALLOCMOE_NODE_OFFSET = GGML_MAX_OP_PARAMS - sizeof(allocmoe_node);
-static_assert(ALLOCMOE_NODE_OFFSET >= 3*sizeof(void *), "ggml's own parameters of a custom node come first");
+static constexpr uint32_t ALLOCMOE_NODE_MAGIC = 0x6f6c6c61;
+static constexpr size_t ALLOCMOE_NODE_OFFSET  = GGML_MAX_OP_PARAMS - sizeof(allocmoe_node);
+static_assert(ALLOCMOE_NODE_OFFSET >= 3 * sizeof(void *), "ggml's own parameters of a custom node come first");
 
 static inline void allocmoe_set_node(ggml_tensor * tensor, allocmoe_node node) {
     node.magic = ALLOCMOE_NODE_MAGIC;

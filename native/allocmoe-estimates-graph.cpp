@@ -13,7 +13,7 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
-    allocmoe_one_thread      thread;
+    allocmoe_one_thread thread;
     allocmoe_estimate_shared shared;
     allocmoe_route_by_size(thread, allocmoe_estimate_args_of(dst, node), shared);
 }
@@ -42,21 +42,21 @@ void allocmoe_build_estimate(ggml_context * ctx, llm_graph_result & res, int il,
         return;
     }
     const auto & estimates = layer.plan->estimates->layers[il];
-    layer.reduced = ggml_mul_mat(ctx, estimates.down, input);
+    layer.reduced          = ggml_mul_mat(ctx, estimates.down, input);
     if (layer.instrument.record) {
         return; // all experts run, and the rule is applied to what they give
     }
 
     allocmoe_node node = {};
-    node.kind   = ALLOCMOE_NODE_IDS_BY_SIZE;
-    node.n_relu = layer.plan->estimates->n_relu;
-    layer.routed = allocmoe_build_routed(ctx, layer, node, { layer.selected, weights, layer.reduced, estimates.log_norm }, compute_routed_by_size);
+    node.kind          = ALLOCMOE_NODE_IDS_BY_SIZE;
+    node.n_relu        = layer.plan->estimates->n_relu;
+    layer.routed       = allocmoe_build_routed(ctx, layer, node, { layer.selected, weights, layer.reduced, estimates.log_norm }, compute_routed_by_size);
 
     if (estimates.up) {
-        ggml_tensor * args[] = { layer.selected, weights, layer.reduced, layer.routed, estimates.output };
+        ggml_tensor * args[]  = { layer.selected, weights, layer.reduced, layer.routed, estimates.output };
         ggml_tensor * skipped = ggml_custom_4d(ctx, GGML_TYPE_F32, estimates.up->ne[0], layer.selected->ne[1], 1, 1, args, 5, compute_skipped, 1, nullptr);
-        node = {};
-        node.kind = ALLOCMOE_NODE_SKIPPED;
+        node                  = {};
+        node.kind             = ALLOCMOE_NODE_SKIPPED;
         allocmoe_set_node(skipped, node);
         layer.estimate = ggml_mul_mat(ctx, estimates.up, skipped);
     }
@@ -73,14 +73,14 @@ static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata 
 
     const int64_t n_embd = dst->ne[0];
     const int64_t n_used = experts->ne[1];
-    const int64_t first  = dst->ne[0]*dst->ne[1]*ith/nth;
-    const int64_t last   = dst->ne[0]*dst->ne[1]*(ith + 1)/nth;
-    for (int64_t begin = first; begin < last; ) {
-        const int64_t t   = begin/n_embd;
-        const int64_t end = std::min(last, (t + 1)*n_embd);
-        const auto  * id  = allocmoe_row<int32_t>(routed, t);
-        float       * out = (float *) dst->data + begin;
-        bool any = estimate != nullptr;
+    const int64_t first  = dst->ne[0] * dst->ne[1] * ith / nth;
+    const int64_t last   = dst->ne[0] * dst->ne[1] * (ith + 1) / nth;
+    for (int64_t begin = first; begin < last;) {
+        const int64_t t   = begin / n_embd;
+        const int64_t end = std::min(last, (t + 1) * n_embd);
+        const auto * id   = allocmoe_row<int32_t>(routed, t);
+        float * out       = (float *) dst->data + begin;
+        bool any          = estimate != nullptr;
         if (any) {
             std::copy_n(allocmoe_row<float>(estimate, t) + begin % n_embd, end - begin, out);
         }
@@ -88,10 +88,10 @@ static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata 
             if (id[r] < 0) {
                 continue;
             }
-            const auto * y = (const float *) ((const char *) experts->data + t*experts->nb[2] + r*experts->nb[1]) + begin % n_embd;
+            const auto * y     = (const float *) ((const char *) experts->data + t * experts->nb[2] + r * experts->nb[1]) + begin % n_embd;
             const float weight = weights ? allocmoe_weight(weights, t, r) : 1.0f;
             for (int64_t i = 0; i < end - begin; ++i) {
-                out[i] = any ? out[i] + y[i]*weight : y[i]*weight;
+                out[i] = any ? out[i] + y[i] * weight : y[i] * weight;
             }
             any = true;
         }
@@ -113,14 +113,15 @@ ggml_tensor * allocmoe_build_sum(ggml_context * ctx, llm_graph_result & res, int
         if (!layer.estimate) {
             return nullptr;
         }
-        experts = weights ? ggml_mul(ctx, experts, weights) : experts;
+        experts           = weights ? ggml_mul(ctx, experts, weights) : experts;
         ggml_tensor * sum = layer.estimate;
         for (int64_t r = 0; r < experts->ne[1]; ++r) {
-            sum = ggml_add(ctx, sum, ggml_view_2d(ctx, experts, experts->ne[0], experts->ne[2], experts->nb[2], r*experts->nb[1]));
+            sum = ggml_add(ctx, sum, ggml_view_2d(ctx, experts, experts->ne[0], experts->ne[2], experts->nb[2], r * experts->nb[1]));
         }
         return sum;
     }
     ggml_tensor * args[] = { experts, layer.routed, weights, layer.estimate };
-    const int n_args = layer.estimate ? 4 : weights ? 3 : 2;
+    const int n_args     = layer.estimate ? 4 : weights ? 3
+                                                        : 2;
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);
 }

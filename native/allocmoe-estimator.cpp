@@ -19,11 +19,11 @@ int64_t allocmoe_matrices::n_columns() const {
 }
 
 size_t allocmoe_matrices::down_bytes() const {
-    return n_down*ggml_row_size(down_type(), n_embd);
+    return n_down * ggml_row_size(down_type(), n_embd);
 }
 
 size_t allocmoe_matrices::up_bytes() const {
-    return n_embd*ggml_row_size(GGML_TYPE_Q4_0, n_columns());
+    return n_embd * ggml_row_size(GGML_TYPE_Q4_0, n_columns());
 }
 
 static bool in_range(const float * values, size_t n) {
@@ -31,10 +31,10 @@ static bool in_range(const float * values, size_t n) {
 }
 
 bool allocmoe_in_range(const allocmoe_estimator & e, int32_t n_layer, int32_t n_expert, int32_t n_embd) {
-    const size_t experts = (size_t) n_layer*n_expert;
-    const size_t columns = (size_t) n_layer*n_embd;
-    return in_range(e.down, columns*e.n_down) && in_range(e.log_norm, experts*(e.n_down + 1)) && in_range(e.output, experts*e.rank) &&
-           in_range(e.up, columns*e.rank);
+    const size_t experts = (size_t) n_layer * n_expert;
+    const size_t columns = (size_t) n_layer * n_embd;
+    return in_range(e.down, columns * e.n_down) && in_range(e.log_norm, experts * (e.n_down + 1)) && in_range(e.output, experts * e.rank) &&
+           in_range(e.up, columns * e.rank);
 }
 
 static bool bytes_in_range(ggml_type type, const std::vector<uint8_t> & bytes) {
@@ -71,7 +71,7 @@ const char * allocmoe_matrices_fault(const allocmoe_matrices & m) {
 
 static void append_rows(std::vector<uint8_t> & bytes, ggml_type type, const float * rows, int64_t n_rows, int64_t n) {
     const size_t begin = bytes.size();
-    bytes.resize(begin + n_rows*ggml_row_size(type, n));
+    bytes.resize(begin + n_rows * ggml_row_size(type, n));
     ggml_quantize_chunk(type, rows, bytes.data() + begin, 0, n_rows, n, nullptr);
 }
 
@@ -82,16 +82,16 @@ allocmoe_matrices allocmoe_round(const allocmoe_estimator & estimator, int32_t n
     m.n_relu   = estimator.n_relu;
     m.n_expert = n_expert;
     m.n_embd   = n_embd;
-    m.log_norm.assign(estimator.log_norm, estimator.log_norm + (size_t) n_layer*n_expert*(m.n_down + 1));
-    m.output  .assign(estimator.output,   estimator.output   + (size_t) n_layer*n_expert*m.rank);
+    m.log_norm.assign(estimator.log_norm, estimator.log_norm + (size_t) n_layer * n_expert * (m.n_down + 1));
+    m.output.assign(estimator.output, estimator.output + (size_t) n_layer * n_expert * m.rank);
 
     const int64_t n_columns = m.n_columns();
-    std::vector<float> transposed(n_columns*n_embd);
+    std::vector<float> transposed(n_columns * n_embd);
     for (int32_t il = 0; il < n_layer; ++il) {
         m.entry.push_back(il);
-        append_rows(m.down, m.down_type(), estimator.down + (size_t) il*m.n_down*n_embd, m.n_down, n_embd);
-        for (int64_t i = 0; i < (int64_t) m.rank*n_embd; ++i) {
-            transposed[i%n_embd*n_columns + i/n_embd] = estimator.up[(size_t) il*m.rank*n_embd + i];
+        append_rows(m.down, m.down_type(), estimator.down + (size_t) il * m.n_down * n_embd, m.n_down, n_embd);
+        for (int64_t i = 0; i < (int64_t) m.rank * n_embd; ++i) {
+            transposed[i % n_embd * n_columns + i / n_embd] = estimator.up[(size_t) il * m.rank * n_embd + i];
         }
         if (m.rank > 0) {
             append_rows(m.up, GGML_TYPE_Q4_0, transposed.data(), n_embd, n_columns);
@@ -103,7 +103,7 @@ allocmoe_matrices allocmoe_round(const allocmoe_estimator & estimator, int32_t n
 // For tensors that nodes beside layer il's router read.
 static ggml_backend_buffer_type_t type_beside_router(const llama_model & model, int32_t il) {
     const auto * router = model.layers[il].ffn_gate_inp;
-    auto       * type   = router && router->buffer ? ggml_backend_buffer_get_type(router->buffer) : nullptr;
+    auto * type         = router && router->buffer ? ggml_backend_buffer_get_type(router->buffer) : nullptr;
     if (!type || ggml_backend_buft_is_host(type)) {
         return ggml_backend_cpu_buffer_type();
     }
@@ -121,7 +121,7 @@ static ggml_backend_buffer_type_t type_for_products(ggml_backend_buffer_type_t p
         return plain;
     }
     for (auto * extra = ((ggml_backend_dev_get_extra_bufts_t) proc)(device); extra && *extra; ++extra) {
-        ggml_context_ptr meta(ggml_init({ 3*ggml_tensor_overhead(), nullptr, true }));
+        ggml_context_ptr meta(ggml_init({ 3 * ggml_tensor_overhead(), nullptr, true }));
         ggml_tensor * matrix  = ggml_new_tensor_2d(meta.get(), type, n_in, n_out);
         ggml_tensor * product = ggml_mul_mat(meta.get(), matrix, ggml_new_tensor_1d(meta.get(), GGML_TYPE_F32, n_in));
         ggml_backend_buffer_ptr empty(ggml_backend_buft_alloc_buffer(*extra, 0));
@@ -139,13 +139,13 @@ std::shared_ptr<const allocmoe_estimates> allocmoe_upload(const allocmoe_matrice
     estimates->n_relu = m.n_relu;
 
     const ggml_type down_type = m.down_type();
-    const int64_t   n_columns = m.n_columns();
+    const int64_t n_columns   = m.n_columns();
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> meta_by_type;
     const auto new_matrix = [&](ggml_backend_buffer_type_t buft, ggml_type type, int64_t n_in, int64_t n_out) {
         auto *& meta = meta_by_type[buft];
         if (!meta) {
-            meta = ggml_init({ 4*m.entry.size()*ggml_tensor_overhead(), nullptr, true });
+            meta = ggml_init({ 4 * m.entry.size() * ggml_tensor_overhead(), nullptr, true });
             estimates->contexts.emplace_back(meta);
         }
         return ggml_new_tensor_2d(meta, type, n_in, n_out);
@@ -154,8 +154,8 @@ std::shared_ptr<const allocmoe_estimates> allocmoe_upload(const allocmoe_matrice
         if (m.entry[il] < 0) {
             continue;
         }
-        auto * type  = type_beside_router(model, il);
-        auto & layer = estimates->layers[il];
+        auto * type    = type_beside_router(model, il);
+        auto & layer   = estimates->layers[il];
         layer.down     = new_matrix(type_for_products(type, down_type, m.n_embd, m.n_down), down_type, m.n_embd, m.n_down);
         layer.log_norm = new_matrix(type, GGML_TYPE_F32, m.n_down + 1, m.n_expert);
         layer.output   = m.rank > 0 ? new_matrix(type, GGML_TYPE_F32, m.rank, m.n_expert) : nullptr;
@@ -172,15 +172,15 @@ std::shared_ptr<const allocmoe_estimates> allocmoe_upload(const allocmoe_matrice
     }
     for (size_t il = 0; il < m.entry.size(); ++il) {
         const size_t entry = m.entry[il];
-        auto       & layer = estimates->layers[il];
+        auto & layer       = estimates->layers[il];
         if (m.entry[il] < 0) {
             continue;
         }
-        ggml_backend_tensor_set(layer.down,     m.down.data() + entry*m.down_bytes(), 0, m.down_bytes());
-        ggml_backend_tensor_set(layer.log_norm, m.log_norm.data() + entry*m.n_expert*(m.n_down + 1), 0, ggml_nbytes(layer.log_norm));
+        ggml_backend_tensor_set(layer.down, m.down.data() + entry * m.down_bytes(), 0, m.down_bytes());
+        ggml_backend_tensor_set(layer.log_norm, m.log_norm.data() + entry * m.n_expert * (m.n_down + 1), 0, ggml_nbytes(layer.log_norm));
         if (m.rank > 0) {
-            ggml_backend_tensor_set(layer.up,     m.up.data() + entry*m.up_bytes(), 0, m.up_bytes());
-            ggml_backend_tensor_set(layer.output, m.output.data() + entry*m.n_expert*m.rank, 0, ggml_nbytes(layer.output));
+            ggml_backend_tensor_set(layer.up, m.up.data() + entry * m.up_bytes(), 0, m.up_bytes());
+            ggml_backend_tensor_set(layer.output, m.output.data() + entry * m.n_expert * m.rank, 0, ggml_nbytes(layer.output));
         }
     }
     return estimates;

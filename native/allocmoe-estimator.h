@@ -22,22 +22,22 @@ struct allocmoe_matrices {
     int32_t n_expert = 0;
     int32_t n_embd   = 0;
 
-    std::vector<int32_t> entry;    // [block_count], -1 where a layer has none
-    std::vector<uint8_t> down;     // [n_entries][n_down] rows of n_embd, down_type()
-    std::vector<uint8_t> up;       // [n_entries][n_embd] rows of n_columns(), Q4_0
-    std::vector<float>   log_norm; // [n_entries][n_expert][n_down + 1]
-    std::vector<float>   output;   // [n_entries][n_expert][rank]
+    std::vector<int32_t> entry;  // [block_count], -1 where a layer has none
+    std::vector<uint8_t> down;   // [n_entries][n_down] rows of n_embd, down_type()
+    std::vector<uint8_t> up;     // [n_entries][n_embd] rows of n_columns(), Q4_0
+    std::vector<float> log_norm; // [n_entries][n_expert][n_down + 1]
+    std::vector<float> output;   // [n_entries][n_expert][rank]
 
-    ggml_type down_type()  const; // Q4_0, or F16 where n_embd is no multiple of its block
-    int64_t   n_columns()  const; // rank padded to whole blocks; float16 would be multiplied 64 columns at a time or one by one
-    size_t    down_bytes() const; // of one entry
-    size_t    up_bytes()   const;
+    ggml_type down_type() const; // Q4_0, or F16 where n_embd is no multiple of its block
+    int64_t n_columns() const;   // rank padded to whole blocks; float16 would be multiplied 64 columns at a time or one by one
+    size_t down_bytes() const;   // of one entry
+    size_t up_bytes() const;
 };
 
 // As the graph reads them.
 struct allocmoe_estimates {
     // where the layers' routers are
-    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_context_ptr> contexts;
     std::vector<ggml_backend_buffer_ptr> buffers;
 
     struct layer {
@@ -47,7 +47,7 @@ struct allocmoe_estimates {
         ggml_tensor * up;       // Q4_0 [rank padded with zeros, n_embd], null for rank 0
     };
     std::vector<layer> layers; // [block_count]
-    int32_t            n_relu = 0;
+    int32_t n_relu = 0;
 };
 
 // Null if they are in order, else what is wrong.

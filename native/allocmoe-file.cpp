@@ -22,7 +22,7 @@ struct keys {
     const gguf_context * meta;
 
     int64_t find(const std::string & name) const { return gguf_find_key(meta, ("allocmoe." + name).c_str()); }
-    bool    has (const std::string & name) const { return find(name) >= 0; }
+    bool has(const std::string & name) const { return find(name) >= 0; }
 
     [[noreturn]] static void fail(const std::string & name, const std::string & what) {
         throw allocmoe_error("allocmoe." + name + " " + what);
@@ -48,8 +48,8 @@ struct keys {
 
     // Expert counts in the smallest type that holds them.
     std::vector<int32_t> counts(const std::string & name, size_t n, int32_t most) const {
-        const int64_t i     = find(name);
-        const bool    bytes = i >= 0 && gguf_get_kv_type(meta, i) == GGUF_TYPE_ARRAY && gguf_get_arr_type(meta, i) == GGUF_TYPE_UINT8;
+        const int64_t i  = find(name);
+        const bool bytes = i >= 0 && gguf_get_kv_type(meta, i) == GGUF_TYPE_ARRAY && gguf_get_arr_type(meta, i) == GGUF_TYPE_UINT8;
         std::vector<int32_t> k(n);
         if (bytes) {
             const auto values = array<uint8_t>(name, GGUF_TYPE_UINT8, n);
@@ -104,16 +104,16 @@ static void read_plan(const keys & keys, const llama_hparams & hparams, allocmoe
     if (allocmoe_out_of_range(hparams, file.full)) {
         keys.fail("expert_used_count_full", format("has an entry outside 0..%u", hparams.n_expert));
     }
-    auto & plan = file.plan;
+    auto & plan            = file.plan;
     plan.expert_used_count = keys.array<int32_t>("expert_used_count", GGUF_TYPE_INT32, n_layer);
     for (size_t il = 0; il < n_layer; ++il) {
         if (plan.expert_used_count[il] < std::min(1, file.full[il]) || plan.expert_used_count[il] > file.full[il]) {
             keys.fail("expert_used_count", format("has %d in layer %zu, which is not between one and the model's own %d",
-                    plan.expert_used_count[il], il, file.full[il]));
+                                               plan.expert_used_count[il], il, file.full[il]));
         }
     }
     plan.token_rule = keys.choice("token_rule", allocmoe_token_rule_names);
-    plan.value      = keys.choice("value",      allocmoe_value_names);
+    plan.value      = keys.choice("value", allocmoe_value_names);
     plan.strict     = plan.token_rule == ALLOCMOE_RULE_ESTIMATE;
     if (keys.has("k_base")) {
         plan.k_base = keys.number("k_base", 1, hparams.n_expert);
@@ -131,7 +131,7 @@ static void read_tables(const keys & keys, allocmoe_model & file) {
             n_rows += std::max(k - 1, 0);
         }
         const auto read = [&](const char * name) {
-            auto k = keys.counts(name, n_rows*n_layer, UINT16_MAX);
+            auto k = keys.counts(name, n_rows * n_layer, UINT16_MAX);
             for (size_t i = 0; i < k.size(); ++i) {
                 if (k[i] < std::min(1, file.full[i % n_layer]) || k[i] > file.full[i % n_layer]) {
                     keys.fail(name, format("has %d for layer %zu, which is not between one and the model's own %d", k[i], i % n_layer, file.full[i % n_layer]));
@@ -139,11 +139,11 @@ static void read_tables(const keys & keys, allocmoe_model & file) {
             }
             return k;
         };
-        file.n_rows = n_rows;
+        file.n_rows                   = n_rows;
         file.counts.expert_used_count = read("table.expert_used_count");
         if (keys.has("table.estimate.expert_used_count")) {
             file.estimate.expert_used_count = read("table.estimate.expert_used_count");
-            file.estimate.threshold = keys.array<float>("table.estimate.threshold", GGUF_TYPE_FLOAT32, n_rows*n_layer);
+            file.estimate.threshold         = keys.array<float>("table.estimate.threshold", GGUF_TYPE_FLOAT32, n_rows * n_layer);
         }
     }
     if (keys.has("threshold_table")) {
@@ -158,38 +158,38 @@ static void read_tables(const keys & keys, allocmoe_model & file) {
 
 // Stored in whole uint64: fewer entries are quicker to read.
 static std::vector<uint8_t> packed(const keys & keys, const char * name, size_t n_bytes) {
-    const auto words = keys.array<uint64_t>(name, GGUF_TYPE_UINT64, (n_bytes + 7)/8);
+    const auto words   = keys.array<uint64_t>(name, GGUF_TYPE_UINT64, (n_bytes + 7) / 8);
     const auto * bytes = (const uint8_t *) words.data();
     return { bytes, bytes + n_bytes };
 }
 
 static std::vector<float> packed_half(const keys & keys, const char * name, size_t n) {
-    const auto bytes = packed(keys, name, 2*n);
+    const auto bytes = packed(keys, name, 2 * n);
     std::vector<float> values(n);
     ggml_fp16_to_fp32_row((const ggml_fp16_t *) bytes.data(), values.data(), n);
     return values;
 }
 
 static std::unique_ptr<allocmoe_matrices> read_estimator(const keys & keys, const llama_hparams & hparams, const std::vector<int32_t> & full) {
-    auto made = std::make_unique<allocmoe_matrices>();
-    auto & m  = *made;
-    m.n_embd   = keys.number("estimator.n_embd",   1, INT32_MAX);
+    auto made  = std::make_unique<allocmoe_matrices>();
+    auto & m   = *made;
+    m.n_embd   = keys.number("estimator.n_embd", 1, INT32_MAX);
     m.n_expert = keys.number("estimator.n_expert", 1, INT32_MAX);
     if (m.n_embd != (int32_t) hparams.n_embd || m.n_expert != (int32_t) hparams.n_expert) {
         throw allocmoe_error(format("the estimator is for another model, of n_embd %d and %d experts", m.n_embd, m.n_expert));
     }
-    m.n_down   = keys.number("estimator.n_down",   1, INT16_MAX);
-    m.rank     = keys.number("estimator.rank",     0, m.n_down);
-    m.n_relu   = keys.number("estimator.n_relu",   0, m.n_down - m.rank);
+    m.n_down = keys.number("estimator.n_down", 1, INT16_MAX);
+    m.rank   = keys.number("estimator.rank", 0, m.n_down);
+    m.n_relu = keys.number("estimator.n_relu", 0, m.n_down - m.rank);
 
     size_t n = 0;
     for (int32_t k : full) {
         m.entry.push_back(k > 0 ? (int32_t) n++ : -1);
     }
-    m.down     = packed(keys, "estimator.down", n*m.down_bytes());
-    m.up       = packed(keys, "estimator.up",   n*m.up_bytes());
-    m.log_norm = packed_half(keys, "estimator.log_norm", n*m.n_expert*(m.n_down + 1));
-    m.output   = packed_half(keys, "estimator.output",   n*m.n_expert*m.rank);
+    m.down     = packed(keys, "estimator.down", n * m.down_bytes());
+    m.up       = packed(keys, "estimator.up", n * m.up_bytes());
+    m.log_norm = packed_half(keys, "estimator.log_norm", n * m.n_expert * (m.n_down + 1));
+    m.output   = packed_half(keys, "estimator.output", n * m.n_expert * m.rank);
     if (const char * fault = allocmoe_matrices_fault(m)) {
         throw allocmoe_error(fault);
     }
@@ -204,7 +204,7 @@ std::unique_ptr<allocmoe_model> allocmoe_read_file(const gguf_context * meta, co
     check_version(keys);
 
     auto file = std::make_unique<allocmoe_model>();
-    read_plan  (keys, hparams, *file);
+    read_plan(keys, hparams, *file);
     read_tables(keys, *file);
     file->has_estimator = keys.has("estimator.n_down");
     if (file->has_estimator) {

@@ -24,20 +24,20 @@ struct allocmoe_error : std::runtime_error {
 };
 
 struct allocmoe_model {
-    allocmoe_plan        plan; // what the file says is to be run, without estimates
+    allocmoe_plan plan;        // what the file says is to be run, without estimates
     std::vector<int32_t> full; // [block_count], the experts per token that the plans were made for, 0 where a layer routes none
 
     // Plans by what they spend: row r is for n_moe_layers + r activations, the last for all. Empty: the file has none.
     struct table {
         std::vector<int32_t> expert_used_count; // [n_rows][block_count]
-        std::vector<float>   threshold;         // [n_rows][block_count], for ALLOCMOE_RULE_ESTIMATE; NaN where the rule cannot spend so little
+        std::vector<float> threshold;           // [n_rows][block_count], for ALLOCMOE_RULE_ESTIMATE; NaN where the rule cannot spend so little
     };
-    table  counts;    // for the other rules
-    table  estimate;  // for ALLOCMOE_RULE_ESTIMATE
+    table counts;   // for the other rules
+    table estimate; // for ALLOCMOE_RULE_ESTIMATE
     size_t n_rows = 0;
 
     // for ALLOCMOE_RULE_THRESHOLD, by layer and count: empty, or those of layer il begin at threshold_begin[il]
-    std::vector<float>  threshold_table;
+    std::vector<float> threshold_table;
     std::vector<size_t> threshold_begin;
 
     // budget_total as a key override of the caller has it, 0 for none
@@ -49,8 +49,8 @@ struct allocmoe_model {
     bool has_estimator = false;
 
     // of estimates()
-    mutable std::mutex                                mutex;
-    mutable std::unique_ptr<allocmoe_matrices>        matrices; // until they have been put there
+    mutable std::mutex mutex;
+    mutable std::unique_ptr<allocmoe_matrices> matrices; // until they have been put there
     mutable std::shared_ptr<const allocmoe_estimates> placed;
 };
 

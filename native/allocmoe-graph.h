@@ -11,7 +11,7 @@
 #include <memory>
 #include <vector>
 
-class  llm_graph_result;
+class llm_graph_result;
 struct allocmoe_state;
 struct llama_cparams;
 
@@ -20,8 +20,8 @@ struct allocmoe_layer_rule {
     int64_t n_ranked; // experts for each token
     int32_t rule;     // ALLOCMOE_RULE_*, that of the node
     int32_t k_base;
-    int32_t value;    // ALLOCMOE_VALUE_*
-    bool    strict;
+    int32_t value; // ALLOCMOE_VALUE_*
+    bool strict;
 
     bool operator==(const allocmoe_layer_rule & other) const;
 };
@@ -29,42 +29,42 @@ struct allocmoe_layer_rule {
 struct allocmoe_graph {
     // what the nodes of layers with the same tokens read: set before each run
     struct input {
-        int64_t       n_tokens;
+        int64_t n_tokens;
         ggml_tensor * limits; // F32 [2, n_tokens, block_count], allocmoe_limit
         ggml_tensor * places; // I32 [2, n_tokens], allocmoe_place; null while no layer needs it
     };
 
     struct layer {
-        int     il;
+        int il;
         int64_t n_tokens;
         int64_t n_full;      // experts for each token without a plan
         int64_t activations; // by one run of the graph; 0 where the token rule's node counts them
 
-        allocmoe_layer_rule                  rule;
-        allocmoe_instrument                  instrument;
-        std::shared_ptr<allocmoe_state>      state;
+        allocmoe_layer_rule rule;
+        allocmoe_instrument instrument;
+        std::shared_ptr<allocmoe_state> state;
         std::shared_ptr<const allocmoe_plan> plan; // null for the model's own counts
 
-        ggml_tensor * limits;    // of the input with these tokens, or nullptr where there is no rule
-        ggml_tensor * places;    // or nullptr where nothing is left over from token to token
-        ggml_tensor * selected;  // expert ids by rank
-        ggml_tensor * scores;    // what they were ranked by, of all experts
-        ggml_tensor * routed;    // the ids with -1 where the token rule skips, or nullptr
-        ggml_tensor * input;     // of the experts, or nullptr where nothing reads it
-        ggml_tensor * reduced;   // down x of it, or nullptr
-        ggml_tensor * estimate;  // of what is skipped, or nullptr
+        ggml_tensor * limits;   // of the input with these tokens, or nullptr where there is no rule
+        ggml_tensor * places;   // or nullptr where nothing is left over from token to token
+        ggml_tensor * selected; // expert ids by rank
+        ggml_tensor * scores;   // what they were ranked by, of all experts
+        ggml_tensor * routed;   // the ids with -1 where the token rule skips, or nullptr
+        ggml_tensor * input;    // of the experts, or nullptr where nothing reads it
+        ggml_tensor * reduced;  // down x of it, or nullptr
+        ggml_tensor * estimate; // of what is skipped, or nullptr
 
-        bool recorded;     // the instrument has its node
-        bool renormalised; // the weights of the experts that are used add up to a constant
-        bool has_room;     // in the records, for the run that comes
+        bool recorded;              // the instrument has its node
+        bool renormalised;          // the weights of the experts that are used add up to a constant
+        bool has_room;              // in the records, for the run that comes
         std::vector<float> outputs; // of that node, for one token: [n_used + 1][n_embd]
     };
     std::deque<layer> layers; // nodes point into it
     std::deque<input> inputs;
 
     std::shared_ptr<const allocmoe_settings> settings; // in force
-    bool                                     warmup;
-    bool                                     for_devices; // allocmoe_state::spent_on_devices
+    bool warmup;
+    bool for_devices; // allocmoe_state::spent_on_devices
 
     // Whether it is what would be built under these settings.
     bool serves(const std::shared_ptr<const allocmoe_settings> & other) const;
@@ -85,9 +85,9 @@ ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::la
 
 template <typename T>
 static const T * allocmoe_row(const ggml_tensor * tensor, int64_t i) {
-    return (const T *) ((const char *) tensor->data + i*tensor->nb[1]);
+    return (const T *) ((const char *) tensor->data + i * tensor->nb[1]);
 }
 
 static inline float allocmoe_weight(const ggml_tensor * weights, int64_t t, int64_t r) {
-    return *(const float *) ((const char *) weights->data + t*weights->nb[2] + r*weights->nb[1]);
+    return *(const float *) ((const char *) weights->data + t * weights->nb[2] + r * weights->nb[1]);
 }

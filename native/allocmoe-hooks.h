@@ -8,7 +8,7 @@
 struct ggml_cgraph;
 struct ggml_context;
 struct ggml_tensor;
-class  llm_graph_result;
+class llm_graph_result;
 struct llama_cparams;
 struct llama_hparams;
 struct llama_model;
@@ -23,7 +23,7 @@ struct allocmoe_graph;    // what the hooks have built into one graph, allocmoe-
 // member of llama_cparams
 struct allocmoe_cparams {
     std::shared_ptr<const allocmoe_settings> settings;
-    std::shared_ptr<allocmoe_state>          state;
+    std::shared_ptr<allocmoe_state> state;
 };
 
 // What the model's metadata has of allocmoe.*, null if that is nothing. Throws std::runtime_error if it is invalid.
@@ -42,40 +42,40 @@ ggml_tensor * allocmoe_routed(const llm_graph_result & res, ggml_tensor * ids);
 // Applies the layer's token rule, if it has one, to the experts ranked by `scores`: from then on allocmoe_routed(selected) has
 // -1 for what is skipped. Returns the weights with `skipped` (0, or -infinity ahead of a softmax) in those places.
 ggml_tensor * allocmoe_build_token_rule(
-        ggml_context     * ctx,
-        llm_graph_result & res,
-        int                il,
-        ggml_tensor      * scores,   // [n_expert, n_tokens]
-        ggml_tensor      * selected, // [n_expert_used, n_tokens]
-        ggml_tensor      * weights,  // [1, n_expert_used, n_tokens]
-        float              skipped);
+    ggml_context * ctx,
+    llm_graph_result & res,
+    int il,
+    ggml_tensor * scores,   // [n_expert, n_tokens]
+    ggml_tensor * selected, // [n_expert_used, n_tokens]
+    ggml_tensor * weights,  // [1, n_expert_used, n_tokens]
+    float skipped);
 
 // Where the layer's rule goes by estimates: as above, for weights that are final, which stay as they are. Where inputs are
 // recorded: remembers the input.
 void allocmoe_build_estimate(
-        ggml_context     * ctx,
-        llm_graph_result & res,
-        int                il,
-        ggml_tensor      * input,    // of the experts, [n_embd, n_tokens]
-        ggml_tensor      * weights); // [1, n_expert_used, n_tokens]
+    ggml_context * ctx,
+    llm_graph_result & res,
+    int il,
+    ggml_tensor * input,    // of the experts, [n_embd, n_tokens]
+    ggml_tensor * weights); // [1, n_expert_used, n_tokens]
 
 // Where the instrument records: hands the weighted experts on, and records scores, ids and errors as they pass.
 ggml_tensor * allocmoe_build_record(
-        ggml_context     * ctx,
-        llm_graph_result & res,
-        int                il,
-        ggml_tensor      * experts, // [n_embd, n_expert_used, n_tokens]
-        ggml_tensor      * weights, // [1, n_expert_used, n_tokens]
-        bool               renormalised);
+    ggml_context * ctx,
+    llm_graph_result & res,
+    int il,
+    ggml_tensor * experts, // [n_embd, n_expert_used, n_tokens]
+    ggml_tensor * weights, // [1, n_expert_used, n_tokens]
+    bool renormalised);
 
 // Where a token rule is on: the weighted sum over each token's experts, [n_embd, n_tokens], and the estimate of the others if
 // there is one; a single node where the CPU runs it. Null where upstream's nodes are to do it.
 ggml_tensor * allocmoe_build_sum(
-        ggml_context     * ctx,
-        llm_graph_result & res,
-        int                il,
-        ggml_tensor      * experts,  // [n_embd, n_expert_used, n_tokens]
-        ggml_tensor      * weights); // [1, n_expert_used, n_tokens], null if they have been applied
+    ggml_context * ctx,
+    llm_graph_result & res,
+    int il,
+    ggml_tensor * experts,  // [n_embd, n_expert_used, n_tokens]
+    ggml_tensor * weights); // [1, n_expert_used, n_tokens], null if they have been applied
 
 // Ends the building of a graph. Tells the token rules whether they count for prefill or decode; adds what prefetches, and
 // what the instrument asks for.

@@ -22,15 +22,15 @@
 // What the record's node is computed from, and what it fills: the last n_tokens rows of the layer's record.
 struct record_args {
     const allocmoe_graph::layer & layer;
-    allocmoe_records::layer     & record;
-    const ggml_tensor           * experts;
-    const ggml_tensor           * weights;
+    allocmoe_records::layer & record;
+    const ggml_tensor * experts;
+    const ggml_tensor * weights;
     int64_t n_embd;
     int64_t n_used;
     int64_t n_tokens;
 
     template <typename T>
-    T * row(std::vector<T> & values, int64_t t, int64_t n) const { return values.data() + values.size() - (n_tokens - t)*n; }
+    T * row(std::vector<T> & values, int64_t t, int64_t n) const { return values.data() + values.size() - (n_tokens - t) * n; }
 };
 
 // Before each run, where memory can be had: room in the records for what the nodes will write.
@@ -45,7 +45,7 @@ public:
             layer.has_room = true;
         } catch (const std::bad_alloc &) {
             LLAMA_LOG_ERROR("allocmoe: no memory for the record of layer %d, which is lost\n", layer.il);
-            record = {};
+            record         = {};
             layer.has_room = false;
         }
     }
@@ -56,14 +56,14 @@ private:
         if (layer.n_tokens == 0) {
             return; // does not run
         }
-        const auto grow = [&](auto & values, int64_t n) { values.resize(values.size() + layer.n_tokens*n); };
-        grow(record.scores,  n_used);
+        const auto grow = [&](auto & values, int64_t n) { values.resize(values.size() + layer.n_tokens * n); };
+        grow(record.scores, n_used);
         grow(record.experts, n_used);
         record.errors.resize(n_used + 1);
         if (layer.instrument.record_inputs) {
-            grow(record.floats[ALLOCMOE_FLOATS_INPUT],   layer.input->ne[0]);
-            grow(record.floats[ALLOCMOE_FLOATS_WEIGHT],  n_used);
-            grow(record.floats[ALLOCMOE_FLOATS_NORM],    n_used);
+            grow(record.floats[ALLOCMOE_FLOATS_INPUT], layer.input->ne[0]);
+            grow(record.floats[ALLOCMOE_FLOATS_WEIGHT], n_used);
+            grow(record.floats[ALLOCMOE_FLOATS_NORM], n_used);
             grow(record.floats[ALLOCMOE_FLOATS_MISSING], layer.reduced ? n_embd : 0);
         }
     }
@@ -86,16 +86,16 @@ static void record_inputs(const record_args & a, const ggml_tensor * weighted, c
         std::fill_n(missing, a.n_embd, 0.0f);
     }
     float * weight = a.row(floats[ALLOCMOE_FLOATS_WEIGHT], t, a.n_used);
-    float * norm   = a.row(floats[ALLOCMOE_FLOATS_NORM],   t, a.n_used);
+    float * norm   = a.row(floats[ALLOCMOE_FLOATS_NORM], t, a.n_used);
     for (int64_t r = 0; r < a.n_used; ++r) {
-        const float   w = allocmoe_weight(a.weights, t, r);
-        const float * y = (const float *) weighted->data + (t*a.n_used + r)*a.n_embd;
-        const double squares = allocmoe_sum(a.n_embd, [&](int64_t i) { return (double) y[i]*y[i]; });
+        const float w        = allocmoe_weight(a.weights, t, r);
+        const float * y      = (const float *) weighted->data + (t * a.n_used + r) * a.n_embd;
+        const double squares = allocmoe_sum(a.n_embd, [&](int64_t i) { return (double) y[i] * y[i]; });
         if (sizes && (uint32_t) keys[r] < allocmoe_key(a.layer.plan->threshold[a.layer.il])) {
             std::transform(y, y + a.n_embd, missing, missing, std::plus<float>());
         }
         weight[r] = w;
-        norm  [r] = w != 0.0f ? std::sqrt(squares)/std::abs(w) : 0.0f;
+        norm[r]   = w != 0.0f ? std::sqrt(squares) / std::abs(w) : 0.0f;
     }
 }
 
@@ -105,7 +105,7 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
     if (ith != 0) {
         return;
     }
-    auto & layer = *(allocmoe_graph::layer *) userdata;
+    auto & layer        = *(allocmoe_graph::layer *) userdata;
     const record_args a = { layer, layer.state->records.layers[layer.il], dst->src[0], dst->src[1], dst->ne[0], dst->ne[1], dst->ne[2] };
 
     const ggml_tensor * ids      = dst->src[2];
@@ -116,36 +116,36 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
 
     allocmoe_estimate_args estimate = {};
     if (reduced) {
-        estimate = allocmoe_estimate_args_of(ids, a.weights, reduced, log_norm);
+        estimate             = allocmoe_estimate_args_of(ids, a.weights, reduced, log_norm);
         estimate.node.n_relu = layer.plan->estimates->n_relu;
     }
     if (!layer.has_room) {
-        for (int64_t i = 0; i < a.n_used*a.n_tokens; ++i) {
-            const auto * row = (const char *) a.experts->data + (i/a.n_used)*a.experts->nb[2] + (i%a.n_used)*a.experts->nb[1];
-            memcpy((float *) dst->data + i*a.n_embd, row, a.n_embd*sizeof(float));
+        for (int64_t i = 0; i < a.n_used * a.n_tokens; ++i) {
+            const auto * row = (const char *) a.experts->data + (i / a.n_used) * a.experts->nb[2] + (i % a.n_used) * a.experts->nb[1];
+            memcpy((float *) dst->data + i * a.n_embd, row, a.n_embd * sizeof(float));
         }
         return;
     }
     float * sums = layer.outputs.data(); // outputs with the first k experts, not renormalised
-    float   weight[LLAMA_MAX_EXPERTS + 1];
+    float weight[LLAMA_MAX_EXPERTS + 1];
     std::fill_n(sums, a.n_embd, 0.0f);
     weight[0] = 0.0f;
     for (int64_t t = 0; t < a.n_tokens; ++t) {
-        const int32_t * id     = allocmoe_row<int32_t>(ids, t);
-        const float   * score  = allocmoe_row<float>(scores, t);
-        float         * values = a.row(a.record.scores, t, a.n_used);
+        const int32_t * id  = allocmoe_row<int32_t>(ids, t);
+        const float * score = allocmoe_row<float>(scores, t);
+        float * values      = a.row(a.record.scores, t, a.n_used);
         std::copy_n(id, a.n_used, a.row(a.record.experts, t, a.n_used));
         float state = 0.0f;
         for (int64_t r = 0; r < a.n_used; ++r) {
-            const auto * row = (const float *) ((const char *) a.experts->data + t*a.experts->nb[2] + r*a.experts->nb[1]);
-            std::copy(row, row + a.n_embd, (float *) dst->data + (t*a.n_used + r)*a.n_embd);
+            const auto * row = (const float *) ((const char *) a.experts->data + t * a.experts->nb[2] + r * a.experts->nb[1]);
+            std::copy(row, row + a.n_embd, (float *) dst->data + (t * a.n_used + r) * a.n_embd);
             for (int64_t i = 0; i < a.n_embd; ++i) {
-                sums[(r + 1)*a.n_embd + i] = sums[r*a.n_embd + i] + row[i];
+                sums[(r + 1) * a.n_embd + i] = sums[r * a.n_embd + i] + row[i];
             }
             weight[r + 1] = weight[r] + allocmoe_weight(a.weights, t, r);
             if (reduced) {
                 const float part = allocmoe_size_part(estimate, t, r, 0, 1);
-                values[r] = allocmoe_size(estimate, t, r, &part, 1);
+                values[r]        = allocmoe_size(estimate, t, r, &part, 1);
             } else {
                 values[r] = allocmoe_next_value(layer.rule.value, score[id[r]], r == 0, state);
             }
@@ -153,13 +153,13 @@ static void compute_record(ggml_tensor * dst, int ith, int /* nth */, void * use
         if (layer.instrument.record_inputs) {
             record_inputs(a, dst, input, t, reduced ? values : nullptr);
         }
-        const float * all = &sums[a.n_used*a.n_embd];
+        const float * all = &sums[a.n_used * a.n_embd];
         for (int64_t k = 0; k <= a.n_used; ++k) {
-            const float scale = layer.renormalised && weight[k] > 0.0f ? weight[a.n_used]/weight[k] : 1.0f;
-            const float * some = &sums[k*a.n_embd];
+            const float scale  = layer.renormalised && weight[k] > 0.0f ? weight[a.n_used] / weight[k] : 1.0f;
+            const float * some = &sums[k * a.n_embd];
             a.record.errors[k] += allocmoe_sum(a.n_embd, [&](int64_t i) {
-                const float d = all[i] - scale*some[i];
-                return (double) (d*d);
+                const float d = all[i] - scale * some[i];
+                return (double) (d * d);
             });
         }
     }
@@ -172,12 +172,13 @@ ggml_tensor * allocmoe_build_record(ggml_context * ctx, llm_graph_result & res, 
     }
     layer->recorded     = true;
     layer->renormalised = renormalised;
-    layer->outputs.resize((experts->ne[1] + 1)*experts->ne[0]);
+    layer->outputs.resize((experts->ne[1] + 1) * experts->ne[0]);
     res.add_input(std::make_unique<allocmoe_input_records>(*layer, experts->ne[1], experts->ne[0]));
 
     ggml_tensor * log_norm = layer->reduced ? layer->plan->estimates->layers[il].log_norm : nullptr;
-    ggml_tensor * args[] = { experts, weights, layer->selected, layer->scores, layer->input, layer->reduced, log_norm };
-    const int n_args = layer->reduced ? 7 : layer->instrument.record_inputs ? 5 : 4;
+    ggml_tensor * args[]   = { experts, weights, layer->selected, layer->scores, layer->input, layer->reduced, log_norm };
+    const int n_args       = layer->reduced ? 7 : layer->instrument.record_inputs ? 5
+                                                                                  : 4;
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[1], experts->ne[2], 1, args, n_args, compute_record, 1, layer);
 }
 
@@ -199,7 +200,7 @@ static void compute_kept(ggml_tensor * dst, int ith, int /* nth */, void * userd
 
 // The layer that a node is the output of, -1 if it is none. Nearly every architecture names it so.
 static int layer_of_output(const ggml_tensor * node) {
-    int il = -1;
+    int il           = -1;
     const bool named = sscanf(node->name, "l_out-%d", &il) == 1;
     return named && node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) ? il : -1;
 }
@@ -215,8 +216,8 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
         nodes.push_back(ggml_graph_node(gf, i));
     }
 
-    const int   il    = instrument.start_layer - 1;
-    const auto  first = std::find_if(nodes.begin(), nodes.end(), [&](ggml_tensor * node) {
+    const int il     = instrument.start_layer - 1;
+    const auto first = std::find_if(nodes.begin(), nodes.end(), [&](ggml_tensor * node) {
         return il >= 0 && layer_of_output(node) == il && ggml_nelements(node) == (int64_t) kept[il].size();
     });
     // a graph of as many nodes as the one that memory was reserved for must have them, and its leafs, in the same order
@@ -235,7 +236,7 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
     if (first != nodes.end()) {
         ggml_tensor * output = *first;
         ggml_tensor * start  = ggml_custom_4d(ctx, GGML_TYPE_F32, output->ne[0], output->ne[1], output->ne[2], output->ne[3], nullptr, 0,
-                compute_kept, 1, &kept[il]);
+            compute_kept, 1, &kept[il]);
         for (auto it = first + 1; it != nodes.end(); ++it) {
             std::replace(std::begin((*it)->src), std::end((*it)->src), output, start);
             if ((*it)->view_src == output) {
@@ -266,15 +267,15 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
 
 int32_t allocmoe_set_instrument(llama_context * ctx, const allocmoe_instrument * instrument) {
     return allocmoe_guarded([&] {
-        allocmoe_settings settings = allocmoe_access::settings(ctx);
+        allocmoe_settings settings       = allocmoe_access::settings(ctx);
         const allocmoe_instrument wanted = instrument ? *instrument : allocmoe_instrument{};
-        const int32_t n_layer = allocmoe_n_layer(ctx);
+        const int32_t n_layer            = allocmoe_n_layer(ctx);
         if (wanted.start_layer < 0 || wanted.start_layer >= std::max(1, n_layer)) {
             return allocmoe_fail(ALLOCMOE_ERR_N_LAYER, format("start_layer: found %d, want 0 to %d", wanted.start_layer, n_layer - 1).c_str());
         }
         const auto & current = settings.instrument;
         if (current.record == wanted.record && current.record_inputs == wanted.record_inputs &&
-                current.keep_outputs == wanted.keep_outputs && current.start_layer == wanted.start_layer) {
+            current.keep_outputs == wanted.keep_outputs && current.start_layer == wanted.start_layer) {
             return (int32_t) ALLOCMOE_OK;
         }
         settings.instrument = wanted;
@@ -287,7 +288,7 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
     return allocmoe_guarded([&] {
         const auto & model   = allocmoe_access::model(ctx);
         const auto & hparams = model.hparams;
-        auto       & current = allocmoe_access::state(ctx).estimates;
+        auto & current       = allocmoe_access::state(ctx).estimates;
         if (!estimator) {
             current = nullptr;
             return (int32_t) ALLOCMOE_OK;
@@ -299,9 +300,9 @@ int32_t allocmoe_set_estimator(llama_context * ctx, const allocmoe_estimator * e
             return allocmoe_fail(ALLOCMOE_ERR_ESTIMATOR, format("the estimator is for another model, of n_embd %d and %d experts", n_embd, n_expert).c_str());
         }
         allocmoe_matrices sizes;
-        sizes.n_down = estimator->n_down;
-        sizes.rank   = estimator->rank;
-        sizes.n_relu = estimator->n_relu;
+        sizes.n_down       = estimator->n_down;
+        sizes.rank         = estimator->rank;
+        sizes.n_relu       = estimator->n_relu;
         const char * fault = allocmoe_matrices_fault(sizes);
         if (!fault && !allocmoe_in_range(*estimator, n_layer, n_expert, n_embd)) {
             fault = "estimator: found a number beyond the range of float16";

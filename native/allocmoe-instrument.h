@@ -13,12 +13,12 @@ struct allocmoe_graph;
 
 struct allocmoe_records {
     struct layer {
-        std::vector<float>   scores;  // [n_tokens][n_used], as values
-        std::vector<int32_t> experts; // [n_tokens][n_used]
-        std::vector<double>  errors;  // [n_used + 1]
+        std::vector<float> scores;                // [n_tokens][n_used], as values
+        std::vector<int32_t> experts;             // [n_tokens][n_used]
+        std::vector<double> errors;               // [n_used + 1]
         std::array<std::vector<float>, 4> floats; // by ALLOCMOE_FLOATS_*
     };
-    std::vector<layer>              layers;  // [block_count]
+    std::vector<layer> layers;               // [block_count]
     std::vector<std::vector<float>> outputs; // [block_count], of the last micro-batch that kept them
 };
 

@@ -30,43 +30,45 @@ namespace allocmoe {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ALLOCMOE_KERNEL
-constexpr int W = 16;
-constexpr int TILE = 8;      // tokens at a time: as many as their sums fit into registers
+constexpr int W    = 16;
+constexpr int TILE = 8; // tokens at a time: as many as their sums fit into registers
 // mean tokens of an expert from which on this is faster than llama.cpp's kernels: for repacked weights, for plain ones
 constexpr int MIN_TOKENS[2] = { 1, 2 };
-using vi = __m512i;
-using vf = __m512;
-static inline vi broadcast(const int32_t * x)      { return _mm512_set1_epi32(*x); }
-static inline vf broadcast(const float * x)        { return _mm512_set1_ps(*x); }
-static inline vf load(const float * x)             { return _mm512_load_ps(x); }
-static inline void store(float * x, vf y)          { _mm512_store_ps(x, y); }
-static inline vi zero()                          { return _mm512_setzero_si512(); }
-static inline vi add(vi a, vi b)                   { return _mm512_add_epi32(a, b); }
-static inline vf to_float(vi x)                    { return _mm512_cvtepi32_ps(x); }
-static inline vf mul(vf a, vf b)                   { return _mm512_mul_ps(a, b); }
-static inline vf fma(vf a, vf b, vf c)             { return _mm512_fmadd_ps(a, b, c); }
-template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
+using vi                    = __m512i;
+using vf                    = __m512;
+static inline vi broadcast(const int32_t * x) { return _mm512_set1_epi32(*x); }
+static inline vf broadcast(const float * x) { return _mm512_set1_ps(*x); }
+static inline vf load(const float * x) { return _mm512_load_ps(x); }
+static inline void store(float * x, vf y) { _mm512_store_ps(x, y); }
+static inline vi zero() { return _mm512_setzero_si512(); }
+static inline vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+static inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+template <bool SIGNED>
+static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
     int32_t four;
     memcpy(&four, a, 4);
     return _mm512_dpbusd_epi32(sum, _mm512_load_si512(w), _mm512_set1_epi32(four));
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 #define ALLOCMOE_KERNEL
-constexpr int W = 8;
-constexpr int TILE = 8;
+constexpr int W             = 8;
+constexpr int TILE          = 8;
 constexpr int MIN_TOKENS[2] = { 4, 4 };
-using vi = __m256i;
-using vf = __m256;
-static inline vi broadcast(const int32_t * x)      { return _mm256_set1_epi32(*x); }
-static inline vf broadcast(const float * x)        { return _mm256_set1_ps(*x); }
-static inline vf load(const float * x)             { return _mm256_load_ps(x); }
-static inline void store(float * x, vf y)          { _mm256_store_ps(x, y); }
-static inline vi zero()                          { return _mm256_setzero_si256(); }
-static inline vi add(vi a, vi b)                   { return _mm256_add_epi32(a, b); }
-static inline vf to_float(vi x)                    { return _mm256_cvtepi32_ps(x); }
-static inline vf mul(vf a, vf b)                   { return _mm256_mul_ps(a, b); }
-static inline vf fma(vf a, vf b, vf c)             { return _mm256_fmadd_ps(a, b, c); }
-template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
+using vi                    = __m256i;
+using vf                    = __m256;
+static inline vi broadcast(const int32_t * x) { return _mm256_set1_epi32(*x); }
+static inline vf broadcast(const float * x) { return _mm256_set1_ps(*x); }
+static inline vf load(const float * x) { return _mm256_load_ps(x); }
+static inline void store(float * x, vf y) { _mm256_store_ps(x, y); }
+static inline vi zero() { return _mm256_setzero_si256(); }
+static inline vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
+static inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+template <bool SIGNED>
+static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
     int32_t four;
     memcpy(&four, a, 4);
     const __m256i x = _mm256_load_si256((const __m256i *) w);
@@ -80,21 +82,22 @@ template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int
 }
 #elif defined(__ARM_NEON) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define ALLOCMOE_KERNEL
-constexpr int W = 4;
-constexpr int TILE = 8;
+constexpr int W             = 4;
+constexpr int TILE          = 8;
 constexpr int MIN_TOKENS[2] = { 4, 4 };
-using vi = int32x4_t;
-using vf = float32x4_t;
-static inline vi broadcast(const int32_t * x)      { return vld1q_dup_s32(x); }
-static inline vf broadcast(const float * x)        { return vld1q_dup_f32(x); }
-static inline vf load(const float * x)             { return vld1q_f32(x); }
-static inline void store(float * x, vf y)          { vst1q_f32(x, y); }
-static inline vi zero()                          { return vdupq_n_s32(0); }
-static inline vi add(vi a, vi b)                   { return vaddq_s32(a, b); }
-static inline vf to_float(vi x)                    { return vcvtq_f32_s32(x); }
-static inline vf mul(vf a, vf b)                   { return vmulq_f32(a, b); }
-static inline vf fma(vf a, vf b, vf c)             { return vfmaq_f32(c, a, b); }
-template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
+using vi                    = int32x4_t;
+using vf                    = float32x4_t;
+static inline vi broadcast(const int32_t * x) { return vld1q_dup_s32(x); }
+static inline vf broadcast(const float * x) { return vld1q_dup_f32(x); }
+static inline vf load(const float * x) { return vld1q_f32(x); }
+static inline void store(float * x, vf y) { vst1q_f32(x, y); }
+static inline vi zero() { return vdupq_n_s32(0); }
+static inline vi add(vi a, vi b) { return vaddq_s32(a, b); }
+static inline vf to_float(vi x) { return vcvtq_f32_s32(x); }
+static inline vf mul(vf a, vf b) { return vmulq_f32(a, b); }
+static inline vf fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+template <bool SIGNED>
+static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
     int32_t four;
     memcpy(&four, a, 4);
     return vdotq_s32(sum, vreinterpretq_s8_u8(vld1q_u8(w)), vreinterpretq_s8_s32(vdupq_n_s32(four)));
@@ -104,25 +107,26 @@ template <bool SIGNED> static inline vi dot(vi sum, const uint8_t * w, const int
 #if defined(ALLOCMOE_KERNEL)
 
 // acc: [N][ROWS], added to.
-template <typename F, int N> static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
+template <typename F, int N>
+static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
     for (int v = 0; v < ROWS; v += W) {
         vf sum[N];
         for (int t = 0; t < N; ++t) {
-            sum[t] = load(acc + t*ROWS + v);
+            sum[t] = load(acc + t * ROWS + v);
         }
         for (int s = 0; s < n_sub; ++s) {
-            const uint8_t * w = p.q + (s*F::SUB)*ROWS + v*4;
-            const vf d = load(p.scales + s*ROWS + v);
-            const vf m = load(p.scales + (F::MIN ? CHUNK/F::SUB + s : s)*ROWS + v);
+            const uint8_t * w = p.q + (s * F::SUB) * ROWS + v * 4;
+            const vf d        = load(p.scales + s * ROWS + v);
+            const vf m        = load(p.scales + (F::MIN ? CHUNK / F::SUB + s : s) * ROWS + v);
 #pragma GCC unroll 8
             for (int t = 0; t < N; ++t) {
-                const int i = s*N + t;
+                const int i = s * N + t;
                 // two sums: each waits for its previous addition
                 vi even = broadcast(x.init + i), odd = zero();
 #pragma GCC unroll 4
                 for (int k = 0; k < F::SUB; k += 8) {
-                    even = dot<F::SIGNED>(even, w + k*ROWS,       x.q + i*F::SUB + k);
-                    odd  = dot<F::SIGNED>(odd,  w + (k + 4)*ROWS, x.q + i*F::SUB + k + 4);
+                    even = dot<F::SIGNED>(even, w + k * ROWS, x.q + i * F::SUB + k);
+                    odd  = dot<F::SIGNED>(odd, w + (k + 4) * ROWS, x.q + i * F::SUB + k + 4);
                 }
                 sum[t] = fma(to_float(add(even, odd)), mul(d, broadcast(x.d + i)), sum[t]);
                 if (F::MIN) {
@@ -131,12 +135,13 @@ template <typename F, int N> static void multiply(const panel & p, int n_sub, co
             }
         }
         for (int t = 0; t < N; ++t) {
-            store(acc + t*ROWS + v, sum[t]);
+            store(acc + t * ROWS + v, sum[t]);
         }
     }
 }
 
-template <typename F> static void multiply(int n, const panel & p, int n_sub, const tile & x, float * acc) {
+template <typename F>
+static void multiply(int n, const panel & p, int n_sub, const tile & x, float * acc) {
     switch (n) {
         case 1: return multiply<F, 1>(p, n_sub, x, acc);
         case 2: return multiply<F, 2>(p, n_sub, x, acc);
@@ -151,13 +156,15 @@ template <typename F> static void multiply(int n, const panel & p, int n_sub, co
 static_assert(TILE == 8, "the cases above");
 
 // d, and the sum of N codes from the first on, which are copied to q
-template <int N> static float read_activations(const block_q8_K & b, int first, int8_t * q, int32_t & sum) {
+template <int N>
+static float read_activations(const block_q8_K & b, int first, int8_t * q, int32_t & sum) {
     memcpy(q, b.qs + first, N);
-    sum = b.bsums[first/16] + (N == 32 ? b.bsums[first/16 + 1] : 0);
+    sum = b.bsums[first / 16] + (N == 32 ? b.bsums[first / 16 + 1] : 0);
     return b.d;
 }
 
-template <int N, typename B> static float read_activations(const B & b, int first, int8_t * q, int32_t & sum) {
+template <int N, typename B>
+static float read_activations(const B & b, int first, int8_t * q, int32_t & sum) {
     memcpy(q, b.qs + first, N);
     sum = 0;
     for (int i = 0; i < N; ++i) {
@@ -171,14 +178,16 @@ constexpr int SLAB = 128;
 
 // A thread's own memory, kept from one call to the next.
 struct workspace {
-    struct free_aligned { void operator()(void * p) const { ggml_aligned_free(p, 0); } };
+    struct free_aligned {
+        void operator()(void * p) const { ggml_aligned_free(p, 0); }
+    };
     struct buffers {
         panel p;
-        alignas(64) float acc[SLAB*ROWS];
+        alignas(64) float acc[SLAB * ROWS];
     };
-    std::unique_ptr<buffers, free_aligned> fixed { (buffers *) ggml_aligned_malloc(sizeof(buffers)) };
-    std::vector<int8_t>  q;
-    std::vector<float>   d, sum;
+    std::unique_ptr<buffers, free_aligned> fixed{ (buffers *) ggml_aligned_malloc(sizeof(buffers)) };
+    std::vector<int8_t> q;
+    std::vector<float> d, sum;
     std::vector<int32_t> init;
 };
 
@@ -186,36 +195,37 @@ struct job {
     const ggml_tensor * src0;
     const ggml_tensor * src1;
     const ggml_tensor * dst;
-    int64_t             n_used;
-    size_t              dst_stride; // from token to token
-    const int32_t     * slots;   // token*n_used + rank, expert by expert; null for dense matrices: all of them
-    const char        * x;       // src1, quantised
-    size_t              x_size;  // of a row of it
+    int64_t n_used;
+    size_t dst_stride;     // from token to token
+    const int32_t * slots; // token*n_used + rank, expert by expert; null for dense matrices: all of them
+    const char * x;        // src1, quantised
+    size_t x_size;         // of a row of it
 
     int64_t slot(int64_t i) const { return slots ? slots[i] : i; }
 };
 
 // Copies the activations of n slots to the workspace, tile after tile.
-template <typename F, typename X> static void gather(const job & job, int64_t first, int n, workspace & ws) {
+template <typename F, typename X>
+static void gather(const job & job, int64_t first, int n, workspace & ws) {
     const int64_t n_in  = job.src0->ne[0];
-    const int64_t n_sub = n_in/F::SUB;
-    ws.q.resize(n*n_in);
-    ws.d.resize(n*n_sub);
-    ws.sum.resize(n*n_sub);
-    ws.init.resize(n*n_sub);
+    const int64_t n_sub = n_in / F::SUB;
+    ws.q.resize(n * n_in);
+    ws.d.resize(n * n_sub);
+    ws.sum.resize(n * n_sub);
+    ws.init.resize(n * n_sub);
     constexpr int X_BLOCK = sizeof(X::qs);
     for (int t0 = 0; t0 < n; t0 += TILE) {
         const int n_tile = std::min(TILE, n - t0);
         for (int t = 0; t < n_tile; ++t) {
-            const int64_t slot = job.slot(first + t0 + t), rank = slot % job.n_used, token = slot/job.n_used;
-            const auto * x = (const X *) (job.x + (job.slots ? rank % job.src1->ne[1] + token*job.src1->ne[1] : token)*job.x_size);
+            const int64_t slot = job.slot(first + t0 + t), rank = slot % job.n_used, token = slot / job.n_used;
+            const auto * x = (const X *) (job.x + (job.slots ? rank % job.src1->ne[1] + token * job.src1->ne[1] : token) * job.x_size);
             for (int64_t b = 0; b < n_sub; ++b) {
-                const int64_t i = t0*n_sub + b*n_tile + t;
-                int8_t * q = ws.q.data() + i*F::SUB;
+                const int64_t i = t0 * n_sub + b * n_tile + t;
+                int8_t * q      = ws.q.data() + i * F::SUB;
                 int32_t sum;
-                ws.d[i]    = read_activations<F::SUB>(x[b*F::SUB/X_BLOCK], b*F::SUB % X_BLOCK, q, sum);
-                ws.sum[i]  = ws.d[i]*sum;
-                ws.init[i] = -F::OFFSET*sum;
+                ws.d[i]    = read_activations<F::SUB>(x[b * F::SUB / X_BLOCK], b * F::SUB % X_BLOCK, q, sum);
+                ws.sum[i]  = ws.d[i] * sum;
+                ws.init[i] = -F::OFFSET * sum;
             }
         }
     }
@@ -233,78 +243,83 @@ static inline void prefetch(const char * from, size_t n) {
 }
 
 // Rows row0 to row1 of an expert's product with the gathered activations of n slots.
-template <typename L> static void multiply_rows(
-        const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int n, workspace & ws) {
-    const int64_t n_in     = job.src0->ne[0];
-    const int64_t n_sub    = n_in/L::SUB;
-    const size_t  row_size = job.src0->nb[1];
-    panel & p   = ws.fixed->p;
-    float * acc = ws.fixed->acc;
+template <typename L>
+static void multiply_rows(
+    const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int n, workspace & ws) {
+    const int64_t n_in    = job.src0->ne[0];
+    const int64_t n_sub   = n_in / L::SUB;
+    const size_t row_size = job.src0->nb[1];
+    panel & p             = ws.fixed->p;
+    float * acc           = ws.fixed->acc;
 
     for (int64_t row = row0; row < row1; row += ROWS) {
-        const int    n_rows    = std::min<int64_t>(ROWS, row1 - row);
-        const char * rows      = weights + row*row_size;
-        const char * next      = rows + n_rows*row_size;
-        const size_t next_size = std::min<int64_t>(ROWS, row1 - row - n_rows)*row_size;
-        memset(acc, 0, n*ROWS*sizeof(float));
+        const int n_rows       = std::min<int64_t>(ROWS, row1 - row);
+        const char * rows      = weights + row * row_size;
+        const char * next      = rows + n_rows * row_size;
+        const size_t next_size = std::min<int64_t>(ROWS, row1 - row - n_rows) * row_size;
+        memset(acc, 0, n * ROWS * sizeof(float));
         for (int64_t k0 = 0; k0 < n_in; k0 += CHUNK) {
-            const int     n_k = std::min<int64_t>(CHUNK, n_in - k0);
-            const int64_t s0  = k0/L::SUB;
+            const int n_k    = std::min<int64_t>(CHUNK, n_in - k0);
+            const int64_t s0 = k0 / L::SUB;
             // while these rows are multiplied, the next ones arrive
-            const size_t from = next_size*k0/n_in;
-            prefetch(next + from, next_size*(k0 + n_k)/n_in - from);
+            const size_t from = next_size * k0 / n_in;
+            prefetch(next + from, next_size * (k0 + n_k) / n_in - from);
             L::unpack(rows, row_size, n_rows, k0, n_k, p);
             for (int t0 = 0; t0 < n; t0 += TILE) {
-                const int     n_tile = std::min(TILE, n - t0);
-                const int64_t i      = t0*n_sub + s0*n_tile;
-                const tile x = { ws.q.data() + i*L::SUB, ws.d.data() + i, ws.sum.data() + i, ws.init.data() + i };
-                multiply<L>(n_tile, p, n_k/L::SUB, x, acc + t0*ROWS);
+                const int n_tile = std::min(TILE, n - t0);
+                const int64_t i  = t0 * n_sub + s0 * n_tile;
+                const tile x     = { ws.q.data() + i * L::SUB, ws.d.data() + i, ws.sum.data() + i, ws.init.data() + i };
+                multiply<L>(n_tile, p, n_k / L::SUB, x, acc + t0 * ROWS);
             }
         }
         for (int t = 0; t < n; ++t) {
             const int64_t slot = job.slot(first + t);
-            char * out = (char *) job.dst->data + slot % job.n_used*job.dst->nb[1] + slot/job.n_used*job.dst_stride;
-            memcpy(out + row*sizeof(float), acc + t*ROWS, n_rows*sizeof(float));
+            char * out         = (char *) job.dst->data + slot % job.n_used * job.dst->nb[1] + slot / job.n_used * job.dst_stride;
+            memcpy(out + row * sizeof(float), acc + t * ROWS, n_rows * sizeof(float));
         }
     }
 }
 
 // The same for a slab of one token.
-template <typename L> static void multiply_rows_by_one(
-        const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int, workspace & ws) {
-    const int64_t n_groups = (row1 - row0)/one_token<L>::GROUP;
-    const int64_t n_each   = (n_groups + STREAMS - 1)/STREAMS;
+template <typename L>
+static void multiply_rows_by_one(
+    const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int, workspace & ws) {
+    const int64_t n_groups = (row1 - row0) / one_token<L>::GROUP;
+    const int64_t n_each   = (n_groups + STREAMS - 1) / STREAMS;
     const int64_t slot     = job.slot(first);
-    float * result = (float *) ((char *) job.dst->data + slot % job.n_used*job.dst->nb[1] + slot/job.n_used*job.dst_stride);
-    const tile x = { ws.q.data(), ws.d.data(), ws.sum.data(), ws.init.data() };
+    float * result         = (float *) ((char *) job.dst->data + slot % job.n_used * job.dst->nb[1] + slot / job.n_used * job.dst_stride);
+    const tile x           = { ws.q.data(), ws.d.data(), ws.sum.data(), ws.init.data() };
 
     for (int64_t i = 0; i < n_each; ++i) {
         const char * rows[STREAMS];
-        float      * out [STREAMS];
+        float * out[STREAMS];
         for (int s = 0; s < STREAMS; ++s) {
             // where there are fewer, the last one again
-            const int64_t row = row0 + std::min(s*n_each + i, n_groups - 1)*one_token<L>::GROUP;
-            rows[s] = weights + row*job.src0->nb[1];
-            out[s]  = result + row;
+            const int64_t row = row0 + std::min(s * n_each + i, n_groups - 1) * one_token<L>::GROUP;
+            rows[s]           = weights + row * job.src0->nb[1];
+            out[s]            = result + row;
         }
         one_token<L>::multiply(rows, job.src0->ne[0], x, out);
     }
 }
 
 #if defined(__AVX512F__)
-template <typename F, typename X> using repacked_8x8 = repacked_nibbles<F, X>;
+template <typename F, typename X>
+using repacked_8x8 = repacked_nibbles<F, X>;
 #else
-template <typename F, typename X> using repacked_8x8 = repacked<F, X, 8, 8>;
+template <typename F, typename X>
+using repacked_8x8 = repacked<F, X, 8, 8>;
 #endif
 
 // The functions for a type in a layout.
 struct kernel {
-    void (*gather)       (const job &, int64_t, int, workspace &) = nullptr;
-    void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
+    void (*gather)(const job &, int64_t, int, workspace &)                                               = nullptr;
+    void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &)        = nullptr;
     void (*multiply_rows_by_one)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
 };
 
-template <typename L, typename X> static kernel kernel_for() {
+template <typename L, typename X>
+static kernel kernel_for() {
     if constexpr (one_token<L>::GROUP > 0) {
         return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L> };
     } else {
@@ -313,51 +328,51 @@ template <typename L, typename X> static kernel kernel_for() {
 }
 
 static kernel find_kernel(ggml_type type, int n_rows, int step) {
-    switch (n_rows*16 + step) {
+    switch (n_rows * 16 + step) {
         case 0:
             switch (type) {
-                case GGML_TYPE_Q4_0:   return kernel_for<plain<format_q4_0>,   block_q8_0>();
-                case GGML_TYPE_Q4_1:   return kernel_for<plain<format_q4_1>,   block_q8_1>();
-                case GGML_TYPE_Q5_0:   return kernel_for<plain<format_q5_0>,   block_q8_0>();
-                case GGML_TYPE_Q5_1:   return kernel_for<plain<format_q5_1>,   block_q8_1>();
-                case GGML_TYPE_Q8_0:   return kernel_for<plain<format_q8_0>,   block_q8_0>();
+                case GGML_TYPE_Q4_0: return kernel_for<plain<format_q4_0>, block_q8_0>();
+                case GGML_TYPE_Q4_1: return kernel_for<plain<format_q4_1>, block_q8_1>();
+                case GGML_TYPE_Q5_0: return kernel_for<plain<format_q5_0>, block_q8_0>();
+                case GGML_TYPE_Q5_1: return kernel_for<plain<format_q5_1>, block_q8_1>();
+                case GGML_TYPE_Q8_0: return kernel_for<plain<format_q8_0>, block_q8_0>();
                 case GGML_TYPE_IQ4_NL: return kernel_for<plain<format_iq4_nl>, block_q8_0>();
-                case GGML_TYPE_MXFP4:  return kernel_for<plain<format_mxfp4>,  block_q8_0>();
-                case GGML_TYPE_Q2_K:   return kernel_for<plain<format_q2_K>,   block_q8_K>();
-                case GGML_TYPE_Q3_K:   return kernel_for<plain<format_q3_K>,   block_q8_K>();
-                case GGML_TYPE_Q4_K:   return kernel_for<plain<format_q4_K>,   block_q8_K>();
-                case GGML_TYPE_Q5_K:   return kernel_for<plain<format_q5_K>,   block_q8_K>();
-                case GGML_TYPE_Q6_K:   return kernel_for<plain<format_q6_K>,   block_q8_K>();
+                case GGML_TYPE_MXFP4: return kernel_for<plain<format_mxfp4>, block_q8_0>();
+                case GGML_TYPE_Q2_K: return kernel_for<plain<format_q2_K>, block_q8_K>();
+                case GGML_TYPE_Q3_K: return kernel_for<plain<format_q3_K>, block_q8_K>();
+                case GGML_TYPE_Q4_K: return kernel_for<plain<format_q4_K>, block_q8_K>();
+                case GGML_TYPE_Q5_K: return kernel_for<plain<format_q5_K>, block_q8_K>();
+                case GGML_TYPE_Q6_K: return kernel_for<plain<format_q6_K>, block_q8_K>();
                 case GGML_TYPE_IQ4_XS: return kernel_for<plain<format_iq4_xs>, block_q8_K>();
-                default:               return {};
+                default: return {};
             }
-        case 8*16 + 8:
+        case 8 * 16 + 8:
             switch (type) {
-                case GGML_TYPE_Q4_0:   return kernel_for<repacked_8x8<format_q4_0,   block_q4_0x8>,   block_q8_0>();
+                case GGML_TYPE_Q4_0: return kernel_for<repacked_8x8<format_q4_0, block_q4_0x8>, block_q8_0>();
                 case GGML_TYPE_IQ4_NL: return kernel_for<repacked_8x8<format_iq4_nl, block_iq4_nlx8>, block_q8_0>();
-                case GGML_TYPE_MXFP4:  return kernel_for<repacked_8x8<format_mxfp4,  block_mxfp4x8>,  block_q8_0>();
-                case GGML_TYPE_Q2_K:   return kernel_for<repacked<format_q2_K, block_q2_Kx8, 8, 8>, block_q8_K>();
-                case GGML_TYPE_Q4_K:   return kernel_for<repacked_q4_K<8>, block_q8_K>();
-                default:               return {};
+                case GGML_TYPE_MXFP4: return kernel_for<repacked_8x8<format_mxfp4, block_mxfp4x8>, block_q8_0>();
+                case GGML_TYPE_Q2_K: return kernel_for<repacked<format_q2_K, block_q2_Kx8, 8, 8>, block_q8_K>();
+                case GGML_TYPE_Q4_K: return kernel_for<repacked_q4_K<8>, block_q8_K>();
+                default: return {};
             }
-        case 8*16 + 4:
+        case 8 * 16 + 4:
             switch (type) {
-                case GGML_TYPE_Q4_K:   return kernel_for<repacked_q4_K<4>, block_q8_K>();
-                default:               return {};
+                case GGML_TYPE_Q4_K: return kernel_for<repacked_q4_K<4>, block_q8_K>();
+                default: return {};
             }
-        case 4*16 + 8:
+        case 4 * 16 + 8:
             switch (type) {
-                case GGML_TYPE_Q4_0:   return kernel_for<repacked<format_q4_0, block_q4_0x4, 4, 8>, block_q8_0>();
-                case GGML_TYPE_Q8_0:   return kernel_for<repacked<format_q8_0, block_q8_0x4, 4, 8>, block_q8_0>();
-                default:               return {};
+                case GGML_TYPE_Q4_0: return kernel_for<repacked<format_q4_0, block_q4_0x4, 4, 8>, block_q8_0>();
+                case GGML_TYPE_Q8_0: return kernel_for<repacked<format_q8_0, block_q8_0x4, 4, 8>, block_q8_0>();
+                default: return {};
             }
-        case 4*16 + 4:
+        case 4 * 16 + 4:
             switch (type) {
-                case GGML_TYPE_Q4_0:   return kernel_for<repacked<format_q4_0,   block_q4_0x4,   4, 4>, block_q8_0>();
-                case GGML_TYPE_Q8_0:   return kernel_for<repacked<format_q8_0,   block_q8_0x4,   4, 4>, block_q8_0>();
+                case GGML_TYPE_Q4_0: return kernel_for<repacked<format_q4_0, block_q4_0x4, 4, 4>, block_q8_0>();
+                case GGML_TYPE_Q8_0: return kernel_for<repacked<format_q8_0, block_q8_0x4, 4, 4>, block_q8_0>();
                 case GGML_TYPE_IQ4_NL: return kernel_for<repacked<format_iq4_nl, block_iq4_nlx4, 4, 4>, block_q8_0>();
-                case GGML_TYPE_MXFP4:  return kernel_for<repacked<format_mxfp4,  block_mxfp4x4,  4, 4>, block_q8_0>();
-                default:               return {};
+                case GGML_TYPE_MXFP4: return kernel_for<repacked<format_mxfp4, block_mxfp4x4, 4, 4>, block_q8_0>();
+                default: return {};
             }
     }
     return {};
@@ -374,37 +389,37 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;
-    const int64_t n_expert = src0->ne[2]; // without ids: matrices side by side, each with its own tokens
-    const int64_t n_out    = src0->ne[1];
-    const int64_t n_slots  = ids ? ids->ne[0]*ids->ne[1] : src1->ne[1]*src1->ne[2];
-    const int ith = params->ith;
-    const int nth = params->nth;
+    const int64_t n_expert   = src0->ne[2]; // without ids: matrices side by side, each with its own tokens
+    const int64_t n_out      = src0->ne[1];
+    const int64_t n_slots    = ids ? ids->ne[0] * ids->ne[1] : src1->ne[1] * src1->ne[2];
+    const int ith            = params->ith;
+    const int nth            = params->nth;
 
-    const kernel run = find_kernel(src0->type, n_rows_together, step);
+    const kernel run     = find_kernel(src0->type, n_rows_together, step);
     const int min_tokens = run.multiply_rows_by_one ? 1 : MIN_TOKENS[n_rows_together == 0];
-    if (!run.gather || params->use_ref || n_slots < min_tokens*std::min(n_expert, n_slots) ||
-            src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
-            src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
+    if (!run.gather || params->use_ref || n_slots < min_tokens * std::min(n_expert, n_slots) ||
+        src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
+        src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
         return false;
     }
 
     // llama.cpp sizes wdata for its own path: src1 quantised, and for experts at least 8 bytes for each and each of its tokens
     const ggml_type x_type = ggml_get_type_traits_cpu(src0->type)->vec_dot_type;
-    const size_t    x_size = ggml_row_size(x_type, src1->ne[0]);
-    const int64_t   n_rows = src1->ne[1]*src1->ne[2];
-    char * x     = (char *) params->wdata;
-    auto * slots = (int32_t *) (x + GGML_PAD(n_rows*x_size, sizeof(int64_t))); // [n_slots], expert by expert
-    auto * first = slots + n_slots;                                            // [n_expert + 1]: of each expert's slots
-    auto * slabs = first + n_expert + 1;                                       // [1 + n_expert + n_slots/SLAB]: how many,
-    auto * owner = slabs + 1 + n_expert + n_slots/SLAB;                        //   and where they begin; whose they are
-    char * end   = ids ? (char *) (owner + n_expert + n_slots/SLAB) : x + n_rows*x_size;
+    const size_t x_size    = ggml_row_size(x_type, src1->ne[0]);
+    const int64_t n_rows   = src1->ne[1] * src1->ne[2];
+    char * x               = (char *) params->wdata;
+    auto * slots           = (int32_t *) (x + GGML_PAD(n_rows * x_size, sizeof(int64_t))); // [n_slots], expert by expert
+    auto * first           = slots + n_slots;                                              // [n_expert + 1]: of each expert's slots
+    auto * slabs           = first + n_expert + 1;                                         // [1 + n_expert + n_slots/SLAB]: how many,
+    auto * owner           = slabs + 1 + n_expert + n_slots / SLAB;                        //   and where they begin; whose they are
+    char * end             = ids ? (char *) (owner + n_expert + n_slots / SLAB) : x + n_rows * x_size;
     if (params->wsize < (size_t) (end - x)) {
         return false;
     }
 
     const int64_t n_used = ids ? ids->ne[0] : 1;
-    const auto id_of = [&](int64_t slot) {
-        return *(const int32_t *) ((const char *) ids->data + slot/n_used*ids->nb[1] + slot % n_used*ids->nb[0]);
+    const auto id_of     = [&](int64_t slot) {
+        return *(const int32_t *) ((const char *) ids->data + slot / n_used * ids->nb[1] + slot % n_used * ids->nb[0]);
     };
 
     const auto quantise = ggml_get_type_traits_cpu(x_type)->from_float;
@@ -412,8 +427,8 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
         if (ids && n_rows == n_slots && id_of(r) < 0) {
             continue;
         }
-        const char * row = (const char *) src1->data + r % src1->ne[1]*src1->nb[1] + r/src1->ne[1]*src1->nb[2];
-        quantise((const float *) row, x + r*x_size, src1->ne[0]);
+        const char * row = (const char *) src1->data + r % src1->ne[1] * src1->nb[1] + r / src1->ne[1] * src1->nb[2];
+        quantise((const float *) row, x + r * x_size, src1->ne[0]);
     }
     if (ids) {
         allocmoe_zero_skipped_rows(ids, dst, ith, nth);
@@ -453,20 +468,20 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
 
     // Threads take parts of slabs in turns: few enough that gathering the activations is not repeated much, and enough that
     // nobody waits long for the last one.
-    const int64_t n_dense   = (src1->ne[1] + SLAB - 1)/SLAB; // slabs of a matrix
-    const int64_t n_slabs   = ids ? slabs[0] : n_expert*n_dense;
-    const int64_t n_parts   = std::max<int64_t>(1, std::min(std::max<int64_t>(2, 4*nth/std::max<int64_t>(n_slabs, 1)), n_out/64));
-    const int64_t part_rows = GGML_PAD((n_out + n_parts - 1)/n_parts, ROWS);
+    const int64_t n_dense   = (src1->ne[1] + SLAB - 1) / SLAB; // slabs of a matrix
+    const int64_t n_slabs   = ids ? slabs[0] : n_expert * n_dense;
+    const int64_t n_parts   = std::max<int64_t>(1, std::min(std::max<int64_t>(2, 4 * nth / std::max<int64_t>(n_slabs, 1)), n_out / 64));
+    const int64_t part_rows = GGML_PAD((n_out + n_parts - 1) / n_parts, ROWS);
 
     thread_local workspace ws;
-    const job job = { src0, src1, dst, n_used, dst->nb[ids ? 2 : 1], ids ? slots : nullptr, x, x_size };
+    const job job    = { src0, src1, dst, n_used, dst->nb[ids ? 2 : 1], ids ? slots : nullptr, x, x_size };
     int64_t gathered = -1;
-    for (int64_t part = ith; part < n_slabs*n_parts; part = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t slab  = part/n_parts;
-        const int64_t e     = ids ? owner[slab] : slab/n_dense;
-        const int64_t begin = ids ? slabs[1 + slab] : e*src1->ne[1] + slab % n_dense*SLAB;
-        const int     n     = std::min<int64_t>(SLAB, (ids ? first[e + 1] : (e + 1)*src1->ne[1]) - begin);
-        const int64_t row0  = part % n_parts*part_rows;
+    for (int64_t part = ith; part < n_slabs * n_parts; part = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t slab  = part / n_parts;
+        const int64_t e     = ids ? owner[slab] : slab / n_dense;
+        const int64_t begin = ids ? slabs[1 + slab] : e * src1->ne[1] + slab % n_dense * SLAB;
+        const int n         = std::min<int64_t>(SLAB, (ids ? first[e + 1] : (e + 1) * src1->ne[1]) - begin);
+        const int64_t row0  = part % n_parts * part_rows;
         const int64_t row1  = std::min(row0 + part_rows, n_out);
         if (row0 >= row1) {
             continue;
@@ -476,7 +491,7 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
             gathered = slab;
         }
         const auto multiply = n == 1 && run.multiply_rows_by_one ? run.multiply_rows_by_one : run.multiply_rows;
-        multiply(job, (const char *) src0->data + e*src0->nb[2], row0, row1, begin, n, ws);
+        multiply(job, (const char *) src0->data + e * src0->nb[2], row0, row1, begin, n, ws);
     }
     return true;
 #else

@@ -36,15 +36,15 @@ constexpr int SIGNED_BIAS = 0;
 #endif
 
 struct panel {
-    alignas(64) uint8_t q[CHUNK*ROWS];           // [CHUNK/4][ROWS][4]
-    alignas(64) float   scales[2*CHUNK/16*ROWS]; // [sub-block][ROWS] of d, then the same of m
+    alignas(64) uint8_t q[CHUNK * ROWS];             // [CHUNK/4][ROWS][4]
+    alignas(64) float scales[2 * CHUNK / 16 * ROWS]; // [sub-block][ROWS] of d, then the same of m
 };
 
 // The activations of some tokens, n of them, sub-block by sub-block.
 struct tile {
-    const int8_t  * q;    // [sub-block][n][SUB]
-    const float   * d;    // [sub-block][n]
-    const float   * sum;  // [sub-block][n]: d times the sum of q, for m
+    const int8_t * q;     // [sub-block][n][SUB]
+    const float * d;      // [sub-block][n]
+    const float * sum;    // [sub-block][n]: d times the sum of q, for m
     const int32_t * init; // [sub-block][n]: -offset times the sum of q
 };
 
@@ -55,12 +55,13 @@ struct tile {
 // 32 codes, in registers: what is written to memory in pieces cannot be read back as a whole without waiting
 #if defined(__AVX2__)
 using codes_32 = __m256i;
-inline codes_32 load_32(const void * in)            { return _mm256_loadu_si256((const __m256i *) in); }
-inline void     store_32(codes_32 x, void * out)    { _mm256_storeu_si256((__m256i *) out, x); }
-inline codes_32 either(codes_32 a, codes_32 b)      { return _mm256_or_si256(a, b); }
-inline codes_32 flip(codes_32 a, uint8_t mask)      { return _mm256_xor_si256(a, _mm256_set1_epi8(mask)); }
+inline codes_32 load_32(const void * in) { return _mm256_loadu_si256((const __m256i *) in); }
+inline void store_32(codes_32 x, void * out) { _mm256_storeu_si256((__m256i *) out, x); }
+inline codes_32 either(codes_32 a, codes_32 b) { return _mm256_or_si256(a, b); }
+inline codes_32 flip(codes_32 a, uint8_t mask) { return _mm256_xor_si256(a, _mm256_set1_epi8(mask)); }
 // ((x >> shift) & mask) << up; shifting 16 bits at once is safe: the mask leaves nothing that came from the other byte
-template <int shift, int mask, int up> inline codes_32 bits(codes_32 x) {
+template <int shift, int mask, int up>
+inline codes_32 bits(codes_32 x) {
     x = shift > up ? _mm256_srli_epi16(x, shift > up ? shift - up : 0) : _mm256_slli_epi16(x, shift > up ? 0 : up - shift);
     return _mm256_and_si256(x, _mm256_set1_epi8((char) (mask << up)));
 }
@@ -82,19 +83,31 @@ inline codes_32 fifth_bits(const uint8_t * in) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(x, bit), _mm256_set1_epi8(16));
 }
 #else
-struct codes_32 { uint8_t of[32]; };
-template <typename F> inline codes_32 each(F f) {
+struct codes_32 {
+    uint8_t of[32];
+};
+template <typename F>
+inline codes_32 each(F f) {
     codes_32 y;
     for (int i = 0; i < 32; ++i) {
         y.of[i] = f(i);
     }
     return y;
 }
-inline codes_32 load_32(const void * in)            { codes_32 x; memcpy(x.of, in, 32); return x; }
-inline void     store_32(codes_32 x, void * out)    { memcpy(out, x.of, 32); }
-inline codes_32 either(codes_32 a, codes_32 b)      { return each([&](int i) { return a.of[i] | b.of[i]; }); }
-inline codes_32 flip(codes_32 a, uint8_t mask)      { return each([&](int i) { return a.of[i] ^ mask; }); }
-template <int shift, int mask, int up> inline codes_32 bits(codes_32 x) {
+inline codes_32 load_32(const void * in) {
+    codes_32 x;
+    memcpy(x.of, in, 32);
+    return x;
+}
+inline void store_32(codes_32 x, void * out) { memcpy(out, x.of, 32); }
+inline codes_32 either(codes_32 a, codes_32 b) {
+    return each([&](int i) { return a.of[i] | b.of[i]; });
+}
+inline codes_32 flip(codes_32 a, uint8_t mask) {
+    return each([&](int i) { return a.of[i] ^ mask; });
+}
+template <int shift, int mask, int up>
+inline codes_32 bits(codes_32 x) {
     return each([&](int i) { return ((x.of[i] >> shift) & mask) << up; });
 }
 inline codes_32 nibbles(const uint8_t * in) {
@@ -103,7 +116,7 @@ inline codes_32 nibbles(const uint8_t * in) {
 inline codes_32 look_up(const uint8_t * table, codes_32 x) {
 #if defined(__ARM_NEON) && defined(__aarch64__)
     codes_32 y;
-    vst1q_u8(y.of,      vqtbl1q_u8(vld1q_u8(table), vld1q_u8(x.of)));
+    vst1q_u8(y.of, vqtbl1q_u8(vld1q_u8(table), vld1q_u8(x.of)));
     vst1q_u8(y.of + 16, vqtbl1q_u8(vld1q_u8(table), vld1q_u8(x.of + 16)));
     return y;
 #else
@@ -111,7 +124,7 @@ inline codes_32 look_up(const uint8_t * table, codes_32 x) {
 #endif
 }
 inline codes_32 fifth_bits(const uint8_t * in) {
-    return each([&](int i) { return ((in[i/8] >> (i % 8)) & 1) << 4; });
+    return each([&](int i) { return ((in[i / 8] >> (i % 8)) & 1) << 4; });
 }
 #endif
 
@@ -122,7 +135,7 @@ inline void scale_16(const uint8_t * in, float a, float b, float * out) {
     _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) in))), factors));
 #else
     for (int i = 0; i < 16; ++i) {
-        out[i] = in[i]*(i < 8 ? a : b);
+        out[i] = in[i] * (i < 8 ? a : b);
     }
 #endif
 }
@@ -133,7 +146,7 @@ struct scales_k4 {
     explicit scales_k4(const uint8_t * packed) {
         uint32_t u[3];
         memcpy(u, packed, 12);
-        const uint32_t s1 = (u[2]        & 0x0f0f0f0f) | (((u[0] >> 6) & 0x03030303) << 4);
+        const uint32_t s1 = (u[2] & 0x0f0f0f0f) | (((u[0] >> 6) & 0x03030303) << 4);
         const uint32_t m1 = ((u[2] >> 4) & 0x0f0f0f0f) | (((u[1] >> 6) & 0x03030303) << 4);
 #if defined(__AVX2__)
         // in one piece: what is read in one piece afterwards
@@ -146,30 +159,31 @@ struct scales_k4 {
 };
 
 // n bytes of each of 16 rows, `stride` bytes apart, to [n/4][ROWS][4]. Reads and writes up to the next 64 bytes.
-template <int STRIDE> inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
+template <int STRIDE>
+inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
 #if defined(__AVX512F__)
     for (int c = 0; c < n; c += 64) {
         __m512i a[16], b[16];
         for (int r = 0; r < 16; ++r) {
-            a[r] = _mm512_load_si512(codes + r*STRIDE + c);
+            a[r] = _mm512_load_si512(codes + r * STRIDE + c);
         }
         for (int r = 0; r < 16; r += 2) {
             b[r]     = _mm512_unpacklo_epi32(a[r], a[r + 1]);
             b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
         }
         for (int r = 0; r < 16; r += 4) {
-            a[r]     = _mm512_unpacklo_epi64(b[r],     b[r + 2]);
-            a[r + 1] = _mm512_unpackhi_epi64(b[r],     b[r + 2]);
+            a[r]     = _mm512_unpacklo_epi64(b[r], b[r + 2]);
+            a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
             a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
             a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
         }
         for (int i = 0; i < 4; ++i) {
-            const __m512i lo0 = _mm512_shuffle_i32x4(a[i],     a[i + 4],  0x88);
-            const __m512i hi0 = _mm512_shuffle_i32x4(a[i],     a[i + 4],  0xdd);
+            const __m512i lo0 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+            const __m512i hi0 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
             const __m512i lo1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
             const __m512i hi1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-            uint8_t * out = q + c*ROWS + i*64;
-            _mm512_store_si512(out,       _mm512_shuffle_i32x4(lo0, lo1, 0x88));
+            uint8_t * out     = q + c * ROWS + i * 64;
+            _mm512_store_si512(out, _mm512_shuffle_i32x4(lo0, lo1, 0x88));
             _mm512_store_si512(out + 256, _mm512_shuffle_i32x4(hi0, hi1, 0x88));
             _mm512_store_si512(out + 512, _mm512_shuffle_i32x4(lo0, lo1, 0xdd));
             _mm512_store_si512(out + 768, _mm512_shuffle_i32x4(hi0, hi1, 0xdd));
@@ -180,21 +194,21 @@ template <int STRIDE> inline void interleave(const uint8_t * codes, int n, uint8
         for (int r0 = 0; r0 < 16; r0 += 8) {
             __m256i a[8], b[8];
             for (int r = 0; r < 8; ++r) {
-                a[r] = _mm256_load_si256((const __m256i *) (codes + (r0 + r)*STRIDE + c));
+                a[r] = _mm256_load_si256((const __m256i *) (codes + (r0 + r) * STRIDE + c));
             }
             for (int r = 0; r < 8; r += 2) {
                 b[r]     = _mm256_unpacklo_epi32(a[r], a[r + 1]);
                 b[r + 1] = _mm256_unpackhi_epi32(a[r], a[r + 1]);
             }
             for (int r = 0; r < 8; r += 4) {
-                a[r]     = _mm256_unpacklo_epi64(b[r],     b[r + 2]);
-                a[r + 1] = _mm256_unpackhi_epi64(b[r],     b[r + 2]);
+                a[r]     = _mm256_unpacklo_epi64(b[r], b[r + 2]);
+                a[r + 1] = _mm256_unpackhi_epi64(b[r], b[r + 2]);
                 a[r + 2] = _mm256_unpacklo_epi64(b[r + 1], b[r + 3]);
                 a[r + 3] = _mm256_unpackhi_epi64(b[r + 1], b[r + 3]);
             }
             for (int i = 0; i < 4; ++i) {
-                uint8_t * out = q + c*ROWS + i*64 + r0*4;
-                _mm256_store_si256((__m256i *) out,         _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+                uint8_t * out = q + c * ROWS + i * 64 + r0 * 4;
+                _mm256_store_si256((__m256i *) out, _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
                 _mm256_store_si256((__m256i *) (out + 256), _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
             }
         }
@@ -202,15 +216,15 @@ template <int STRIDE> inline void interleave(const uint8_t * codes, int n, uint8
 #elif defined(__ARM_NEON) && defined(__aarch64__)
     for (int c = 0; c < n; c += 16) {
         for (int r = 0; r < 16; r += 4) {
-            const uint32x4_t a0 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 0)*STRIDE + c));
-            const uint32x4_t a1 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 1)*STRIDE + c));
-            const uint32x4_t a2 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 2)*STRIDE + c));
-            const uint32x4_t a3 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 3)*STRIDE + c));
+            const uint32x4_t a0 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 0) * STRIDE + c));
+            const uint32x4_t a1 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 1) * STRIDE + c));
+            const uint32x4_t a2 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 2) * STRIDE + c));
+            const uint32x4_t a3 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 3) * STRIDE + c));
             const uint64x2_t b0 = vreinterpretq_u64_u32(vtrn1q_u32(a0, a1)), b1 = vreinterpretq_u64_u32(vtrn2q_u32(a0, a1));
             const uint64x2_t b2 = vreinterpretq_u64_u32(vtrn1q_u32(a2, a3)), b3 = vreinterpretq_u64_u32(vtrn2q_u32(a2, a3));
-            uint8_t * out = q + c*ROWS + r*4;
-            vst1q_u8(out,       vreinterpretq_u8_u64(vtrn1q_u64(b0, b2)));
-            vst1q_u8(out + 64,  vreinterpretq_u8_u64(vtrn1q_u64(b1, b3)));
+            uint8_t * out = q + c * ROWS + r * 4;
+            vst1q_u8(out, vreinterpretq_u8_u64(vtrn1q_u64(b0, b2)));
+            vst1q_u8(out + 64, vreinterpretq_u8_u64(vtrn1q_u64(b1, b3)));
             vst1q_u8(out + 128, vreinterpretq_u8_u64(vtrn2q_u64(b0, b2)));
             vst1q_u8(out + 192, vreinterpretq_u8_u64(vtrn2q_u64(b1, b3)));
         }
@@ -218,7 +232,7 @@ template <int STRIDE> inline void interleave(const uint8_t * codes, int n, uint8
 #else
     for (int c = 0; c < n; c += 4) {
         for (int r = 0; r < ROWS; ++r) {
-            memcpy(q + c*ROWS + r*4, codes + r*STRIDE + c, 4);
+            memcpy(q + c * ROWS + r * 4, codes + r * STRIDE + c, 4);
         }
     }
 #endif
@@ -229,51 +243,57 @@ template <int STRIDE> inline void interleave(const uint8_t * codes, int n, uint8
 //
 
 struct format_k { // super-blocks of 256
-    static constexpr int  BLOCK  = QK_K;
+    static constexpr int BLOCK   = QK_K;
     static constexpr bool SIGNED = false;
 };
 
 struct format_32 {
-    static constexpr int  BLOCK  = 32;
-    static constexpr int  SUB    = 32;
+    static constexpr int BLOCK   = 32;
+    static constexpr int SUB     = 32;
     static constexpr bool SIGNED = false;
 };
 
-template <typename B> inline float scale_of(const B & b) { return GGML_CPU_FP16_TO_FP32(b.d); }
-template <typename B> inline float scale_in_pair(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d); }
+template <typename B>
+inline float scale_of(const B & b) { return GGML_CPU_FP16_TO_FP32(b.d); }
+template <typename B>
+inline float scale_in_pair(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d); }
 inline float scale_of(const block_mxfp4 & b) { return GGML_CPU_E8M0_TO_FP32_HALF(b.e); }
-inline float scale_of(const block_q8_1  & b) { return scale_in_pair(b); }
-inline float scale_of(const block_q4_1  & b) { return scale_in_pair(b); }
-inline float scale_of(const block_q5_1  & b) { return scale_in_pair(b); }
-inline float scale_of(const block_q2_K  & b) { return scale_in_pair(b); }
-inline float scale_of(const block_q4_K  & b) { return scale_in_pair(b); }
-inline float scale_of(const block_q5_K  & b) { return scale_in_pair(b); }
-template <typename B> inline float min_of  (const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.m); }
-template <typename B> inline float min_of_k(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin); }
+inline float scale_of(const block_q8_1 & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q4_1 & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q5_1 & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q2_K & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q4_K & b) { return scale_in_pair(b); }
+inline float scale_of(const block_q5_K & b) { return scale_in_pair(b); }
+template <typename B>
+inline float min_of(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.m); }
+template <typename B>
+inline float min_of_k(const B & b) { return GGML_CPU_FP16_TO_FP32(b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin); }
 
-template <typename B> struct format_with_scales_k4 : format_k {
-    using block = B;
-    static constexpr int  SUB    = 32;
-    static constexpr bool MIN    = true;
-    static constexpr int  OFFSET = 0;
+template <typename B>
+struct format_with_scales_k4 : format_k {
+    using block                 = B;
+    static constexpr int SUB    = 32;
+    static constexpr bool MIN   = true;
+    static constexpr int OFFSET = 0;
     static void scales(const B & b, float * out) { scale_16(scales_k4(b.scales).of, scale_of(b), -min_of_k(b), out); }
 };
 
 struct format_q4_K : format_with_scales_k4<block_q4_K> {
     static void codes(const block & b, uint8_t * q) {
         for (int j = 0; j < 4; ++j) {
-            const codes_32 x = load_32(b.qs + 32*j);
-            store_32(bits<0, 15, 0>(x), q + 64*j);
-            store_32(bits<4, 15, 0>(x), q + 64*j + 32);
+            const codes_32 x = load_32(b.qs + 32 * j);
+            store_32(bits<0, 15, 0>(x), q + 64 * j);
+            store_32(bits<4, 15, 0>(x), q + 64 * j + 32);
         }
     }
 };
 
 struct format_q5_K : format_with_scales_k4<block_q5_K> {
-    template <int J> static void codes_64(const block & b, codes_32 high, uint8_t * q) {
-        const codes_32 x = load_32(b.qs + 32*J);
-        store_32(either(bits<0, 15, 0>(x), bits<2*J,     1, 4>(high)), q + 64*J);
-        store_32(either(bits<4, 15, 0>(x), bits<2*J + 1, 1, 4>(high)), q + 64*J + 32);
+    template <int J>
+    static void codes_64(const block & b, codes_32 high, uint8_t * q) {
+        const codes_32 x = load_32(b.qs + 32 * J);
+        store_32(either(bits<0, 15, 0>(x), bits<2 * J, 1, 4>(high)), q + 64 * J);
+        store_32(either(bits<4, 15, 0>(x), bits<2 * J + 1, 1, 4>(high)), q + 64 * J + 32);
     }
     static void codes(const block & b, uint8_t * q) {
         const codes_32 high = load_32(b.qh);
@@ -285,38 +305,39 @@ struct format_q5_K : format_with_scales_k4<block_q5_K> {
 };
 
 struct format_q6_K : format_k {
-    using block = block_q6_K;
-    static constexpr int  SUB    = 16;
-    static constexpr bool MIN    = false;
-    static constexpr int  OFFSET = 32;
+    using block                 = block_q6_K;
+    static constexpr int SUB    = 16;
+    static constexpr bool MIN   = false;
+    static constexpr int OFFSET = 32;
     static void codes(const block & b, uint8_t * q) {
         for (int h = 0; h < 2; ++h) {
-            const codes_32 x0 = load_32(b.ql + 64*h), x1 = load_32(b.ql + 64*h + 32), high = load_32(b.qh + 32*h);
-            store_32(either(bits<0, 15, 0>(x0), bits<0, 3, 4>(high)), q + 128*h);
-            store_32(either(bits<0, 15, 0>(x1), bits<2, 3, 4>(high)), q + 128*h + 32);
-            store_32(either(bits<4, 15, 0>(x0), bits<4, 3, 4>(high)), q + 128*h + 64);
-            store_32(either(bits<4, 15, 0>(x1), bits<6, 3, 4>(high)), q + 128*h + 96);
+            const codes_32 x0 = load_32(b.ql + 64 * h), x1 = load_32(b.ql + 64 * h + 32), high = load_32(b.qh + 32 * h);
+            store_32(either(bits<0, 15, 0>(x0), bits<0, 3, 4>(high)), q + 128 * h);
+            store_32(either(bits<0, 15, 0>(x1), bits<2, 3, 4>(high)), q + 128 * h + 32);
+            store_32(either(bits<4, 15, 0>(x0), bits<4, 3, 4>(high)), q + 128 * h + 64);
+            store_32(either(bits<4, 15, 0>(x1), bits<6, 3, 4>(high)), q + 128 * h + 96);
         }
     }
     static void scales(const block & b, float * out) {
         const float d = scale_of(b);
         for (int i = 0; i < 16; ++i) {
-            out[i] = d*b.scales[i];
+            out[i] = d * b.scales[i];
         }
     }
 };
 
 struct format_q3_K : format_k {
-    using block = block_q3_K;
-    static constexpr int  SUB    = 16;
-    static constexpr bool MIN    = false;
-    static constexpr int  OFFSET = 4;
-    template <int H> static void codes_128(const block & b, codes_32 high, uint8_t * q) {
-        const codes_32 x = load_32(b.qs + 32*H);
-        store_32(either(bits<0, 3, 0>(x), bits<4*H,     1, 2>(high)), q + 128*H);
-        store_32(either(bits<2, 3, 0>(x), bits<4*H + 1, 1, 2>(high)), q + 128*H + 32);
-        store_32(either(bits<4, 3, 0>(x), bits<4*H + 2, 1, 2>(high)), q + 128*H + 64);
-        store_32(either(bits<6, 3, 0>(x), bits<4*H + 3, 1, 2>(high)), q + 128*H + 96);
+    using block                 = block_q3_K;
+    static constexpr int SUB    = 16;
+    static constexpr bool MIN   = false;
+    static constexpr int OFFSET = 4;
+    template <int H>
+    static void codes_128(const block & b, codes_32 high, uint8_t * q) {
+        const codes_32 x = load_32(b.qs + 32 * H);
+        store_32(either(bits<0, 3, 0>(x), bits<4 * H, 1, 2>(high)), q + 128 * H);
+        store_32(either(bits<2, 3, 0>(x), bits<4 * H + 1, 1, 2>(high)), q + 128 * H + 32);
+        store_32(either(bits<4, 3, 0>(x), bits<4 * H + 2, 1, 2>(high)), q + 128 * H + 64);
+        store_32(either(bits<6, 3, 0>(x), bits<4 * H + 3, 1, 2>(high)), q + 128 * H + 96);
     }
     static void codes(const block & b, uint8_t * q) {
         const codes_32 high = load_32(b.hmask);
@@ -327,57 +348,61 @@ struct format_q3_K : format_k {
         const float d = scale_of(b);
         for (int i = 0; i < 16; ++i) {
             const int low  = i < 8 ? b.scales[i] & 15 : b.scales[i - 8] >> 4;
-            const int high = (b.scales[8 + i % 4] >> (2*(i/4))) & 3;
-            out[i] = d*((low | (high << 4)) - 32);
+            const int high = (b.scales[8 + i % 4] >> (2 * (i / 4))) & 3;
+            out[i]         = d * ((low | (high << 4)) - 32);
         }
     }
 };
 
 struct format_q2_K : format_k {
-    using block = block_q2_K;
-    static constexpr int  SUB    = 16;
-    static constexpr bool MIN    = true;
-    static constexpr int  OFFSET = 0;
+    using block                 = block_q2_K;
+    static constexpr int SUB    = 16;
+    static constexpr bool MIN   = true;
+    static constexpr int OFFSET = 0;
     static void codes(const block & b, uint8_t * q) {
         for (int h = 0; h < 2; ++h) {
-            const codes_32 x = load_32(b.qs + 32*h);
-            store_32(bits<0, 3, 0>(x), q + 128*h);
-            store_32(bits<2, 3, 0>(x), q + 128*h + 32);
-            store_32(bits<4, 3, 0>(x), q + 128*h + 64);
-            store_32(bits<6, 3, 0>(x), q + 128*h + 96);
+            const codes_32 x = load_32(b.qs + 32 * h);
+            store_32(bits<0, 3, 0>(x), q + 128 * h);
+            store_32(bits<2, 3, 0>(x), q + 128 * h + 32);
+            store_32(bits<4, 3, 0>(x), q + 128 * h + 64);
+            store_32(bits<6, 3, 0>(x), q + 128 * h + 96);
         }
     }
     static void scales(const block & b, float * out) {
         const float d = scale_of(b), m = -min_of_k(b);
         alignas(32) uint8_t both[32];
         store_32(nibbles(b.scales), both);
-        scale_16(both,      d, d, out);
+        scale_16(both, d, d, out);
         scale_16(both + 16, m, m, out + 16);
     }
 };
 
-template <typename B> struct format_nibbles : format_32 {
+template <typename B>
+struct format_nibbles : format_32 {
     using block = B;
     static void codes(const block & b, uint8_t * q) { store_32(nibbles(b.qs), q); }
 };
 
-template <typename B> struct format_five_bits : format_nibbles<B> {
+template <typename B>
+struct format_five_bits : format_nibbles<B> {
     static void codes(const B & b, uint8_t * q) {
         store_32(either(nibbles(b.qs), fifth_bits(b.qh)), q);
     }
 };
 
-template <typename F> struct with_scale : F {
+template <typename F>
+struct with_scale : F {
     static constexpr bool MIN = false;
     static void scales(const typename F::block & b, float * out) { *out = scale_of(b); }
 };
 
-template <typename F> struct with_scale_and_min : F {
-    static constexpr bool MIN    = true;
-    static constexpr int  OFFSET = 0;
+template <typename F>
+struct with_scale_and_min : F {
+    static constexpr bool MIN   = true;
+    static constexpr int OFFSET = 0;
     static void scales(const typename F::block & b, float * out) {
-        out[0]            = scale_of(b);
-        out[CHUNK/F::SUB] = min_of(b);
+        out[0]              = scale_of(b);
+        out[CHUNK / F::SUB] = min_of(b);
     }
 };
 
@@ -393,9 +418,9 @@ using format_q4_1 = with_scale_and_min<format_nibbles<block_q4_1>>;
 using format_q5_1 = with_scale_and_min<format_five_bits<block_q5_1>>;
 
 struct codes_q8_0 : format_32 {
-    using block = block_q8_0;
+    using block                  = block_q8_0;
     static constexpr bool SIGNED = true;
-    static constexpr int  OFFSET = SIGNED_BIAS;
+    static constexpr int OFFSET  = SIGNED_BIAS;
     static void codes(const block & b, uint8_t * q) {
         store_32(flip(load_32(b.qs), SIGNED_BIAS), q);
     }
@@ -413,11 +438,11 @@ struct value_table {
 };
 
 static const value_table values_iq4_nl(kvalues_iq4nl, SIGNED_BIAS);
-static const value_table values_mxfp4 (kvalues_mxfp4, 12);
+static const value_table values_mxfp4(kvalues_mxfp4, 12);
 
 struct format_iq4_nl : with_scale<format_nibbles<block_iq4_nl>> {
     static constexpr bool SIGNED = true;
-    static constexpr int  OFFSET = SIGNED_BIAS;
+    static constexpr int OFFSET  = SIGNED_BIAS;
     static void codes(const block & b, uint8_t * q) {
         store_32(look_up(values_iq4_nl.values, nibbles(b.qs)), q);
     }
@@ -431,21 +456,21 @@ struct format_mxfp4 : with_scale<format_nibbles<block_mxfp4>> {
 };
 
 struct format_iq4_xs : format_k {
-    using block = block_iq4_xs;
-    static constexpr int  SUB    = 32;
+    using block                  = block_iq4_xs;
+    static constexpr int SUB     = 32;
     static constexpr bool MIN    = false;
     static constexpr bool SIGNED = true;
-    static constexpr int  OFFSET = SIGNED_BIAS;
+    static constexpr int OFFSET  = SIGNED_BIAS;
     static void codes(const block & b, uint8_t * q) {
         for (int i = 0; i < 8; ++i) {
-            store_32(look_up(values_iq4_nl.values, nibbles(b.qs + 16*i)), q + 32*i);
+            store_32(look_up(values_iq4_nl.values, nibbles(b.qs + 16 * i)), q + 32 * i);
         }
     }
     static void scales(const block & b, float * out) {
         const float d = scale_of(b);
         for (int i = 0; i < 8; ++i) {
-            const int s = ((b.scales_l[i/2] >> 4*(i % 2)) & 15) | (((b.scales_h >> 2*i) & 3) << 4);
-            out[i] = d*(s - 32);
+            const int s = ((b.scales_l[i / 2] >> 4 * (i % 2)) & 15) | (((b.scales_h >> 2 * i) & 3) << 4);
+            out[i]      = d * (s - 32);
         }
     }
 };
@@ -456,28 +481,30 @@ struct format_iq4_xs : format_k {
 //
 
 // Codes and scales of 16 rows, one after the other, before they are interleaved.
-template <typename F> struct unpacked {
-    static constexpr int N_SCALES = (F::MIN ? 2 : 1)*CHUNK/F::SUB;
-    alignas(64) uint8_t codes [ROWS][CHUNK];
-    alignas(64) float   scales[ROWS][32];
+template <typename F>
+struct unpacked {
+    static constexpr int N_SCALES = (F::MIN ? 2 : 1) * CHUNK / F::SUB;
+    alignas(64) uint8_t codes[ROWS][CHUNK];
+    alignas(64) float scales[ROWS][32];
 
     void add(int row, int block, const typename F::block & b) {
-        F::codes (b, codes[row] + block*F::BLOCK);
+        F::codes(b, codes[row] + block * F::BLOCK);
         F::scales(b, scales[row] + block);
     }
 
     void finish(int n, panel & p) const {
         interleave<CHUNK>(codes[0], n, p.q);
-        interleave<32*sizeof(float)>((const uint8_t *) scales[0], N_SCALES*sizeof(float), (uint8_t *) p.scales);
+        interleave<32 * sizeof(float)>((const uint8_t *) scales[0], N_SCALES * sizeof(float), (uint8_t *) p.scales);
     }
 };
 
-template <typename F> struct plain : F {
+template <typename F>
+struct plain : F {
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
         unpacked<F> u;
         for (int r = 0; r < n_rows; ++r) {
-            const auto * block = (const typename F::block *) (rows + r*row_size) + k0/F::BLOCK;
-            for (int i = 0; i < n/F::BLOCK; ++i) {
+            const auto * block = (const typename F::block *) (rows + r * row_size) + k0 / F::BLOCK;
+            for (int i = 0; i < n / F::BLOCK; ++i) {
                 u.add(r, i, block[i]);
             }
         }
@@ -486,14 +513,16 @@ template <typename F> struct plain : F {
 };
 
 // llama.cpp's repacked layouts hold the blocks of N rows together, their codes taking turns, STEP bytes at a time
-template <int N, int STEP> inline void take_turns(const void * from, int row, size_t n, void * out) {
+template <int N, int STEP>
+inline void take_turns(const void * from, int row, size_t n, void * out) {
     for (size_t i = 0; i < n; i += STEP) {
-        memcpy((uint8_t *) out + i, (const uint8_t *) from + i*N + row*STEP, STEP);
+        memcpy((uint8_t *) out + i, (const uint8_t *) from + i * N + row * STEP, STEP);
     }
 }
 
 // one row's block of a repacked one, as it was before
-template <int N, int STEP, typename X> inline void take_block(const X & x, int row, block_q4_0 & b) {
+template <int N, int STEP, typename X>
+inline void take_block(const X & x, int row, block_q4_0 & b) {
     b.d = x.d[row];
     take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
     for (auto & q : b.qs) {
@@ -501,29 +530,33 @@ template <int N, int STEP, typename X> inline void take_block(const X & x, int r
     }
 }
 
-template <int N, int STEP, typename X> inline void take_block(const X & x, int row, block_mxfp4 & b) {
+template <int N, int STEP, typename X>
+inline void take_block(const X & x, int row, block_mxfp4 & b) {
     b.e = x.e[row];
     take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
 }
 
-template <int N, int STEP, typename X> inline void take_block(const X & x, int row, block_q2_K & b) {
+template <int N, int STEP, typename X>
+inline void take_block(const X & x, int row, block_q2_K & b) {
     b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d    = x.d[row];
     b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin = x.dmin[row];
-    take_turns<N, 2>   (x.scales, row, sizeof(b.scales), b.scales);
-    take_turns<N, STEP>(x.qs,     row, sizeof(b.qs),     b.qs);
+    take_turns<N, 2>(x.scales, row, sizeof(b.scales), b.scales);
+    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
 }
 
-template <int N, int STEP, typename X, typename B> inline void take_block(const X & x, int row, B & b) {
+template <int N, int STEP, typename X, typename B>
+inline void take_block(const X & x, int row, B & b) {
     b.d = x.d[row];
     take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
 }
 
-template <typename F, typename X, int N, int STEP> struct repacked : F {
+template <typename F, typename X, int N, int STEP>
+struct repacked : F {
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
         unpacked<F> u;
         for (int r = 0; r < n_rows; ++r) {
-            const auto * x = (const X *) (rows + r/N*N*row_size) + k0/F::BLOCK;
-            for (int i = 0; i < n/F::BLOCK; ++i) {
+            const auto * x = (const X *) (rows + r / N * N * row_size) + k0 / F::BLOCK;
+            for (int i = 0; i < n / F::BLOCK; ++i) {
                 typename F::block b;
                 take_block<N, STEP>(x[i], r % N, b);
                 u.add(r, i, b);
@@ -547,32 +580,33 @@ inline void interleave_8x8(const void * rows0, const void * rows8, __m512i flipp
         __m512i high = _mm512_and_si512(_mm512_srli_epi16(_mm512_xor_si512(x[i], flipped), 4), mask);
         if (table) {
             const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table));
-            low  = _mm512_shuffle_epi8(values, low);
-            high = _mm512_shuffle_epi8(values, high);
+            low                  = _mm512_shuffle_epi8(values, low);
+            high                 = _mm512_shuffle_epi8(values, high);
         }
-        _mm512_store_si512(q      + 64*i, low);
-        _mm512_store_si512(q_high + 64*i, high);
+        _mm512_store_si512(q + 64 * i, low);
+        _mm512_store_si512(q_high + 64 * i, high);
     }
 }
 
 // the types of 32 nibbles in a block, of 8 rows
-template <typename F, typename X> struct repacked_nibbles : F {
+template <typename F, typename X>
+struct repacked_nibbles : F {
     static constexpr uint8_t FLIPPED = std::is_same<F, format_q4_0>::value ? 0x88 : 0;
     static const uint8_t * table() {
-        return std::is_same<F, format_iq4_nl>::value ? values_iq4_nl.values :
-               std::is_same<F, format_mxfp4> ::value ? values_mxfp4.values  : nullptr;
+        return std::is_same<F, format_iq4_nl>::value ? values_iq4_nl.values : std::is_same<F, format_mxfp4>::value ? values_mxfp4.values
+                                                                                                                   : nullptr;
     }
 
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
-        const auto * x0 = (const X *) rows + k0/32;
-        const auto * x1 = n_rows > 8 ? (const X *) (rows + 8*row_size) + k0/32 : x0;
+        const auto * x0       = (const X *) rows + k0 / 32;
+        const auto * x1       = n_rows > 8 ? (const X *) (rows + 8 * row_size) + k0 / 32 : x0;
         const __m512i flipped = _mm512_set1_epi8((char) FLIPPED);
-        for (int i = 0; i < n/32; ++i) {
-            write_scales(x0[i], p.scales + i*ROWS);
-            write_scales(x1[i], p.scales + i*ROWS + 8);
-            uint8_t * q = p.q + 32*i*ROWS;
-            interleave_8x8(x0[i].qs,      x1[i].qs,      flipped, table(), q,          q + 16*ROWS);
-            interleave_8x8(x0[i].qs + 64, x1[i].qs + 64, flipped, table(), q + 8*ROWS, q + 24*ROWS);
+        for (int i = 0; i < n / 32; ++i) {
+            write_scales(x0[i], p.scales + i * ROWS);
+            write_scales(x1[i], p.scales + i * ROWS + 8);
+            uint8_t * q = p.q + 32 * i * ROWS;
+            interleave_8x8(x0[i].qs, x1[i].qs, flipped, table(), q, q + 16 * ROWS);
+            interleave_8x8(x0[i].qs + 64, x1[i].qs + 64, flipped, table(), q + 8 * ROWS, q + 24 * ROWS);
         }
     }
     static void write_scales(const block_mxfp4x8 & x, float * out) {
@@ -580,34 +614,36 @@ template <typename F, typename X> struct repacked_nibbles : F {
             out[r] = GGML_CPU_E8M0_TO_FP32_HALF(x.e[r]);
         }
     }
-    template <typename Y> static void write_scales(const Y & x, float * out) {
+    template <typename Y>
+    static void write_scales(const Y & x, float * out) {
         _mm256_store_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d)));
     }
 };
 #endif
 
 // Q4_K, whose scales are those of one sub-block of eight rows together
-template <int STEP> struct repacked_q4_K : format_q4_K {
+template <int STEP>
+struct repacked_q4_K : format_q4_K {
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int, panel & p) {
         const block_q4_Kx8 * x[2];
-        x[0] = (const block_q4_Kx8 *) rows + k0/QK_K;
-        x[1] = n_rows > 8 ? (const block_q4_Kx8 *) (rows + 8*row_size) + k0/QK_K : x[0];
+        x[0] = (const block_q4_Kx8 *) rows + k0 / QK_K;
+        x[1] = n_rows > 8 ? (const block_q4_Kx8 *) (rows + 8 * row_size) + k0 / QK_K : x[0];
         alignas(64) float d[ROWS], m[ROWS];
         for (int r = 0; r < ROWS; ++r) {
-            d[r] =  GGML_CPU_FP16_TO_FP32(x[r/8]->d[r % 8]);
-            m[r] = -GGML_CPU_FP16_TO_FP32(x[r/8]->dmin[r % 8]);
+            d[r] = GGML_CPU_FP16_TO_FP32(x[r / 8]->d[r % 8]);
+            m[r] = -GGML_CPU_FP16_TO_FP32(x[r / 8]->dmin[r % 8]);
         }
         for (int i = 0; i < 8; ++i) {
-            const scales_k4 s0(x[0]->scales + 12*i), s1(x[1]->scales + 12*i);
-            float * out = p.scales + i*ROWS;
+            const scales_k4 s0(x[0]->scales + 12 * i), s1(x[1]->scales + 12 * i);
+            float * out = p.scales + i * ROWS;
 #if defined(__AVX512F__)
             const __m128i a = _mm_load_si128((const __m128i *) s0.of), b = _mm_load_si128((const __m128i *) s1.of);
-            _mm512_store_ps(out,          _mm512_mul_ps(_mm512_load_ps(d), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi64(a, b)))));
-            _mm512_store_ps(out + 8*ROWS, _mm512_mul_ps(_mm512_load_ps(m), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi64(a, b)))));
+            _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(d), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi64(a, b)))));
+            _mm512_store_ps(out + 8 * ROWS, _mm512_mul_ps(_mm512_load_ps(m), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi64(a, b)))));
 #else
             for (int r = 0; r < ROWS; ++r) {
-                out[r]          = d[r]*(r < 8 ? s0 : s1).of[r % 8];
-                out[r + 8*ROWS] = m[r]*(r < 8 ? s0 : s1).of[r % 8 + 8];
+                out[r]            = d[r] * (r < 8 ? s0 : s1).of[r % 8];
+                out[r + 8 * ROWS] = m[r] * (r < 8 ? s0 : s1).of[r % 8 + 8];
             }
 #endif
         }
@@ -615,9 +651,9 @@ template <int STEP> struct repacked_q4_K : format_q4_K {
         if (STEP == 8) {
             for (int j = 0; j < 4; ++j) {
                 for (int i = 0; i < 4; ++i) {
-                    uint8_t * q = p.q + (64*j + 8*i)*ROWS;
-                    const int at = 256*j + 64*i;
-                    interleave_8x8(x[0]->qs + at, x[1]->qs + at, _mm512_setzero_si512(), nullptr, q, q + 32*ROWS);
+                    uint8_t * q  = p.q + (64 * j + 8 * i) * ROWS;
+                    const int at = 256 * j + 64 * i;
+                    interleave_8x8(x[0]->qs + at, x[1]->qs + at, _mm512_setzero_si512(), nullptr, q, q + 32 * ROWS);
                 }
             }
             return;
@@ -626,7 +662,7 @@ template <int STEP> struct repacked_q4_K : format_q4_K {
         alignas(64) uint8_t codes[ROWS][CHUNK];
         for (int r = 0; r < n_rows; ++r) {
             block_q4_K b;
-            take_turns<8, STEP>(x[r/8]->qs, r % 8, sizeof(b.qs), b.qs);
+            take_turns<8, STEP>(x[r / 8]->qs, r % 8, sizeof(b.qs), b.qs);
             format_q4_K::codes(b, codes[r]);
         }
         interleave<CHUNK>(codes[0], CHUNK, p.q);

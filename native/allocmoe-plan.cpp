@@ -33,7 +33,7 @@ static int32_t own_expert_used_count(const llama_model & model, uint32_t il) {
         return 0;
     }
     const auto & layer = model.layers[il];
-    const bool routed = layer.ffn_gate_inp && layer.ffn_down_exps && !layer.ffn_gate_tid2eid;
+    const bool routed  = layer.ffn_gate_inp && layer.ffn_down_exps && !layer.ffn_gate_tid2eid;
     return routed ? (int32_t) model.hparams.n_expert_used(il) : 0;
 }
 
@@ -92,9 +92,9 @@ const char * allocmoe_token_rule_obstacle(int32_t token_rule, const llama_model 
             if (!tensor || !tensor->buffer) {
                 continue;
             }
-            auto            * type = ggml_backend_buffer_get_type(tensor->buffer);
+            auto * type            = ggml_backend_buffer_get_type(tensor->buffer);
             const std::string name = ggml_backend_buft_name(type);
-            const bool        cpu  = name == "CPU" || name == "CPU_Mapped" || name == "CPU_REPACK";
+            const bool cpu         = name == "CPU" || name == "CPU_Mapped" || name == "CPU_REPACK";
             if (!cpu && !allocmoe_runs_token_rules(ggml_backend_buft_get_device(type))) {
                 return "its experts are stored in a layout that cannot leave out single ones";
             }

@@ -17,11 +17,11 @@ struct allocmoe_state;
 struct allocmoe_plan {
     std::vector<int32_t> expert_used_count; // [block_count], 0: the layer is left as the model has it
 
-    int32_t            token_rule; // ALLOCMOE_RULE_*
-    int32_t            k_base;
-    int32_t            value;      // ALLOCMOE_VALUE_*
-    bool               strict;
-    std::vector<float> threshold;  // [block_count], for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE
+    int32_t token_rule; // ALLOCMOE_RULE_*
+    int32_t k_base;
+    int32_t value; // ALLOCMOE_VALUE_*
+    bool strict;
+    std::vector<float> threshold; // [block_count], for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE
 
     std::shared_ptr<const allocmoe_estimates> estimates; // for ALLOCMOE_RULE_ESTIMATE
 

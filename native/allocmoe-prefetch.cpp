@@ -25,13 +25,13 @@ static bool in_mapped_file(const ggml_tensor * tensor) {
 }
 
 // Linux cuts a request off at the disk's read-ahead, which by default is this much.
-static constexpr size_t REQUEST = 128*1024;
+static constexpr size_t REQUEST = 128 * 1024;
 
 static void ask_for(const char * data, size_t n_bytes) {
 #if defined(ALLOCMOE_MADVISE)
-    const size_t page  = sysconf(_SC_PAGESIZE);
-    const auto   begin = (uintptr_t) data/page*page;
-    const auto   end   = (uintptr_t) data + n_bytes;
+    const size_t page = sysconf(_SC_PAGESIZE);
+    const auto begin  = (uintptr_t) data / page * page;
+    const auto end    = (uintptr_t) data + n_bytes;
     for (uintptr_t at = begin; at < end; at += REQUEST) {
         // advice: where it fails, the pages are read when they are needed
         (void) posix_madvise((void *) at, std::min<size_t>(REQUEST, end - at), POSIX_MADV_WILLNEED);
@@ -51,7 +51,7 @@ int64_t allocmoe_advise_experts(const llama_model & model, bool single_pages) {
             if (!in_mapped_file(tensor)) {
                 continue;
             }
-            const auto begin = (uintptr_t) tensor->data/page*page;
+            const auto begin = (uintptr_t) tensor->data / page * page;
             const auto end   = (uintptr_t) tensor->data + ggml_nbytes(tensor);
             (void) posix_madvise((void *) begin, end - begin, single_pages ? POSIX_MADV_RANDOM : POSIX_MADV_NORMAL);
             n_bytes += ggml_nbytes(tensor);
@@ -71,7 +71,7 @@ static void compute_prefetch(ggml_tensor * dst, int ith, int nth, void * /* user
     std::bitset<LLAMA_MAX_EXPERTS> chosen;
     for (int64_t t = 0; t < ids->ne[1]; ++t) {
         for (int64_t r = 0; r < ids->ne[0]; ++r) {
-            const int32_t id = *(const int32_t *) ((const char *) ids->data + t*ids->nb[1] + r*ids->nb[0]);
+            const int32_t id = *(const int32_t *) ((const char *) ids->data + t * ids->nb[1] + r * ids->nb[0]);
             if (id >= 0) {
                 chosen[id] = true;
             }
@@ -82,7 +82,7 @@ static void compute_prefetch(ggml_tensor * dst, int ith, int nth, void * /* user
         const ggml_tensor * experts = dst->src[s];
         for (int64_t e = 0; e < experts->ne[2]; ++e) {
             if (chosen[e] && turn++ % nth == ith) {
-                ask_for((const char *) experts->data + e*experts->nb[2], experts->nb[2]);
+                ask_for((const char *) experts->data + e * experts->nb[2], experts->nb[2]);
             }
         }
     }
@@ -116,7 +116,7 @@ void allocmoe_add_prefetch(ggml_context * ctx, ggml_cgraph * gf) {
         const auto found = node->op == GGML_OP_MUL_MAT_ID ? args.find(node->src[2]) : args.end();
         if (found != args.end()) {
             ggml_tensor * prefetch = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, found->second.data(), (int) found->second.size(),
-                    compute_prefetch, GGML_N_TASKS_MAX, nullptr);
+                compute_prefetch, GGML_N_TASKS_MAX, nullptr);
             ggml_set_name(prefetch, "allocmoe_prefetch");
             ggml_build_forward_expand(gf, prefetch);
             args.erase(found);

@@ -15,11 +15,12 @@
 #include <numeric>
 #include <vector>
 
-static_assert((int) ALLOCMOE_NODE_RULE_BATCH      == ALLOCMOE_RULE_BATCH     &&
-              (int) ALLOCMOE_NODE_RULE_THRESHOLD  == ALLOCMOE_RULE_THRESHOLD &&
-              (int) ALLOCMOE_NODE_VALUE_SCORE     == ALLOCMOE_VALUE_SCORE    &&
-              (int) ALLOCMOE_NODE_VALUE_RELATIVE  == ALLOCMOE_VALUE_RELATIVE &&
-              (int) ALLOCMOE_NODE_VALUE_REMAINING == ALLOCMOE_VALUE_REMAINING, "allocmoe-custom.h repeats allocmoe.h");
+static_assert((int) ALLOCMOE_NODE_RULE_BATCH == ALLOCMOE_RULE_BATCH &&
+                  (int) ALLOCMOE_NODE_RULE_THRESHOLD == ALLOCMOE_RULE_THRESHOLD &&
+                  (int) ALLOCMOE_NODE_VALUE_SCORE == ALLOCMOE_VALUE_SCORE &&
+                  (int) ALLOCMOE_NODE_VALUE_RELATIVE == ALLOCMOE_VALUE_RELATIVE &&
+                  (int) ALLOCMOE_NODE_VALUE_REMAINING == ALLOCMOE_VALUE_REMAINING,
+    "allocmoe-custom.h repeats allocmoe.h");
 
 // What the graph's inputs are set from: a plan for each token.
 class allocmoe_input : public llm_graph_input_i {
@@ -48,14 +49,14 @@ public:
 
 private:
     void set_limits(const allocmoe_graph::input & input, const llama_ubatch & ubatch) {
-        limits.resize(ggml_nelements(input.limits)/2);
+        limits.resize(ggml_nelements(input.limits) / 2);
         // a layer behind the choice of the tokens whose output is wanted sees those alone
         const bool all = input.n_tokens == ubatch.n_tokens;
-        int64_t to = 0;
+        int64_t to     = 0;
         const auto set = [&](const allocmoe_plan & plan) {
             for (const auto & layer : graph->layers) {
                 if (layer.limits == input.limits) {
-                    limits[layer.il*input.n_tokens + to] = limit_of(plan, layer);
+                    limits[layer.il * input.n_tokens + to] = limit_of(plan, layer);
                 }
             }
             ++to;
@@ -76,11 +77,12 @@ private:
     }
 
     static allocmoe_limit limit_of(const allocmoe_plan & plan, const allocmoe_graph::layer & layer) {
-        const int32_t k     = plan.expert_used_count[layer.il];
+        const int32_t k      = plan.expert_used_count[layer.il];
         allocmoe_limit limit = { (float) (k > 0 ? k : layer.n_full), plan.threshold.empty() ? 0.0f : plan.threshold[layer.il] };
         // all, or no more than every token keeps: without a say of the threshold
         if (plan.token_rule != ALLOCMOE_RULE_ESTIMATE && !layer.instrument.record) {
-            limit.threshold = limit.k >= layer.n_full ? -INFINITY : limit.k <= layer.rule.k_base ? INFINITY : limit.threshold;
+            limit.threshold = limit.k >= layer.n_full ? -INFINITY : limit.k <= layer.rule.k_base ? INFINITY
+                                                                                                 : limit.threshold;
         }
         return limit;
     }
@@ -90,23 +92,23 @@ private:
         places.assign(input.n_tokens, { -1, -1 });
         for (int64_t t = 0; t < std::min<int64_t>(input.n_tokens, ubatch.n_tokens); ++t) {
             const int32_t position = ubatch.pos[t];
-            const int32_t first    = sequence_of(ubatch, t)*n_left;
-            places[t].before = position >  0 ? first + (position - 1) % n_left : -1;
-            places[t].after  = position >= 0 ? first +  position      % n_left : -1;
+            const int32_t first    = sequence_of(ubatch, t) * n_left;
+            places[t].before       = position > 0 ? first + (position - 1) % n_left : -1;
+            places[t].after        = position >= 0 ? first + position % n_left : -1;
         }
         ggml_backend_tensor_set(input.places, places.data(), 0, ggml_nbytes(input.places));
     }
 
     std::shared_ptr<allocmoe_graph> graph;
-    std::vector<allocmoe_limit>     limits;
-    std::vector<allocmoe_place>     places;
+    std::vector<allocmoe_limit> limits;
+    std::vector<allocmoe_place> places;
 };
 
 allocmoe_graph & allocmoe_graph_of(llm_graph_result & res, const llama_cparams & cparams) {
     if (!res.allocmoe) {
-        res.allocmoe = std::make_shared<allocmoe_graph>();
-        res.allocmoe->settings = cparams.allocmoe.settings;
-        res.allocmoe->warmup   = cparams.warmup;
+        res.allocmoe              = std::make_shared<allocmoe_graph>();
+        res.allocmoe->settings    = cparams.allocmoe.settings;
+        res.allocmoe->warmup      = cparams.warmup;
         res.allocmoe->for_devices = cparams.allocmoe.state->spent_on_devices;
         res.add_input(std::make_unique<allocmoe_input>(res.allocmoe));
     }
@@ -136,20 +138,20 @@ bool allocmoe_layer_rule::operator==(const allocmoe_layer_rule & other) const {
 
 static allocmoe_layer_rule rule_of(const allocmoe_settings & settings, int il, int64_t n_full) {
     allocmoe_layer_rule rule = { n_full, ALLOCMOE_RULE_OFF, 0, 0, false };
-    const auto * plan = settings.plan.get();
+    const auto * plan        = settings.plan.get();
     if (!plan || il >= (int) plan->expert_used_count.size() || plan->expert_used_count[il] == 0) {
         return rule;
     }
     // over the context's plan and those of its sequences
     int64_t least = n_full, most = 1;
-    bool    shares = false; // with every candidate kept, or none to share, the rule is top-k
+    bool shares        = false; // with every candidate kept, or none to share, the rule is top-k
     const auto look_at = [&](const allocmoe_plan & x) {
         const int64_t k = x.expert_used_count[il] > 0 ? std::min<int64_t>(n_full, x.expert_used_count[il]) : n_full;
-        least  = std::min(least, k);
-        most   = std::max(most,  k);
-        shares = shares || (x.token_rule == ALLOCMOE_RULE_ESTIMATE
-            ? x.k_base < n_full && !x.threshold.empty() && x.threshold[il] > -INFINITY // by its threshold alone
-            : x.k_base < k && k < n_full);
+        least           = std::min(least, k);
+        most            = std::max(most, k);
+        shares          = shares || (x.token_rule == ALLOCMOE_RULE_ESTIMATE
+                                            ? x.k_base < n_full && !x.threshold.empty() && x.threshold[il] > -INFINITY // by its threshold alone
+                                            : x.k_base < k && k < n_full);
     };
     look_at(*plan);
     for (const auto & seq : settings.seq_plans) {
@@ -157,9 +159,9 @@ static allocmoe_layer_rule rule_of(const allocmoe_settings & settings, int il, i
     }
 
     const bool record = settings.instrument.record;
-    rule.k_base = plan->k_base;
-    rule.value  = plan->value;
-    rule.strict = plan->strict && !record;
+    rule.k_base       = plan->k_base;
+    rule.value        = plan->value;
+    rule.strict       = plan->strict && !record;
     if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
         rule.rule = shares || record ? ALLOCMOE_RULE_ESTIMATE : ALLOCMOE_RULE_OFF;
     } else if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || record || least < most)) {
@@ -180,7 +182,7 @@ bool allocmoe_graph::serves(const std::shared_ptr<const allocmoe_settings> & oth
     const auto & now  = settings->instrument;
     const auto & then = other->instrument;
     if (now.record != then.record || now.record_inputs != then.record_inputs || now.keep_outputs != then.keep_outputs || now.start_layer != then.start_layer ||
-            (now.record && settings->plan != other->plan)) {
+        (now.record && settings->plan != other->plan)) {
         return false;
     }
     return std::all_of(layers.begin(), layers.end(), [&](const layer & x) {
@@ -211,18 +213,18 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
     }
     const auto & settings = *cparams.allocmoe.settings;
     const auto & state    = cparams.allocmoe.state;
-    const auto   rule     = rule_of(settings, il, n_expert_used);
+    const auto rule       = rule_of(settings, il, n_expert_used);
     // an architecture may build a second set of experts on the first one's choice: one layer, counted once
     if (!graph.find(il)) {
         allocmoe_graph::layer layer = {};
-        layer.il          = il;
-        layer.n_tokens    = n_tokens;
-        layer.n_full      = n_expert_used;
-        layer.activations = rule.n_ranked*n_tokens;
-        layer.rule        = rule;
-        layer.state       = state;
-        layer.plan        = settings.plan;
-        layer.instrument  = settings.plan ? settings.instrument : allocmoe_instrument{};
+        layer.il                    = il;
+        layer.n_tokens              = n_tokens;
+        layer.n_full                = n_expert_used;
+        layer.activations           = rule.n_ranked * n_tokens;
+        layer.rule                  = rule;
+        layer.state                 = state;
+        layer.plan                  = settings.plan;
+        layer.instrument            = settings.plan ? settings.instrument : allocmoe_instrument{};
         if (rule.rule != ALLOCMOE_RULE_OFF) {
             auto & values = values_of(ctx, graph, n_tokens, state->phases[0].tokens.size());
             // behind the choice of the tokens whose output is wanted nothing is left over from token to token
@@ -247,12 +249,12 @@ ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::la
         args.push_back(layer.places);
     }
     ggml_tensor * routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args.data(), args.size(), compute, 1, nullptr);
-    node.strict = layer.rule.strict;
-    node.rule   = layer.rule.rule;
-    node.value  = layer.rule.value;
-    node.k_base = layer.rule.k_base;
-    node.il     = layer.il;
-    node.spent  = layer.state->spent.get() + layer.il;
+    node.strict          = layer.rule.strict;
+    node.rule            = layer.rule.rule;
+    node.value           = layer.rule.value;
+    node.k_base          = layer.rule.k_base;
+    node.il              = layer.il;
+    node.spent           = layer.state->spent.get() + layer.il;
     allocmoe_set_node(routed, node);
     return routed;
 }
@@ -263,7 +265,7 @@ static void compute_routed(ggml_tensor * dst, int ith, int /* nth */, void * /* 
     if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
-    allocmoe_one_thread   thread;
+    allocmoe_one_thread thread;
     allocmoe_route_shared shared;
     allocmoe_route(thread, allocmoe_route_args_of(dst, node), shared);
 }
@@ -274,9 +276,9 @@ static void compute_weights(ggml_tensor * dst, int ith, int /* nth */, void * /*
     if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
-    const auto * weights = (const float   *) dst->src[0]->data;
+    const auto * weights = (const float *) dst->src[0]->data;
     const auto * routed  = (const int32_t *) dst->src[1]->data;
-    auto       * out     = (float         *) dst->data;
+    auto * out           = (float *) dst->data;
     for (int64_t i = 0; i < ggml_nelements(dst); ++i) {
         out[i] = routed[i] >= 0 ? weights[i] : node.skipped;
     }
@@ -287,7 +289,7 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, llm_graph_result & r
     if (!found || found->selected) {
         return weights; // experts that are given, or a second set on the first one's choice
     }
-    auto & layer = *found;
+    auto & layer   = *found;
     layer.selected = selected;
     layer.scores   = scores;
     if (layer.rule.rule == ALLOCMOE_RULE_OFF) {
@@ -300,14 +302,14 @@ ggml_tensor * allocmoe_build_token_rule(ggml_context * ctx, llm_graph_result & r
     }
 
     allocmoe_node node = {};
-    node.kind = ALLOCMOE_NODE_IDS;
-    layer.routed = allocmoe_build_routed(ctx, layer, node, { selected, scores }, compute_routed);
+    node.kind          = ALLOCMOE_NODE_IDS;
+    layer.routed       = allocmoe_build_routed(ctx, layer, node, { selected, scores }, compute_routed);
 
     ggml_tensor * args_weights[] = { weights, layer.routed };
-    ggml_tensor * masked = ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2, compute_weights, 1, nullptr);
-    node = {};
-    node.kind    = ALLOCMOE_NODE_WEIGHTS;
-    node.skipped = skipped;
+    ggml_tensor * masked         = ggml_custom_4d(ctx, GGML_TYPE_F32, weights->ne[0], weights->ne[1], weights->ne[2], 1, args_weights, 2, compute_weights, 1, nullptr);
+    node                         = {};
+    node.kind                    = ALLOCMOE_NODE_WEIGHTS;
+    node.skipped                 = skipped;
     allocmoe_set_node(masked, node);
     return masked;
 }
@@ -336,7 +338,7 @@ void allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res,
     auto & phase = cparams.allocmoe.state->phases[phase_of(ubatch)];
     for (const auto & layer : res.allocmoe->layers) {
         phase.activations[layer.il] += layer.activations;
-        phase.tokens     [layer.il] += layer.n_tokens;
+        phase.tokens[layer.il] += layer.n_tokens;
     }
 }
 
@@ -350,7 +352,7 @@ void allocmoe_build_as_for_devices(llama_context * ctx, bool on) {
 }
 
 void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores, int64_t n_used, int64_t n_tokens, int32_t * n_kept, float * left) {
-    std::vector<int32_t> ids(n_used), routed(n_used*n_tokens);
+    std::vector<int32_t> ids(n_used), routed(n_used * n_tokens);
     std::iota(ids.begin(), ids.end(), 0);
     std::vector<allocmoe_limit> limits(n_tokens, { (float) k, rule->threshold ? rule->threshold[0] : 0.0f });
     std::vector<allocmoe_place> places;
@@ -358,28 +360,28 @@ void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores
         places.push_back({ t, t + 1 });
     }
     std::vector<float> left_at(n_tokens + 1);
-    left_at[0] = *left;
+    left_at[0]           = *left;
     allocmoe_spent spent = { {}, left_at.data(), (int32_t) left_at.size() };
 
     allocmoe_route_args args = {};
-    args.ids           = ids.data(); // every token's
-    args.scores        = scores;
-    args.limits        = limits.data();
-    args.places        = places.data();
-    args.routed        = routed.data();
-    args.stride_scores = n_used;
-    args.n_used        = n_used;
-    args.n_tokens      = n_tokens;
-    args.node.rule     = rule->token_rule;
-    args.node.k_base   = rule->k_base;
-    args.node.strict   = rule->strict;
-    args.node.value    = rule->value;
-    args.node.spent    = &spent;
-    allocmoe_one_thread   thread;
+    args.ids                 = ids.data(); // every token's
+    args.scores              = scores;
+    args.limits              = limits.data();
+    args.places              = places.data();
+    args.routed              = routed.data();
+    args.stride_scores       = n_used;
+    args.n_used              = n_used;
+    args.n_tokens            = n_tokens;
+    args.node.rule           = rule->token_rule;
+    args.node.k_base         = rule->k_base;
+    args.node.strict         = rule->strict;
+    args.node.value          = rule->value;
+    args.node.spent          = &spent;
+    allocmoe_one_thread thread;
     allocmoe_route_shared shared;
     allocmoe_route(thread, args, shared);
     for (int64_t t = 0; t < n_tokens; ++t) {
-        n_kept[t] = std::count_if(&routed[t*n_used], &routed[t*n_used] + n_used, [](int32_t id) { return id >= 0; });
+        n_kept[t] = std::count_if(&routed[t * n_used], &routed[t * n_used] + n_used, [](int32_t id) { return id >= 0; });
     }
     *left = rule->strict ? left_at[n_tokens] : *left;
 }

@@ -14,7 +14,7 @@
 #define ALLOCMOE_DIV(a, b) __fdiv_rn(a, b)
 #define ALLOCMOE_SUB(a, b) __fsub_rn(a, b)
 #else
-#define ALLOCMOE_DIV(a, b) ((a)/(b))
+#define ALLOCMOE_DIV(a, b) ((a) / (b))
 #define ALLOCMOE_SUB(a, b) ((a) - (b))
 #endif
 
@@ -25,7 +25,7 @@ struct allocmoe_one_thread {
     static constexpr int rank() { return 0; }
     static constexpr int size() { return 1; }
     static void sync() {}
-    static int  count(bool condition) { return condition; }
+    static int count(bool condition) { return condition; }
     static void add(int32_t * address, int32_t value) { *address += value; }
 };
 #endif
@@ -50,14 +50,14 @@ ALLOCMOE_FN uint32_t allocmoe_key(float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-static constexpr uint32_t ALLOCMOE_KEY_NAN    = 0; // below all floats
+static constexpr uint32_t ALLOCMOE_KEY_NAN    = 0;           // below all floats
 static constexpr uint32_t ALLOCMOE_KEY_LOWEST = 0x007fffffu; // of -infinity
 
 // Sum of first(0..n_first - 1) and value(n_first..n - 1), in parts that do not wait for each other.
 template <typename F, typename G>
 ALLOCMOE_FN auto allocmoe_sum(int64_t n_first, F first, int64_t n, G value) {
     decltype(value(0)) parts[8] = {};
-    int64_t i = 0;
+    int64_t i                   = 0;
     for (; i + 8 <= n_first; i += 8) {
         for (int64_t j = 0; j < 8; ++j) {
             parts[j] += first(i + j);
@@ -95,25 +95,25 @@ ALLOCMOE_FN auto allocmoe_sum(int64_t n, F value) {
 
 struct allocmoe_route_args {
     const int32_t * ids;           // [n_tokens][n_used], by falling score
-    const float   * scores;        // [n_tokens][n_expert]
+    const float * scores;          // [n_tokens][n_expert]
     const allocmoe_limit * limits; // [n_tokens]
     const allocmoe_place * places; // [n_tokens], null where the node has none
-    int32_t       * routed;        // [n_tokens][n_used], contiguous
-    int64_t         stride_ids;    // between tokens, in elements
-    int64_t         stride_scores;
-    int32_t         n_used;
-    int32_t         n_tokens;
-    allocmoe_node   node;
+    int32_t * routed;              // [n_tokens][n_used], contiguous
+    int64_t stride_ids;            // between tokens, in elements
+    int64_t stride_scores;
+    int32_t n_used;
+    int32_t n_tokens;
+    allocmoe_node node;
 };
 
 // one block's shared memory
 struct allocmoe_route_shared {
-    int32_t  histogram[256];
-    int32_t  taken[ALLOCMOE_MAX_BLOCK];
-    int32_t  sharing[ALLOCMOE_MAX_BLOCK]; // tokens that share, by their count
+    int32_t histogram[256];
+    int32_t taken[ALLOCMOE_MAX_BLOCK];
+    int32_t sharing[ALLOCMOE_MAX_BLOCK]; // tokens that share, by their count
     uint32_t cut;
-    int32_t  n_left;
-    int32_t  total;
+    int32_t n_left;
+    int32_t total;
 };
 
 // The value of an expert from its score, for a token's experts one after the other by rank. `state` is what the better ones
@@ -125,7 +125,7 @@ ALLOCMOE_FN float allocmoe_next_value(int32_t value, float score, bool first, fl
     }
     if (value == ALLOCMOE_NODE_VALUE_REMAINING) {
         const float remaining = first ? 1.0f : state;
-        state = ALLOCMOE_SUB(remaining, score);
+        state                 = ALLOCMOE_SUB(remaining, score);
         return remaining;
     }
     return score;
@@ -152,19 +152,19 @@ ALLOCMOE_FN int32_t allocmoe_count(const allocmoe_limit & limit, int32_t n_used)
 }
 
 ALLOCMOE_FN int32_t * allocmoe_row_of(int32_t * routed, int32_t t, int32_t n_used) {
-    return routed + (int64_t) t*n_used;
+    return routed + (int64_t) t * n_used;
 }
 
 // In `routed`, a token's places first hold the keys of its values; then its first place, whose expert every rule keeps, how
 // many it keeps. All of a token is one thread's.
 ALLOCMOE_FN void allocmoe_to_keys(const allocmoe_route_args & a, int32_t t, uint32_t nan) {
-    const int32_t * ids    = a.ids + t*a.stride_ids;
-    const float   * scores = a.scores + t*a.stride_scores;
-    int32_t       * keys   = allocmoe_row_of(a.routed, t, a.n_used);
-    float           state  = 0.0f;
+    const int32_t * ids  = a.ids + t * a.stride_ids;
+    const float * scores = a.scores + t * a.stride_scores;
+    int32_t * keys       = allocmoe_row_of(a.routed, t, a.n_used);
+    float state          = 0.0f;
     for (int32_t r = 0; r < a.n_used; ++r) {
         const float value = allocmoe_next_value(a.node.value, scores[ids[r]], r == 0, state);
-        keys[r] = (int32_t) (allocmoe_is_nan(value) ? nan : allocmoe_key(value));
+        keys[r]           = (int32_t) (allocmoe_is_nan(value) ? nan : allocmoe_key(value));
     }
 }
 
@@ -172,10 +172,10 @@ template <class Block>
 ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_args & a, allocmoe_route_shared & s) {
     for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
         allocmoe_to_keys(a, t, ALLOCMOE_KEY_NAN);
-        int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
-        const int32_t  k         = allocmoe_count(a.limits[t], a.n_used);
+        int32_t * keys           = allocmoe_row_of(a.routed, t, a.n_used);
+        const int32_t k          = allocmoe_count(a.limits[t], a.n_used);
         const uint32_t threshold = allocmoe_key(a.limits[t].threshold);
-        int32_t n = k < a.node.k_base ? k : a.node.k_base;
+        int32_t n                = k < a.node.k_base ? k : a.node.k_base;
         while (n < a.n_used && (uint32_t) keys[n] >= threshold) {
             n++;
         }
@@ -193,14 +193,14 @@ ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_
     if (block.rank() == 0) {
         float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
-            left = allocmoe_left(*a.node.spent, a.places, t, left);
-            int32_t & kept = *allocmoe_row_of(a.routed, t, a.n_used);
+            left                 = allocmoe_left(*a.node.spent, a.places, t, left);
+            int32_t & kept       = *allocmoe_row_of(a.routed, t, a.n_used);
             const int32_t k      = allocmoe_count(a.limits[t], a.n_used);
             const int32_t k_base = k < a.node.k_base ? k : a.node.k_base;
-            int32_t allowed = left + k < a.n_used ? (int32_t) (left + k) : a.n_used;
-            allowed  = allowed > k_base ? allowed : k_base;
-            kept     = kept < allowed ? kept : allowed;
-            left    += k - kept;
+            int32_t allowed      = left + k < a.n_used ? (int32_t) (left + k) : a.n_used;
+            allowed              = allowed > k_base ? allowed : k_base;
+            kept                 = kept < allowed ? kept : allowed;
+            left += k - kept;
             s.total += kept;
             allocmoe_leave(*a.node.spent, a.places, t, left);
         }
@@ -248,11 +248,11 @@ ALLOCMOE_FN void allocmoe_choose(Block & block, const allocmoe_route_args & a, a
         block.sync();
     }
 
-    const uint32_t cut    = s.cut;
-    int32_t        n_left = s.n_left;
+    const uint32_t cut = s.cut;
+    int32_t n_left     = s.n_left;
     for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
         int32_t * keys = allocmoe_row_of(a.routed, t, a.n_used);
-        int32_t   n    = k_base;
+        int32_t n      = k_base;
         if (allocmoe_count(a.limits[t], a.n_used) != k) {
             continue;
         }
@@ -263,9 +263,9 @@ ALLOCMOE_FN void allocmoe_choose(Block & block, const allocmoe_route_args & a, a
     }
     for (int32_t r = k_base; r < a.n_used && n_left > 0; ++r) {
         for (int32_t t0 = 0; t0 < a.n_tokens && n_left > 0; t0 += block.size()) {
-            const int32_t t = t0 + block.rank();
-            bool take = t < a.n_tokens && allocmoe_count(a.limits[t], a.n_used) == k &&
-                (uint32_t) allocmoe_row_of(a.routed, t, a.n_used)[r] == cut;
+            const int32_t t       = t0 + block.rank();
+            bool take             = t < a.n_tokens && allocmoe_count(a.limits[t], a.n_used) == k &&
+                                    (uint32_t) allocmoe_row_of(a.routed, t, a.n_used)[r] == cut;
             const int32_t n_equal = block.count(take);
             if (n_equal > n_left) {
                 s.taken[block.rank()] = take;
@@ -313,7 +313,7 @@ ALLOCMOE_FN void allocmoe_keep_by_batch(Block & block, const allocmoe_route_args
     block.sync();
     for (int32_t k = a.node.k_base + 1; k < a.n_used; ++k) {
         if (s.sharing[k] > 0) {
-            allocmoe_choose(block, a, s, k, s.sharing[k]*(k - a.node.k_base));
+            allocmoe_choose(block, a, s, k, s.sharing[k] * (k - a.node.k_base));
         }
     }
 }
@@ -332,10 +332,10 @@ ALLOCMOE_FN void allocmoe_route(Block & block, const allocmoe_route_args & a, al
     }
     block.sync();
     for (int32_t t = block.rank(); t < a.n_tokens; t += block.size()) {
-        int32_t     * out    = allocmoe_row_of(a.routed, t, a.n_used);
+        int32_t * out        = allocmoe_row_of(a.routed, t, a.n_used);
         const int32_t n_kept = out[0];
         for (int32_t r = 0; r < a.n_used; ++r) {
-            out[r] = r < n_kept ? a.ids[t*a.stride_ids + r] : -1;
+            out[r] = r < n_kept ? a.ids[t * a.stride_ids + r] : -1;
         }
     }
     if (block.rank() == 0) {
@@ -348,55 +348,54 @@ ALLOCMOE_FN void allocmoe_route(Block & block, const allocmoe_route_args & a, al
 //
 
 struct allocmoe_estimate_args {
-    const int32_t * ids;      // [n_tokens][n_used], by falling score
-    const float   * weights;  // [n_tokens][n_used]
-    const float   * reduced;  // [n_tokens][n_down], u
-    const float   * table;    // [n_expert][n_down + 1], log_norm; or [n_expert][rank], output
+    const int32_t * ids;           // [n_tokens][n_used], by falling score
+    const float * weights;         // [n_tokens][n_used]
+    const float * reduced;         // [n_tokens][n_down], u
+    const float * table;           // [n_expert][n_down + 1], log_norm; or [n_expert][rank], output
     const allocmoe_limit * limits; // [n_tokens]
     const allocmoe_place * places; // [n_tokens], null where the node has none
-    int32_t       * routed;   // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
-    float         * skipped;  // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
-    int64_t         stride_ids; // between tokens, in elements
-    int64_t         stride_weights;
-    int64_t         stride_weights_rank; // between ranks
-    int64_t         stride_reduced;
-    int64_t         stride_table; // between experts
-    int32_t         n_used;
-    int32_t         n_tokens;
-    int32_t         n_down;
-    int32_t         rank;
-    int32_t         n_columns;
-    allocmoe_node   node;
+    int32_t * routed;              // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
+    float * skipped;               // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
+    int64_t stride_ids;            // between tokens, in elements
+    int64_t stride_weights;
+    int64_t stride_weights_rank; // between ranks
+    int64_t stride_reduced;
+    int64_t stride_table; // between experts
+    int32_t n_used;
+    int32_t n_tokens;
+    int32_t n_down;
+    int32_t rank;
+    int32_t n_columns;
+    allocmoe_node node;
 };
 
 // one block's shared memory
 struct allocmoe_estimate_shared {
     int32_t total;
-    float   parts[ALLOCMOE_MAX_BLOCK];
+    float parts[ALLOCMOE_MAX_BLOCK];
 };
 
 ALLOCMOE_FN float allocmoe_weight(const allocmoe_estimate_args & a, int32_t t, int32_t r) {
-    return a.weights[t*a.stride_weights + r*a.stride_weights_rank];
+    return a.weights[t * a.stride_weights + r * a.stride_weights_rank];
 }
 
 // log_norm_e . (u, 1) without the 1, lane by lane of n_lanes
 ALLOCMOE_FN float allocmoe_size_part(const allocmoe_estimate_args & a, int32_t t, int32_t r, int32_t lane, int32_t n_lanes) {
-    const float * u            = a.reduced + t*a.stride_reduced;
-    const float * coefficients = a.table + a.ids[t*a.stride_ids + r]*a.stride_table;
-    const auto of_lane = [=](int32_t n) { return (n - lane + n_lanes - 1)/n_lanes; };
+    const float * u            = a.reduced + t * a.stride_reduced;
+    const float * coefficients = a.table + a.ids[t * a.stride_ids + r] * a.stride_table;
+    const auto of_lane         = [=](int32_t n) { return (n - lane + n_lanes - 1) / n_lanes; };
     return allocmoe_sum(
-        of_lane(a.n_down - a.node.n_relu), [=](int64_t j) { return coefficients[lane + j*n_lanes]*u[lane + j*n_lanes]; },
+        of_lane(a.n_down - a.node.n_relu), [=](int64_t j) { return coefficients[lane + j * n_lanes] * u[lane + j * n_lanes]; },
         of_lane(a.n_down), [=](int64_t j) {
             const float positive = u[lane + j*n_lanes] < 0.0f ? 0.0f : u[lane + j*n_lanes];
-            return coefficients[lane + j*n_lanes]*positive;
-        });
+            return coefficients[lane + j*n_lanes]*positive; });
 }
 
 // v_e from its lanes' parts
 ALLOCMOE_FN float allocmoe_size(const allocmoe_estimate_args & a, int32_t t, int32_t r, const float * parts, int32_t n_lanes) {
     const float weight = allocmoe_weight(a, t, r);
-    const float last   = a.table[a.ids[t*a.stride_ids + r]*a.stride_table + a.n_down];
-    float size = 0.0f;
+    const float last   = a.table[a.ids[t * a.stride_ids + r] * a.stride_table + a.n_down];
+    float size         = 0.0f;
     for (int32_t i = 0; i < n_lanes; ++i) {
         size += parts[i];
     }
@@ -411,18 +410,18 @@ ALLOCMOE_FN int32_t allocmoe_size_key(float size) {
 template <class Block>
 ALLOCMOE_FN void allocmoe_to_size_keys(Block & block, const allocmoe_estimate_args & a, allocmoe_estimate_shared & s) {
     // a single token's experts are few, so each of them has several threads
-    const int32_t n = a.n_tokens*a.n_used;
+    const int32_t n = a.n_tokens * a.n_used;
     int32_t n_lanes = 1;
-    while (block.size() > 1 && n_lanes < 32 && 2*n_lanes*n <= block.size() && block.size() % (2*n_lanes) == 0) {
+    while (block.size() > 1 && n_lanes < 32 && 2 * n_lanes * n <= block.size() && block.size() % (2 * n_lanes) == 0) {
         n_lanes *= 2;
     }
     const int32_t lane = block.rank() % n_lanes;
-    for (int32_t i0 = 0; i0 < n; i0 += block.size()/n_lanes) {
-        const int32_t i = i0 + block.rank()/n_lanes;
-        s.parts[block.rank()] = i < n ? allocmoe_size_part(a, i/a.n_used, i%a.n_used, lane, n_lanes) : 0.0f;
+    for (int32_t i0 = 0; i0 < n; i0 += block.size() / n_lanes) {
+        const int32_t i       = i0 + block.rank() / n_lanes;
+        s.parts[block.rank()] = i < n ? allocmoe_size_part(a, i / a.n_used, i % a.n_used, lane, n_lanes) : 0.0f;
         block.sync();
         if (lane == 0 && i < n) {
-            a.routed[i] = allocmoe_size_key(allocmoe_size(a, i/a.n_used, i%a.n_used, s.parts + block.rank(), n_lanes));
+            a.routed[i] = allocmoe_size_key(allocmoe_size(a, i / a.n_used, i % a.n_used, s.parts + block.rank(), n_lanes));
         }
         block.sync();
     }
@@ -432,7 +431,7 @@ ALLOCMOE_FN void allocmoe_to_size_keys(Block & block, const allocmoe_estimate_ar
 // least that size are, and the largest of the others up to k_base in all. Returns how many.
 ALLOCMOE_FN int32_t allocmoe_keep_by_size(int32_t * keys, int32_t n_used, int32_t k_base, float at_least) {
     const uint32_t threshold = allocmoe_key(at_least);
-    int32_t n = 0;
+    int32_t n                = 0;
     for (int32_t r = 0; r < n_used; ++r) {
         n += (uint32_t) keys[r] >= threshold;
     }
@@ -450,10 +449,10 @@ ALLOCMOE_FN int32_t allocmoe_keep_by_size(int32_t * keys, int32_t n_used, int32_
 
 // The same for token t, whose keys become ids.
 ALLOCMOE_FN int32_t allocmoe_route_token_by_size(const allocmoe_estimate_args & a, int32_t t, float at_least) {
-    int32_t * out = allocmoe_row_of(a.routed, t, a.n_used);
+    int32_t * out   = allocmoe_row_of(a.routed, t, a.n_used);
     const int32_t n = allocmoe_keep_by_size(out, a.n_used, a.node.k_base, at_least);
     for (int32_t r = 0; r < a.n_used; ++r) {
-        out[r] = (uint32_t) out[r] >= allocmoe_key(at_least) ? a.ids[t*a.stride_ids + r] : -1;
+        out[r] = (uint32_t) out[r] >= allocmoe_key(at_least) ? a.ids[t * a.stride_ids + r] : -1;
     }
     return n;
 }
@@ -476,10 +475,11 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
         // what a token may spend depends on all tokens before it
         float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
-            left = allocmoe_left(*a.node.spent, a.places, t, left);
-            const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.limits[t].threshold, ALLOCMOE_STRICT_STEP*left));
-            left  += allocmoe_count(a.limits[t], a.n_used) - n;
-            left   = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT : left;
+            left            = allocmoe_left(*a.node.spent, a.places, t, left);
+            const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.limits[t].threshold, ALLOCMOE_STRICT_STEP * left));
+            left += allocmoe_count(a.limits[t], a.n_used) - n;
+            left = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT
+                                                                                                      : left;
             s.total += n;
             allocmoe_leave(*a.node.spent, a.places, t, left);
         }
@@ -492,10 +492,10 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
 // ALLOCMOE_NODE_SKIPPED for token t, by one block: the estimate of what it skips, in the rows of `up`.
 template <class Block>
 ALLOCMOE_FN void allocmoe_sum_skipped(Block & block, const allocmoe_estimate_args & a, int32_t t) {
-    const int32_t * ids    = a.ids + t*a.stride_ids;
-    const int32_t * routed = a.routed + (int64_t) t*a.n_used;
-    const float   * u      = a.reduced + t*a.stride_reduced;
-    float         * out    = a.skipped + (int64_t) t*a.n_columns;
+    const int32_t * ids    = a.ids + t * a.stride_ids;
+    const int32_t * routed = a.routed + (int64_t) t * a.n_used;
+    const float * u        = a.reduced + t * a.stride_reduced;
+    float * out            = a.skipped + (int64_t) t * a.n_columns;
     for (int32_t i = block.rank(); i < a.n_columns; i += block.size()) {
         out[i] = 0.0f;
     }
@@ -503,10 +503,10 @@ ALLOCMOE_FN void allocmoe_sum_skipped(Block & block, const allocmoe_estimate_arg
         if (routed[r] >= 0) {
             continue;
         }
-        const float   weight = allocmoe_weight(a, t, r);
-        const float * output = a.table + ids[r]*a.stride_table;
+        const float weight   = allocmoe_weight(a, t, r);
+        const float * output = a.table + ids[r] * a.stride_table;
         for (int32_t i = block.rank(); i < a.rank; i += block.size()) {
-            out[i] += weight*(output[i] + u[i]);
+            out[i] += weight * (output[i] + u[i]);
         }
     }
     // what float16 cannot hold may have become infinite already: then no estimate
@@ -526,7 +526,7 @@ ALLOCMOE_FN void allocmoe_sum_skipped(Block & block, const allocmoe_estimate_arg
 //
 
 static inline const allocmoe_limit * allocmoe_limits_of(const ggml_tensor * limits, const allocmoe_node & params) {
-    return (const allocmoe_limit *) limits->data + params.il*limits->ne[1];
+    return (const allocmoe_limit *) limits->data + params.il * limits->ne[1];
 }
 
 static inline const allocmoe_place * allocmoe_places_of(const ggml_tensor * places) {
@@ -536,48 +536,48 @@ static inline const allocmoe_place * allocmoe_places_of(const ggml_tensor * plac
 static inline allocmoe_route_args allocmoe_route_args_of(const ggml_tensor * node, const allocmoe_node & params) {
     const ggml_tensor * ids    = node->src[0];
     const ggml_tensor * scores = node->src[1];
-    allocmoe_route_args args = {};
-    args.ids           = (const int32_t *) ids->data;
-    args.scores        = (const float   *) scores->data;
-    args.limits        = allocmoe_limits_of(node->src[2], params);
-    args.places        = allocmoe_places_of(node->src[3]);
-    args.routed        = (int32_t       *) node->data;
-    args.stride_ids    = ids->nb[1]/sizeof(int32_t);
-    args.stride_scores = scores->nb[1]/sizeof(float);
-    args.n_used        = node->ne[0];
-    args.n_tokens      = node->ne[1];
-    args.node          = params;
+    allocmoe_route_args args   = {};
+    args.ids                   = (const int32_t *) ids->data;
+    args.scores                = (const float *) scores->data;
+    args.limits                = allocmoe_limits_of(node->src[2], params);
+    args.places                = allocmoe_places_of(node->src[3]);
+    args.routed                = (int32_t *) node->data;
+    args.stride_ids            = ids->nb[1] / sizeof(int32_t);
+    args.stride_scores         = scores->nb[1] / sizeof(float);
+    args.n_used                = node->ne[0];
+    args.n_tokens              = node->ne[1];
+    args.node                  = params;
     return args;
 }
 
 // What both nodes and the instrument go by; `table` is log_norm or output.
 static inline allocmoe_estimate_args allocmoe_estimate_args_of(
-        const ggml_tensor * ids, const ggml_tensor * weights, const ggml_tensor * reduced, const ggml_tensor * table) {
+    const ggml_tensor * ids, const ggml_tensor * weights, const ggml_tensor * reduced, const ggml_tensor * table) {
     allocmoe_estimate_args args = {};
-    args.ids                 = (const int32_t *) ids->data;
-    args.weights             = (const float   *) weights->data;
-    args.reduced             = (const float   *) reduced->data;
-    args.table               = (const float   *) table->data;
-    args.stride_ids          = ids->nb[1]/sizeof(int32_t);
-    args.stride_weights      = weights->nb[2]/sizeof(float);
-    args.stride_weights_rank = weights->nb[1]/sizeof(float);
-    args.stride_reduced      = reduced->nb[1]/sizeof(float);
-    args.stride_table        = table->nb[1]/sizeof(float);
-    args.n_used              = ids->ne[0];
-    args.n_tokens            = ids->ne[1];
-    args.n_down              = reduced->ne[0];
-    args.rank                = table->ne[0];
+    args.ids                    = (const int32_t *) ids->data;
+    args.weights                = (const float *) weights->data;
+    args.reduced                = (const float *) reduced->data;
+    args.table                  = (const float *) table->data;
+    args.stride_ids             = ids->nb[1] / sizeof(int32_t);
+    args.stride_weights         = weights->nb[2] / sizeof(float);
+    args.stride_weights_rank    = weights->nb[1] / sizeof(float);
+    args.stride_reduced         = reduced->nb[1] / sizeof(float);
+    args.stride_table           = table->nb[1] / sizeof(float);
+    args.n_used                 = ids->ne[0];
+    args.n_tokens               = ids->ne[1];
+    args.n_down                 = reduced->ne[0];
+    args.rank                   = table->ne[0];
     return args;
 }
 
 static inline allocmoe_estimate_args allocmoe_estimate_args_of(const ggml_tensor * node, const allocmoe_node & params) {
     const bool skipped = params.kind == ALLOCMOE_NODE_SKIPPED;
-    auto args = allocmoe_estimate_args_of(node->src[0], node->src[1], node->src[2], node->src[skipped ? 4 : 3]);
-    args.routed    = (int32_t *) (skipped ? node->src[3] : node)->data;
-    args.skipped   = (float   *) (skipped ? node->data : nullptr);
-    args.limits    = skipped ? nullptr : allocmoe_limits_of(node->src[4], params);
-    args.places    = skipped ? nullptr : allocmoe_places_of(node->src[5]);
-    args.n_columns = node->ne[0];
-    args.node      = params;
+    auto args          = allocmoe_estimate_args_of(node->src[0], node->src[1], node->src[2], node->src[skipped ? 4 : 3]);
+    args.routed        = (int32_t *) (skipped ? node->src[3] : node)->data;
+    args.skipped       = (float *) (skipped ? node->data : nullptr);
+    args.limits        = skipped ? nullptr : allocmoe_limits_of(node->src[4], params);
+    args.places        = skipped ? nullptr : allocmoe_places_of(node->src[5]);
+    args.n_columns     = node->ne[0];
+    args.node          = params;
     return args;
 }

@@ -15,8 +15,8 @@ extern "C" {
 
 // Return values of the functions below that return int32_t; allocmoe_last_error() says more of those below 0.
 enum {
-    ALLOCMOE_OK            =  0,
-    ALLOCMOE_CHANGED       =  1, // what is in force is another plan than before
+    ALLOCMOE_OK            = 0,
+    ALLOCMOE_CHANGED       = 1,  // what is in force is another plan than before
     ALLOCMOE_ERR_N_LAYER   = -1, // n_layer is not the model's block count
     ALLOCMOE_ERR_K         = -2, // an entry is below 0 or above the number of experts
     ALLOCMOE_ERR_PHASE     = -3, // unknown phase
@@ -27,7 +27,9 @@ enum {
     ALLOCMOE_ERR_OTHER     = -8,
 };
 
-enum { ALLOCMOE_TOTAL_OF_FILE = 0 };
+enum {
+    ALLOCMOE_TOTAL_OF_FILE = 0
+};
 
 // How a layer's planned activations are shared among tokens. k is the layer's planned count.
 enum {
@@ -49,7 +51,7 @@ struct allocmoe_rule {
     int32_t token_rule;      // ALLOCMOE_RULE_*
     int32_t value;           // ALLOCMOE_VALUE_*
     int32_t k_base;          // experts that every token keeps, at least 1
-    bool    strict;          // threshold: the running mean never rises above k; estimate: the threshold moves to keep it near k
+    bool strict;             // threshold: the running mean never rises above k; estimate: the threshold moves to keep it near k
     const float * threshold; // one a layer, for ALLOCMOE_RULE_THRESHOLD and _ESTIMATE; copied
 };
 

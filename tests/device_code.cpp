@@ -11,7 +11,9 @@
 
 #define __device__
 #define __forceinline__ inline
-static thread_local struct { int x; } threadIdx, blockDim;
+static thread_local struct {
+    int x;
+} threadIdx, blockDim;
 
 #include "allocmoe-cuda.cuh"
 #include "allocmoe-token-rule.h"
@@ -19,19 +21,19 @@ static thread_local struct { int x; } threadIdx, blockDim;
 struct shared_block {
     explicit shared_block(int size) : size(size) { pthread_barrier_init(&barrier, nullptr, size); }
     ~shared_block() { pthread_barrier_destroy(&barrier); }
-    int               size;
+    int size;
     pthread_barrier_t barrier;
-    std::atomic<int>  counter{0};
+    std::atomic<int> counter{ 0 };
 };
 
 // the operations of a CUDA block, each thread of it a thread
 struct thread_block {
     shared_block & shared;
-    int            thread;
-    int  rank() const { return thread; }
-    int  size() const { return shared.size; }
+    int thread;
+    int rank() const { return thread; }
+    int size() const { return shared.size; }
     void sync() const { pthread_barrier_wait(&shared.barrier); }
-    int  count(bool condition) const {
+    int count(bool condition) const {
         shared.counter += condition;
         sync();
         const int n = shared.counter;
@@ -87,38 +89,38 @@ static std::vector<allocmoe_place> places_from(int first, int n_tokens) {
 
 static void route(const std::vector<int32_t> & h) {
     const int n_threads = h[1], n_used = h[7], n_expert = h[8], n_tokens = h[9];
-    const auto left_0  = read<float>(1);
-    const auto limits  = read<allocmoe_limit>(n_tokens);
-    const auto ids     = read<int32_t>((size_t) n_tokens*n_expert); // all ranked, as an argsort leaves them
-    const auto scores  = read<float>((size_t) n_tokens*n_expert);
+    const auto left_0 = read<float>(1);
+    const auto limits = read<allocmoe_limit>(n_tokens);
+    const auto ids    = read<int32_t>((size_t) n_tokens * n_expert); // all ranked, as an argsort leaves them
+    const auto scores = read<float>((size_t) n_tokens * n_expert);
 
-    std::vector<int32_t> routed((size_t) n_tokens*n_used);
+    std::vector<int32_t> routed((size_t) n_tokens * n_used);
     const auto places = places_from(5, n_tokens);
     std::vector<float> left(N_LEFT);
-    allocmoe_spent spent = { {}, left.data(), N_LEFT };
+    allocmoe_spent spent   = { {}, left.data(), N_LEFT };
     left[places[0].before] = left_0[0];
 
     allocmoe_route_args args = {};
-    args.ids           = ids.data();
-    args.scores        = scores.data();
-    args.limits        = limits.data();
-    args.places        = places.data();
-    args.routed        = routed.data();
-    args.stride_ids    = n_expert;
-    args.stride_scores = n_expert;
-    args.n_used        = n_used;
-    args.n_tokens      = n_tokens;
-    args.node.rule      = h[2];
-    args.node.value     = h[3];
-    args.node.k_base    = h[4];
-    args.node.strict    = h[6];
-    args.node.phase     = 1;
-    args.node.spent     = &spent;
+    args.ids                 = ids.data();
+    args.scores              = scores.data();
+    args.limits              = limits.data();
+    args.places              = places.data();
+    args.routed              = routed.data();
+    args.stride_ids          = n_expert;
+    args.stride_scores       = n_expert;
+    args.n_used              = n_used;
+    args.n_tokens            = n_tokens;
+    args.node.rule           = h[2];
+    args.node.value          = h[3];
+    args.node.k_base         = h[4];
+    args.node.strict         = h[6];
+    args.node.phase          = 1;
+    args.node.spent          = &spent;
 
     shared_block block(n_threads);
     auto shared = std::make_unique<allocmoe_route_shared>();
     run_block(n_threads, [&](int i) {
-        thread_block thread{block, i};
+        thread_block thread{ block, i };
         allocmoe_route(thread, args, *shared);
     });
     write(routed);
@@ -129,8 +131,8 @@ static void route(const std::vector<int32_t> & h) {
 static void mark(const std::vector<int32_t> & h) {
     const int n_used = h[1], n_tokens = h[2], stride = h[3], n_valid = h[4];
     const bool inverse = h[5];
-    const auto ids  = read<int32_t>((size_t) n_tokens*stride);
-    auto       src1 = read<int32_t>((size_t) n_tokens*n_used);
+    const auto ids     = read<int32_t>((size_t) n_tokens * stride);
+    auto src1          = read<int32_t>((size_t) n_tokens * n_used);
     run_block(32, [&](int i) {
         threadIdx.x = i;
         blockDim.x  = 32;
@@ -138,13 +140,13 @@ static void mark(const std::vector<int32_t> & h) {
     });
     write(src1);
 
-    std::vector<int32_t> to_sorted(n_valid, 7), from_sorted((size_t) n_tokens*n_used, 9);
+    std::vector<int32_t> to_sorted(n_valid, 7), from_sorted((size_t) n_tokens * n_used, 9);
     std::vector<char> bytes((const char *) ids.data(), (const char *) (ids.data() + ids.size()));
     ggml_tensor tensor = {};
-    tensor.ne[0] = n_used;
-    tensor.ne[1] = n_tokens;
-    tensor.nb[0] = sizeof(int32_t);
-    tensor.nb[1] = stride*sizeof(int32_t);
+    tensor.ne[0]       = n_used;
+    tensor.ne[1]       = n_tokens;
+    tensor.nb[0]       = sizeof(int32_t);
+    tensor.nb[1]       = stride * sizeof(int32_t);
     if (allocmoe_pad_skipped(&tensor, bytes, to_sorted, from_sorted) != n_valid) {
         exit(3);
     }
@@ -156,11 +158,11 @@ static void mark(const std::vector<int32_t> & h) {
 static void skip(const std::vector<int32_t> & h) {
     const int n_rows = h[1], n_rows_block = h[2], n_slots = h[3];
     const auto ids = read<int32_t>(n_slots);
-    auto       dst = read<float>((size_t) n_slots*n_rows);
+    auto dst       = read<float>((size_t) n_slots * n_rows);
     for (int slot = 0; slot < n_slots; ++slot) {
         for (int row0 = 0; row0 < n_rows; row0 += n_rows_block) {
             for (int tid = 0; tid < 64; ++tid) {
-                float * rows = &dst[(size_t) slot*n_rows];
+                float * rows = &dst[(size_t) slot * n_rows];
                 if (allocmoe_skip_slot(ids[slot], rows, row0, n_rows_block, n_rows, tid) != (ids[slot] < 0)) {
                     exit(4);
                 }
@@ -180,55 +182,55 @@ static void skip(const std::vector<int32_t> & h) {
 // both nodes of the rule that goes by estimates, the second on the first one's ids
 static void estimate(const std::vector<int32_t> & h) {
     const int n_threads = h[1], n_used = h[2], n_expert = h[3], n_tokens = h[4], n_down = h[5], rank = h[6], n_columns = h[7];
-    const int k = h[9]; // 0 for a rule that is not strict
+    const int k          = h[9]; // 0 for a rule that is not strict
     const auto threshold = read<float>(1);
     const std::vector<allocmoe_limit> limits(n_tokens, { (float) k, threshold[0] });
-    const auto ids       = read<int32_t>((size_t) n_tokens*n_expert);
-    const auto weights   = read<float>((size_t) n_tokens*n_used);
-    const auto reduced   = read<float>((size_t) n_tokens*n_down);
-    const auto log_norm  = read<float>((size_t) n_expert*(n_down + 1));
-    const auto output    = read<float>((size_t) n_expert*rank);
+    const auto ids      = read<int32_t>((size_t) n_tokens * n_expert);
+    const auto weights  = read<float>((size_t) n_tokens * n_used);
+    const auto reduced  = read<float>((size_t) n_tokens * n_down);
+    const auto log_norm = read<float>((size_t) n_expert * (n_down + 1));
+    const auto output   = read<float>((size_t) n_expert * rank);
 
-    std::vector<int32_t> routed((size_t) n_tokens*n_used);
-    std::vector<float>   skipped((size_t) n_tokens*n_columns);
+    std::vector<int32_t> routed((size_t) n_tokens * n_used);
+    std::vector<float> skipped((size_t) n_tokens * n_columns);
     // half way the text goes back to its fourth token
     std::vector<allocmoe_place> places;
     for (int t = 0; t < n_tokens; ++t) {
-        const int position = n_tokens > 6 && t >= n_tokens/2 ? t - n_tokens/2 + 3 : t;
+        const int position = n_tokens > 6 && t >= n_tokens / 2 ? t - n_tokens / 2 + 3 : t;
         places.push_back({ position - 1, position });
     }
     std::vector<float> left(n_tokens);
     allocmoe_spent spent = { {}, left.data(), n_tokens };
 
     allocmoe_estimate_args args = {};
-    args.ids                 = ids.data();
-    args.weights             = weights.data();
-    args.reduced             = reduced.data();
-    args.limits              = limits.data();
-    args.places              = places.data();
-    args.table               = log_norm.data();
-    args.routed              = routed.data();
-    args.skipped             = skipped.data();
-    args.stride_ids          = n_expert;
-    args.stride_weights      = n_used;
-    args.stride_weights_rank = 1;
-    args.stride_reduced      = n_down;
-    args.stride_table        = n_down + 1;
-    args.n_used              = n_used;
-    args.n_tokens            = n_tokens;
-    args.n_down              = n_down;
-    args.rank                = rank;
-    args.n_columns           = n_columns;
-    args.node.k_base         = h[8];
-    args.node.n_relu         = h[10];
-    args.node.strict         = k > 0;
-    args.node.phase          = 1;
-    args.node.spent          = &spent;
+    args.ids                    = ids.data();
+    args.weights                = weights.data();
+    args.reduced                = reduced.data();
+    args.limits                 = limits.data();
+    args.places                 = places.data();
+    args.table                  = log_norm.data();
+    args.routed                 = routed.data();
+    args.skipped                = skipped.data();
+    args.stride_ids             = n_expert;
+    args.stride_weights         = n_used;
+    args.stride_weights_rank    = 1;
+    args.stride_reduced         = n_down;
+    args.stride_table           = n_down + 1;
+    args.n_used                 = n_used;
+    args.n_tokens               = n_tokens;
+    args.n_down                 = n_down;
+    args.rank                   = rank;
+    args.n_columns              = n_columns;
+    args.node.k_base            = h[8];
+    args.node.n_relu            = h[10];
+    args.node.strict            = k > 0;
+    args.node.phase             = 1;
+    args.node.spent             = &spent;
 
     auto shared = std::make_unique<allocmoe_estimate_shared>();
     shared_block block(n_threads);
     run_block(n_threads, [&](int i) {
-        thread_block thread{block, i};
+        thread_block thread{ block, i };
         allocmoe_route_by_size(thread, args, *shared);
     });
     args.table        = output.data();
@@ -236,7 +238,7 @@ static void estimate(const std::vector<int32_t> & h) {
     shared_block token(n_columns);
     for (int t = 0; t < n_tokens; ++t) {
         run_block(n_columns, [&](int i) {
-            thread_block thread{token, i};
+            thread_block thread{ token, i };
             allocmoe_sum_skipped(thread, args, t);
         });
     }
@@ -250,7 +252,9 @@ int main() {
     while (fread(&kind, sizeof(kind), 1, stdin) == 1) {
         std::vector<int32_t> header = read<int32_t>(10);
         header.insert(header.begin(), kind);
-        (kind == 0 ? route : kind == 1 ? mark : kind == 2 ? skip : estimate)(header);
+        (kind == 0 ? route : kind == 1 ? mark
+                         : kind == 2   ? skip
+                                       : estimate)(header);
     }
     return 0;
 }

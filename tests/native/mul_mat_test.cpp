@@ -24,17 +24,30 @@ constexpr double MAX_ERROR = 1e-6;
 // Where llama.cpp's own kernels run: for Q4_1 and Q5_1 they round the sums of the inputs to half precision.
 constexpr double MAX_ERROR_UPSTREAM = 1e-3;
 
-constexpr int N_EXPERT = 5; // at most
+constexpr int N_EXPERT   = 5; // at most
 constexpr int N_TOKENS[] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 127, 128, 129, 257 };
 
-struct shape { int n_in, n_out, max_tokens; };
+struct shape {
+    int n_in, n_out, max_tokens;
+};
 // whole and broken panels and chunks; the last one is shared by several threads
 constexpr shape SHAPES_32[] = { { 32, 40, 257 }, { 96, 8, 257 }, { 256, 24, 257 }, { 288, 16, 257 }, { 32, 520, 17 } };
 constexpr shape SHAPES_K[]  = { { 256, 40, 257 }, { 512, 8, 257 }, { 256, 24, 257 }, { 512, 16, 257 }, { 256, 520, 17 } };
 
 constexpr ggml_type TYPES[] = {
-    GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4,
-    GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS,
+    GGML_TYPE_Q4_0,
+    GGML_TYPE_Q4_1,
+    GGML_TYPE_Q5_0,
+    GGML_TYPE_Q5_1,
+    GGML_TYPE_Q8_0,
+    GGML_TYPE_IQ4_NL,
+    GGML_TYPE_MXFP4,
+    GGML_TYPE_Q2_K,
+    GGML_TYPE_Q3_K,
+    GGML_TYPE_Q4_K,
+    GGML_TYPE_Q5_K,
+    GGML_TYPE_Q6_K,
+    GGML_TYPE_IQ4_XS,
 };
 
 static ggml_backend_t backend;
@@ -45,64 +58,68 @@ static int random_below(int n) { return rng() % n; }
 
 // What is the same for all ops of one type and shape.
 struct data {
-    ggml_type           type;
-    shape               size;
-    std::vector<char>   weights;  // [N_EXPERT][n_out][n_in], quantised
-    std::vector<float>  x;        // [max_tokens][2][n_in]: where an op has one input for a token, it is the first
+    ggml_type type;
+    shape size;
+    std::vector<char> weights;    // [N_EXPERT][n_out][n_in], quantised
+    std::vector<float> x;         // [max_tokens][2][n_in]: where an op has one input for a token, it is the first
     std::vector<double> expected; // [N_EXPERT][max_tokens][2][n_out]
     std::vector<double> scale;    // the same: |row|*|input|
-    std::vector<float>  seen;     // the same: what the first op gave, NaN before
+    std::vector<float> seen;      // the same: what the first op gave, NaN before
 
     data(ggml_type type, shape size) : type(type), size(size) {
-        const int n_in = size.n_in, n_rows = N_EXPERT*size.n_out, n_x = 2*size.max_tokens;
-        std::vector<float> w(n_rows*n_in);
+        const int n_in = size.n_in, n_rows = N_EXPERT * size.n_out, n_x = 2 * size.max_tokens;
+        std::vector<float> w(n_rows * n_in);
         for (auto & v : w) {
-            v = (random_below(65536) + random_below(65536) - 65536)/20000.0f;
+            v = (random_below(65536) + random_below(65536) - 65536) / 20000.0f;
         }
-        weights.resize(ggml_row_size(type, n_in)*n_rows);
+        weights.resize(ggml_row_size(type, n_in) * n_rows);
         ggml_quantize_chunk(type, w.data(), weights.data(), 0, n_rows, n_in, nullptr);
         ggml_get_type_traits(type)->to_float(weights.data(), w.data(), w.size());
 
-        x.resize(n_x*n_in);
+        x.resize(n_x * n_in);
         float factor = 1;
         for (size_t i = 0; i < x.size(); ++i) {
             if (i % n_in % 256 == 0) {
                 factor = std::ldexp(1.0f, random_below(5) - 2);
             }
-            x[i] = factor*(i % 32 == 7 ? (random_below(2) ? 127 : -127) : random_below(255) - 127);
+            x[i] = factor * (i % 32 == 7 ? (random_below(2) ? 127 : -127) : random_below(255) - 127);
         }
 
-        expected.resize(size_t(n_rows)*n_x);
+        expected.resize(size_t(n_rows) * n_x);
         scale.resize(expected.size());
         seen.assign(expected.size(), NAN);
         std::vector<double> xd(x.begin(), x.end()), wd(w.begin(), w.end());
         const auto dot = [n_in](const double * a, const double * b) {
             double sums[8] = {};
             for (int i = 0; i < n_in; ++i) {
-                sums[i % 8] += a[i]*b[i];
+                sums[i % 8] += a[i] * b[i];
             }
             return sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7];
         };
         std::vector<double> wn(n_rows), xn(n_x);
-        for (int r = 0; r < n_rows; ++r) { wn[r] = std::sqrt(dot(&wd[r*n_in], &wd[r*n_in])); }
-        for (int t = 0; t < n_x; ++t)    { xn[t] = std::sqrt(dot(&xd[t*n_in], &xd[t*n_in])); }
+        for (int r = 0; r < n_rows; ++r) {
+            wn[r] = std::sqrt(dot(&wd[r * n_in], &wd[r * n_in]));
+        }
+        for (int t = 0; t < n_x; ++t) {
+            xn[t] = std::sqrt(dot(&xd[t * n_in], &xd[t * n_in]));
+        }
         for (int r = 0; r < n_rows; ++r) {
             for (int t = 0; t < n_x; ++t) {
-                const size_t i = at(r/size.n_out, t) + r % size.n_out;
-                expected[i] = dot(&wd[r*n_in], &xd[t*n_in]);
-                scale[i]    = wn[r]*xn[t];
+                const size_t i = at(r / size.n_out, t) + r % size.n_out;
+                expected[i]    = dot(&wd[r * n_in], &xd[t * n_in]);
+                scale[i]       = wn[r] * xn[t];
             }
         }
     }
 
-    size_t at(int expert, int input) const { return (size_t(expert)*2*size.max_tokens + input)*size.n_out; }
+    size_t at(int expert, int input) const { return (size_t(expert) * 2 * size.max_tokens + input) * size.n_out; }
 };
 
 // One graph of one op. n_expert 0: MUL_MAT with the first expert's weights; -n: n of them side by side, as latent attention
 // has one for each head, all with n_tokens. n_inputs: of a token, 1 or n_used.
 struct op {
     ggml_context * ctx;
-    ggml_tensor * w, * x, * ids = nullptr, * out;
+    ggml_tensor *w, *x, *ids = nullptr, *out;
     ggml_cgraph * graph;
     ggml_backend_buffer_t weights_buffer = nullptr, buffer = nullptr;
 
@@ -126,7 +143,7 @@ struct op {
         ggml_build_forward_expand(graph, out);
         if (repack) {
             const size_t size = ggml_backend_buft_get_alloc_size(repack_buffer_type, w);
-            weights_buffer = ggml_backend_buft_alloc_buffer(repack_buffer_type, size);
+            weights_buffer    = ggml_backend_buft_alloc_buffer(repack_buffer_type, size);
             ggml_backend_tensor_alloc(weights_buffer, w, ggml_backend_buffer_get_base(weights_buffer));
         }
         buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
@@ -150,8 +167,8 @@ struct op {
 };
 
 static bool is_repacked(ggml_type type) {
-    ggml_context * ctx = ggml_init({ 1 << 20, nullptr, true });
-    ggml_tensor * w = ggml_new_tensor_2d(ctx, type, 256, 16);
+    ggml_context * ctx           = ggml_init({ 1 << 20, nullptr, true });
+    ggml_tensor * w              = ggml_new_tensor_2d(ctx, type, 256, 16);
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(repack_buffer_type, ggml_nbytes(w));
     ggml_backend_tensor_alloc(buffer, w, ggml_backend_buffer_get_base(buffer));
     const bool result = w->extra != nullptr;
@@ -162,21 +179,21 @@ static bool is_repacked(ggml_type type) {
 
 // Expert 0 for the first n_first tokens, others and -1 elsewhere; of three and more experts, the last gets no token.
 static std::vector<int32_t> random_ids(int n_expert, int n_used, int n_tokens, int n_first) {
-    std::vector<int32_t> ids(n_tokens*n_used, -1);
+    std::vector<int32_t> ids(n_tokens * n_used, -1);
     for (int t = 0; t < n_tokens; ++t) {
         const int first = random_below(n_used);
         if (t < n_first) {
-            ids[t*n_used + first] = 0;
+            ids[t * n_used + first] = 0;
         }
         if (n_used > 1 && random_below(4)) {
-            ids[t*n_used + 1 - first] = 1 + random_below(std::max(1, n_expert - 2));
+            ids[t * n_used + 1 - first] = 1 + random_below(std::max(1, n_expert - 2));
         }
     }
     return ids;
 }
 
 struct result {
-    int    n_ops     = 0;
+    int n_ops        = 0;
     double max_error = 0;
     std::string failure;
 };
@@ -193,25 +210,25 @@ static bool has_kernel_for_one(ggml_type type, bool repack) {
 // Runs one op with 1 to 3 threads. ours: it has a kernel, whose results equal, bit for bit, those of any other op in any layout
 // for the same weights and input.
 static void check(
-        data & d, bool repack, bool ours, int n_expert, int n_used, int n_inputs, int n_tokens, int n_first, result & result) {
+    data & d, bool repack, bool ours, int n_expert, int n_used, int n_inputs, int n_tokens, int n_first, result & result) {
     op op(d, repack, n_expert, n_used, n_inputs, n_tokens);
     const int n_in = d.size.n_in, n_out = d.size.n_out;
     ggml_backend_tensor_set(op.w, d.weights.data(), 0, ggml_nbytes(op.w));
     const int n_side = std::max(1, -n_expert);
-    for (int t = 0; t < n_tokens*n_side; ++t) {
-        const int64_t at = t*n_inputs*n_in*sizeof(float);
-        ggml_backend_tensor_set(op.x, &d.x[2*(t % n_tokens)*n_in], at, n_inputs*n_in*sizeof(float));
+    for (int t = 0; t < n_tokens * n_side; ++t) {
+        const int64_t at = t * n_inputs * n_in * sizeof(float);
+        ggml_backend_tensor_set(op.x, &d.x[2 * (t % n_tokens) * n_in], at, n_inputs * n_in * sizeof(float));
     }
-    std::vector<int32_t> ids(n_tokens*n_used*n_side, 0);
+    std::vector<int32_t> ids(n_tokens * n_used * n_side, 0);
     for (size_t i = 0; i < ids.size(); ++i) {
-        ids[i] = i/(n_tokens*n_used);
+        ids[i] = i / (n_tokens * n_used);
     }
     if (n_expert > 0) {
         ids = random_ids(n_expert, n_used, n_tokens, n_first);
         ggml_backend_tensor_set(op.ids, ids.data(), 0, ggml_nbytes(op.ids));
     }
     // fewer tokens for an expert than any instruction set's threshold: llama.cpp's own kernels may run
-    ours = ours && (has_kernel_for_one(d.type, repack) || int(ids.size()) >= 4*std::min<int>(std::max({ n_expert, -n_expert, 1 }), ids.size()));
+    ours = ours && (has_kernel_for_one(d.type, repack) || int(ids.size()) >= 4 * std::min<int>(std::max({ n_expert, -n_expert, 1 }), ids.size()));
     for (int n_threads = 1; n_threads <= 3; ++n_threads) {
         // more threads only where they share work differently: on few cores, waiting for each other takes long
         if ((n_threads == 2 && n_expert != N_EXPERT) || (n_threads == 3 && n_out < 64)) {
@@ -220,15 +237,15 @@ static void check(
         const std::vector<float> out = op.run(n_threads);
         result.n_ops++;
         for (size_t slot = 0; slot < ids.size(); ++slot) {
-            const int token = slot/n_used % n_tokens, input = 2*token + slot % n_used % n_inputs;
+            const int token = slot / n_used % n_tokens, input = 2 * token + slot % n_used % n_inputs;
             for (int r = 0; r < n_out; ++r) {
-                const float y = out[slot*n_out + r];
+                const float y      = out[slot * n_out + r];
                 const char * wrong = nullptr;
                 if (ids[slot] < 0) {
                     wrong = y == 0 ? nullptr : "a skipped slot is not zero";
                 } else {
-                    const size_t i = d.at(ids[slot], input) + r;
-                    const double error = std::abs(y - d.expected[i])/d.scale[i];
+                    const size_t i     = d.at(ids[slot], input) + r;
+                    const double error = std::abs(y - d.expected[i]) / d.scale[i];
                     if (ours && std::isnan(d.seen[i])) {
                         d.seen[i] = y;
                     }
@@ -244,8 +261,9 @@ static void check(
                 if (wrong && result.failure.empty()) {
                     char text[256];
                     snprintf(text, sizeof(text), "%s: weights %dx%dx%d, %d tokens (%d for expert 0), %d of %d inputs, %d threads; "
-                             "token %d, expert %d, row %d: %g", wrong, n_in, n_out, n_expert, n_tokens, n_first, n_inputs, n_used,
-                             n_threads, token, ids[slot], r, y);
+                                                 "token %d, expert %d, row %d: %g",
+                        wrong, n_in, n_out, n_expert, n_tokens, n_first, n_inputs, n_used,
+                        n_threads, token, ids[slot], r, y);
                     result.failure = text;
                 }
             }
@@ -268,9 +286,9 @@ static void check_all(data & d, bool repack, bool ours, result & result) {
             check(d, repack, ours, n_expert, 2, 1 + (n + n_expert) % 2, n_tokens, n, result);
         }
     }
-    check(d, repack, ours, 1,        1, 1, 33, 0, result); // nothing but -1
-    check(d, repack, ours, N_EXPERT, 2, 2, 1,  1, result);
-    check(d, repack, ours, N_EXPERT, 2, 1, 2,  2, result);
+    check(d, repack, ours, 1, 1, 1, 33, 0, result); // nothing but -1
+    check(d, repack, ours, N_EXPERT, 2, 2, 1, 1, result);
+    check(d, repack, ours, N_EXPERT, 2, 1, 2, 2, result);
 }
 
 int main() {
@@ -279,8 +297,9 @@ int main() {
         if (level >= GGML_LOG_LEVEL_WARN) {
             fputs(text, stderr);
         }
-    }, nullptr);
-    backend = ggml_backend_cpu_init();
+    },
+        nullptr);
+    backend                = ggml_backend_cpu_init();
     const auto extra_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
         ggml_backend_cpu_reg(), "ggml_backend_dev_get_extra_bufts");
     for (auto * found = extra_bufts(ggml_backend_get_device(backend)); found && *found; ++found) {
@@ -289,7 +308,7 @@ int main() {
         }
     }
     const bool has_kernel = (ggml_cpu_has_avx2() && ggml_cpu_has_fma()) || ggml_cpu_has_dotprod();
-    bool failed = false;
+    bool failed           = false;
     for (ggml_type type : TYPES) {
         const bool is_k = ggml_blck_size(type) == 256;
         result results[2];
@@ -307,7 +326,7 @@ int main() {
             if (layouts[repack]) {
                 const result & r = results[repack];
                 printf("%-6s %-8s %5d ops, largest error %.1e  %s\n", ggml_type_name(type), repack ? "repacked" : "plain", r.n_ops,
-                       r.max_error, r.failure.empty() ? "ok" : r.failure.c_str());
+                    r.max_error, r.failure.empty() ? "ok" : r.failure.c_str());
                 fflush(stdout);
                 failed |= !r.failure.empty();
             }

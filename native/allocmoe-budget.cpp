@@ -73,13 +73,6 @@ static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> &
     return best;
 }
 
-// A file's value serves the rules that compare scores; a plan under another has none.
-static void use_score_where_unused(allocmoe_plan & plan) {
-    if (plan.token_rule == ALLOCMOE_RULE_OFF || plan.token_rule == ALLOCMOE_RULE_ESTIMATE) {
-        plan.value = ALLOCMOE_VALUE_SCORE;
-    }
-}
-
 static std::vector<float> thresholds_of(const allocmoe_model & file, const std::vector<int32_t> & counts) {
     if (file.threshold_table.empty()) {
         throw allocmoe_error("token rule threshold needs a threshold table, and the file has none: convert it again");
@@ -103,7 +96,6 @@ static std::unique_ptr<allocmoe_plan> full_or_fail(const allocmoe_model * file, 
         plan->token_rule = ALLOCMOE_RULE_OFF;
         plan->strict     = false;
         plan->threshold.clear();
-        use_score_where_unused(*plan);
         return plan;
     }
     if (total == ALLOCMOE_TOTAL_OF_FILE || total == sum_of(own)) {
@@ -125,7 +117,6 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
             return nullptr; // whoever raises the count wants it raised
         }
         auto plan = std::make_unique<allocmoe_plan>(file->plan);
-        use_score_where_unused(*plan);
         return plan;
     }
     if (!file || file->n_rows == 0) {
@@ -164,7 +155,6 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
     }
     plan->token_rule = rule;
     plan->strict     = estimate ? strict != 0 : strict == 1;
-    use_score_where_unused(*plan);
     if (rule == ALLOCMOE_RULE_THRESHOLD) {
         plan->threshold = thresholds_of(*file, plan->expert_used_count);
     } else if (!estimate) {

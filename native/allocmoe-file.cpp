@@ -113,7 +113,6 @@ static void read_plan(const keys & keys, const llama_hparams & hparams, allocmoe
         }
     }
     plan.token_rule = keys.choice("token_rule", allocmoe_token_rule_names);
-    plan.value      = keys.choice("value", allocmoe_value_names);
     plan.strict     = plan.token_rule == ALLOCMOE_RULE_ESTIMATE;
     if (keys.has("k_base")) {
         plan.k_base = keys.number("k_base", 1, hparams.n_expert);

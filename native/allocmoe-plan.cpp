@@ -13,7 +13,6 @@
 #include <string>
 
 const char * const allocmoe_token_rule_names[4] = { "off", "batch", "threshold", "estimate" };
-const char * const allocmoe_value_names[3]      = { "score", "relative", "remaining" };
 
 bool allocmoe_by_threshold(int32_t token_rule) {
     return token_rule == ALLOCMOE_RULE_THRESHOLD || token_rule == ALLOCMOE_RULE_ESTIMATE;

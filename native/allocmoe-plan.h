@@ -48,7 +48,6 @@ struct allocmoe_settings {
 };
 
 extern const char * const allocmoe_token_rule_names[4]; // by ALLOCMOE_RULE_*
-extern const char * const allocmoe_value_names[3];      // by ALLOCMOE_VALUE_*
 
 // Whether the rule goes by thresholds.
 bool allocmoe_by_threshold(int32_t token_rule);

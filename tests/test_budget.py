@@ -32,7 +32,6 @@ def made_profile(**changes) -> metadata.Profile:
         threshold_table=table,
         k_base=2,
         token_rule="threshold",
-        value="relative",
         estimator=estimator,
     )
     return replace(profile, **changes)

@@ -42,14 +42,13 @@ def test_what_is_written_is_read_back(tmp_path):
     assert after.profile.plan(1.0, after.full).budget_total == 8
 
 
-def test_value_of_a_token_rule_is_written_and_read_back(tmp_path):
-    source = write_gguf(tmp_path / "m.gguf", keys=plan_keys())
-    profile = replace(metadata.read(source).profile, token_rule="batch", value="relative")
-    model = metadata.read(source)
-    metadata.write_side_file(tmp_path / "plan.gguf", model, profile.plan(6, model.full), profile)
-    found = metadata.read(tmp_path / "plan.gguf")
-    assert found.plan.value == found.profile.value == "relative"
-    assert found.profile.plan(4, model.full, "off").value == "score"
+def test_plan_that_goes_by_other_values_is_not_written(tmp_path):
+    """They serve comparison with other methods: no file has them."""
+    model = metadata.read(write_gguf(tmp_path / "m.gguf", keys=plan_keys()))
+    plan = replace(model.profile.plan(6, model.full, "batch"), value="relative")
+    with pytest.raises(PlanError, match="value: found 'relative'"):
+        metadata.write_side_file(tmp_path / "plan.gguf", model, plan, model.profile)
+    assert not (tmp_path / "plan.gguf").exists()
 
 
 HELD_OUT = {"held_out.n_tokens": 9, "held_out.perplexity": np.array([9.0, 12.0, 10.0])}

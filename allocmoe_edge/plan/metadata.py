@@ -9,7 +9,6 @@
 | allocmoe.token_rule | string | how a layer's activations are shared among tokens: off (top-k), batch, threshold, estimate |
 | allocmoe.k_base | uint32 | experts that every token keeps under any rule but off |
 | allocmoe.threshold | float32[block_count] | for threshold and estimate: the value, or size, from which a candidate is activated |
-| allocmoe.value | string | what batch and threshold go by: score (the default), relative, remaining; see `Plan` |
 | allocmoe.table.expert_used_count | uint8 or uint16[n_rows * block_count] | the plan for every total: row r for n_moe_layers + r, up to sum(K_l), under the rules other than estimate |
 | allocmoe.table.estimate.expert_used_count | the same | the same under estimate |
 | allocmoe.table.estimate.threshold | float32[n_rows * block_count] | its thresholds; rows of NaN where the rule cannot spend so little |
@@ -122,13 +121,12 @@ def read(path, *, estimator: bool = True) -> ModelPlan:
             threshold = None
             if rule in ("threshold", "estimate"):
                 threshold = _array(file, "allocmoe.threshold", np.float32, len(full)).tolist()
-            value = _value(file, "allocmoe.value", str, "score") if rule not in ("off", "estimate") else "score"
             if rule == "estimate" and file.get("allocmoe.estimator.n_down") is None:
                 raise PlanError("estimator: found nothing, want one for token_rule 'estimate'")
             found = _read_estimator(file, full) if estimator else None
             own = found if rule == "estimate" else None
             strict = rule == "estimate"  # its default, see `Profile.plan`
-            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, strict, value, own)
+            plan = Plan(planned, full, rule, file.get("allocmoe.k_base", 1), threshold, strict, estimator=own)
         except PlanError as error:
             raise PlanError(f"{path}: allocmoe.{error}") from None
         return ModelPlan(full, plan, _read_profile(file, full, found), **identity, side_file=side_file)
@@ -188,6 +186,8 @@ def write_side_file(path, model: ModelPlan, plan: Plan, profile: Optional[Profil
 
 def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
     """Sets the allocmoe.* keys in an open file's metadata, replacing all that were there."""
+    if plan.value != "score":
+        raise PlanError(f"value: found {plan.value!r}: such a plan can be set by hand (set_plan) and not be written")
     for key in [key for key in file.keys() if key.startswith("allocmoe.")]:
         file.set(key, None)
     file.set("allocmoe.version", VERSION)
@@ -199,9 +199,6 @@ def write(file: GGUFFile, plan: Plan, profile: Optional[Profile]) -> None:
     estimator = plan.estimator if profile is None else profile.estimator
     if estimator is not None:
         _write_estimator(file, estimator, plan.moe_layers)
-    value = plan.value if profile is None else profile.value
-    if value != "score":
-        file.set("allocmoe.value", value)
     if plan.threshold is not None:
         file.set("allocmoe.threshold", np.array(plan.threshold, np.float32))
     if profile is None:
@@ -328,7 +325,6 @@ def _read_profile(file: GGUFFile, full: tuple, estimator: Optional[Estimator]) -
             token_rule=_value(file, "allocmoe.token_rule", str, "off"),
             cost_unit=_value(file, "allocmoe.cost.unit", str, "activations"),
             held_out=held_out,
-            value=_value(file, "allocmoe.value", str, "score"),
             estimator=estimator,
         )
     except PlanError as error:

@@ -41,7 +41,6 @@ class Profile:
     threshold_table: one float32 array of shape [K_l] per layer: the value from which candidates beyond the
         k_base best are activated so that the mean is k = 1..K_l; None if it was not calibrated.
     token_rule: the rule to plan with unless another is asked for.
-    value: what it goes by, see `Plan`, and what the threshold table holds.
     estimator: what token rule "estimate" goes by; None if it was not calibrated.
     """
 
@@ -56,7 +55,6 @@ class Profile:
     token_rule: str = "off"
     cost_unit: str = "activations"
     held_out: Optional[HeldOut] = None
-    value: str = "score"
     estimator: Optional[Estimator] = None
 
     def plan(self, budget, full: tuple, token_rule: Optional[str] = None, strict: Optional[bool] = None) -> Plan:
@@ -89,9 +87,8 @@ class Profile:
             # layers without experts have no row, and nothing reads their entry
             rows = zip(self.threshold_table, plan.expert_used_count)
             threshold = tuple(float(row[k - 1]) if k else 0.0 for row, k in rows)
-        value = self.value if token_rule != "off" else "score"
         return replace(
-            plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value=value
+            plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value="score"
         )
 
     def plan_table(self, full: tuple) -> np.ndarray:

@@ -18,6 +18,10 @@ internals = llama_cpp._internals
 
 # enum llama_pooling_type
 _POOLING_TYPES = range(-1, 5)
+# GGML_MAX_N_THREADS
+_MOST_THREADS = 512
+# llama.cpp makes every context a multiple of so many tokens
+_CONTEXT_UNIT = 256
 # GBNF of a request: llama.cpp's parser calls itself at each "(", and runs out of stack some 20 times as deep
 _MAX_NESTING = 1000
 
@@ -79,6 +83,8 @@ class CheckedLlama(llama_cpp.Llama):
             if kwargs.get(name) is not None:
                 kwargs[name] = os.fsdecode(kwargs[name])
         _check_arguments(kwargs)
+        # else llama-cpp-python keeps tokens for fewer places than the context has, and fails where a text goes beyond
+        kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
         super().__init__(os.fsdecode(model_path), **kwargs)
         if self.lora_path and not self._lora_adapter:
             self._lora_adapter = None
@@ -203,6 +209,19 @@ class CheckedLlama(llama_cpp.Llama):
             raise ValueError(f"grammar: llama.cpp cannot use it (its reason is on stderr); it begins {start!r}")
         llama_cpp.llama_sampler_free(sampler)
 
+    # tokens
+
+    def detokenize(self, tokens: List[int], prev_tokens: Optional[List[int]] = None, special: bool = False) -> bytes:
+        """As in `llama_cpp.Llama`.
+
+        Raises:
+            ValueError: a token that the vocabulary does not have.
+        """
+        for token in tokens:
+            if not 0 <= token < self.n_vocab():
+                raise ValueError(f"tokens: found {token}, want 0 to {self.n_vocab() - 1}, the vocabulary's")
+        return super().detokenize(tokens, prev_tokens, special)
+
     # embeddings
 
     def embed(self, input: Union[str, List[str]], normalize=False, truncate=True, return_count=False):
@@ -246,6 +265,10 @@ _SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 
 def _check_arguments(kwargs: dict) -> None:
     """Refuses what llama.cpp or llama-cpp-python would crash on. Raises ValueError."""
+    for name in ("n_threads", "n_threads_batch"):
+        value = kwargs.get(name) or 1
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _MOST_THREADS:
+            raise ValueError(f"{name}: found {value!r}, want 1 to {_MOST_THREADS}")
     for name, least in (("n_ctx", 0), ("n_batch", 1), ("n_ubatch", 1)):
         value = kwargs.get(name, least)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**31:

@@ -396,6 +396,8 @@ class Llama(CheckedLlama):
         Raises:
             RuntimeError: llama.cpp cannot evaluate them, for instance beyond the context's size.
         """
+        if isinstance(n_past, bool) or not isinstance(n_past, (int, np.integer)) or not 0 <= n_past < self.n_ctx():
+            raise ValueError(f"n_past: found {n_past!r}, want 0 to {self.n_ctx() - 1}")
         if not 0 < len(tokens) <= self.n_batch:
             raise ValueError(f"tokens: found {len(tokens)}, want 1 to {self.n_batch} (n_batch)")
         self.rewind(n_past)

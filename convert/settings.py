@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import FrozenSet, Optional
 
 from allocmoe_edge.measure.cores import physical_cores
-from allocmoe_edge.plan import TOKEN_RULES, parse_budget
+from allocmoe_edge.plan import TOKEN_RULES, PlanError, parse_budget
 from allocmoe_edge.plan.profile import Profile
 
 from . import ConvertError, quantize, sensitivity
@@ -66,7 +66,13 @@ class Settings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConvertError(f"{option(name)} {getattr(self, name)}: want at least {low}")
-        parse_budget(self.budget, _MOST_ACTIVATIONS, 1)
+        try:
+            parse_budget(self.budget, _MOST_ACTIVATIONS, 1)
+        except PlanError:
+            raise ConvertError(
+                f"--budget {self.budget}: want a share of the model's own activations up to 1.0 (0.5, 50%), or a whole "
+                "number of activations per token over all layers (96)"
+            ) from None
         for name in ("imatrix", "allow_requantize"):
             if getattr(self, name) and self.quantize is None:
                 raise ConvertError(f"{option(name)} is for --quantize")

@@ -321,3 +321,25 @@ def test_generation_ends_where_the_context_is_full(llm):
     prompt = llm.tokenize(PROMPT.encode())
     written = list(llm.generate(prompt, temp=0.0))
     assert llm.n_tokens == llm.n_ctx() and len(prompt) + len(written) == llm.n_ctx() + 1
+
+
+@pytest.mark.parametrize("token", [-1, 10**9])
+def test_tokens_that_the_vocabulary_does_not_have(llm, token):
+    """llama.cpp would end the process."""
+    with pytest.raises(ValueError, match=f"tokens: found {token}"):
+        llm.detokenize([1, token])
+
+
+def test_context_is_as_large_as_llama_cpp_makes_it(path):
+    """300 becomes 512: a text may go as far, and not only to where llama-cpp-python keeps tokens."""
+    llm = Llama(path, **{**SIZES, "n_ctx": 300})
+    assert llm.n_ctx() == 512
+    list(itertools.islice(llm.generate([1] * 310, temp=0.0), 3))
+    assert len(llm.input_ids) == 512 and llm.n_tokens == 312
+
+
+@pytest.mark.parametrize("n_past", [-1, 256, 10**20, 1.5])
+def test_position_that_the_context_does_not_have(llm, n_past):
+    with pytest.raises(ValueError, match="n_past"):
+        llm.decode([1], n_past=n_past)
+    assert np.isfinite(llm.decode([1], n_past=0)).all()

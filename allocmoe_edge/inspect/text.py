@@ -112,7 +112,10 @@ def _plan(report: dict) -> Iterator:
     if profile:
         uniform = profile["allocation"] == "uniform"
         text = profile["calibration"]
-        yield "allocation", "uniform: Alloc-L lost on held-out text" if uniform else "Alloc-L"
+        yield (
+            "allocation",
+            "uniform under rules other than estimate: Alloc-L lost on held-out text" if uniform else "Alloc-L",
+        )
         yield "profile", f"{profile['metric']}, {profile['mode']}; {text['source']}, {text['n_tokens']:,} tokens"
         yield "sensitivity", _sensitivity(profile)
     held_out = report["held_out"]

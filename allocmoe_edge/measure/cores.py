@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Iterator
 
+from .control_groups import group_folders
+
 
 def physical_cores() -> int:
     """Cores that this process may run on, at least 1; those that two processors share count once.
@@ -49,26 +51,13 @@ def _processors(path: Path) -> set:
 
 def _group_limits(membership: Path, root: Path) -> Iterator[float]:
     """Shares of CPU time, in processors, that the control groups in a /proc/*/cgroup and those above them may have."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # in a container the path may be the host's, and the container's own group what is mounted as the root
-        top = root / controllers
-        own = top / group.lstrip("/")
-        for folder in (own, *own.parents):
-            try:
-                if controllers:
-                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                if float(quota) > 0:  # version 1 says -1 where there is none, version 2 "max"
-                    yield float(quota) / float(period)
-            except (OSError, ValueError, ZeroDivisionError):
-                pass
-            if folder == top:
-                break
+    for folder, version_1 in group_folders(membership, root, "cpu"):
+        try:
+            if version_1:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            else:
+                quota, period = (folder / "cpu.max").read_text().split()
+            if float(quota) > 0:  # version 1 says -1 where there is none, version 2 "max"
+                yield float(quota) / float(period)
+        except (OSError, ValueError, ZeroDivisionError):
+            pass

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Iterator, Optional
 
+from .control_groups import group_folders
+
 
 def available() -> Optional[int]:
     """Bytes of memory that this process can still have, file pages included; None where unknown.
@@ -36,25 +38,12 @@ def read_meminfo(key: str) -> Optional[int]:
 def _group_rooms(membership: Path, root: Path) -> Iterator[int]:
     """Bytes under their limits that the control groups in a /proc/*/cgroup still have, of version 1 or 2, and the groups
     above them. File pages count as free: they are dropped before a limit is enforced."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        # in a container the path may be the host's, and the container's own group what is mounted as the root
-        top = root / controllers
-        own = top / group.lstrip("/")
-        for folder in (own, *own.parents):
-            limit = _read_number(folder / ("memory.limit_in_bytes" if controllers else "memory.max"))
-            if limit is not None:  # version 2 says "max" where there is none
-                used = _read_number(folder / ("memory.usage_in_bytes" if controllers else "memory.current")) or 0
-                pages = _file_pages(folder / "memory.stat", "total_" if controllers else "")
-                yield max(limit - max(used - pages, 0), 0)
-            if folder == top:
-                break
+    for folder, version_1 in group_folders(membership, root, "memory"):
+        limit = _read_number(folder / ("memory.limit_in_bytes" if version_1 else "memory.max"))
+        if limit is not None:  # version 2 says "max" where there is none
+            used = _read_number(folder / ("memory.usage_in_bytes" if version_1 else "memory.current")) or 0
+            pages = _file_pages(folder / "memory.stat", "total_" if version_1 else "")
+            yield max(limit - max(used - pages, 0), 0)
 
 
 def _read_number(path: Path) -> Optional[int]:

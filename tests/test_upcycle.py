@@ -115,8 +115,12 @@ def test_built_model_computes_what_was_trained(dense_path, student, tmp_path):
     assert 0 < float(rounded.norm() / hidden.norm()) < 0.05  # 8 bits: 0.4% of a factor's largest value
 
 
+def whole_layer(student: model.Student, il: int) -> dict:
+    return student.own(il) | model.merged(student.base[il], student.own(il))
+
+
 def test_experts_computed_at_once_are_those_chosen(student):
-    layer, x = (student.layer(0), torch.randn(5, N_EMBD, generator=torch.Generator().manual_seed(2)))
+    layer, x = (whole_layer(student, 0), torch.randn(5, N_EMBD, generator=torch.Generator().manual_seed(2)))
     out, _ = model.moe_ffn(x, layer, SIZES)
     width = SIZES.width(N_FF)
     inner = torch.nn.functional.silu(x @ layer["ffn_gate"].T) * (x @ layer["ffn_up"].T)
@@ -136,7 +140,7 @@ def test_all_experts_with_equal_weights_are_the_dense_ffn(dense_path):
     x = torch.randn(5, N_EMBD, generator=torch.Generator().manual_seed(3))
     student.reorder(0, torch.arange(N_FF).flip(0))  # the router is 0
     everything = model.Sizes(SIZES.n_shared, SIZES.n_expert, SIZES.n_expert, 6, 3)
-    out, balance = model.moe_ffn(x, student.layer(0), everything)
+    out, balance = model.moe_ffn(x, whole_layer(student, 0), everything)
     torch.testing.assert_close(out, model.dense_ffn(x, student.teacher_[0].layers[0]), rtol=1e-4, atol=1e-5)
     assert float(balance) == pytest.approx(1.0)
 
@@ -203,15 +207,23 @@ def test_a_state_of_other_options_is_refused(dense_path, tmp_path):
         other.load(tmp_path / "state.pt")
 
 
-def test_norm_is_torchs():
-    generator = torch.Generator().manual_seed(6)
-    x, weight = torch.randn(3, 5, 16, generator=generator), torch.randn(16, generator=generator)
-    got, want = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
-    up = torch.randn(3, 5, 16, generator=generator)
-    (model.norm(*got, 1e-5, torch.float32) * up).sum().backward()
-    (torch.nn.functional.rms_norm(want[0], (16,), want[1], 1e-5) * up).sum().backward()
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)  # F32 sums in another order
+def test_router_learns_from_experts_that_it_did_not_choose():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]], requires_grad=True)
+    weights = model.expert_weights(logits, 2)
+    torch.testing.assert_close(weights, torch.tensor([[2 * 0.731059, 0, 2 * 0.268941, 0]]))
+    worth = torch.tensor([[0.0, 0.0, 0.0, 1.0]])  # the last expert is not chosen
+    got = torch.autograd.grad((weights * worth).sum(), logits)[0]
+    torch.testing.assert_close(got, torch.autograd.grad((4 * logits.softmax(-1) * worth).sum(), logits)[0])
+
+
+@pytest.mark.slow
+def test_compiled_gradients_are_those_of_eager_layers(dense_path):
+    runs = [train.Run(new_student(dense_path), TEXTS, [False, True], OPTIONS, compiled=x) for x in (False, True)]
+    losses = [run.train_step(12) for run in runs]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    for (name, a), b in zip(runs[0].student.named_parameters(), runs[1].student.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)  # F32 sums in another order
+    np.testing.assert_allclose(*(run.perplexity(TEXTS[0].repeat(4)) for run in runs), rtol=1e-4)
 
 
 def test_the_command_stops_at_a_signal_goes_on_and_exports(dense_path, tmp_path, monkeypatch):
@@ -231,7 +243,7 @@ def test_the_command_stops_at_a_signal_goes_on_and_exports(dense_path, tmp_path,
     texts = ["--tokens", str(tmp_path / "books.npy"), str(tmp_path / "chats.npy"), "--base", str(dense_path)]
     exported = []
     for name, stop_at in (("whole", None), ("stopped", 3)):
-        command = [*texts, "-o", str(tmp_path / name), "--steps", "6"]
+        command = [*texts, "-o", str(tmp_path / name), "--steps", "6", "--eager"]
         if stop_at:
             assert train.main(command) == 130
             assert torch.load(tmp_path / name / "state.pt", weights_only=True)["step"] == 3

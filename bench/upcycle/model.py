@@ -9,7 +9,6 @@ CPUs with AMX faster: few large products.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-import functools
 import math
 
 import torch
@@ -50,17 +49,17 @@ class Sizes:
         return width
 
 
-@functools.cache
-def rotations(time: int, dim: int, base: float) -> torch.Tensor:
-    """[time, dim / 2] complex numbers of length 1."""
+def rotations(time: int, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cosines, sines), each [time, 1, dim / 2] F32."""
     angle = torch.arange(time).unsqueeze(1) * base ** (-torch.arange(0, dim, 2) / dim)
-    return torch.polar(torch.ones_like(angle), angle)
+    return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 
 
 def rope(x: torch.Tensor, base: float) -> torch.Tensor:
     """Rotates neighbouring pairs of x [batch, time, heads, head_dim] by their position, as llama.cpp's NORM type."""
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rotations(x.shape[1], x.shape[-1], base)[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    cos, sin = rotations(x.shape[1], x.shape[-1], base)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
 def attention(x: torch.Tensor, layer: dict, dense: Dense) -> torch.Tensor:
@@ -80,9 +79,15 @@ def dense_ffn(x: torch.Tensor, layer: dict) -> torch.Tensor:
 
 
 def expert_weights(logits: torch.Tensor, n_used: int) -> torch.Tensor:
-    """Weights [n, n_expert] of mean 1 over the chosen, 0 elsewhere: n_used times the renormalised softmax."""
+    """Weights [n, n_expert] of mean 1 over the chosen, 0 elsewhere: n_used times the renormalised softmax.
+
+    Backwards they are the softmax over all experts, so that a router also learns from experts that it did not choose
+    (DenseMixer, Yao et al. 2025): their outputs are at hand.
+    """
     top, chosen = logits.topk(n_used, -1)
-    return torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1) * n_used)
+    weights = torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1) * n_used)
+    every = logits.softmax(-1) * logits.shape[-1]
+    return weights.detach() + (every - every.detach())
 
 
 def balance_loss(logits: torch.Tensor, weights: torch.Tensor, n_used: int) -> torch.Tensor:
@@ -102,34 +107,36 @@ def moe_ffn(x: torch.Tensor, layer: dict, sizes: Sizes) -> tuple[torch.Tensor, t
     return F.linear(inner, layer["ffn_down"]), balance_loss(logits, weights, sizes.n_used)
 
 
-class RMSNorm(torch.autograd.Function):
-    """torch's own takes several times as long backwards on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
-        normed = x * scale
-        ctx.save_for_backward(normed, weight, scale)
-        return normed * weight
-
-    @staticmethod
-    def backward(ctx, gradient):
-        normed, weight, scale = ctx.saved_tensors
-        weighted = gradient * normed
-        by_weight = weighted.flatten(0, -2).sum(0)
-        along = (weighted @ weight).unsqueeze(-1) / weight.shape[0]
-        return torch.addcmul(gradient * weight, normed, along, value=-1).mul_(scale), by_weight, None
-
-
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype) -> torch.Tensor:
-    return RMSNorm.apply(x, weight, eps).to(dtype)
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(dtype)
+
+
+def merged(base: dict, own: dict, names=FFN + ATTENTION) -> dict:
+    """The matrices of a layer with their changes b @ a added."""
+    changes = {name: [own[f"{name}_{side}"].to(base[name].dtype) for side in "ba"] for name in names}
+    return {name: torch.addmm(base[name], *change) for name, change in changes.items()}
+
+
+def dense_layer(x: torch.Tensor, layer: dict, dense: Dense) -> torch.Tensor:
+    """The residual stream x [batch, time, n_embd] F32 after a layer of the teacher."""
+    dtype = layer["ffn_up"].dtype
+    x = x + attention(norm(x, layer["attn_norm"], dense.eps, dtype), layer, dense)
+    return x + dense_ffn(norm(x, layer["ffn_norm"], dense.eps, dtype), layer)
+
+
+def moe_layer(x: torch.Tensor, base: dict, own: dict, dense: Dense, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x after a layer of the student, load-balancing loss). base: the teacher's matrices; own: what is trained."""
+    layer, dtype = own | merged(base, own), base["ffn_up"].dtype
+    x = x + attention(norm(x, layer["attn_norm"], dense.eps, dtype), layer, dense)
+    out, uneven = moe_ffn(norm(x, layer["ffn_norm"], dense.eps, dtype), layer, sizes)
+    return x + out, uneven
 
 
 class Teacher:
     """The dense model. tensors: float32, by GGUF name without '.weight'; matrices are kept in `dtype`."""
 
     def __init__(self, tensors: dict, dense: Dense, dtype=torch.bfloat16):
-        self.dense, self.dtype = dense, dtype
+        self.dense, self.dtype, self.run_layer = dense, dtype, dense_layer
         self.embedding, self.output_norm = (tensors["token_embd"].to(dtype), tensors["output_norm"])
         self.layers = [
             {name: tensors[f"blk.{il}.{name}"].to(dtype) for name in FFN + ATTENTION}
@@ -142,16 +149,11 @@ class Teacher:
         return norm(x, self.output_norm, self.dense.eps, self.dtype)
 
     @torch.no_grad()
-    def forward(self, tokens: torch.Tensor, see=None) -> list[torch.Tensor]:
-        """Residual stream after each layer, [batch, time, n_embd] F32. see(il, normed input of the FFN, output)."""
+    def forward(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Residual stream after each layer, [batch, time, n_embd] F32."""
         x, streams = self.embedding[tokens].float(), []
-        for il, layer in enumerate(self.layers):
-            x = x + attention(norm(x, layer["attn_norm"], self.dense.eps, self.dtype), layer, self.dense)
-            inner = norm(x, layer["ffn_norm"], self.dense.eps, self.dtype)
-            out = dense_ffn(inner, layer)
-            if see:
-                see(il, inner, out)
-            x = x + out
+        for layer in self.layers:
+            x = self.run_layer(x, layer, self.dense)
             streams.append(x)
         return streams
 
@@ -162,6 +164,7 @@ class Student(torch.nn.Module):
     def __init__(self, teacher: Teacher, sizes: Sizes, seed: int = 0):
         super().__init__()
         self.dense, self.sizes, self.teacher_ = (teacher.dense, sizes, [teacher])  # in a list: no module of ours
+        self.run_layer = moe_layer
         sizes.width(self.dense.n_ff)
         self.base: list[dict] = [{name: layer[name] for name in FFN + ATTENTION} for layer in teacher.layers]
         self.register_buffer("orders", torch.arange(self.dense.n_ff).repeat(self.dense.n_layer, 1))
@@ -187,24 +190,23 @@ class Student(torch.nn.Module):
         if router is not None:
             self.params[f"{il}_router"].copy_(router)
 
-    def layer(self, il: int, names=FFN + ATTENTION) -> dict:
-        """Matrices with their changes added, norms and router of a layer; differentiable."""
-        base, p = self.base[il], self.params
-        merged = {}
-        for name in names:
-            a, b = (p[f"{il}_{name}_{side}"].to(base[name].dtype) for side in "ab")
-            merged[name] = torch.addmm(base[name], b, a)
-        return merged | {name: p[f"{il}_{name}"] for name in (*NORMS, "router")}
+    def compile(self) -> None:
+        """Layers of both models by torch.compile: a third less time, but for the first step. Needs a C++ compiler."""
+        self.run_layer = torch.compile(moe_layer, dynamic=False)
+        self.teacher_[0].run_layer = torch.compile(dense_layer, dynamic=False)
+
+    def own(self, il: int) -> dict:
+        """What is trained of a layer, by its name in moe_layer."""
+        changes = [f"{name}_{side}" for name in FFN + ATTENTION for side in "ab"]
+        return {name: self.params[f"{il}_{name}"] for name in (*changes, *NORMS, "router")}
 
     def forward(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """(residual stream after each layer, what the output matrix reads, mean load-balancing loss)"""
         teacher = self.teacher_[0]
         x, streams, balance = teacher.embedding[tokens].float(), [], 0.0
-        for il in range(self.dense.n_layer):
-            layer = self.layer(il)
-            x = x + attention(norm(x, layer["attn_norm"], self.dense.eps, teacher.dtype), layer, self.dense)
-            out, uneven = moe_ffn(norm(x, layer["ffn_norm"], self.dense.eps, teacher.dtype), layer, self.sizes)
-            x, balance = x + out, balance + uneven / self.dense.n_layer
+        for il, base in enumerate(self.base):
+            x, uneven = self.run_layer(x, base, self.own(il), self.dense, self.sizes)
+            balance = balance + uneven / self.dense.n_layer
             streams.append(x)
         return (streams, norm(x, self.params["output_norm"], self.dense.eps, teacher.dtype), balance)
 

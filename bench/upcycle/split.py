@@ -8,7 +8,7 @@ rank that brings the stream back to the dense model's, from the neurons that are
 from __future__ import annotations
 
 import base  # noqa: F401  finds testbed
-from model import Student, attention, dense_ffn, expert_weights, norm
+from model import Student, attention, dense_ffn, expert_weights, merged, norm
 import numpy as np
 import testbed
 import torch
@@ -54,9 +54,9 @@ def start(student: Student, tokens: torch.Tensor, seed: int) -> None:
             router *= SPREAD / (rows @ router.T).std(1).mean()
             student.reorder(il, torch.from_numpy(order), router)
 
-            merged = student.layer(il, ("ffn_gate", "ffn_up"))
+            ours_ffn = merged(student.base[il], student.own(il), ("ffn_gate", "ffn_up"))
             weights = expert_weights(F.linear(seen, router.to(seen.dtype)).float(), sizes.n_used)
-            inner = (F.silu(F.linear(seen, merged["ffn_gate"])) * F.linear(seen, merged["ffn_up"])).float()
+            inner = (F.silu(F.linear(seen, ours_ffn["ffn_gate"])) * F.linear(seen, ours_ffn["ffn_up"])).float()
             inner[..., sizes.n_shared :] *= weights.repeat_interleave(sizes.width(d.n_ff), -1)
             inner, want = inner.flatten(0, 1), (x - ours).flatten(0, 1)
             down = student.base[il]["ffn_down"].float()

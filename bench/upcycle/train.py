@@ -5,8 +5,8 @@
 
 RUN/state.pt holds everything to go on with, saved every few minutes and on SIGINT or SIGTERM; the same command goes on to
 the same weights. RUN/log.jsonl holds the losses and, with --measure, the perplexity of 4,096 tokens. --weights goes on from
-stored weights (`storage.py`) with a new optimiser. --steps may be changed at any time: the learning rate is constant until
-the last quarter of the steps, and falls to zero there.
+stored weights (`storage.py`) with a new optimiser. --steps and --lr may be changed at any time: the learning rate is constant
+until the last quarter of the steps, and falls to zero there.
 
 The loss of a token: divergence from the dense model's next-token distribution, mixed with the text's own next token
 (not for chats: they are the model's own); the squared error of the stream after every third layer, relative to the stream's
@@ -59,25 +59,23 @@ def windows(texts: list[np.ndarray], step: int, options: Options) -> tuple[np.nd
     return np.stack([texts[i][at : at + options.ctx + 1] for i, at in zip(source, starts)]).astype(np.int64), source
 
 
-def output_gradient(ours, theirs, embedding, targets, own) -> tuple[float, float, torch.Tensor]:
+def output_gradient(ours, theirs, embedding, targets, own) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(mean divergence, mean negative log-likelihood of the texts, gradient of their mixture's mean by `ours`).
 
     ours, theirs [n, n_embd]: what the output matrix reads; own [n] bool: where the dense model's distribution is all that counts.
     """
-    n, gradients, divergence, text = len(ours), [], 0.0, 0.0
-    for h, t, target, alone in zip(*(x.split(256) for x in (ours, theirs, targets, own))):
-        log_p, log_q = (F.linear(x, embedding).float().log_softmax(-1) for x in (t, h))
-        text -= float(log_q.gather(1, target[:, None]).sum())
-        p = log_p.exp()
-        divergence += float(torch.dot(p.flatten(), log_p.flatten()) - torch.dot(p.flatten(), log_q.flatten()))
-        q = log_q.exp_()
-        mix = torch.where(alone, 0.0, TEXT)[:, None]
-        q.sub_(p.mul_(1 - mix)).scatter_add_(1, target[:, None], -mix)
-        gradients.append((q.to(embedding.dtype) @ embedding) / n)
-    return divergence / n, text / n, torch.cat(gradients)
+    log_p, log_q = (F.linear(x, embedding).float().log_softmax(-1) for x in (theirs, ours))
+    p, mix = log_p.exp(), torch.where(own, 0.0, TEXT)[:, None]
+    divergence = (p * (log_p - log_q)).sum()
+    text = -log_q.gather(1, targets[:, None]).sum()
+    from_others = (log_q.exp() - (1 - mix) * p).to(embedding.dtype) @ embedding
+    gradient = from_others - mix.to(embedding.dtype) * embedding[targets]
+    return divergence / len(ours), text / len(ours), gradient / len(ours)
 
 
-def gradients(student: Student, tokens: torch.Tensor, own: torch.Tensor) -> tuple[list[torch.Tensor], np.ndarray]:
+def gradients(
+    student: Student, tokens: torch.Tensor, own: torch.Tensor, output=output_gradient
+) -> tuple[list[torch.Tensor], np.ndarray]:
     """(gradients in the parameters' order; divergence, text, hidden and balance losses) of windows [n, ctx + 1]."""
     teacher = student.teacher_[0]
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
@@ -91,30 +89,52 @@ def gradients(student: Student, tokens: torch.Tensor, own: torch.Tensor) -> tupl
     del streams, theirs
     own = own[:, None].expand(inputs.shape).flatten()
     with torch.no_grad():
-        divergence, text, out = output_gradient(
+        divergence, text, out = output(
             ours.detach().flatten(0, 1), final.flatten(0, 1), teacher.embedding, targets, own
         )
     loss = HIDDEN * hidden + BALANCE * balance
     found = torch.autograd.grad([loss, ours], list(student.parameters()), [torch.ones(()), out.view_as(ours)])
-    return list(found), np.array([divergence, text, float(hidden), float(balance)])
+    return list(found), np.array([float(x) for x in (divergence, text, hidden, balance)])
 
 
 class Run:
     """A training run: student, optimiser, next step. Two halves of a step run side by side, a core each."""
 
-    def __init__(self, student: Student, texts: list[np.ndarray], own: list[bool], options: Options, workers: int = 2):
+    def __init__(
+        self,
+        student: Student,
+        texts: list[np.ndarray],
+        own: list[bool],
+        options: Options,
+        workers: int = 2,
+        compiled=False,
+    ):
         self.student, self.texts, self.own, self.options = (student, texts, np.array(own), options)
         changes = [p for name, p in student.named_parameters() if name.endswith(("_a", "_b"))]
         others = [p for name, p in student.named_parameters() if not name.endswith(("_a", "_b"))]
         groups = [dict(params=changes, lr=options.lr), dict(params=others, lr=ROUTERS * options.lr)]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.step, self.workers = 0, workers
+        self.step, self.workers, self.output = 0, workers, output_gradient
+        if compiled:
+            student.compile()
+            self.output = torch.compile(output_gradient, dynamic=False)
         self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        self.compiled: set[str] = set()  # what has run once
+
+    def each(self, work, parts) -> list:
+        """work(part) of every part, side by side; not the first time, when it may be compiled."""
+        first = work.__name__ not in self.compiled
+        self.compiled.add(work.__name__)
+        return list((map if first else self.pool.map)(work, parts))
 
     def train_step(self, n_steps: int) -> np.ndarray:
         tokens, source = windows(self.texts, self.step, self.options)
         parts = zip(*(torch.from_numpy(x).chunk(self.workers) for x in (tokens, self.own[source])))
-        found = list(self.pool.map(lambda part: gradients(self.student, *part), parts))
+
+        def some_gradients(part):
+            return gradients(self.student, *part, self.output)
+
+        found = self.each(some_gradients, parts)
         for i, p in enumerate(self.student.parameters()):
             p.grad = sum(g[i] for g, _ in found) / len(found)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -137,7 +157,8 @@ class Run:
     def load(self, path: Path) -> None:
         """Raises ValueError for the state of a run with other sizes or options."""
         state = torch.load(path, weights_only=True)
-        if (state["options"], state["sizes"]) != (asdict(self.options), asdict(self.student.sizes)):
+        options = state["options"] | dict(lr=self.options.lr)
+        if (options, state["sizes"]) != (asdict(self.options), asdict(self.student.sizes)):
             raise ValueError(f"{path}: of a run with {state['options']}, {state['sizes']}: use another -o")
         self.student.load_state_dict(state["student"])
         for il, order in enumerate(self.student.orders.clone()):
@@ -145,16 +166,16 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
-    @torch.no_grad()
     def perplexity(self, tokens: np.ndarray) -> float:
         """Of windows of CTX tokens, each from its first token on."""
         rows = torch.from_numpy(tokens[: len(tokens) // CTX * CTX].astype(np.int64)).view(-1, CTX)
         embedding = self.student.teacher_[0].embedding
 
-        def some(rows: torch.Tensor) -> torch.Tensor:
-            return nll(self.student(rows[:, :-1])[1].flatten(0, 1), embedding, rows[:, 1:].flatten())
+        def some_nll(row: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():  # which every thread has its own of
+                return nll(self.student(row[None])[1][0, :-1], embedding, row[1:])
 
-        return float(torch.cat(list(self.pool.map(some, rows.chunk(self.workers)))).mean().exp())
+        return float(torch.cat(self.each(some_nll, rows)).mean().exp())
 
 
 def train(run: Run, args: argparse.Namespace) -> bool:
@@ -201,6 +222,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=Options().lr, help="highest learning rate. Default: %(default)s")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--export", type=Path, metavar="NPZ", help="write what is stored of the run's state, and end")
+    p.add_argument(
+        "--eager", action="store_true", help="without torch.compile, which needs a C++ compiler and a minute"
+    )
     p.add_argument("--save-minutes", type=float, default=3, metavar="M")
     p.add_argument("--measure-minutes", type=float, default=10, metavar="M")
     return p
@@ -213,7 +237,13 @@ def new_run(args: argparse.Namespace) -> Run:
     teacher = Teacher({name: torch.from_numpy(data) for name, data in tensors.items()}, Dense(**sizes))
     options = Options(seed=args.seed, lr=args.lr)
     texts = [np.load(path) for path in args.tokens]
-    run = Run(Student(teacher, SIZES, args.seed), texts, [path.stem == OWN for path in args.tokens], options)
+    run = Run(
+        Student(teacher, SIZES, args.seed),
+        texts,
+        [path.stem == OWN for path in args.tokens],
+        options,
+        compiled=not args.eager,
+    )
     if (args.output / "state.pt").exists():
         run.load(args.output / "state.pt")
     elif args.weights:

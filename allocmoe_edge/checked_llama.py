@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import os
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Union
+import threading
+from typing import Any, Callable, Generator, Iterator, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
 from ._native import llama_cpp
+from .sharing import in_turn, keep_over_forks, turns
 
 internals = llama_cpp._internals
 
@@ -30,14 +33,21 @@ class GenerationError(RuntimeError):
     """What is being generated cannot go on: its tokens were forgotten or replaced since the last one was read."""
 
 
-class _Closed:
+class _Gone:
     """Stands for what has been freed, so that its use is an error and no crash."""
 
+    def __init__(self, why: str):
+        self._why = why
+
     def __getattr__(self, name: str):
-        raise RuntimeError("this Llama has been closed")
+        raise RuntimeError(self._why)
 
 
-_CLOSED = _Closed()
+_CLOSED = _Gone("this Llama has been closed")
+_LOST_IN_FORK = _Gone(
+    "this Llama was in use by another thread, or on a GPU, when the process was forked: load it anew in the child, or start "
+    "the child with multiprocessing's method 'spawn'"
+)
 # our attributes that hold what close() frees, and theirs that point to it
 _FREED = {"_model": ("model", "vocab"), "_ctx": ("ctx", "memory"), "_batch": ("batch",), "tokenizer_": ()}
 
@@ -68,15 +78,35 @@ class _GrammarSampler(internals.LlamaSampler):  # type: ignore[name-defined]
         return token
 
 
+class _Tokenizer(llama_cpp.LlamaTokenizer):
+    """Of tokens that the vocabulary has, for any thread at any time."""
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> List[int]:
+        with self._model.vocab_in_use:
+            return super().tokenize(text, add_bos, special)
+
+    def detokenize(self, tokens: List[int], prev_tokens: Optional[List[int]] = None, special: bool = False) -> bytes:
+        with self._model.vocab_in_use:
+            _check_tokens(tokens, self._model.n_vocab())
+            return super().detokenize(tokens, prev_tokens, special)
+
+
 class CheckedLlama(llama_cpp.Llama):
     """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
 
     n_tokens: int
+    tokenizer_: Any
+    _turn: Any  # a lock: held by the thread that works with the context
     _lora_adapter: Any
     _stack = contextlib.ExitStack()  # what __del__ closes, also where __init__ raises before it has its own
     _generation: Optional[_Generation] = None
     # "a step" of a generation, in which our methods are called by llama-cpp-python, or "a callback" of the user's in it
     _inside: Optional[str] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        self = super().__new__(cls)
+        self._turn = threading.RLock()
+        return self
 
     def __init__(self, model_path: Union[str, os.PathLike], **kwargs: Any):
         for name in ("lora_path", "lora_base"):
@@ -85,7 +115,13 @@ class CheckedLlama(llama_cpp.Llama):
         _check_arguments(kwargs)
         # else llama-cpp-python keeps tokens for fewer places than the context has, and fails where a text goes beyond
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
-        super().__init__(os.fsdecode(model_path), **kwargs)
+        with _loading:
+            super().__init__(os.fsdecode(model_path), **kwargs)
+        # for the vocabulary alone: no thread waits there while another generates
+        self._model.vocab_in_use = threading.RLock()
+        if type(self.tokenizer_) is llama_cpp.LlamaTokenizer:
+            self.tokenizer_ = _Tokenizer(self)
+        keep_over_forks(self)
         if self.lora_path and not self._lora_adapter:
             self._lora_adapter = None
             self.close()
@@ -100,6 +136,9 @@ class CheckedLlama(llama_cpp.Llama):
             GenerationError: a call since the last token has forgotten or replaced what this generation goes on from.
             ValueError: there is no token to begin with, or a grammar that llama.cpp cannot use.
         """
+        return turns(self._turn, self._generate(tokens, *args, **kwargs))
+
+    def _generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Any, None]:
         call = _GENERATE.bind(self, tokens, *args, **kwargs)
         options = call.arguments
         tokens = options["tokens"] = list(tokens)
@@ -159,18 +198,38 @@ class CheckedLlama(llama_cpp.Llama):
         if self._inside is None and self._generation is not None:
             self._generation.ended_by, self._generation = by, None
 
+    def _create_completion(self, *args: Any, **kwargs: Any):
+        bias = _COMPLETE.bind(self, *args, **kwargs).arguments.get("logit_bias")
+        if bias is not None:
+            _check_bias(bias, self.n_vocab())
+        return turns(self._turn, super()._create_completion(*args, **kwargs))
+
+    @in_turn
+    def create_chat_completion(self, *args: Any, **kwargs: Any):
+        return super().create_chat_completion(*args, **kwargs)
+
+    @in_turn
     def eval(self, tokens: Sequence[int]) -> None:
+        """As in `llama_cpp.Llama`.
+
+        Raises:
+            ValueError: a token that the vocabulary does not have.
+        """
+        _check_tokens(tokens, self.n_vocab())
         self._tokens_change("eval()")
         super().eval(tokens)
 
+    @in_turn
     def reset(self) -> None:
         self._tokens_change("reset()")
         super().reset()
 
+    @in_turn
     def load_state(self, state) -> None:
         self._tokens_change("load_state()")
         super().load_state(state)
 
+    @in_turn
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """As in `llama_cpp.Llama`.
 
@@ -211,19 +270,13 @@ class CheckedLlama(llama_cpp.Llama):
 
     # tokens
 
-    def detokenize(self, tokens: List[int], prev_tokens: Optional[List[int]] = None, special: bool = False) -> bytes:
-        """As in `llama_cpp.Llama`.
-
-        Raises:
-            ValueError: a token that the vocabulary does not have.
-        """
-        for token in tokens:
-            if not 0 <= token < self.n_vocab():
-                raise ValueError(f"tokens: found {token}, want 0 to {self.n_vocab() - 1}, the vocabulary's")
-        return super().detokenize(tokens, prev_tokens, special)
+    def tokenizer(self) -> llama_cpp.LlamaTokenizer:
+        """As in `llama_cpp.Llama`; it refuses tokens that the vocabulary does not have with a ValueError."""
+        return _Tokenizer(self)
 
     # embeddings
 
+    @in_turn
     def embed(self, input: Union[str, List[str]], normalize=False, truncate=True, return_count=False):
         """As in `llama_cpp.Llama`, also for several texts without pooling.
 
@@ -244,23 +297,70 @@ class CheckedLlama(llama_cpp.Llama):
 
     # the end
 
+    @in_turn
     def close(self) -> None:
-        """Frees the model. What is called afterwards raises a RuntimeError."""
-        if self.__dict__.get("_model") is _CLOSED:
+        """Frees the model, when what another thread does with it has ended. What is called afterwards raises a RuntimeError."""
+        model = self.__dict__.get("_model")
+        if isinstance(model, _Gone):
             return
         self._tokens_change("close()")
-        self._sampler = None  # it refers to the vocabulary
-        super().close()
+        with getattr(model, "vocab_in_use", contextlib.nullcontext()):
+            self._sampler = None  # it refers to the vocabulary
+            super().close()
+            self._replace_freed(_CLOSED)
+
+    def _replace_freed(self, gone: _Gone) -> None:
         for owner, names in _FREED.items():
             freed = self.__dict__.get(owner)
             if freed is not None:
                 for name in names:  # others hold the same object: a tokenizer, a chat handler
-                    setattr(freed, name, _CLOSED)
-                setattr(self, owner, _CLOSED)
+                    setattr(freed, name, gone)
+                setattr(self, owner, gone)
+
+    def forked(self) -> None:
+        """Called in the child after a fork: a model that cannot be used there says so."""
+        if isinstance(self._model, _Gone):
+            return
+        self._model.vocab_in_use = threading.RLock()
+        if self._turn.acquire(blocking=False):
+            self._turn.release()
+            if not llama_cpp.llama_supports_gpu_offload():
+                return
+        self._turn = threading.RLock()
+        self._sampler = self._generation = self._inside = None
+        for stack in (self._stack, *(part._exit_stack for part in (self._model, self._ctx, self._batch))):
+            stack.pop_all()  # nothing is freed: it is the parent's thread that was at it, or the parent's device
+        self._replace_freed(_LOST_IN_FORK)
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 _SAMPLE = inspect.signature(llama_cpp.Llama.sample)
+_COMPLETE = inspect.signature(llama_cpp.Llama._create_completion)
+# llama-cpp-python turns the whole process's stdout and stderr away and back while it loads: one at a time, or they stay away
+_loading = threading.RLock()
+
+
+def _check_tokens(tokens: Sequence[int], n_vocab: int) -> None:
+    """Refuses tokens that the vocabulary does not have. Raises ValueError."""
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < n_vocab:
+            raise ValueError(f"tokens: found {token!r}, want 0 to {n_vocab - 1}, the vocabulary's")
+
+
+def _check_bias(bias: Any, n_vocab: int) -> None:
+    """Refuses what llama-cpp-python would pass over in silence. Raises ValueError."""
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias: found {bias!r}, want a dict of tokens and numbers")
+    for token, value in bias.items():
+        try:
+            fits = 0 <= int(token) < n_vocab
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            fits, number = False, math.nan
+        if not fits or math.isnan(number):
+            raise ValueError(
+                f"logit_bias: found {token!r}: {value!r}, want tokens from 0 to {n_vocab - 1}, the vocabulary's, and numbers"
+            )
 
 
 def _check_arguments(kwargs: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+import difflib
 import inspect
 import os
 import sys
@@ -20,6 +21,7 @@ from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget
 from .plan.estimator import Estimator
 from .prompt_cache import CacheOfOnePlan
+from .sharing import in_turn
 
 Budget = Union[float, int, str]
 
@@ -43,7 +45,14 @@ class Llama(CheckedLlama):
     - `save_state`, `expert_stats`, `tokenize` and the like change nothing.
     - `reset`, `load_state`, `eval`, `embed`, `close` and another completion end it: they do what they do, and reading on
       raises a `GenerationError`. From a callback of the completion (a logits processor, a stopping criterion) they are
-      refused with that error.
+          refused with that error.
+
+    Several threads may share one: a call waits until that of another thread has ended, a completion that is not streamed as a
+    whole. A stream is a call for each part of it, so all that is said above holds between its parts for other threads, too. Only
+    tokens are made of text, and text of tokens, without waiting.
+
+    The child of a fork may use it, as a copy of its own, unless a thread other than the one that forked was at work with it, or
+    there is a GPU: then it raises a `RuntimeError`, and the child has to load its own.
 
     Args:
         model_path: GGUF file, a str or a Path; the first one if the model is split.
@@ -74,6 +83,7 @@ class Llama(CheckedLlama):
             budget, a rule or a plan is given for a model without experts.
         ValueError: n_cpu_moe is not a number of layers, repack no bool, prefetch neither that nor
             None, or anything that `llama_cpp.Llama` refuses.
+        TypeError: an argument that there is not; `llama_cpp.Llama` takes any name and says nothing.
     """
 
     # the plan changed while tokens of the one before were kept
@@ -93,6 +103,7 @@ class Llama(CheckedLlama):
         prefetch: Optional[bool] = None,
         **kwargs,
     ):
+        _check_names(kwargs)
         if not isinstance(n_cpu_moe, int) or isinstance(n_cpu_moe, bool) or n_cpu_moe < 0:
             raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
         if not isinstance(repack, bool):
@@ -108,8 +119,9 @@ class Llama(CheckedLlama):
         for name in ("n_threads", "n_threads_batch"):
             kwargs[name] = kwargs.get(name) or physical_cores()
         set_verbose(kwargs.get("verbose", True))
-        asked = not (budget is None and token_rule is None and plan_path is None)
+        beside = not (budget is None and token_rule is None and plan_path is None)
         self._vocab_only = bool(kwargs.get("vocab_only"))
+        asked = beside or "allocmoe.budget_total" in (kwargs.get("kv_overrides") or {})
         if self._vocab_only:
             if asked:
                 raise PlanError(f"{model_path}: loaded with vocab_only: there are no experts to budget")
@@ -123,6 +135,7 @@ class Llama(CheckedLlama):
             raise PlanError(f"{model_path}: has a plan and no model: pass it as plan_path, beside the model's own file")
         if asked and not any(self._stored.full or ()):
             raise PlanError(f"{model_path}: {_DENSE}")
+        overrides.check_ours(model_path, kwargs.get("kv_overrides"), beside=beside)
         if plan_path is not None:
             self._stored = metadata.read_for(plan_path, self._stored, estimator=False)
         self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)
@@ -194,11 +207,13 @@ class Llama(CheckedLlama):
         return self._stored_whole
 
     @property
+    @in_turn
     def expert_used_count_full(self) -> tuple:
         """The model's own experts per token in each layer, 0 where a layer routes none."""
         return self._expert_used_count(libllama.allocmoe_get_full)
 
     @property
+    @in_turn
     def plan(self) -> Optional[Plan]:
         """The plan in force, as the library has it; None for a model without experts."""
         full = self.expert_used_count_full
@@ -215,6 +230,7 @@ class Llama(CheckedLlama):
         limits = None if rule.threshold == ffi.NULL else tuple(threshold)
         return Plan(counts, full, token_rule, rule.k_base, limits, rule.strict, VALUES[rule.value])
 
+    @in_turn
     def set_budget(
         self, budget: Optional[Budget] = None, *, token_rule: Optional[str] = None, strict: Optional[bool] = None
     ) -> Plan:
@@ -260,6 +276,7 @@ class Llama(CheckedLlama):
         assert found is not None  # a model without experts has been refused above
         return found
 
+    @in_turn
     def set_plan(self, plan: Union[Plan, Sequence[int], None]) -> None:
         """Sets the experts per token of each layer directly.
 
@@ -305,6 +322,7 @@ class Llama(CheckedLlama):
         if reset and self._mixed:
             self.clear_cache()
 
+    @in_turn
     def apply_plan(
         self,
         plan: Plan,
@@ -363,15 +381,18 @@ class Llama(CheckedLlama):
             return status == libllama.ALLOCMOE_CHANGED
         raise PlanError(f"{path or self.model_path}: {ffi.string(libllama.allocmoe_last_error()).decode()}")
 
+    @in_turn
     def reset(self) -> None:
         super().reset()
         self._mixed = False
 
+    @in_turn
     def clear_cache(self) -> None:
         """Forgets every token evaluated so far: the next ones are computed from nothing."""
         self.reset()
         self._ctx.kv_cache_clear()
 
+    @in_turn
     def rewind(self, n_past: int) -> bool:
         """Forgets the tokens from position n_past on; False where the model's memory cannot forget a part (recurrent ones)."""
         self._tokens_change("rewind()")
@@ -379,6 +400,7 @@ class Llama(CheckedLlama):
         self._requires_eval = True
         return self._ctx.kv_cache_seq_rm(0, n_past, -1)
 
+    @in_turn
     def decode(self, tokens: Sequence[int], n_past: int = 0, logits_all: bool = False) -> np.ndarray:
         """For measurements: evaluates tokens after the n_past ones that are cached, in one batch.
 
@@ -423,6 +445,7 @@ class Llama(CheckedLlama):
             stacklevel=3,
         )
 
+    @in_turn
     def expert_stats(self, reset: bool = False) -> Dict[str, Dict[str, np.ndarray]]:
         """Expert activations so far, for prompt ("prefill") and generated ("decode") tokens apart.
 
@@ -456,6 +479,7 @@ class Llama(CheckedLlama):
         libllama.allocmoe_get_counts(context_pointer(self), phase, *pointers, n_layer)
         return counts
 
+    @in_turn
     def eval(self, tokens: Sequence[int]) -> None:
         drafted = self._generation is not None and self._generation.n_tokens > 0 and len(tokens) > 1
         before = self._counts(_PHASES["prefill"]) if drafted else None
@@ -463,6 +487,7 @@ class Llama(CheckedLlama):
         if before is not None:
             self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
 
+    @in_turn
     def save_state(self):
         """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, and what that has left over."""
         state = super().save_state()
@@ -477,6 +502,7 @@ class Llama(CheckedLlama):
             libllama.allocmoe_get_left(context_pointer(self), ffi.from_buffer("float[]", state.left), state.n_tokens)
         return state
 
+    @in_turn
     def load_state(self, state) -> None:
         """As in `llama_cpp.Llama`; warns if the state was made with another plan than the one in force."""
         then, mixed = getattr(state, "plan", self.plan), getattr(state, "mixed", False)
@@ -528,6 +554,21 @@ class Llama(CheckedLlama):
 def _named(plan: Optional[Plan]) -> Optional[Plan]:
     """A plan without what it goes by, which is some megabytes: enough to tell it from others."""
     return plan if plan is None or plan.estimator is None else replace(plan, estimator=None)
+
+
+# llama-cpp-python's server gives these to its Llama, which has no use for them
+_UNUSED = {"mul_mat_q", "rpc_servers"}
+
+
+def _check_names(kwargs: dict) -> None:
+    known = inspect.signature(Llama.__init__).parameters
+    for name in kwargs:
+        if name not in known and name not in _UNUSED:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"Llama: found an argument {name!r}, which there is not{hint}")
+    if kwargs.get("rpc_servers"):
+        raise ValueError(f"rpc_servers: found {kwargs['rpc_servers']!r}: llama-cpp-python cannot use such servers")
 
 
 def _signature() -> inspect.Signature:

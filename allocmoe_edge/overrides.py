@@ -23,6 +23,37 @@ class _Overridden(GGUFFile):
         return self._overrides[key] if key in self._overrides and not isinstance(value, (list, np.ndarray)) else value
 
 
+_BUDGET = "allocmoe.budget_total"
+
+
+def check_ours(path: Union[str, os.PathLike], overrides: Optional[dict], beside: bool) -> None:
+    """Refuses overrides of our keys, but for the one that is a budget.
+
+    Args:
+        path: the model's file.
+        overrides: as `llama_cpp.Llama` takes them.
+        beside: whether a budget, a token rule, or a plan in another file is asked for as well.
+
+    Raises:
+        PlanError: names the override, the value found and the one wanted.
+        ValueError: no dict of names and values.
+    """
+    if not isinstance(overrides or {}, dict) or not all(isinstance(key, str) for key in overrides or {}):
+        raise ValueError(f"kv_overrides: found {overrides!r}, want a dict of keys and values")
+    for key, value in (overrides or {}).items():
+        if not key.startswith("allocmoe."):
+            continue
+        if key != _BUDGET:
+            raise PlanError(f"kv_overrides: {key} cannot be overridden, of our keys only {_BUDGET} can")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PlanError(f"kv_overrides: {key} is {value!r}, want a whole number of expert activations per token")
+        if beside:
+            raise PlanError(f"kv_overrides: {key} is a budget: leave out budget, token_rule and plan_path")
+        with GGUFFile(path) as file:
+            if file.get(_BUDGET) is None:
+                raise PlanError(f"kv_overrides: {key} is {value}, and {path} has no plan")
+
+
 def check(path: Union[str, os.PathLike], overrides: Optional[Mapping], planned: bool) -> Optional[int]:
     """Checks the overrides that concern experts and layers.
 

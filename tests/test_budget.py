@@ -159,6 +159,29 @@ def test_budget_by_key_override(planned):
         Llama(str(planned), kv_overrides={"allocmoe.budget_total": 99}, **SIZES)
 
 
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(kv_overrides={"allocmoe.token_rule": "off"}), "allocmoe.token_rule cannot be overridden"),
+        (dict(kv_overrides={"allocmoe.budget_totl": 11}), "allocmoe.budget_totl cannot be overridden"),
+        (dict(kv_overrides={"allocmoe.budget_total": 0}), "is 0, want a whole number"),
+        (dict(kv_overrides={"allocmoe.budget_total": True}), "is True, want a whole number"),
+        (dict(kv_overrides={"allocmoe.budget_total": 0.5}), "is 0.5, want a whole number"),
+        (dict(kv_overrides={"allocmoe.budget_total": 11}, budget=0.5), "leave out budget, token_rule and plan_path"),
+        (dict(kv_overrides={"allocmoe.budget_total": 11}, vocab_only=True), "vocab_only"),
+    ],
+    ids=str,
+)
+def test_key_overrides_that_would_be_ignored(planned, options, reason):
+    with pytest.raises(PlanError, match=reason):
+        Llama(str(planned), **options, **SIZES)
+
+
+def test_key_override_of_a_file_without_a_plan(source):
+    with pytest.raises(PlanError, match="has no plan"):
+        Llama(str(source), kv_overrides={"allocmoe.budget_total": 11}, **SIZES)
+
+
 @pytest.mark.parametrize("damage", ["cut", "not GGUF", "without a plan", "of another architecture"])
 def test_side_files_that_the_library_refuses(llm, source, tmp_path, damage):
     path = tmp_path / "plan.gguf"

@@ -55,6 +55,17 @@ def test_path_may_be_a_path(path, llm):
         Llama(path, **SIZES, lora_path=Path("/no/such/adapter"))
 
 
+def test_arguments_that_there_are_not(path):
+    """llama-cpp-python takes any and says nothing."""
+    with pytest.raises(TypeError, match="'budgt'.*did you mean budget?"):
+        Llama(path, **SIZES, budgt=0.5)
+    with pytest.raises(TypeError, match="'n_gqa', which there is not$"):
+        Llama(path, **SIZES, n_gqa=8)
+    with pytest.raises(ValueError, match="rpc_servers"):
+        Llama(path, **SIZES, rpc_servers="localhost:1234")
+    assert len(tokens(Llama(path, **SIZES, rpc_servers=None, mul_mat_q=True))) == 12  # as the server has them
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -325,9 +336,37 @@ def test_generation_ends_where_the_context_is_full(llm):
 
 @pytest.mark.parametrize("token", [-1, 10**9])
 def test_tokens_that_the_vocabulary_does_not_have(llm, token):
-    """llama.cpp would end the process."""
-    with pytest.raises(ValueError, match=f"tokens: found {token}"):
-        llm.detokenize([1, token])
+    """llama.cpp would end the process, or llama-cpp-python take another token."""
+    tokenizer = llm.tokenizer()
+    for call in (
+        llm.detokenize,
+        tokenizer.decode,
+        tokenizer.detokenize,
+        llm.eval,
+        llm,
+        lambda t: next(llm.generate(t)),
+    ):
+        with pytest.raises(ValueError, match=f"tokens: found {token}"):
+            call([1, token])
+    assert llm.detokenize([65, np.int32(66)]) == tokenizer.decode([65, 66]).encode()
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [{10**9: 1.0}, {-1: 1.0}, {"x": 1.0}, {None: 1.0}, {1: "much"}, {1: float("nan")}, {1: None}, [1, 2]],
+    ids=str,
+)
+def test_bias_of_what_is_no_token(real, bias):
+    """llama-cpp-python prints an error and goes on without any bias."""
+    for call in (
+        lambda **options: real(PROMPT, **options),
+        lambda **options: real.create_chat_completion([], **options),
+    ):
+        for stream in (False, True):
+            with pytest.raises(ValueError, match="^logit_bias: found "):
+                call(max_tokens=2, logit_bias=bias, stream=stream)
+    first = real(PROMPT, max_tokens=1, logit_bias={"100": 1e6, 5: -np.inf}, temperature=0.0)
+    assert first["choices"][0]["text"] == real.detokenize([100]).decode()
 
 
 def test_context_is_as_large_as_llama_cpp_makes_it(path):

@@ -266,7 +266,7 @@ def test_no_python_runs_inside_quiet_llama_cpp(testbed_path, capfd):
 def test_quiet_llama_cpp_prints_errors(testbed_path, capfd):
     llm = Llama(str(testbed_path), n_ctx=64, verbose=False)
     with pytest.raises(RuntimeError, match="llama_decode"):
-        llm.eval([10**6])
+        llm.decode([10**6])
     assert "invalid token" in capfd.readouterr().err
 
 

@@ -279,6 +279,14 @@ int64_t allocmoe_set_prefetch(llama_context * ctx, bool prefetch) {
     return allocmoe_access::set_prefetch(ctx, prefetch);
 }
 
+void allocmoe_set_cpu_kernels(bool use) {
+    ggml_backend_reg_t cpu = ggml_backend_reg_by_name("CPU");
+    void * set = cpu ? ggml_backend_reg_get_proc_address(cpu, "allocmoe_use_cpu_kernels") : nullptr;
+    if (set) {
+        reinterpret_cast<void (*)(bool)>(set)(use);
+    }
+}
+
 void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {
     static std::atomic<bool> error{ false }; // whether the line being written is one
     if (level != GGML_LOG_LEVEL_CONT) {

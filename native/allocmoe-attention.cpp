@@ -144,7 +144,7 @@ bool allocmoe_mul_mat_cache(const ggml_compute_params * params, ggml_tensor * ds
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const int64_t n_heads    = src1->ne[2] / src0->ne[2]; // that share a matrix
-    if (params->use_ref || src0->type != GGML_TYPE_F16 || src1->type != GGML_TYPE_F32 || n_heads < 2 || src1->ne[1] != 1 ||
+    if (!allocmoe_cpu_kernels || params->use_ref || src0->type != GGML_TYPE_F16 || src1->type != GGML_TYPE_F32 || n_heads < 2 || src1->ne[1] != 1 ||
         src0->ne[3] != 1 || src1->ne[3] != 1 || src0->nb[0] != sizeof(ggml_fp16_t) || src1->nb[0] != sizeof(float)) {
         return false;
     }

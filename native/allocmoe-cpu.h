@@ -13,6 +13,10 @@ extern "C" {
 
 struct ggml_compute_params;
 
+// Whether the three functions below do anything: true at first. To be changed between graphs only.
+extern bool allocmoe_cpu_kernels;
+void allocmoe_use_cpu_kernels(bool use);
+
 // MUL_MAT_ID and MUL_MAT by our own kernels, skipped slots included. Returns false, in every thread, where they do not apply:
 // nothing has been done then. Weights are in blocks of n_rows_together rows whose codes take turns, `step` bytes at a time,
 // as llama.cpp's repacked layouts have them; 0, 0: as in the file.

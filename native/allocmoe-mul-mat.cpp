@@ -382,9 +382,19 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
 
 } // namespace allocmoe
 
+bool allocmoe_cpu_kernels = true;
+
+void allocmoe_use_cpu_kernels(bool use) {
+    allocmoe_cpu_kernels = use;
+}
+
 bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int n_rows_together, int step) {
 #if defined(ALLOCMOE_KERNEL)
     using namespace allocmoe;
+
+    if (!allocmoe_cpu_kernels) {
+        return false;
+    }
 
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];

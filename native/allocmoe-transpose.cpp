@@ -53,7 +53,7 @@ static void transpose_8x8(const char * from, size_t from_stride, char * to, size
 
 bool allocmoe_transpose(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * src = dst->src[0];
-    if (src->type != dst->type || ggml_blck_size(src->type) != 1 || ggml_type_size(src->type) != 2 ||
+    if (!allocmoe_cpu_kernels || src->type != dst->type || ggml_blck_size(src->type) != 1 || ggml_type_size(src->type) != 2 ||
         !ggml_are_same_shape(src, dst) || !ggml_is_contiguous(dst) || src->nb[1] != 2 || src->nb[0] % 2 != 0) {
         return false;
     }

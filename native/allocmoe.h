@@ -129,6 +129,10 @@ LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ct
 // 0 where there are none or the system takes no such advice. Off in a new context.
 LLAMA_API int64_t allocmoe_set_prefetch(struct llama_context * ctx, bool prefetch);
 
+// Whether the CPU backend of this process may use our kernels (true at first) or llama.cpp's own alone: to compare the two.
+// Both skip what a plan leaves out. Not while a model runs.
+LLAMA_API void allocmoe_set_cpu_kernels(bool use);
+
 // A logger for llama_log_set that prints errors to stderr and nothing else. No Python runs in it, so none can be interrupted
 // inside llama.cpp's calls.
 LLAMA_API void allocmoe_log_errors(int32_t level, const char * text, void * user_data);

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from allocmoe_edge import Llama, Plan
+from allocmoe_edge._native import libllama, llama_cpp
 from allocmoe_edge.bench import cli, machine, measure, report
 from allocmoe_edge.measure.traffic import WeightTraffic
 import gguf
@@ -260,3 +261,34 @@ def test_text_too_short(testbed_path, tmp_path, capsys):
 @pytest.mark.parametrize("args", [["--repeats", "0"], ["--depth", "-1"], ["--prompt", "x"], ["--token-rule", "x"]])
 def test_arguments_are_checked(args):
     assert cli.main(["model.gguf", *args]) == 2
+
+
+def test_stock_runs_without_our_kernels(testbed_path, tmp_path, capsys):
+    assert cli.main([str(testbed_path), "--budgets", "0.5", "--stock", *TINY, "--json", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [row["plan"] for row in found["results"]] == ["stock", "full", "0.5"] * 3
+    assert found["order"]["prefill 24"][0] == ["stock", "full", "0.5", "stock"]
+    out, err = capsys.readouterr()
+    assert "x stock (quartiles)" in out and "full budget" not in err
+
+
+def test_both_sets_of_kernels_compute_the_same(testbed_path):
+    llm = Llama(str(testbed_path), n_ctx=64, n_batch=64, n_threads=2, logits_all=True, verbose=False)
+    tokens = llm.tokenize(b"The Seine flows through Paris, the capital of France, on its way to the sea at Le Havre.")
+
+    def logits() -> np.ndarray:
+        llm.reset()
+        llm.eval(tokens)
+        return np.array(llm.scores[: len(tokens)])
+
+    ours = logits()
+    try:
+        libllama.allocmoe_set_cpu_kernels(False)
+        stock = logits()
+    finally:
+        libllama.allocmoe_set_cpu_kernels(True)
+    assert np.array_equal(logits(), ours)
+    # sums in another order, and activations that round to other 8-bit numbers, 30 layers long
+    assert np.median(np.abs(stock - ours).max(1) / ours.std(1)) < 0.5
+    if any(name in llama_cpp.llama_print_system_info().decode() for name in ("AVX2 = 1", "DOTPROD = 1")):
+        assert not np.array_equal(stock, ours)

@@ -28,6 +28,7 @@ how to read it:
   x full        median over the rounds of this budget's speed into full budget's, which runs before and after it in
                 every round; quartiles in brackets. In the line of full budget itself: its first run against its last,
                 so the brackets show what the machine does to equal work. Differences within that mean nothing.
+                With --stock it is x stock: what llama.cpp's own kernels do at full budget takes full budget's place.
   bytes allow   full budget's bytes of weights per token into this budget's: the limit where memory decides
   GB/s          bytes of weights read per second of decode, and their share of the bandwidth measured beforehand
   experts/token activations per token over all layers, as counted while measuring
@@ -61,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
         "Default: the plan in the file, or 0.5 if it has none",
     )
     p.add_argument("--token-rule", choices=TOKEN_RULES, help="for the budgets. Default: the file's")
+    p.add_argument(
+        "--stock",
+        action="store_true",
+        help="compare with llama.cpp's own CPU kernels at full budget, in a line of their own, instead of with full "
+        "budget by ours",
+    )
     p.add_argument(
         "--prompt",
         type=_lengths,
@@ -135,6 +142,8 @@ def bench(args: argparse.Namespace) -> None:
     load_seconds = time.perf_counter() - start
 
     plans = configurations(llm, args.budgets, args.token_rule)
+    if args.stock:
+        plans = {measure.STOCK: plans["full"], **plans}
     tokens = _tokens(llm, text, n_ctx, args)
     traffic = WeightTraffic(args.model)
     bandwidth = machine.read_bandwidth(args.threads)

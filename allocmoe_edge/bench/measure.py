@@ -9,11 +9,14 @@ from typing import Dict, Iterator, List, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from .._native import libllama
 from ..llama import Llama
 from ..plan import Plan
 from . import BenchError
 from .machine import EnergyCounter
 
+# name of the plan that llama.cpp's own CPU kernels run, without ours
+STOCK = "stock"
 # evaluated before the clock starts: the first graph for a plan is built here, and caches hold what they will
 _WARMUP_PREFILL, _WARMUP_DECODE = 8, 2
 
@@ -70,11 +73,17 @@ def turns(names: Sequence[str], n_rounds: int) -> Iterator[List[str]]:
         yield [reference, *(others if i % 2 == 0 else others[::-1]), reference]
 
 
-def run(llm: Llama, plans: Dict[str, Plan], items: Sequence[Item], n_rounds: int, tokens: Sequence[int]) -> Result:
+def run(
+    llm: Llama,
+    plans: Dict[str, Plan],
+    items: Sequence[Item],
+    n_rounds: int,
+    tokens: Sequence[int],
+) -> Result:
     """Measures every item under every plan.
 
     Args:
-        plans: by name; the first is the reference that ratios refer to.
+        plans: by name; the first is the reference that ratios refer to. The one named STOCK runs without our CPU kernels.
         tokens: token ids to evaluate, at least as many as the longest item's context; generation takes them too
             instead of sampling, so that every run does the same work.
 
@@ -99,9 +108,11 @@ def run(llm: Llama, plans: Dict[str, Plan], items: Sequence[Item], n_rounds: int
                         bar.set_postfix_str(f"{item}, {name}")
                         # set_plan would drop the cache, and with it the depth; speed does not depend on its content
                         llm.apply_plan(plans[name])
+                        libllama.allocmoe_set_cpu_kernels(name != STOCK)
                         _run_once(llm, item, cheapest, tokens, samples[name], energy)
                         bar.update()
     finally:
+        libllama.allocmoe_set_cpu_kernels(True)
         llm.set_plan(before)
         llm.clear_cache()
     return result

@@ -13,7 +13,7 @@ import numpy as np
 from .. import output_file
 from ..measure.traffic import WeightTraffic
 from ..plan import Plan
-from .measure import Item, Result, Samples
+from .measure import STOCK, Item, Result, Samples
 
 
 def rows(result: Result, plans: Dict[str, Plan], traffic: WeightTraffic, bandwidth: float) -> List[dict]:
@@ -65,6 +65,10 @@ def _row(item: Item, name: str, plan: Plan, samples: Samples, ratios, traffic: W
     }
 
 
+# what the first row of an item may be
+_REFERENCES = {"full": "full budget", STOCK: "stock llama.cpp"}
+
+
 def noise(all_rows: List[dict]) -> Dict[tuple, float]:
     """By (phase, length): how far the quartiles of the reference against itself lie from 1."""
     found: Dict[tuple, float] = {}
@@ -77,11 +81,11 @@ def noise(all_rows: List[dict]) -> Dict[tuple, float]:
 def warnings(all_rows: List[dict], limit: float) -> List[str]:
     """What the reader must not conclude from these rows."""
     out = []
-    floor = noise(all_rows)
+    floor, reference = noise(all_rows), _REFERENCES[all_rows[0]["plan"]]
     for (phase, length), value in floor.items():
         if value > limit:
             out.append(
-                f"{phase} {length}: a noisy machine: full budget against itself differs by {value:.0%} (quartiles): conclude "
+                f"{phase} {length}: a noisy machine: {reference} against itself differs by {value:.0%} (quartiles): conclude "
                 "nothing from smaller differences. Stop other programs, or ask for more rounds (--repeats)"
             )
     seen = set()
@@ -89,7 +93,7 @@ def warnings(all_rows: List[dict], limit: float) -> List[str]:
         key = _item(row)
         low, high = row["ratio_quartiles"]
         if key in seen and (low <= 1 <= high or abs(row["ratio"] - 1) <= floor[key]):
-            out.append(f"{key[0]} {key[1]}: no difference between {row['plan']} and full budget beyond the noise")
+            out.append(f"{key[0]} {key[1]}: no difference between {row['plan']} and {reference} beyond the noise")
         seen.add(key)
     return out
 
@@ -104,7 +108,9 @@ def table(all_rows: List[dict]) -> str:
     for phase, columns in (("prefill", _PREFILL), ("decode", _DECODE)):
         found = [row for row in all_rows if row["phase"] == phase]
         columns = [c for c in columns if c[0] != "J/token" or any(row["joules_per_token"] for row in found)]
-        cells = [[title for title, _ in columns]] + [[show(row) for _, show in columns] for row in found]
+        cells = [[title.format(all_rows[0]["plan"]) for title, _ in columns]] + [
+            [show(row) for _, show in columns] for row in found
+        ]
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
         lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
@@ -121,7 +127,7 @@ _COMMON: list = [
     ("budget", lambda row: row["plan"]),
     ("experts/token", lambda row: f"{row['activations_per_token']:.1f}"),
     ("tokens/s", lambda row: f"{row['tokens_per_second']:.2f}"),
-    ("x full (quartiles)", _ratio),
+    ("x {} (quartiles)", _ratio),
 ]
 _ENERGY: tuple = ("J/token", lambda row: "" if row["joules_per_token"] is None else f"{row['joules_per_token']:.2f}")
 _PREFILL: List[tuple] = [
@@ -165,20 +171,20 @@ def write_plot(path: Path, all_rows: List[dict], title: str) -> None:
     allow. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure, reference = Figure(figsize=(10, 4), layout="constrained"), all_rows[0]["plan"]
     for axes, phase in zip(figure.subplots(1, 2), ("prefill", "decode")):
         for key in dict.fromkeys(_item(row) for row in all_rows if row["phase"] == phase):
             found = sorted((row for row in all_rows if _item(row) == key), key=lambda row: row["budget"])
             budgets, ratios = [row["budget"] for row in found], np.array([row["ratio"] for row in found])
             quartiles = np.array([row["ratio_quartiles"] for row in found])
             # the reference's ratio is its own noise around 1
-            ratios[[row["plan"] == "full" for row in found]] = 1.0
+            ratios[[row["plan"] == reference for row in found]] = 1.0
             bars = np.abs(quartiles.T - ratios)
             line = axes.errorbar(budgets, ratios, bars, marker="o", capsize=3, label=f"{phase} {key[1]}")
             if phase == "decode":
                 bound = [row["ratio_of_bytes"] for row in found]
                 axes.plot(budgets, bound, "--", color=line[0].get_color(), label="bytes read allow")
-        axes.set(xlabel="share of expert activations", ylabel="speed, full budget = 1", title=phase)
+        axes.set(xlabel="share of expert activations", ylabel=f"speed, {_REFERENCES[reference]} = 1", title=phase)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     figure.suptitle(title)

@@ -18,7 +18,7 @@ from .checked_llama import CheckedLlama
 from .gguf_file import GGUFFile, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
-from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget
+from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget, shown
 from .plan.estimator import Estimator
 from .prompt_cache import CacheOfOnePlan
 from .sharing import in_turn
@@ -257,8 +257,10 @@ class Llama(CheckedLlama):
             total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
         if self._beyond_plan is not None and (total != sum(full) or strict or token_rule not in (None, "off")):
             raise PlanError(f"{self.model_path}: {self._beyond_plan}")
-        if token_rule is not None and token_rule not in TOKEN_RULES:
-            raise PlanError(f"token_rule: found {token_rule!r}, want one of: {', '.join(TOKEN_RULES)}")
+        if not (strict is None or isinstance(strict, (bool, np.bool_))):
+            raise PlanError(f"strict: found {shown(strict)}, want True, False or None")
+        if token_rule is not None and not (isinstance(token_rule, str) and token_rule in TOKEN_RULES):
+            raise PlanError(f"token_rule: found {shown(token_rule)}, want one of: {', '.join(TOKEN_RULES)}")
         changed = self._check(
             libllama.allocmoe_set_budget(
                 context_pointer(self),
@@ -344,6 +346,8 @@ class Llama(CheckedLlama):
         Raises:
             PlanError: the plan does not fit the model.
         """
+        if not isinstance(plan, Plan):
+            raise PlanError(f"plan: found {type(plan).__name__}, want a Plan (set_plan takes a list of counts, too)")
         if plan.token_rule == "estimate":
             self._hand_over(plan.estimator)
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)

@@ -33,7 +33,7 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         CommandError: the file could not be written; a new one is not left behind.
     """
-    target = path if _is_special(path) else Path(os.path.realpath(path))  # what a link points to, and not the link
+    target = path if _is_special(path) else followed(path)
     partial = target if _is_special(path) else target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -45,6 +45,11 @@ def write(path: Path, data: bytes) -> None:
     finally:
         if partial != target:
             partial.unlink(missing_ok=True)
+
+
+def followed(path: Path) -> Path:
+    """What a link points to, and not the link: where cp writes."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _is_special(path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Iterable, Iterator, Optional
 
 from allocmoe_edge import GGUFError, Plan
 from allocmoe_edge.gguf_file import GGUFFile, model_paths, split_paths
+from allocmoe_edge.output_file import followed
 from allocmoe_edge.plan import metadata
 
 from . import ConvertError
@@ -20,13 +21,15 @@ _BLOCK = 16 << 20
 
 
 def target_paths(target: Path, n_split: int) -> list:
-    """The files that a model of n_split files is written to: out.gguf for one, out-00001-of-0000N.gguf ... for N."""
+    """The files that a model of n_split files is written to: out.gguf for one, out-00001-of-0000N.gguf ... for N; where one is
+    a link, what it points to."""
     if n_split == 1:
-        return [target]
+        return [followed(target)]
     prefix = target.name
     for end in (".gguf", f"-00001-of-{n_split:05d}"):
         prefix = prefix[: -len(end)] if prefix.endswith(end) else prefix
-    return split_paths(target.with_name(f"{prefix}-00001-of-{n_split:05d}.gguf"), n_split)
+    first = target.with_name(f"{prefix}-00001-of-{n_split:05d}.gguf")
+    return [followed(path) for path in split_paths(first, n_split)]
 
 
 def check_target(
@@ -44,11 +47,12 @@ def check_target(
     Raises:
         ConvertError: the target is a file of the input, exists (without force), or its folder is missing or cannot be written.
     """
-    folder = target.parent
-    if not folder.is_dir():
-        raise ConvertError(f"{target}: no such folder: {folder}")
     for i, path in enumerate(target_paths(target, n_split or max(1, len(sources)))):
+        if not path.parent.is_dir():
+            raise ConvertError(f"{path}: no such folder: {path.parent}")
         if not path.exists():
+            if not os.access(path.parent, os.W_OK):
+                raise ConvertError(f"{path.parent}: no permission to write there")
             continue
         if not path.is_file():
             raise ConvertError(f"{path}: is a {'folder' if path.is_dir() else 'device'}, want the name of a file")
@@ -60,8 +64,8 @@ def check_target(
                 raise ConvertError(f"{path}: is {what}; give the output another name")
         if not force:
             raise ConvertError(f"{path}: exists; --force replaces it")
-    if not os.access(folder, os.W_OK):
-        raise ConvertError(f"{folder}: no permission to write there")
+        if not os.access(path.parent, os.W_OK):
+            raise ConvertError(f"{path.parent}: no permission to write there")
 
 
 def _files(paths: list) -> Iterator[Path]:
@@ -141,6 +145,7 @@ def write_side_file(target: Path, model: metadata.ModelPlan, plan: Plan, profile
     Raises:
         ConvertError: the file could not be completed; nothing is left behind.
     """
+    target = followed(target)
     partial = hidden(target, "partial")
     try:
         metadata.write_side_file(partial, model, plan, profile)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import FrozenSet, Optional
 
 from allocmoe_edge.measure.cores import physical_cores
+from allocmoe_edge.output_file import followed
 from allocmoe_edge.plan import TOKEN_RULES, PlanError, parse_budget
 from allocmoe_edge.plan.profile import Profile
 
@@ -57,6 +58,8 @@ class Settings:
     given: FrozenSet[str] = frozenset()
 
     def __post_init__(self) -> None:
+        # what is made on the way is made beside it; frozen: this is the one place that may set it
+        object.__setattr__(self, "output", followed(self.output))
         choices = {"profile": sensitivity.MODES, "metric": sensitivity.METRICS, "quantize": quantize.FTYPES}
         for name, allowed in {**choices, "cost": _COSTS, "token_rule": TOKEN_RULES}.items():
             value = getattr(self, name)
@@ -121,6 +124,7 @@ class Settings:
 
 def checkpoint_path(output: Path) -> Path:
     """The checkpoint of a conversion to `output`."""
+    output = followed(output)
     return output.with_name(output.name + ".profile")
 
 

@@ -12,6 +12,7 @@ from typing import Iterator
 from allocmoe_edge.gguf_file import GGUFFile, model_paths
 
 from . import ConvertError, calibration, huggingface, output, quantize
+from .claim import claimed
 from .progress import say
 from .settings import Settings
 
@@ -37,6 +38,7 @@ def as_gguf(settings: Settings) -> Iterator[Source]:
     with ExitStack() as stack:
         stack.enter_context(_unwind_on_sigterm())
         _check_texts(settings)
+        stack.enter_context(claimed(settings.output))
         if settings.model.is_dir() or not (settings.model.is_file() or settings.model.suffix == ".gguf"):
             yield _from_huggingface(settings, stack)
         else:

@@ -7,7 +7,7 @@ from typing import Optional
 
 from allocmoe_edge import parse_budget
 from allocmoe_edge.gguf_file import GGUFFile
-from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan import looks_like_percent, metadata
 from allocmoe_edge.plan.profile import Profile
 
 from . import ConvertError
@@ -78,6 +78,11 @@ def plan_task(settings: Settings, gguf: Source) -> Task:
     if model.side_file and not settings.plan_only:
         raise ConvertError(f"{settings.model}: has a plan and no model: only --plan-only can write from it")
     total = parse_budget(settings.budget, sum(model.full), sum(k > 0 for k in model.full))
+    if settings.fixed_budget and looks_like_percent(settings.budget, sum(model.full)):
+        say(
+            f"--budget {settings.budget}: {total} of the model's {sum(model.full)} expert activations per token; "
+            f"{total} per cent of them are written {total}%"
+        )
     # sensitivities are those of the weights that they were measured on
     anew = settings.calib is not None or settings.reprofile or settings.quantize is not None
     task = Task(settings, gguf, model, total, None if anew else model.profile)

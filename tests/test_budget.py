@@ -160,6 +160,22 @@ def test_budget_by_key_override(planned):
 
 
 @pytest.mark.parametrize(
+    "value",
+    ["much", b"1", np.nan, -1, 10**30, 10**6000, 1j, [], {}, np.zeros(2), object()],
+    ids=lambda value: type(value).__name__,
+)
+def test_odd_values_for_a_live_model(llm, value):
+    before = llm.plan
+    for call in (
+        llm.set_budget, lambda value: llm.set_budget(8, token_rule=value), lambda value: llm.set_budget(8, strict=value),
+        llm.set_plan, lambda value: llm.set_plan([value] * N_LAYER), llm.apply_plan,
+    ):  # fmt: skip
+        with pytest.raises(PlanError):
+            call(value)
+    assert llm.plan == before
+
+
+@pytest.mark.parametrize(
     "options, reason",
     [
         (dict(kv_overrides={"allocmoe.token_rule": "off"}), "allocmoe.token_rule cannot be overridden"),

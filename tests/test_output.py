@@ -6,14 +6,15 @@ from pathlib import Path
 import resource
 import shutil
 import subprocess
+import sys
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge.convert import ConvertError, output
+from allocmoe_edge.convert import ConvertError, claim, output
 from allocmoe_edge.plan import metadata
 from gguf_factory import plan_keys, write_gguf, write_imatrix
 import numpy as np
 import pytest
-from test_convert import refused, run, tensor_hashes
+from test_convert import COMMAND, refused, run, tensor_hashes
 
 
 def test_plan_in_place_is_the_plan_in_a_copy(tmp_path, monkeypatch):
@@ -71,6 +72,71 @@ def test_output_is_in_a_folder_that_is_converted(tiny, tmp_path):
 def test_output_is_no_file(tiny_planned, out):
     refused(tiny_planned, "--force", "-o", out, expect="is a folder")
     refused(tiny_planned, "--force", "-o", "/dev/null", expect="is a device")
+
+
+def test_output_that_is_a_link_is_written_through(tiny_planned, tiny_split, out, tmp_path):
+    """As cp does it, also to another folder; what is made on the way is made there."""
+    there = tmp_path / "there"
+    there.mkdir()
+    for name, options in (
+        ("m.gguf", ()),
+        ("plan.gguf", ("--plan-only",)),
+        ("q.gguf", ("--quantize", "Q8_0", "--token-rule", "off", "--calib-tokens", "64", "--ctx-size", "32")),
+    ):
+        (out / name).symlink_to(there / name)
+        done = run(tiny_planned, *options, "-o", out / name)
+        assert done.returncode == 0, done.stderr
+        refused(tiny_planned, *options, "-o", out / name, expect=f"{there / name}: exists")
+    (out / "s-00001-of-00003.gguf").symlink_to(there / "s1.gguf")
+    assert run(tiny_split[0], "-o", out / "s.gguf").returncode == 0
+    assert sorted(path.name for path in there.iterdir()) == ["m.gguf", "plan.gguf", "q.gguf", "s1.gguf"]
+    assert all((out / name).is_symlink() for name in ("m.gguf", "plan.gguf", "q.gguf", "s-00001-of-00003.gguf"))
+    (out / "nowhere.gguf").symlink_to(tmp_path / "none" / "m.gguf")
+    refused(tiny_planned, "-o", out / "nowhere.gguf", expect=f"no such folder: {tmp_path / 'none'}")
+
+
+# one run at a time
+
+
+def test_two_runs_to_one_output(tiny_planned, tiny_split, out):
+    """The second is refused, by whatever name; one to another output is not."""
+    (out / "link.gguf").symlink_to(out / "m.gguf")
+    with claim.claimed(out / "m.gguf"):
+        refused(tiny_planned, "-o", out / "m.gguf", expect="m.gguf: another allocmoe-convert is writing it")
+        refused(tiny_planned, "--force", "--plan-only", "-o", out / "link.gguf", expect="another allocmoe-convert")
+        refused(tiny_split[0], "-o", out / "m-00001-of-00003.gguf", expect="another allocmoe-convert")
+        assert run(tiny_planned, "-o", out / "n.gguf").returncode == 0
+    assert run(tiny_planned, "-o", out / "m.gguf").returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == ["link.gguf", "m.gguf", "n.gguf"]
+
+
+def test_two_runs_that_begin_at_once(tiny_planned, out):
+    """However they meet, one ends well and the others say why."""
+    command = [*COMMAND, str(tiny_planned), "-o", str(out / "m.gguf")]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL) for _ in range(3)]
+    errors = [each.communicate()[1] for each in runs]
+    assert sorted(each.returncode for each in runs) == [0, 1, 1]
+    refusals = [error for error, each in zip(errors, runs) if each.returncode]
+    assert all("is writing it" in error or "exists; --force" in error for error in refusals), refusals
+    assert [path.name for path in out.iterdir()] == ["m.gguf"]
+
+
+def test_output_of_a_run_that_was_killed(tiny_planned, out):
+    """It keeps nobody away, and what it has left goes; files of others stay."""
+    code = "import sys, time; from pathlib import Path; from allocmoe_edge.convert import claim\n"
+    code += "with claim.claimed(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, out / "m.gguf"], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    refused(tiny_planned, "-o", out / "m.gguf", expect="is writing it")
+    holder.kill()
+    holder.communicate()
+    stale = [f".m.gguf.{holder.pid}.{what}" for what in ("partial", "converted", "quantized")]
+    stale += [f".m-00002-of-00003.gguf.{holder.pid}.partial", f"..m.gguf.{holder.pid}.partial.{holder.pid}.header"]
+    others = [".mm.gguf.1.partial", ".m.gguf.partial", ".m.gguf.1.old", "m.gguf.1.partial", ".M.gguf.1.partial"]
+    for name in stale + others:
+        (out / name).write_text("x")
+    assert run(tiny_planned, "-o", out / "m.gguf").returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(["m.gguf", *others])
 
 
 # splits

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pickle
 
-from allocmoe_edge.plan import Plan, PlanError, parse_budget
+from allocmoe_edge.plan import Plan, PlanError, looks_like_percent, parse_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
@@ -58,6 +58,47 @@ def test_full():
 
 
 # --- what it refuses ------------------------------------------------------------------------
+
+ODD = [
+    "1",
+    b"1",
+    None,
+    math.nan,
+    -1,
+    10**30,
+    10**6000,
+    True,
+    np.True_,
+    1.5,
+    1j,
+    [],
+    {},
+    np.zeros((2, 2)),
+    object(),
+    np.nan,
+]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+def test_odd_values_are_a_plan_error_and_no_other(value):
+    """Whatever is given for whatever: taken, or an error that says where."""
+    threshold = dict(token_rule="threshold", threshold=(0.0,) * 4)
+    for arguments in (
+        dict(expert_used_count=value), dict(expert_used_count=(0, value, 2, 6)), dict(expert_used_count_full=value),
+        dict(expert_used_count_full=(0, value, 8, 6)), dict(token_rule=value), dict(threshold, k_base=value),
+        dict(threshold, threshold=value), dict(threshold, threshold=(0.0, value, 0.0, 0.0)), dict(threshold, strict=value),
+        dict(threshold, value=value), dict(threshold, token_rule="estimate", estimator=value),
+    ):  # fmt: skip
+        try:
+            plan = Plan(**{"expert_used_count": (0, 4, 2, 6), "expert_used_count_full": FULL, **arguments})
+        except PlanError as error:
+            assert next(name for name in arguments if name in str(error)) and len(str(error)) < 400
+        else:
+            assert type(plan.strict) is bool and type(plan.k_base) is int
+            assert plan.threshold is None or {type(t) for t in plan.threshold} == {float}
+    for call in (lambda: parse_budget(value, 22, 3), lambda: Plan.uniform(FULL, value)):
+        with pytest.raises(PlanError, match="^budget"):
+            call()
 
 
 def refused(match, planned=(0, 4, 2, 6), full=FULL, **kw):
@@ -321,6 +362,19 @@ def test_parse_budget_refuses_with_the_range(budget):
 def test_parse_budget_whole_one_hints_at_full(budget):
     with pytest.raises(PlanError, match="for the full model write 1.0 or 100%"):
         parse_budget(budget, 360, 30)
+
+
+def test_parse_budget_hints_at_percent():
+    with pytest.raises(PlanError, match='found 50, .*; 50 per cent are written "50%" or 0.5$'):
+        parse_budget(50, 480, 60)
+
+
+@pytest.mark.parametrize("budget, full, is_one", [
+    ("50", 384, True), (50, 384, True), ("100", 384, True), ("50", 96, False), ("50%", 384, False), ("0.5", 384, False),
+    (0.5, 384, False), ("192", 384, False), ("1", 384, False), (True, 384, False), (None, 384, False), ("x", 384, False),
+])  # fmt: skip
+def test_what_looks_like_percent(budget, full, is_one):
+    assert looks_like_percent(budget, full) == is_one
 
 
 def test_parse_budget_float_total_hints_at_the_point():

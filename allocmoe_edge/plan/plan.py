@@ -13,6 +13,8 @@ from numbers import Integral, Real
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from .estimator import Estimator
 
@@ -22,6 +24,19 @@ VALUES = ("score", "relative", "remaining")
 
 class PlanError(ValueError):
     """A plan, or what a plan is to be made from, is malformed; the message says where."""
+
+
+# of a number of experts: the library's int32
+_MOST = 2**31 - 1
+
+
+def shown(value):
+    """A value as an error shows it, in few words; Python refuses to write integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def integer_tuple(name, values):
@@ -36,10 +51,10 @@ def integer_tuple(name, values):
     try:
         values = tuple(values)
     except TypeError:
-        raise PlanError(f"{name}: found {values!r}, want a sequence of integers, one per layer") from None
+        raise PlanError(f"{name}: found {shown(values)}, want a sequence of integers, one per layer") from None
     for layer, v in enumerate(values):
-        if isinstance(v, bool) or not isinstance(v, Integral):
-            raise PlanError(f"{name}, layer {layer}: found {v!r} ({type(v).__name__}), want an integer")
+        if isinstance(v, bool) or not isinstance(v, Integral) or not -_MOST <= v <= _MOST:
+            raise PlanError(f"{name}, layer {layer}: found {shown(v)} ({type(v).__name__}), want an integer (int32)")
     return tuple(int(v) for v in values)
 
 
@@ -105,31 +120,34 @@ class Plan:
             if K > 0 and not 1 <= k <= K:
                 raise PlanError(f"expert_used_count, layer {layer}: found {k}, want 1 to {K}, the model's own count")
         if not isinstance(self.token_rule, str) or self.token_rule not in TOKEN_RULES:
-            raise PlanError(f"token_rule: found {self.token_rule!r}, want one of: {', '.join(TOKEN_RULES)}")
-        if isinstance(self.k_base, bool) or not isinstance(self.k_base, Integral) or self.k_base < 1:
-            raise PlanError(f"k_base: found {self.k_base!r}, want an integer of at least 1")
+            raise PlanError(f"token_rule: found {shown(self.token_rule)}, want one of: {', '.join(TOKEN_RULES)}")
+        if isinstance(self.k_base, bool) or not isinstance(self.k_base, Integral) or not 1 <= self.k_base <= _MOST:
+            raise PlanError(f"k_base: found {shown(self.k_base)}, want an integer of at least 1 (int32)")
         by_threshold = self.token_rule in ("threshold", "estimate")
         if (self.threshold is not None) != by_threshold:
             want = "one per layer" if by_threshold else f"none with token_rule {self.token_rule!r}"
             raise PlanError(f"threshold: found {'none' if self.threshold is None else 'some'}, want {want}")
         if self.threshold is not None:
-            threshold = tuple(float(t) for t in self.threshold)
-            if len(threshold) != len(full):
-                raise PlanError(f"threshold: found {len(threshold)} layers, want {len(full)}")
-            for layer, t in enumerate(threshold):
-                if math.isnan(t):
-                    raise PlanError(f"threshold, layer {layer}: found NaN, want a number")
-            object.__setattr__(self, "threshold", threshold)
+            object.__setattr__(self, "threshold", _float_tuple("threshold", self.threshold, len(full)))
+        if not isinstance(self.strict, (bool, np.bool_)):
+            raise PlanError(f"strict: found {shown(self.strict)}, want True or False")
         if self.strict and self.token_rule not in ("threshold", "estimate"):
             raise PlanError(f"strict: needs token_rule 'threshold' or 'estimate', found {self.token_rule!r}")
         if not isinstance(self.value, str) or self.value not in VALUES:
-            raise PlanError(f"value: found {self.value!r}, want one of: {', '.join(VALUES)}")
+            raise PlanError(f"value: found {shown(self.value)}, want one of: {', '.join(VALUES)}")
         if self.value != "score" and self.token_rule in ("off", "estimate"):
             why = "which compares no scores"
             raise PlanError(f"value: found {self.value!r}, want 'score' with token_rule {self.token_rule!r}, {why}")
-        if self.estimator is not None and self.token_rule != "estimate":
-            raise PlanError(f"estimator: found one, want none with token_rule {self.token_rule!r}")
+        if self.estimator is not None:
+            from .estimator import Estimator
+
+            if not isinstance(self.estimator, Estimator):
+                raise PlanError(f"estimator: found {shown(self.estimator)}, want an Estimator or None")
+            if self.token_rule != "estimate":
+                raise PlanError(f"estimator: found one, want none with token_rule {self.token_rule!r}")
         # The fields are frozen; this is the one place that may set them.
+        object.__setattr__(self, "strict", bool(self.strict))
+        object.__setattr__(self, "k_base", int(self.k_base))
         object.__setattr__(self, "expert_used_count", planned)
         object.__setattr__(self, "expert_used_count_full", full)
 
@@ -154,10 +172,12 @@ class Plan:
         everything = cls.full(expert_used_count_full)
         full, layers = everything.expert_used_count, everything.moe_layers
         if isinstance(budget_total, bool) or not isinstance(budget_total, Integral):
-            raise PlanError(f"budget_total: found {budget_total!r} ({type(budget_total).__name__}), want an integer")
+            raise PlanError(
+                f"budget_total: found {shown(budget_total)} ({type(budget_total).__name__}), want an integer"
+            )
         if not len(layers) <= budget_total <= sum(full):
             raise PlanError(
-                f"budget_total: found {budget_total}, want {len(layers)} (one expert in each layer"
+                f"budget_total: found {shown(budget_total)}, want {len(layers)} (one expert in each layer"
                 f" with routed experts) to {sum(full)} (all of them)"
             )
         # A layer whose share is below 1 gets 1, which lowers the share of the others, until no
@@ -218,6 +238,35 @@ class Plan:
         )
 
 
+def _float_tuple(name, values, n):
+    """`values`, any iterable of n real numbers, as a tuple of floats. Raises PlanError for anything else, NaN included."""
+    try:
+        values = tuple(values)
+    except TypeError:
+        raise PlanError(f"{name}: found {shown(values)}, want a sequence of numbers, one per layer") from None
+    if len(values) != n:
+        raise PlanError(f"{name}: found {len(values)} layers, want {n}")
+    for layer, v in enumerate(values):
+        if isinstance(v, bool) or not isinstance(v, Real) or math.isnan(_float(v)):
+            raise PlanError(f"{name}, layer {layer}: found {shown(v)} ({type(v).__name__}), want a number")
+    return tuple(map(_float, values))
+
+
+def _float(value):
+    """A real number as float, infinite where it is beyond those."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def looks_like_percent(budget, budget_full):
+    """Whether somebody who writes `budget`, a whole number of activations, may have meant a percentage: it is written like
+    one, and less than half of what it would be then. budget_full: sum of K_l."""
+    value = _number(budget)
+    return isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 100 and 200 < budget_full
+
+
 def parse_budget(budget, budget_full, n_moe_layers):
     """The total of expert activations per token, B, that `budget` asks for.
 
@@ -243,20 +292,22 @@ def parse_budget(budget, budget_full, n_moe_layers):
     )
     value = _number(budget)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise PlanError(f"budget: found {budget!r}, {want}")
+        raise PlanError(f"budget: found {shown(budget)}, {want}")
     if isinstance(value, Integral):
         total = int(value)
         if total == 1 < n_moe_layers:
             want += "; for the full model write 1.0 or 100%, a whole 1 means one activation in all"
+        elif 1 < total <= 100:
+            want += f'; {total} per cent are written "{total}%" or {total / 100:g}'
     else:
-        share = float(value)
+        share = _float(value)
         if not 0 < share <= 1:  # also catches NaN
-            hint = "; a total is written without a decimal point" if share > 1 and "%" not in str(budget) else ""
-            raise PlanError(f"budget: found {budget!r}, {want}{hint}")
+            hint = "; a total is written without a decimal point" if share > 1 and "%" not in shown(budget) else ""
+            raise PlanError(f"budget: found {shown(budget)}, {want}{hint}")
         total = math.floor(share * int(budget_full) + 0.5)
     if not n_moe_layers <= total <= budget_full:
         got = "" if isinstance(value, Integral) else f" (= {total} activations)"
-        raise PlanError(f"budget: found {budget!r}{got}, {want}")
+        raise PlanError(f"budget: found {shown(budget)}{got}, {want}")
     return total
 
 

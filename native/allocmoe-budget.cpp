@@ -7,7 +7,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 static int64_t sum_of(const std::vector<int32_t> & k) {
@@ -32,12 +31,6 @@ bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model)
         llm_arch_name(model.arch), k, *std::max_element(file.full.begin(), file.full.end()), (long long) sum_of(own)));
 }
 
-// Whether a row's threshold says that the rule can serve it.
-static bool served(const allocmoe_model & file, size_t row) {
-    const auto * threshold = &file.estimate.threshold[row * file.full.size()];
-    return std::none_of(threshold, threshold + file.full.size(), [](float t) { return std::isnan(t); });
-}
-
 // The row for a total. Where the model's own counts are below those that the plans were made for, by an override, that is the
 // one that spends most within the total when every layer is cut off at them.
 static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
@@ -50,7 +43,7 @@ static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> &
     int64_t found = -1;
     int64_t low   = sum_of(own);
     for (size_t row = 0; row < file.n_rows; ++row) {
-        if (estimate && !served(file, row)) {
+        if (estimate && !allocmoe_served(&file.estimate.threshold[row * n_layer], n_layer)) {
             continue;
         }
         int64_t spends = least + row;

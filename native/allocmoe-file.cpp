@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace {
 
@@ -112,6 +113,10 @@ static void read_plan(const keys & keys, const llama_hparams & hparams, allocmoe
                                                plan.expert_used_count[il], il, file.full[il]));
         }
     }
+    const int64_t total = std::accumulate(plan.expert_used_count.begin(), plan.expert_used_count.end(), (int64_t) 0);
+    if (keys.has("budget_total") && keys.number("budget_total", 0, UINT32_MAX) != total) {
+        keys.fail("budget_total", format("is not the sum of allocmoe.expert_used_count, %lld", (long long) total));
+    }
     plan.token_rule = keys.choice("token_rule", allocmoe_token_rule_names);
     plan.strict     = plan.token_rule == ALLOCMOE_RULE_ESTIMATE;
     if (keys.has("k_base")) {
@@ -122,27 +127,80 @@ static void read_plan(const keys & keys, const llama_hparams & hparams, allocmoe
     }
 }
 
+bool allocmoe_served(const float * threshold, size_t n_layer) {
+    return std::none_of(threshold, threshold + n_layer, [](float t) { return std::isnan(t); });
+}
+
+// Of one activation in each layer: what budgets are counted in. 1 where the file says nothing that could be meant.
+static std::vector<double> read_cost(const keys & keys, const std::vector<int32_t> & full) {
+    const int64_t i = keys.find("cost");
+    if (i >= 0 && gguf_get_kv_type(keys.meta, i) == GGUF_TYPE_ARRAY && gguf_get_arr_type(keys.meta, i) == GGUF_TYPE_FLOAT64 && gguf_get_arr_n(keys.meta, i) == full.size()) {
+        auto cost = keys.array<double>("cost", GGUF_TYPE_FLOAT64, full.size());
+        bool fit  = true;
+        for (size_t il = 0; il < full.size(); ++il) {
+            fit = fit && std::isfinite(cost[il]) && (full[il] == 0 || cost[il] > 0);
+        }
+        if (fit) {
+            return cost;
+        }
+    }
+    return std::vector<double>(full.size(), 1.0);
+}
+
+// Reads a table, and refuses a row that does not spend the total that it is for. Where layers' costs differ a row may cost as
+// much as that share of all activations, and where more experts would not help, less; under ALLOCMOE_RULE_ESTIMATE counts are
+// rounded, up to one a layer. threshold: of that rule, NaN in rows that are not served.
+static std::vector<int32_t> read_rows(const keys & keys, const char * name, const allocmoe_model & file, const std::vector<float> & threshold) {
+    const auto & full    = file.full;
+    const size_t n_layer = full.size();
+    const auto k         = keys.counts(name, file.n_rows * n_layer, UINT16_MAX);
+    const auto cost      = read_cost(keys, full);
+
+    bool equal    = true;
+    double all    = 0; // what the model's own counts cost
+    double least  = 0; // what one expert in each layer costs
+    int64_t total = 0; // of the row
+    for (size_t il = 0; il < n_layer; ++il) {
+        equal = equal && (full[il] == 0 || cost[il] == 1);
+        all += cost[il] * full[il];
+        least += cost[il] * std::min(1, full[il]);
+        total += std::min(1, full[il]);
+    }
+    const int64_t most = total + (int64_t) file.n_rows - 1;
+    for (size_t row = 0; row < file.n_rows; ++row, ++total) {
+        int64_t n    = 0;
+        double spent = 0;
+        for (size_t il = 0; il < n_layer; ++il) {
+            const int32_t found = k[row * n_layer + il];
+            if (found < std::min(1, full[il]) || found > full[il]) {
+                keys.fail(name, format("has %d in row %zu for layer %zu, which is not between one and the model's own %d", found, row, il, full[il]));
+            }
+            n += found;
+            spent += cost[il] * found;
+        }
+        const bool estimate = !threshold.empty();
+        if (n == total || (estimate && !allocmoe_served(&threshold[row * n_layer], n_layer))) {
+            continue;
+        }
+        const double limit = std::max(all * total / most, least) * (1 + 1e-9) + (estimate ? least : 0.0);
+        if (spent > limit || (estimate && equal)) {
+            keys.fail(name, format("spends %lld activations in row %zu, which is for %lld", (long long) n, row, (long long) total));
+        }
+    }
+    return k;
+}
+
 static void read_tables(const keys & keys, allocmoe_model & file) {
     const size_t n_layer = file.full.size();
     if (keys.has("table.expert_used_count")) {
-        size_t n_rows = 1;
+        file.n_rows = 1;
         for (int32_t k : file.full) {
-            n_rows += std::max(k - 1, 0);
+            file.n_rows += std::max(k - 1, 0);
         }
-        const auto read = [&](const char * name) {
-            auto k = keys.counts(name, n_rows * n_layer, UINT16_MAX);
-            for (size_t i = 0; i < k.size(); ++i) {
-                if (k[i] < std::min(1, file.full[i % n_layer]) || k[i] > file.full[i % n_layer]) {
-                    keys.fail(name, format("has %d for layer %zu, which is not between one and the model's own %d", k[i], i % n_layer, file.full[i % n_layer]));
-                }
-            }
-            return k;
-        };
-        file.n_rows                   = n_rows;
-        file.counts.expert_used_count = read("table.expert_used_count");
+        file.counts.expert_used_count = read_rows(keys, "table.expert_used_count", file, {});
         if (keys.has("table.estimate.expert_used_count")) {
-            file.estimate.expert_used_count = read("table.estimate.expert_used_count");
-            file.estimate.threshold         = keys.array<float>("table.estimate.threshold", GGUF_TYPE_FLOAT32, n_rows * n_layer);
+            file.estimate.threshold         = keys.array<float>("table.estimate.threshold", GGUF_TYPE_FLOAT32, file.n_rows * n_layer);
+            file.estimate.expert_used_count = read_rows(keys, "table.estimate.expert_used_count", file, file.estimate.threshold);
         }
     }
     if (keys.has("threshold_table")) {
@@ -217,6 +275,11 @@ std::unique_ptr<allocmoe_model> allocmoe_read_file(const gguf_context * meta, co
 
 std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & loader, const llama_hparams & hparams) {
     std::shared_ptr<allocmoe_model> file = allocmoe_read_file(loader.metadata, hparams);
+    for (const auto & [key, value] : loader.kv_overrides) {
+        if (key.rfind("allocmoe.", 0) == 0 && (!file || key != "allocmoe.budget_total")) {
+            throw allocmoe_error(format("%s cannot be overridden: %s", key.c_str(), file ? "of our keys only allocmoe.budget_total can" : "the file has no plan"));
+        }
+    }
     if (file) {
         const int64_t i = gguf_find_key(loader.metadata, "allocmoe.budget_total");
         uint32_t total  = 0;

@@ -57,6 +57,9 @@ struct allocmoe_model {
 // Null if the metadata has nothing of ours. Throws allocmoe_error if it is invalid.
 std::unique_ptr<allocmoe_model> allocmoe_read_file(const gguf_context * meta, const llama_hparams & hparams);
 
+// Whether a row of thresholds is of a total that ALLOCMOE_RULE_ESTIMATE can serve.
+bool allocmoe_served(const float * threshold, size_t n_layer);
+
 // What a side file has, checked against the model. Throws allocmoe_error.
 std::shared_ptr<const allocmoe_model> allocmoe_read_side_file(const char * path, const llama_model & model);
 

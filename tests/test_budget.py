@@ -4,10 +4,11 @@ from dataclasses import replace
 
 from allocmoe_edge import Llama, PlanError
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.convert import output
+from allocmoe_edge.convert import output, quantize
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.plan import TOKEN_RULES, metadata
 from gguf_factory import random_estimator
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -193,6 +194,14 @@ def test_key_overrides_that_would_be_ignored(planned, options, reason):
         Llama(str(planned), **options, **SIZES)
 
 
+def test_the_library_refuses_them_too(planned, source, capfd):
+    """As llama.cpp's own programs would pass them."""
+    for path, key in ((planned, "allocmoe.token_rule"), (source, "allocmoe.budget_total")):
+        with pytest.raises(ValueError, match="Failed to load"):
+            llama_cpp.Llama(str(path), kv_overrides={key: 11}, n_ctx=64, verbose=True)
+        assert f"{key} cannot be overridden" in capfd.readouterr().err
+
+
 def test_key_override_of_a_file_without_a_plan(source):
     with pytest.raises(PlanError, match="has no plan"):
         Llama(str(source), kv_overrides={"allocmoe.budget_total": 11}, **SIZES)
@@ -222,3 +231,126 @@ def test_side_files_that_the_library_refuses(llm, source, tmp_path, damage):
         status == libllama.ALLOCMOE_ERR_BUDGET and "plan.gguf: " in ffi.string(libllama.allocmoe_last_error()).decode()
     )
     assert llm.plan == before
+
+
+def side_file(path, source, profile, total=8):
+    metadata.write_side_file(path, metadata.read(source), profile.plan(total, FULL), profile)
+    return path
+
+
+def changed(path, key, change) -> None:
+    """With other values of an array, or of a number."""
+    with GGUFFile(path) as file:
+        value = file.get(f"allocmoe.{key}")
+        file.set(f"allocmoe.{key}", change(value))
+        file.write_metadata(path)
+
+
+def refusals(llm, path) -> list:
+    """What Python says of a side file, and what the library says."""
+    with pytest.raises(PlanError) as error:
+        metadata.read(path)
+    before = llm.plan
+    status = libllama.allocmoe_load_plan_file(context_pointer(llm), str(path).encode())
+    assert status == libllama.ALLOCMOE_ERR_BUDGET and llm.plan == before
+    return [str(error.value), ffi.string(libllama.allocmoe_last_error()).decode()]
+
+
+def in_row(row: int, counts) -> callable:
+    def change(table):
+        rows = table.reshape(-1, N_LAYER).copy()
+        rows[row] = counts
+        return rows.ravel()
+
+    return change
+
+
+@pytest.mark.parametrize("key", ["table.expert_used_count", "table.estimate.expert_used_count"])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (in_row(5, [3, 0, 3, 3]), ["0 in row 5", "layer 1"]),
+        (in_row(5, [1, 1, 5, 2]), ["5 in row 5", "layer 2"]),
+        (in_row(5, [1, 3, 3, 3]), ["10 activations in row 5", "for 9"]),
+        (in_row(5, [65535 % 256] * 4), ["255 in row 5", "layer 0"]),
+        (lambda table: table[:-1], ["entries", "array of"]),
+        (lambda table: np.append(table, table[-4:]), ["entries", "array of"]),
+        (lambda table: table.astype(np.int32), ["int32 array", "array of"]),
+    ],
+)
+def test_tables_that_are_wrong(llm, source, tmp_path, key, change, reason):
+    """Refused by key and row, in Python and by the library."""
+    path = side_file(tmp_path / "plan.gguf", source, made_profile())
+    changed(path, key, change)
+    for message in refusals(llm, path):
+        assert f"allocmoe.{key}" in message and any(words in message for words in reason), message
+    row = reason[0].partition(" in ")[2]
+    assert all(row in message for message in refusals(llm, path))
+
+
+def test_estimates_spend_just_what_they_are_for(llm, source, tmp_path):
+    path = side_file(tmp_path / "plan.gguf", source, made_profile())
+    changed(path, "table.estimate.expert_used_count", in_row(6, [2, 2, 2, 2]))
+    assert all("8 activations in row 6, which is for 10" in message for message in refusals(llm, path))
+
+
+def test_total_that_is_not_the_plans(llm, source, tmp_path):
+    path = side_file(tmp_path / "plan.gguf", source, made_profile())
+    changed(path, "budget_total", lambda total: total + 1)
+    assert all("budget_total" in message for message in refusals(llm, path))
+
+
+@pytest.mark.parametrize("allocation", ["alloc-l", "uniform"])
+@pytest.mark.parametrize("cost", [(1.0,) * 4, (0.3, 2.0, 0.1, 1.7), (5.0, 1.0, 1.0, 1.0)])
+def test_tables_that_are_made_are_right(llm, source, tmp_path, allocation, cost):
+    """Also where layers' costs differ and rows spend by those, and where sensitivities do not fall with every expert."""
+    rows = made_profile().sensitivity
+    for sensitivity in (rows, tuple(row[::-1] for row in rows), tuple(np.roll(row, 1) for row in rows)):
+        profile = made_profile(cost=cost, cost_unit="ms", allocation=allocation, sensitivity=sensitivity)
+        path = side_file(tmp_path / "plan.gguf", source, profile)
+        assert metadata.read(path).plan is not None
+        status = libllama.allocmoe_load_plan_file(context_pointer(llm), str(path).encode())
+        assert status >= 0, ffi.string(libllama.allocmoe_last_error())
+        path.unlink()
+    llm.set_plan(None)
+
+
+# side files of other models
+
+
+def with_another_router(source, path, layer: int):
+    """A copy of a model in which one weight of one router is another."""
+    path.write_bytes(source.read_bytes())
+    with GGUFFile(path) as file:
+        (tensor,) = (each for each in file.tensors if each.name == f"blk.{layer}.ffn_gate_inp.weight")
+        with open(path, "r+b") as data:
+            data.seek(file.data_offset + tensor.offset)
+            data.write(np.float32(1.0).tobytes())
+    return path
+
+
+@pytest.mark.parametrize("as_side_file", [True, False])
+def test_plan_of_another_model_of_the_same_shape(source, planned, tmp_path, as_side_file):
+    plan = side_file(tmp_path / "plan.gguf", source, made_profile()) if as_side_file else planned
+    other = with_another_router(source, tmp_path / "other.gguf", 3)
+    with pytest.raises(PlanError, match="plan.*was made for another model .* with other weights in its routers"):
+        Llama(str(other), plan_path=plan, **SIZES)
+    Llama(str(source), plan_path=plan, **SIZES).close()
+
+
+def test_plan_of_another_quantisation_of_the_model(source, tmp_path):
+    """Also through a side file that was made from a side file, and one that does not say."""
+    quantized = tmp_path / "q.gguf"
+    quantize.quantize(source, quantized, "Q8_0", n_threads=1, expected=1)
+    assert metadata.routers_hash(quantized) == metadata.routers_hash(source) != ""
+    path = side_file(tmp_path / "plan.gguf", source, made_profile())
+    again = tmp_path / "again.gguf"
+    metadata.write_side_file(again, metadata.read(path), made_profile().plan(9, FULL), made_profile())
+    llm = Llama(str(quantized), plan_path=again, **SIZES)
+    assert llm.plan.budget_total == llm.stored.plan.budget_total == 9
+    llm.close()
+    other = with_another_router(source, tmp_path / "other.gguf", 0)
+    with pytest.raises(PlanError, match="again.gguf: was made for another model"):
+        metadata.read_for(again, metadata.read(other))
+    changed(again, "model.routers", lambda value: None)
+    assert metadata.read_for(again, metadata.read(other)).plan.budget_total == 9

@@ -41,16 +41,20 @@ A side file is a GGUF file of these keys and no tensors, for models that nobody 
 | --- | --- | --- |
 | general.type | string | allocmoe-plan |
 | allocmoe.model.name, .architecture | string | the model that it was made for |
+| allocmoe.model.routers | string | that model's `routers_hash`: quantisations of one model have the same, other models another |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+import hashlib
+from pathlib import Path
+import re
 from typing import Optional
 
 import numpy as np
 
-from ..gguf_file import GGUFFile, expert_used_count_full
+from ..gguf_file import GGUFFile, expert_used_count_full, model_paths
 from .estimator import Estimator, from_stored, n_words, stored
 from .plan import Plan, PlanError
 from .profile import Calibration, HeldOut, Profile
@@ -60,6 +64,8 @@ SIDE_FILE = "allocmoe-plan"
 ALLOCATIONS = ("alloc-l", "uniform")
 _SIZES = ("n_down", "rank", "n_embd", "n_expert")
 _STORED = ("down", "log_norm", "output", "up")
+# of each router
+_SAMPLE_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class ModelPlan:
     plan, profile: from the allocmoe.* keys; None where the file has none.
     name, architecture: of the model.
     side_file: the file has a plan for a model, and no model.
+    path: of the file.
+    routers: of a side file, the hash of the model's routers; "" where it does not say.
     """
 
     full: Optional[tuple]
@@ -78,6 +86,25 @@ class ModelPlan:
     name: str = ""
     architecture: str = ""
     side_file: bool = False
+    path: Optional[Path] = field(default=None, compare=False)
+    routers: str = field(default="", compare=False, repr=False)
+
+
+def routers_hash(path) -> str:
+    """Hash (sha256) of samples from the routers of a model, a GGUF file or the first one of a split model, "" if it has none.
+
+    Routers are what a plan is about, and llama.cpp never quantises them: so this tells models of one shape apart, and not the
+    quantisations of one model, for which a plan is as good.
+    """
+    samples = {}
+    for part in model_paths(path):
+        with GGUFFile(part) as file, open(part, "rb") as data:
+            for tensor in file.tensors:
+                if re.fullmatch(r"blk\.\d+\.ffn_gate_inp\.weight", tensor.name):
+                    data.seek(file.data_offset + tensor.offset)
+                    sample = data.read(min(tensor.n_bytes, _SAMPLE_BYTES))
+                    samples[tensor.name] = f"{tensor.name} {tensor.type_name} {tensor.n_bytes} ".encode() + sample
+    return hashlib.sha256(b"".join(samples[name] for name in sorted(samples))).hexdigest() if samples else ""
 
 
 def read(path, *, estimator: bool = True) -> ModelPlan:
@@ -100,12 +127,14 @@ def read(path, *, estimator: bool = True) -> ModelPlan:
                 raise PlanError(f"{path}: allocmoe.expert_used_count_full is missing or not an array of int32")
             try:
                 full = Plan.full(own).expert_used_count
-                identity = {key: _value(file, f"allocmoe.model.{key}", str, "") for key in ("name", "architecture")}
+                keys = ("name", "architecture", "routers")
+                identity = {key: _value(file, f"allocmoe.model.{key}", str, "") for key in keys}
             except PlanError as error:
                 raise PlanError(f"{path}: allocmoe.{error}") from None
         else:
             full = expert_used_count_full(file)
             identity = {key: str(file.get(f"general.{key}", "")) for key in ("name", "architecture")}
+        identity["path"] = file.path
         if file.get("allocmoe.version") is None and not side_file:
             return ModelPlan(full, **identity)
         _check_version(file)
@@ -116,6 +145,9 @@ def read(path, *, estimator: bool = True) -> ModelPlan:
             own = _array(file, "allocmoe.expert_used_count_full", np.int32, len(full))
             if own.tolist() != list(full):
                 raise PlanError(f"expert_used_count_full: found {own.tolist()}, want the model's own, {list(full)}")
+            total = file.get("allocmoe.budget_total")
+            if total is not None and (type(total) is not int or total != planned.sum()):
+                raise PlanError(f"budget_total: found {total!r}, want {planned.sum()}, the sum of expert_used_count")
             _check_tables(file, full)
             rule = _value(file, "allocmoe.token_rule", str, "off")
             threshold = None
@@ -141,14 +173,45 @@ def _check_version(file: GGUFFile) -> None:
 
 
 def _check_tables(file: GGUFFile, full: tuple) -> None:
-    """Their sizes; the library checks their entries."""
-    n = (sum(full) - sum(k > 0 for k in full) + 1) * len(full)
+    """What read_rows of native/allocmoe-file.cpp checks: sizes, entries, and that rows spend what they are for."""
+    shape = sum(full) - sum(k > 0 for k in full) + 1, len(full)
     for key in ("table.expert_used_count", "table.estimate.expert_used_count"):
         value = file.get(f"allocmoe.{key}")
-        if value is not None:
-            _array(file, f"allocmoe.{key}", np.uint8 if getattr(value, "dtype", None) == np.uint8 else np.uint16, n)
-    if file.get("allocmoe.table.estimate.expert_used_count") is not None:
-        _array(file, "allocmoe.table.estimate.threshold", np.float32, n)
+        if value is None:
+            continue
+        dtype = np.uint8 if getattr(value, "dtype", None) == np.uint8 else np.uint16
+        counts = _array(file, f"allocmoe.{key}", dtype, shape[0] * shape[1]).reshape(shape).astype(np.int64)
+        threshold = None
+        if key == "table.estimate.expert_used_count":
+            threshold = _array(file, "allocmoe.table.estimate.threshold", np.float32, counts.size).reshape(shape)
+        _check_rows(key, counts, np.array(full), _cost(file, len(full)), threshold)
+
+
+def _cost(file: GGUFFile, n_layer: int) -> np.ndarray:
+    """Of one activation in each layer; 1 where the file says nothing that could be meant."""
+    cost = file.get("allocmoe.cost")
+    if isinstance(cost, np.ndarray) and cost.dtype == np.float64 and cost.size == n_layer and np.isfinite(cost).all():
+        return cost
+    return np.ones(n_layer)
+
+
+def _check_rows(
+    key: str, counts: np.ndarray, full: np.ndarray, cost: np.ndarray, threshold: Optional[np.ndarray]
+) -> None:
+    one = np.minimum(full, 1)
+    for row, il in np.argwhere((counts < one) | (counts > full))[:1]:
+        raise PlanError(f"{key}: found {counts[row, il]} in row {row} for layer {il}, want {one[il]} to {full[il]}")
+    cost = cost if (cost[full > 0] > 0).all() else np.ones(len(full))
+    totals = np.arange(one.sum(), full.sum() + 1)
+    n, spent = counts.sum(axis=1), counts @ cost
+    least = (cost * one).sum()
+    limit = np.maximum((cost * full).sum() * totals / full.sum(), least) * (1 + 1e-9)
+    wrong = spent > limit
+    if threshold is not None:
+        equal = (cost[full > 0] == 1).all()
+        wrong = ~np.isnan(threshold).any(axis=1) & (equal | (spent > limit + least))
+    for row in np.flatnonzero(wrong & (n != totals))[:1]:
+        raise PlanError(f"{key}: found {n[row]} activations in row {row}, which is for {totals[row]}")
 
 
 def read_for(path, model: ModelPlan, *, estimator: bool = True) -> ModelPlan:
@@ -167,6 +230,12 @@ def read_for(path, model: ModelPlan, *, estimator: bool = True) -> ModelPlan:
         raise PlanError(
             f"{path}: was made for another model ({made_for}) than this ({model.architecture}, {model.full})"
         )
+    own = found.routers if found.side_file else routers_hash(path)
+    if own and model.path is not None and own != routers_hash(model.path):
+        raise PlanError(
+            f"{path}: was made for another model ({found.name}) than {model.path}: of the same shape, with other weights in "
+            "its routers; convert this one"
+        )
     return replace(model, plan=found.plan, profile=found.profile)
 
 
@@ -181,6 +250,9 @@ def write_side_file(path, model: ModelPlan, plan: Plan, profile: Optional[Profil
         write(file, plan, profile)
         file.set("allocmoe.model.name", model.name)
         file.set("allocmoe.model.architecture", model.architecture)
+        routers = model.routers if model.side_file or model.path is None else routers_hash(model.path)
+        if routers:
+            file.set("allocmoe.model.routers", routers)
         file.write_metadata(path)
 
 

@@ -247,8 +247,10 @@ def _float_tuple(name, values, n):
     if len(values) != n:
         raise PlanError(f"{name}: found {len(values)} layers, want {n}")
     for layer, v in enumerate(values):
-        if isinstance(v, bool) or not isinstance(v, Real) or math.isnan(_float(v)):
+        if isinstance(v, bool) or not isinstance(v, Real):
             raise PlanError(f"{name}, layer {layer}: found {shown(v)} ({type(v).__name__}), want a number")
+        if math.isnan(_float(v)):
+            raise PlanError(f"{name}, layer {layer}: found NaN, want a number")
     return tuple(map(_float, values))
 
 

@@ -82,13 +82,27 @@ int32_t allocmoe_load_plan_file(llama_context * ctx, const char * path) {
     });
 }
 
+static void check_sequence(const llama_context * ctx, int32_t seq_id) {
+    if (seq_id < 0 || seq_id >= (int32_t) llama_n_seq_max(ctx)) {
+        throw allocmoe_error(format("sequence: found %d, want 0 to %u", seq_id, llama_n_seq_max(ctx) - 1));
+    }
+}
+
+int32_t allocmoe_budget_range(const llama_context * ctx, int64_t * least, int64_t * of_file, int64_t * full) {
+    return allocmoe_guarded([&] {
+        const auto range = allocmoe_range(allocmoe_access::state(ctx).file.get(), allocmoe_access::model(ctx), allocmoe_get_token_rule(ctx));
+        *least           = range.least;
+        *of_file         = range.of_file;
+        *full            = range.full;
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
 int32_t allocmoe_set_budget_seq(llama_context * ctx, int32_t seq_id, int64_t total) {
     return allocmoe_guarded([&] {
         const auto & model = allocmoe_access::model(ctx);
         const auto & state = allocmoe_access::state(ctx);
-        if (seq_id < 0 || seq_id >= (int32_t) llama_n_seq_max(ctx)) {
-            throw allocmoe_error(format("sequence: found %d, want 0 to %u", seq_id, llama_n_seq_max(ctx) - 1));
-        }
+        check_sequence(ctx, seq_id);
         allocmoe_settings settings = allocmoe_access::settings(ctx);
         if (total == ALLOCMOE_TOTAL_OF_FILE) {
             if (settings.seq_plans.erase(seq_id) == 0) {
@@ -236,22 +250,55 @@ void allocmoe_reset_counts(llama_context * ctx) {
     }
 }
 
+int32_t allocmoe_get_spent(const llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int64_t * activations, int64_t * tokens, int32_t n_layer) {
+    return allocmoe_guarded([&] {
+        if (n_layer != allocmoe_n_layer(ctx)) {
+            return wrong_n_layer(ctx, n_layer);
+        }
+        check_sequence(ctx, seq_id);
+        llama_synchronize(const_cast<llama_context *>(ctx)); // devices write as they run
+        for (int32_t il = 0; il < n_layer; ++il) {
+            const auto & spent = allocmoe_access::state(ctx).spent.get()[il];
+            const auto * kept  = spent.kept + (int64_t) seq_id * spent.n_left;
+            activations[il] = tokens[il] = 0;
+            for (int32_t position = std::max(first, 0); position < last; ++position) {
+                const int32_t n = kept[position % spent.n_left];
+                activations[il] += std::max(0, n - 1);
+                tokens[il] += n > 0;
+            }
+        }
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
 // (layer's values, caller's values, how many) for every layer
 template <class F>
-static void for_each_left(llama_context * ctx, int32_t n_tokens, F && f) {
-    llama_synchronize(ctx); // devices write as they run
-    const auto * spent = allocmoe_access::state(ctx).spent.get();
-    for (int32_t il = 0; il < allocmoe_n_layer(ctx); ++il) {
-        f(spent[il].left, (size_t) il * n_tokens, std::min(n_tokens, spent[il].n_left));
-    }
+static int32_t for_each_left(llama_context * ctx, int32_t seq_id, int32_t n_tokens, F && f) {
+    return allocmoe_guarded([&] {
+        check_sequence(ctx, seq_id);
+        llama_synchronize(ctx); // devices write as they run
+        const auto * spent = allocmoe_access::state(ctx).spent.get();
+        for (int32_t il = 0; il < allocmoe_n_layer(ctx); ++il) {
+            f(spent[il].left + (int64_t) seq_id * spent[il].n_left, (size_t) il * n_tokens, std::min(n_tokens, spent[il].n_left));
+        }
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
+int32_t allocmoe_get_left_seq(llama_context * ctx, int32_t seq_id, float * left, int32_t n_tokens) {
+    return for_each_left(ctx, seq_id, n_tokens, [&](const float * own, size_t first, int32_t n) { std::copy_n(own, n, left + first); });
+}
+
+int32_t allocmoe_set_left_seq(llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens) {
+    return for_each_left(ctx, seq_id, n_tokens, [&](float * own, size_t first, int32_t n) { std::copy_n(left + first, n, own); });
 }
 
 void allocmoe_get_left(llama_context * ctx, float * left, int32_t n_tokens) {
-    for_each_left(ctx, n_tokens, [&](const float * own, size_t first, int32_t n) { std::copy_n(own, n, left + first); });
+    allocmoe_get_left_seq(ctx, 0, left, n_tokens);
 }
 
 void allocmoe_set_left(llama_context * ctx, const float * left, int32_t n_tokens) {
-    for_each_left(ctx, n_tokens, [&](float * own, size_t first, int32_t n) { std::copy_n(left + first, n, own); });
+    allocmoe_set_left_seq(ctx, 0, left, n_tokens);
 }
 
 //
@@ -281,7 +328,7 @@ int64_t allocmoe_set_prefetch(llama_context * ctx, bool prefetch) {
 
 void allocmoe_set_cpu_kernels(bool use) {
     ggml_backend_reg_t cpu = ggml_backend_reg_by_name("CPU");
-    void * set = cpu ? ggml_backend_reg_get_proc_address(cpu, "allocmoe_use_cpu_kernels") : nullptr;
+    void * set             = cpu ? ggml_backend_reg_get_proc_address(cpu, "allocmoe_use_cpu_kernels") : nullptr;
     if (set) {
         reinterpret_cast<void (*)(bool)>(set)(use);
     }

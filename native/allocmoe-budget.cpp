@@ -31,17 +31,14 @@ bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model)
         llm_arch_name(model.arch), k, *std::max_element(file.full.begin(), file.full.end()), (long long) sum_of(own)));
 }
 
-// The row for a total. Where the model's own counts are below those that the plans were made for, by an override, that is the
-// one that spends most within the total when every layer is cut off at them.
-static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
+// (row, what it spends) for every row that the rule can serve. Where the model's own counts are below those that the plans were
+// made for, by an override, every layer is cut off at them.
+template <class F>
+static void for_each_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, F && f) {
     const bool estimate  = rule == ALLOCMOE_RULE_ESTIMATE;
     const size_t n_layer = file.full.size();
     const auto & counts  = estimate ? file.estimate.expert_used_count : file.counts.expert_used_count;
     const int64_t least  = sum_of(file.full) - (int64_t) (file.n_rows - 1);
-
-    size_t best   = file.n_rows;
-    int64_t found = -1;
-    int64_t low   = sum_of(own);
     for (size_t row = 0; row < file.n_rows; ++row) {
         if (estimate && !allocmoe_served(&file.estimate.threshold[row * n_layer], n_layer)) {
             continue;
@@ -53,12 +50,41 @@ static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> &
                 spends += std::min(counts[row * n_layer + il], own[il]);
             }
         }
+        f(row, spends);
+    }
+}
+
+allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model & model, int32_t token_rule) {
+    const auto own = allocmoe_effective_plan(model, nullptr);
+    if (sum_of(own) == 0) {
+        throw allocmoe_error("a dense model: it has no experts to budget");
+    }
+    if (!file || file->n_rows == 0) {
+        throw allocmoe_error("other budgets need the plans that allocmoe-convert stores in the file; convert it first");
+    }
+    if (allocmoe_overridden(*file, model)) {
+        fail_overridden(*file, model);
+    }
+    allocmoe_budgets range = { sum_of(own), 0, sum_of(own) };
+    for_each_row(*file, own, token_rule, [&](size_t, int64_t spends) { range.least = std::min(range.least, spends); });
+    for (size_t il = 0; il < own.size(); ++il) {
+        range.of_file += std::min(own[il], file->plan.expert_used_count[il]);
+    }
+    return range;
+}
+
+// The row for a total: the one that spends most within it.
+static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
+    size_t best   = file.n_rows;
+    int64_t found = -1;
+    int64_t low   = sum_of(own);
+    for_each_row(file, own, rule, [&](size_t row, int64_t spends) {
         low = std::min(low, spends);
         if (spends <= total && spends > found) {
             best  = row;
             found = spends;
         }
-    }
+    });
     if (best == file.n_rows || total > sum_of(own)) {
         throw allocmoe_error(format("budget: found %lld activations per token, want %lld to %lld under token rule %s",
             (long long) total, (long long) low, (long long) sum_of(own), allocmoe_token_rule_names[rule]));

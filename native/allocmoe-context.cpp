@@ -74,7 +74,7 @@ bool allocmoe_runs_token_rules(ggml_backend_dev_t device) {
 // n_left: positions of each of n_seq sequences for which is kept what is left over.
 static void allocate_spent(allocmoe_state & state, const llama_model & model, int32_t n_left, int32_t n_seq) {
     const size_t n_layer = model.hparams.n_layer_all;
-    const size_t n_bytes = n_layer * (sizeof(allocmoe_spent) + n_seq * n_left * sizeof(float));
+    const size_t n_bytes = n_layer * (sizeof(allocmoe_spent) + n_seq * n_left * (sizeof(float) + sizeof(uint16_t)));
     for (const auto & device : model.devices) {
         auto * type   = allocmoe_runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
         auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;
@@ -94,8 +94,10 @@ static void allocate_spent(allocmoe_state & state, const llama_model & model, in
         }
     }
     auto * left = (float *) (state.spent.get() + n_layer);
+    auto * kept = (uint16_t *) (left + n_layer * n_seq * n_left);
     for (size_t il = 0; il < n_layer; ++il) {
         state.spent.get()[il].left   = left + il * n_seq * n_left;
+        state.spent.get()[il].kept   = kept + il * n_seq * n_left;
         state.spent.get()[il].n_left = n_left;
     }
 }
@@ -137,8 +139,8 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         phase.tokens.resize(n_layer);
     }
     // Where sequences share the context's cells, any of them may come to have all, but not each: what is kept is four times
-    // the cells. A rollback further back than a sequence's part finds what later text has left.
-    const uint32_t n_left = std::min<uint64_t>(cparams.n_ctx_seq, std::max<uint64_t>(1, 4ull * cparams.n_ctx / cparams.n_seq_max));
+    // the cells, and a batch at least. A rollback further back than a sequence's part finds what later text has left.
+    const uint32_t n_left = std::min<uint64_t>(cparams.n_ctx_seq, std::max<uint64_t>(std::max(1u, cparams.n_batch), 4ull * cparams.n_ctx / cparams.n_seq_max));
     allocate_spent(*state, model, n_left, cparams.n_seq_max);
     state->n_layer_main = model.hparams.n_layer();
     state->records.layers.resize(n_layer);

@@ -66,7 +66,7 @@ static __global__ void allocmoe_mask_weights_kernel(const float * weights, const
 
 // What ALLOCMOE_NODE_IDS and _BY_SIZE read of each token.
 static bool allocmoe_cuda_has_values(const ggml_tensor * limits, const ggml_tensor * places) {
-    return limits->type == GGML_TYPE_F32 && ggml_is_contiguous(limits) && (!places || (places->type == GGML_TYPE_I32 && ggml_is_contiguous(places)));
+    return limits->type == GGML_TYPE_F32 && ggml_is_contiguous(limits) && places->type == GGML_TYPE_I32 && ggml_is_contiguous(places);
 }
 
 static bool allocmoe_cuda_has_rows_of(const ggml_tensor * tensor, ggml_type type) {

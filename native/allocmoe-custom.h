@@ -24,14 +24,17 @@ struct allocmoe_spent {
     // positions beyond taking the first places again. So a token's experts depend on the tokens before it in its sequence,
     // and not on what else the context has read, or has removed since. A token of several sequences counts for its first.
     float * left;
+    // What the token at each position has spent, in the same order: its activations and 1, or 0 where it has not reached the
+    // router.
+    uint16_t * kept;
     int32_t n_left;
 };
 
-// Where in `left` a token finds what is left over before it, and puts what is after it; -1 for nowhere. A sequence's first
-// token finds nothing.
+// Where in `left` a token finds what is left over before it, and where in `left` and `kept` its own places are; -1 for
+// nowhere. A sequence's first token finds nothing.
 struct allocmoe_place {
     int32_t before;
-    int32_t after;
+    int32_t own;
 };
 
 // What a token may activate in a layer: its sequence's planned count, and threshold.
@@ -48,8 +51,7 @@ static constexpr float ALLOCMOE_STRICT_LEFT = 400.0f;
 
 enum {
     ALLOCMOE_NODE_IDS = 1, // ids by rank, -1 where the token rule skips; src: ids [n_used, n_tokens], scores [n_expert, n_tokens],
-                           // limits [2, n_tokens, n_layer] (allocmoe_limit), and if strict places [2, n_tokens] (allocmoe_place),
-                           // null where nothing is left over from token to token
+                           // limits [2, n_tokens, n_layer] (allocmoe_limit), places [2, n_tokens] (allocmoe_place)
     ALLOCMOE_NODE_WEIGHTS, // weights, `skipped` where the ids are -1;    src: weights [1, n_used, n_tokens], ids [n_used, n_tokens]
     // under ALLOCMOE_RULE_ESTIMATE, u being [n_down, n_tokens]
     ALLOCMOE_NODE_IDS_BY_SIZE, // as ALLOCMOE_NODE_IDS; src: ids, weights, u, log_norm [n_down + 1, n_expert], limits, places
@@ -68,11 +70,16 @@ enum {
     ALLOCMOE_NODE_VALUE_REMAINING = 2,
 };
 
+enum {
+    ALLOCMOE_NODE_STRICT       = 1,
+    ALLOCMOE_NODE_STRICT_ALONE = 2, // nothing is left over from token to token
+};
+
 struct allocmoe_node {
     uint32_t magic;
-    int16_t kind; // ALLOCMOE_NODE_*
-    int8_t phase; // ALLOCMOE_PHASE_*
-    int8_t strict;
+    int16_t kind;   // ALLOCMOE_NODE_*
+    int8_t phase;   // ALLOCMOE_PHASE_*
+    int8_t strict;  // 0, or ALLOCMOE_NODE_STRICT*
     int16_t rule;   // ALLOCMOE_NODE_RULE_*
     int16_t n_relu; // of the last so many of u, what is positive
     int32_t k_base; // experts that every token keeps, as far as its count goes

@@ -68,5 +68,13 @@ std::shared_ptr<const allocmoe_model> allocmoe_read_side_file(const char * path,
 // for the model's own expert counts. Throws allocmoe_error where it cannot be served.
 std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file, const llama_model & model, int64_t total, int32_t token_rule, int32_t strict);
 
+// The budgets that allocmoe_plan_budget serves under a rule. Throws allocmoe_error where there is no choice.
+struct allocmoe_budgets {
+    int64_t least;
+    int64_t of_file;
+    int64_t full;
+};
+allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model & model, int32_t token_rule);
+
 // Whether the model runs more experts per token than the file's plans were made for: somebody has overridden its count.
 bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model);

@@ -31,7 +31,7 @@ struct allocmoe_graph {
     struct input {
         int64_t n_tokens;
         ggml_tensor * limits; // F32 [2, n_tokens, block_count], allocmoe_limit
-        ggml_tensor * places; // I32 [2, n_tokens], allocmoe_place; null while no layer needs it
+        ggml_tensor * places; // I32 [2, n_tokens], allocmoe_place
     };
 
     struct layer {
@@ -46,7 +46,7 @@ struct allocmoe_graph {
         std::shared_ptr<const allocmoe_plan> plan; // null for the model's own counts
 
         ggml_tensor * limits;   // of the input with these tokens, or nullptr where there is no rule
-        ggml_tensor * places;   // or nullptr where nothing is left over from token to token
+        ggml_tensor * places;   // the same
         ggml_tensor * selected; // expert ids by rank
         ggml_tensor * scores;   // what they were ranked by, of all experts
         ggml_tensor * routed;   // the ids with -1 where the token rule skips, or nullptr

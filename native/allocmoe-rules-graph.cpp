@@ -22,6 +22,16 @@ static_assert((int) ALLOCMOE_NODE_RULE_BATCH == ALLOCMOE_RULE_BATCH &&
                   (int) ALLOCMOE_NODE_VALUE_REMAINING == ALLOCMOE_VALUE_REMAINING,
     "allocmoe-custom.h repeats allocmoe.h");
 
+static int32_t sequence_of(const llama_ubatch & ubatch, int64_t t) {
+    return ubatch.seq_id && ubatch.n_seq_id[t] > 0 ? ubatch.seq_id[t][0] : 0;
+}
+
+// The place of a token's position, or of the one so many after it, in what is kept by position; -1 for none.
+static int32_t place_of(const llama_ubatch & ubatch, int64_t t, int32_t offset, int32_t n_left) {
+    const int32_t position = ubatch.pos[t] + offset;
+    return position >= 0 ? sequence_of(ubatch, t) * n_left + position % n_left : -1;
+}
+
 // What the graph's inputs are set from: a plan for each token.
 class allocmoe_input : public llm_graph_input_i {
 public:
@@ -32,7 +42,7 @@ public:
             if (input.limits->buffer) {
                 set_limits(input, *ubatch);
             }
-            if (input.places && input.places->buffer) {
+            if (input.places->buffer) {
                 set_places(input, *ubatch);
             }
         }
@@ -72,10 +82,6 @@ private:
         ggml_backend_tensor_set(input.limits, limits.data(), 0, ggml_nbytes(input.limits));
     }
 
-    static int32_t sequence_of(const llama_ubatch & ubatch, int64_t t) {
-        return ubatch.seq_id && ubatch.n_seq_id[t] > 0 ? ubatch.seq_id[t][0] : 0;
-    }
-
     static allocmoe_limit limit_of(const allocmoe_plan & plan, const allocmoe_graph::layer & layer) {
         const int32_t k      = plan.expert_used_count[layer.il];
         allocmoe_limit limit = { (float) (k > 0 ? k : layer.n_full), plan.threshold.empty() ? 0.0f : plan.threshold[layer.il] };
@@ -90,11 +96,12 @@ private:
     void set_places(const allocmoe_graph::input & input, const llama_ubatch & ubatch) {
         const int32_t n_left = graph->layers.front().state->spent.get()->n_left;
         places.assign(input.n_tokens, { -1, -1 });
-        for (int64_t t = 0; t < std::min<int64_t>(input.n_tokens, ubatch.n_tokens); ++t) {
-            const int32_t position = ubatch.pos[t];
-            const int32_t first    = sequence_of(ubatch, t) * n_left;
-            places[t].before       = position > 0 ? first + (position - 1) % n_left : -1;
-            places[t].after        = position >= 0 ? first + position % n_left : -1;
+        const bool all = input.n_tokens == ubatch.n_tokens;
+        int64_t to     = 0;
+        for (uint32_t t = 0; t < ubatch.n_tokens && to < input.n_tokens; ++t) {
+            if (all || (ubatch.output && ubatch.output[t])) {
+                places[to++] = { place_of(ubatch, t, -1, n_left), place_of(ubatch, t, 0, n_left) };
+            }
         }
         ggml_backend_tensor_set(input.places, places.data(), 0, ggml_nbytes(input.places));
     }
@@ -201,7 +208,10 @@ static allocmoe_graph::input & values_of(ggml_context * ctx, allocmoe_graph & gr
     ggml_tensor * limits = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 2, n_tokens, n_layer);
     ggml_set_input(limits);
     ggml_set_name(limits, "allocmoe.limits");
-    graph.inputs.push_back({ n_tokens, limits, nullptr });
+    ggml_tensor * places = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, n_tokens);
+    ggml_set_input(places);
+    ggml_set_name(places, "allocmoe.places");
+    graph.inputs.push_back({ n_tokens, limits, places });
     return graph.inputs.back();
 }
 
@@ -227,16 +237,8 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
         layer.instrument            = settings.plan ? settings.instrument : allocmoe_instrument{};
         if (rule.rule != ALLOCMOE_RULE_OFF) {
             auto & values = values_of(ctx, graph, n_tokens, state->phases[0].tokens.size());
-            // behind the choice of the tokens whose output is wanted nothing is left over from token to token
-            if (rule.strict && il + 1 < state->n_layer_main) {
-                if (!values.places) {
-                    values.places = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, n_tokens);
-                    ggml_set_input(values.places);
-                    ggml_set_name(values.places, "allocmoe.places");
-                }
-                layer.places = values.places;
-            }
-            layer.limits = values.limits;
+            layer.limits  = values.limits;
+            layer.places  = values.places;
         }
         graph.layers.push_back(std::move(layer));
     }
@@ -245,16 +247,17 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
 
 ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute) {
     args.push_back(layer.limits);
-    if (layer.places) {
-        args.push_back(layer.places);
-    }
+    args.push_back(layer.places);
     ggml_tensor * routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args.data(), args.size(), compute, 1, nullptr);
-    node.strict          = layer.rule.strict;
-    node.rule            = layer.rule.rule;
-    node.value           = layer.rule.value;
-    node.k_base          = layer.rule.k_base;
-    node.il              = layer.il;
-    node.spent           = layer.state->spent.get() + layer.il;
+    // behind the choice of the tokens whose output is wanted nothing is left over from token to token
+    const bool alone = layer.il + 1 >= layer.state->n_layer_main;
+    node.strict      = !layer.rule.strict ? 0 : alone ? ALLOCMOE_NODE_STRICT_ALONE
+                                                      : ALLOCMOE_NODE_STRICT;
+    node.rule        = layer.rule.rule;
+    node.value       = layer.rule.value;
+    node.k_base      = layer.rule.k_base;
+    node.il          = layer.il;
+    node.spent       = layer.state->spent.get() + layer.il;
     allocmoe_set_node(routed, node);
     return routed;
 }
@@ -339,6 +342,16 @@ void allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res,
     for (const auto & layer : res.allocmoe->layers) {
         phase.activations[layer.il] += layer.activations;
         phase.tokens[layer.il] += layer.n_tokens;
+        // what each token has spent, where no node notes it
+        const bool all    = layer.n_tokens == ubatch.n_tokens;
+        const auto & kept = *(cparams.allocmoe.state->spent.get() + layer.il);
+        for (uint32_t t = 0; t < ubatch.n_tokens; ++t) {
+            const bool reached  = all || (ubatch.output && ubatch.output[t]);
+            const int32_t place = place_of(ubatch, t, 0, kept.n_left);
+            if (place >= 0 && (!layer.routed || !reached)) {
+                kept.kept[place] = reached ? layer.rule.n_ranked + 1 : 0;
+            }
+        }
     }
 }
 
@@ -360,8 +373,9 @@ void allocmoe_select(const allocmoe_rule * rule, int32_t k, const float * scores
         places.push_back({ t, t + 1 });
     }
     std::vector<float> left_at(n_tokens + 1);
-    left_at[0]           = *left;
-    allocmoe_spent spent = { {}, left_at.data(), (int32_t) left_at.size() };
+    left_at[0] = *left;
+    std::vector<uint16_t> kept(n_tokens + 1);
+    allocmoe_spent spent = { {}, left_at.data(), kept.data(), (int32_t) left_at.size() };
 
     allocmoe_route_args args = {};
     args.ids                 = ids.data(); // every token's

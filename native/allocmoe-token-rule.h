@@ -97,7 +97,7 @@ struct allocmoe_route_args {
     const int32_t * ids;           // [n_tokens][n_used], by falling score
     const float * scores;          // [n_tokens][n_expert]
     const allocmoe_limit * limits; // [n_tokens]
-    const allocmoe_place * places; // [n_tokens], null where the node has none
+    const allocmoe_place * places; // [n_tokens]
     int32_t * routed;              // [n_tokens][n_used], contiguous
     int64_t stride_ids;            // between tokens, in elements
     int64_t stride_scores;
@@ -133,16 +133,23 @@ ALLOCMOE_FN float allocmoe_next_value(int32_t value, float score, bool first, fl
 
 // What is left over before token t, given what is after token t - 1: read only where a sequence begins or goes on, since the
 // memory may be the host's.
-ALLOCMOE_FN float allocmoe_left(const allocmoe_spent & spent, const allocmoe_place * places, int32_t t, float left) {
-    if (!places || places[t].before < 0) {
+ALLOCMOE_FN float allocmoe_left(const allocmoe_node & node, const allocmoe_place * places, int32_t t, float left) {
+    if (node.strict == ALLOCMOE_NODE_STRICT_ALONE || places[t].before < 0) {
         return 0.0f;
     }
-    return t > 0 && places[t].before == places[t - 1].after ? left : spent.left[places[t].before];
+    return t > 0 && places[t].before == places[t - 1].own ? left : node.spent->left[places[t].before];
 }
 
-ALLOCMOE_FN void allocmoe_leave(const allocmoe_spent & spent, const allocmoe_place * places, int32_t t, float left) {
-    if (places && places[t].after >= 0) {
-        spent.left[places[t].after] = left;
+ALLOCMOE_FN void allocmoe_leave(const allocmoe_node & node, const allocmoe_place * places, int32_t t, float left) {
+    if (node.strict != ALLOCMOE_NODE_STRICT_ALONE && places[t].own >= 0) {
+        node.spent->left[places[t].own] = left;
+    }
+}
+
+// Notes what token t has spent.
+ALLOCMOE_FN void allocmoe_note_kept(const allocmoe_node & node, const allocmoe_place * places, int32_t t, int32_t n_kept) {
+    if (places[t].own >= 0) {
+        node.spent->kept[places[t].own] = (uint16_t) (n_kept + 1);
     }
 }
 
@@ -193,7 +200,7 @@ ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_
     if (block.rank() == 0) {
         float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
-            left                 = allocmoe_left(*a.node.spent, a.places, t, left);
+            left                 = allocmoe_left(a.node, a.places, t, left);
             int32_t & kept       = *allocmoe_row_of(a.routed, t, a.n_used);
             const int32_t k      = allocmoe_count(a.limits[t], a.n_used);
             const int32_t k_base = k < a.node.k_base ? k : a.node.k_base;
@@ -202,7 +209,7 @@ ALLOCMOE_FN void allocmoe_keep_by_threshold(Block & block, const allocmoe_route_
             kept                 = kept < allowed ? kept : allowed;
             left += k - kept;
             s.total += kept;
-            allocmoe_leave(*a.node.spent, a.places, t, left);
+            allocmoe_leave(a.node, a.places, t, left);
         }
     }
 }
@@ -337,6 +344,7 @@ ALLOCMOE_FN void allocmoe_route(Block & block, const allocmoe_route_args & a, al
         for (int32_t r = 0; r < a.n_used; ++r) {
             out[r] = r < n_kept ? a.ids[t * a.stride_ids + r] : -1;
         }
+        allocmoe_note_kept(a.node, a.places, t, n_kept);
     }
     if (block.rank() == 0) {
         a.node.spent->activations[a.node.phase] += s.total;
@@ -353,7 +361,7 @@ struct allocmoe_estimate_args {
     const float * reduced;         // [n_tokens][n_down], u
     const float * table;           // [n_expert][n_down + 1], log_norm; or [n_expert][rank], output
     const allocmoe_limit * limits; // [n_tokens]
-    const allocmoe_place * places; // [n_tokens], null where the node has none
+    const allocmoe_place * places; // [n_tokens]
     int32_t * routed;              // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
     float * skipped;               // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
     int64_t stride_ids;            // between tokens, in elements
@@ -454,6 +462,7 @@ ALLOCMOE_FN int32_t allocmoe_route_token_by_size(const allocmoe_estimate_args & 
     for (int32_t r = 0; r < a.n_used; ++r) {
         out[r] = (uint32_t) out[r] >= allocmoe_key(at_least) ? a.ids[t * a.stride_ids + r] : -1;
     }
+    allocmoe_note_kept(a.node, a.places, t, n);
     return n;
 }
 
@@ -475,13 +484,13 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
         // what a token may spend depends on all tokens before it
         float left = 0.0f;
         for (int32_t t = 0; t < a.n_tokens; ++t) {
-            left            = allocmoe_left(*a.node.spent, a.places, t, left);
+            left            = allocmoe_left(a.node, a.places, t, left);
             const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.limits[t].threshold, ALLOCMOE_STRICT_STEP * left));
             left += allocmoe_count(a.limits[t], a.n_used) - n;
             left = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT
                                                                                                       : left;
             s.total += n;
-            allocmoe_leave(*a.node.spent, a.places, t, left);
+            allocmoe_leave(a.node, a.places, t, left);
         }
     }
     if (block.rank() == 0) {
@@ -530,7 +539,7 @@ static inline const allocmoe_limit * allocmoe_limits_of(const ggml_tensor * limi
 }
 
 static inline const allocmoe_place * allocmoe_places_of(const ggml_tensor * places) {
-    return places ? (const allocmoe_place *) places->data : nullptr;
+    return (const allocmoe_place *) places->data;
 }
 
 static inline allocmoe_route_args allocmoe_route_args_of(const ggml_tensor * node, const allocmoe_node & params) {

@@ -76,6 +76,10 @@ LLAMA_API const char * allocmoe_last_error(void);
 // the log. Ends the budgets of single sequences.
 LLAMA_API int32_t allocmoe_set_budget(struct llama_context * ctx, int64_t total, int32_t token_rule, int32_t strict);
 
+// The budgets that allocmoe_set_budget takes under the token rule in force: at least, the file's own, and the model's full one.
+// ALLOCMOE_ERR_BUDGET where there is no choice: a dense model, a file without plans.
+LLAMA_API int32_t allocmoe_budget_range(const struct llama_context * ctx, int64_t * least, int64_t * of_file, int64_t * full);
+
 // The budget of one sequence in place of the context's, under the context's token rule; ALLOCMOE_TOTAL_OF_FILE ends it. Its
 // tokens run in one batch with those of other sequences, each by its own. Under ALLOCMOE_RULE_BATCH sequences with the same
 // count in a layer share it. What a strict rule has left over is a sequence's own, by position; llama_memory_seq_cp does not
@@ -116,10 +120,18 @@ LLAMA_API int32_t allocmoe_get_counts(const struct llama_context * ctx, int32_t 
 
 LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 
+// The same for the tokens at the positions first to last - 1 of one sequence, each as it was computed last: to be asked soon
+// after their batch, since other text may take their places later. A token of several sequences counts for its first.
+LLAMA_API int32_t allocmoe_get_spent(const struct llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int64_t * activations, int64_t * tokens, int32_t n_layer);
+
 // What a strict rule has left over after each of the first n_tokens positions of sequence 0, [n_layer][n_tokens]: goes with
 // the memory of those tokens where that is saved and restored.
 LLAMA_API void allocmoe_get_left(struct llama_context * ctx, float * left, int32_t n_tokens);
 LLAMA_API void allocmoe_set_left(struct llama_context * ctx, const float * left, int32_t n_tokens);
+
+// The same for another sequence.
+LLAMA_API int32_t allocmoe_get_left_seq(struct llama_context * ctx, int32_t seq_id, float * left, int32_t n_tokens);
+LLAMA_API int32_t allocmoe_set_left_seq(struct llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens);
 
 // Where layer il's experts are: the name of the buffer type, and the bytes of one expert.
 LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ctx, int32_t il, int64_t * n_bytes);

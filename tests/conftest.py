@@ -72,6 +72,32 @@ def plan_from_made_up_profile(source: Path, target: Path) -> Path:
     return target
 
 
+def plan_under_rule(source: Path, target: Path, rule: str) -> Path:
+    """The same under a token rule, with thresholds and an estimator that are made up. The source has 12 experts."""
+    from allocmoe_edge.convert import output
+    from allocmoe_edge.plan import metadata
+    from gguf_factory import random_estimator
+    import numpy as np
+
+    model = metadata.read(source)
+    n_layer, rng = len(model.full), np.random.default_rng(0)
+    rows = tuple(np.linspace(2.0, 1.0, k) * (il + 1) for il, k in enumerate(model.full))
+    table = tuple(np.linspace(0.3, 0.0, k).astype(np.float32) for k in model.full)
+    estimator = replace(
+        random_estimator(n_layer, 12, 576, 24, 8, 1), quantiles=np.sort(rng.standard_normal((n_layer, 65)), axis=1)
+    )
+    profile = metadata.Profile(
+        rows,
+        (1.0,) * n_layer,
+        metadata.Calibration("made up", 1, "0" * 64),
+        threshold_table=table,
+        estimator=estimator,
+        token_rule=rule,
+    )
+    output.write_planned(source, target, profile.plan(0.5, model.full), profile)
+    return target
+
+
 @pytest.fixture(scope="session")
 def planned_path(testbed_path, tmp_path_factory) -> Path:
     return plan_from_made_up_profile(testbed_path, tmp_path_factory.mktemp("planned") / "planned.gguf")

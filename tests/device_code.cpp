@@ -72,8 +72,8 @@ static void write(const std::vector<T> & data) {
     fwrite(data.data(), sizeof(T), data.size(), stdout);
 }
 
-// what a rule leaves over at the positions from `first` on, in a ring that they run around
-static const int N_LEFT = 7;
+// what a rule leaves over at the positions from `first` on, in a ring that has room for them
+static const int N_LEFT = 140;
 
 static int place_of(int position) {
     return position < 0 ? -1 : position % N_LEFT;
@@ -97,7 +97,8 @@ static void route(const std::vector<int32_t> & h) {
     std::vector<int32_t> routed((size_t) n_tokens * n_used);
     const auto places = places_from(5, n_tokens);
     std::vector<float> left(N_LEFT);
-    allocmoe_spent spent   = { {}, left.data(), N_LEFT };
+    std::vector<uint16_t> kept(N_LEFT);
+    allocmoe_spent spent   = { {}, left.data(), kept.data(), N_LEFT };
     left[places[0].before] = left_0[0];
 
     allocmoe_route_args args = {};
@@ -125,6 +126,11 @@ static void route(const std::vector<int32_t> & h) {
     });
     write(routed);
     write<double>({ (double) spent.activations[0], (double) spent.activations[1], left[place_of(4 + (h[6] ? n_tokens : 0))] });
+    std::vector<int32_t> noted(n_tokens);
+    for (int t = 0; t < n_tokens; ++t) {
+        noted[t] = kept[places[t].own] - 1;
+    }
+    write(noted);
 }
 
 // the end of mm_ids_helper, after every expert has written its own
@@ -193,14 +199,15 @@ static void estimate(const std::vector<int32_t> & h) {
 
     std::vector<int32_t> routed((size_t) n_tokens * n_used);
     std::vector<float> skipped((size_t) n_tokens * n_columns);
-    // half way the text goes back to its fourth token
+    // half way the text goes back to its fourth token, where tokens come one after the other
     std::vector<allocmoe_place> places;
     for (int t = 0; t < n_tokens; ++t) {
-        const int position = n_tokens > 6 && t >= n_tokens / 2 ? t - n_tokens / 2 + 3 : t;
+        const int position = k > 0 && n_tokens > 6 && t >= n_tokens / 2 ? t - n_tokens / 2 + 3 : t;
         places.push_back({ position - 1, position });
     }
     std::vector<float> left(n_tokens);
-    allocmoe_spent spent = { {}, left.data(), n_tokens };
+    std::vector<uint16_t> kept(n_tokens);
+    allocmoe_spent spent = { {}, left.data(), kept.data(), n_tokens };
 
     allocmoe_estimate_args args = {};
     args.ids                    = ids.data();
@@ -245,6 +252,7 @@ static void estimate(const std::vector<int32_t> & h) {
     write(routed);
     write(skipped);
     write<int64_t>({ spent.activations[0], spent.activations[1] });
+    write(kept);
 }
 
 int main() {

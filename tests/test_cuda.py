@@ -208,11 +208,12 @@ def set_node(tensor, kind, *, rule=0, value=0, k_base=0, il=0, strict=0, skipped
 def test_rules_on_the_device(backend, n_tokens):
     rng = np.random.default_rng(n_tokens)
     pinned_type = base.ggml_backend_dev_host_buffer_type(base.ggml_backend_get_device(backend))
-    pinned = base.ggml_backend_buft_alloc_buffer(pinned_type, 32 + 4 * N_LEFT)
+    pinned = base.ggml_backend_buft_alloc_buffer(pinned_type, 40 + 6 * N_LEFT)
     address = int(ffi.cast("uintptr_t", base.ggml_backend_buffer_get_base(pinned)))
-    memory = ffi.buffer(ffi.cast("char *", address), 32 + 4 * N_LEFT)
-    spent, left = np.frombuffer(memory, np.int64, 2), np.frombuffer(memory, np.float32, offset=32)
-    memory[16:28] = struct.pack("qi", address + 32, N_LEFT)
+    memory = ffi.buffer(ffi.cast("char *", address), 40 + 6 * N_LEFT)
+    spent, left = np.frombuffer(memory, np.int64, 2), np.frombuffer(memory, np.float32, N_LEFT, offset=40)
+    kept = np.frombuffer(memory, np.uint16, offset=40 + 4 * N_LEFT)
+    memory[16:36] = struct.pack("qqi", address + 40, address + 40 + 4 * N_LEFT, N_LEFT)
     for i, case in enumerate(cases(rng, n_tokens)):
         if n_tokens > 129 and i % 7:
             continue
@@ -248,6 +249,8 @@ def test_rules_on_the_device(backend, n_tokens):
         assert np.array_equal(routed, expected), shown
         assert spent.tolist() == [0, n_kept.sum()], shown
         assert left[(4 + n_tokens * case["strict"]) % N_LEFT] == left_after, shown
+        if n_tokens <= N_LEFT:
+            assert np.array_equal(kept[np.arange(5, 5 + n_tokens) % N_LEFT] - 1, n_kept), shown
         graph.free()
     base.ggml_backend_buffer_free(pinned)
 

@@ -101,12 +101,14 @@ def test_rules_in_a_block_of_any_size(program, n_tokens, n_threads, request):
         n_used = case["n_used"]
         routed = np.frombuffer(found, np.int32, n_tokens * n_used, at).reshape(n_tokens, n_used)
         prefill, decode, left = np.frombuffer(found[at + routed.nbytes : at + routed.nbytes + 24], np.float64)
-        at += routed.nbytes + 24
+        noted = np.frombuffer(found, np.int32, n_tokens, at + routed.nbytes + 24)
+        at += routed.nbytes + 24 + noted.nbytes
         n_kept, left_after = reference(case)
         expected = np.where(np.arange(n_used) < n_kept[:, None], ids[:, :n_used], -1)
         shown = {key: value for key, value in case.items() if key != "ranked"}
         assert np.array_equal(routed, expected), shown
         assert (prefill, decode, left) == (0, n_kept.sum(), left_after), shown
+        assert np.array_equal(noted, n_kept), shown
     assert at == len(found) and len(todo) == 4 * 7 * 3 * 5 // every
 
 
@@ -186,6 +188,8 @@ def test_estimates_keep_and_add_up_what_they_should(program, n_tokens, n_threads
         np.put_along_axis(keep, order[:, :k_base], True, 1)
         assert np.array_equal(routed, np.where(keep, used, -1))
         assert spent.tolist() == [0, keep.sum()]
+        noted = np.frombuffer(found, np.uint16, n_tokens, routed.nbytes + skipped.nbytes + spent.nbytes)
+        assert np.array_equal(noted - 1, keep.sum(1))
         terms = weights[..., None].astype(np.float64) * (output.astype(np.float64)[used] + reduced[:, None, :rank])
         wanted = np.where(keep[..., None], 0.0, terms).sum(1)
         wanted[~(np.abs(wanted) < 65504).all(1)] = 0.0

@@ -10,6 +10,7 @@ import re
 import subprocess
 
 import allocmoe_edge
+from allocmoe_edge import llama_server
 from allocmoe_edge.bench import cli as bench_cli
 from allocmoe_edge.convert import cli as convert_cli
 from allocmoe_edge.inspect import cli as inspect_cli
@@ -32,6 +33,8 @@ FOREIGN_OPTIONS = {
     "--build",
     "--target",
 }
+# of llama-server: tests/test_llama_server.py looks whether it has them
+LLAMA_SERVER_OPTIONS = {"--port", "--host", "--ctx-size", "--parallel", "--metrics", "--api-key"}
 # folders of the repository: a path in backticks that starts with one has to exist
 TOP = ("allocmoe_edge", "bench", "convert", "docs", "native", "tests")
 
@@ -83,7 +86,8 @@ def _source_options(path: Path) -> set:
 @pytest.fixture(scope="module")
 def options() -> dict:
     """The options of each of our commands, by its name."""
-    return {name: _help_options(module) for name, module in COMMANDS.items()}
+    server = set(re.findall(r"--[a-z][\w-]*", llama_server.parser().format_help())) | LLAMA_SERVER_OPTIONS
+    return {"allocmoe-server": server, **{name: _help_options(module) for name, module in COMMANDS.items()}}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTES], ids=_name)

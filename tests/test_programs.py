@@ -1,16 +1,12 @@
 """llama.cpp's own programs, linked to our libraries, run a planned file as Python does. Builds llama-perplexity: pytest -m slow."""
 
-from dataclasses import replace
 import os
 import subprocess
 import sys
 
 from allocmoe_edge import Llama
 from allocmoe_edge._native import llama_cpp
-from allocmoe_edge.convert import output
-from allocmoe_edge.plan import metadata
-from conftest import ROOT
-from gguf_factory import random_estimator
+from conftest import ROOT, plan_under_rule
 import numpy as np
 import pytest
 
@@ -74,25 +70,7 @@ def logits(llm, window) -> np.ndarray:
 @pytest.fixture(scope="module")
 def planned(testbed_path, tmp_path_factory):
     """The small real model, with thresholds and an estimator that are made up, and half of its experts."""
-    model = metadata.read(testbed_path)
-    rng = np.random.default_rng(0)
-    rows = tuple(np.linspace(2.0, 1.0, k) * (il + 1) for il, k in enumerate(model.full))
-    table = tuple(np.linspace(0.3, 0.0, k).astype(np.float32) for k in model.full)
-    n_layer = len(model.full)
-    estimator = replace(
-        random_estimator(n_layer, 12, 576, 24, 8, 1), quantiles=np.sort(rng.standard_normal((n_layer, 65)), axis=1)
-    )
-    profile = metadata.Profile(
-        rows, (1.0,) * n_layer, metadata.Calibration("made up", 1, "0" * 64), threshold_table=table, estimator=estimator
-    )
-
-    def write(rule):
-        path = tmp_path_factory.getbasetemp() / f"planned-{rule}.gguf"
-        made = replace(profile, token_rule=rule)
-        output.write_planned(testbed_path, path, made.plan(0.5, model.full), made)
-        return path
-
-    return write
+    return lambda rule: plan_under_rule(testbed_path, tmp_path_factory.getbasetemp() / f"planned-{rule}.gguf", rule)
 
 
 @pytest.mark.slow

@@ -1,0 +1,162 @@
+"""The command allocmoe-server: llama.cpp's server, built from our patched source, with a budget for each request.
+
+    allocmoe-server MODEL [--budget B] [options of llama-server]
+
+The process becomes the server, so that signals and the exit code are its own; a process beside it waits until the model
+is loaded, and prints the address.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import os
+from pathlib import Path
+import select
+import subprocess
+import sys
+from typing import List, Optional, Sequence
+import urllib.error
+import urllib.request
+
+from . import __version__
+from ._native import BUILD_DIR
+from .command import CommandError, run_command
+
+_DESCRIPTION = """\
+llama.cpp's server, with an activation budget for each request ("budget": 0.5). It takes llama-server's options, listed
+below these, and listens on 127.0.0.1:8080 unless they say otherwise."""
+
+# options become variables of the environment, where the servers that a router starts find them too
+_VARIABLES = {
+    "budget": "ALLOCMOE_SERVER_BUDGET",
+    "adaptive_budget": "ALLOCMOE_SERVER_ADAPTIVE",
+    "plan": "ALLOCMOE_SERVER_PLAN",
+}
+
+
+def binary() -> Path:
+    """llama-server as this package built it. Raises CommandError, which says how to get it, where it was not built."""
+    path = BUILD_DIR / "lib" / ("llama-server.exe" if os.name == "nt" else "llama-server")
+    if not path.is_file():
+        raise CommandError(
+            "the server is not built: install the package with it, from its source: ALLOCMOE_SERVER=1 pip install ."
+        )
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="allocmoe-server",
+        usage="allocmoe-server MODEL [--budget B] [--adaptive-budget B] [--plan FILE] [options of llama-server]",
+        description=_DESCRIPTION,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    p.add_argument("-h", "--help", action="store_true", help="these options, and llama-server's")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    p.add_argument(
+        "--budget",
+        metavar="B",
+        help="of requests that do not say: a share (0.5, 50%%), a total of activations per token, or fast, balanced or "
+        "full. Default: the plan in the file",
+    )
+    p.add_argument(
+        "--adaptive-budget",
+        metavar="B",
+        help="requests that do not say get less while others wait, down to this budget",
+    )
+    p.add_argument("--plan", metavar="FILE", help="a side file with the plans, as allocmoe-convert --plan-only writes")
+    return p
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    # llama-server's options take values, so that the model can only be told from them where it comes first
+    model = given.pop(0) if given and not given[0].startswith("-") else None
+    options = parser()
+
+    def serve(args: argparse.Namespace) -> None:
+        if args.help:
+            print(options.format_help(), flush=True)
+            _become([str(binary()), "--help"])
+        if model is not None and not Path(model).is_file():
+            raise CommandError(f"{model}: no such file")
+        for name, variable in _VARIABLES.items():
+            if getattr(args, name) is not None:
+                os.environ[variable] = getattr(args, name)
+        command = [str(binary()), *(["-m", model] if model is not None else []), *args.rest]
+        address = _address(args.rest)
+        if address is not None and hasattr(os, "fork"):
+            _announce(address)
+        _become(command)
+
+    return run_command(options, serve, given, known_only=True)
+
+
+def _become(command: List[str]) -> None:
+    if os.name == "nt":  # exec there leaves the terminal to the caller
+        raise SystemExit(subprocess.call(command))
+    os.execv(command[0], command)
+
+
+def _address(options: Sequence[str]) -> Optional[str]:
+    """Where the server will be, by its options and variables; None where that cannot be told."""
+
+    def option(name: str, variable: str, default: str) -> str:
+        at = [i for i, word in enumerate(options[:-1]) if word == name]
+        return options[at[-1] + 1] if at else os.environ.get(variable, default)
+
+    host = option("--host", "LLAMA_ARG_HOST", "127.0.0.1")
+    port = option("--port", "LLAMA_ARG_PORT", "8080")
+    prefix = option("--api-prefix", "LLAMA_ARG_API_PREFIX", "")
+    secure = option("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE", "")
+    if secure or host.endswith(".sock") or not port.isdigit() or port == "0":
+        return None
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    return f"http://{f'[{host}]' if host.count(':') > 1 and '[' not in host else host}:{port}{prefix}"
+
+
+def _announce(address: str) -> None:
+    """A process beside the server, nobody's child: prints the address when the model is loaded, or ends with the server.
+
+    Raises CommandError where somebody else is there already, whose answers would pass for the server's.
+    """
+    if _healthy(address) is not None:
+        raise CommandError(f"{address}: another program listens there; --port takes another port")
+    sys.stdout.flush()
+    end_here, end_of_server = os.pipe()
+    os.set_inheritable(end_of_server, True)  # open as long as the server runs
+    child = os.fork()
+    if child:
+        os.close(end_here)
+        os.waitpid(child, 0)
+        return
+    try:
+        os.close(end_of_server)
+        if os.fork() == 0:
+            while not select.select([end_here], [], [], 0.2)[0]:
+                if _healthy(address):
+                    print(
+                        f"allocmoe-server: ready at {address}, its page at {address}/budget",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    return
+    finally:
+        os._exit(0)
+
+
+def _healthy(address: str) -> Optional[bool]:
+    """Whether the server there has its model; None where there is none."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return False  # 503 while it loads
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

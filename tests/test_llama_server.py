@@ -1,0 +1,381 @@
+"""allocmoe-server: llama.cpp's server with a budget for each request, running as a user starts it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import json
+from pathlib import Path
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from allocmoe_edge import llama_server
+from allocmoe_edge.command import CommandError
+from conftest import plan_under_rule
+import pytest
+from test_docs import LLAMA_SERVER_OPTIONS
+
+httpx = pytest.importorskip("httpx", reason="asks the server over HTTP")
+try:
+    llama_server.binary()
+except CommandError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+FULL, PLANNED = 360, 180
+PROMPT = "The capital of France is a city that"
+# Of a log probability: one token and several in a batch may go through different kernels, which round differently. Here they
+# are equal; other budgets are off by 0.2 and more, and by other tokens.
+MAX_ERROR = 0.05
+
+
+@contextlib.contextmanager
+def serving(folder, *options, ends=False):
+    """(URL, log file, process) of a server, until the block is left, which it has to survive unless it is to end there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "allocmoe_edge.llama_server", *map(str, options), "--port", str(port)]
+    log = folder / "server.log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            if f"ready at {url}" in log.read_text():
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(log.read_text())
+        yield url, log, process
+        assert ends or process.poll() is None, log.read_text()[-3000:]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module", params=["off", "threshold", "estimate"])
+def planned(request, testbed_path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    return plan_under_rule(testbed_path, folder / "planned.gguf", request.param)
+
+
+@pytest.fixture(scope="module")
+def server(planned):
+    options = ["-c", "2048", "-np", "4", "--metrics", "--slot-save-path", planned.parent]
+    with serving(planned.parent, planned, *options) as (url, _, _):
+        yield url
+
+
+def ask(url, path="/completion", **body):
+    body = {"prompt": PROMPT, "n_predict": 12, "temperature": 0, "seed": 1, **body}
+    return httpx.post(url + path, json=body, timeout=120)
+
+
+def answer(url, path="/completion", **body) -> dict:
+    found = ask(url, path, **body)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def spent(found: dict) -> dict:
+    return found["timings"]["budget"]
+
+
+def scored(url, **body) -> list:
+    """[(token, its log probability, the distance to the next)] of a greedy answer whose prompt is computed anew."""
+    found = answer(url, n_probs=2, cache_prompt=False, ignore_eos=True, **body)
+    rows = found["completion_probabilities"]
+    return [(row["id"], row["logprob"], row["logprob"] - row["top_logprobs"][1]["logprob"]) for row in rows]
+
+
+def check_same(found: list, wanted: list) -> None:
+    assert len(found) == len(wanted)
+    for (token, logprob, _), (wanted_token, wanted_logprob, gap) in zip(found, wanted):
+        if token != wanted_token:
+            assert gap < 2 * MAX_ERROR  # two tokens alike: from here on the texts are different ones
+            return
+        assert abs(logprob - wanted_logprob) < MAX_ERROR
+
+
+@pytest.mark.parametrize(
+    "budget, total",
+    [(None, PLANNED), (0.25, 90), ("25%", 90), (90, 90), ("90", 90), (1, FULL), (1.0, FULL)]
+    + [("fast", 120), ("balanced", PLANNED), ("full", FULL)],
+    ids=str,
+)
+def test_what_a_budget_may_be(server, budget, total):
+    found = spent(answer(server, budget=budget, n_predict=4))
+    assert (found["asked"], found["total"], found["share"]) == (budget, total, total / FULL)
+    assert found["prompt"]["tokens"] > 0 and found["predicted"]["tokens"] == 3  # the fourth is never put in
+
+
+@pytest.mark.parametrize(
+    "budget", [0, 0.01, 1.5, 29, 361, 1e300, -0.5, "", "x", "0.5.5", "nan", "101%", True, [0.5], {}], ids=str
+)
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_budget_out_of_range(server, path, budget):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "input": "Hi"}
+    if path == "/v1/responses":
+        del body["messages"]
+    found = ask(server, path, budget=budget, **body)
+    assert found.status_code == 400, found.text
+    message = found.json()["error"]["message"]
+    assert "from 0.0834 to 1" in message and "from 30 to 360" in message
+    assert f"found {json.dumps(budget, separators=(',', ':'))}" in message or isinstance(budget, float)
+
+
+def test_flags_are_flags(server):
+    for name in ("cache_any_budget", "budget_layers"):
+        found = ask(server, **{name: "yes"})
+        assert found.status_code == 400 and name in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_every_endpoint_says_what_was_spent(server, path, stream):
+    body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 6}
+    if path == "/v1/responses":
+        body = {"input": "Say hello.", "max_output_tokens": 6}
+    found = ask(server, path, budget=0.4, stream=stream, **body)
+    assert found.status_code == 200, found.text
+    if stream:
+        chunks = [json.loads(line[6:]) for line in found.text.split("\n") if line.startswith("data: {")]
+        timings = [chunk["timings"] for chunk in chunks if "timings" in chunk]
+        if path == "/v1/messages":  # as that interface is: no room for timings in its events
+            assert len(chunks) > 3
+            return
+    else:
+        timings = [found.json()["timings"]]
+    assert timings and timings[-1]["budget"]["total"] == 144
+
+
+def test_activations_are_those_of_the_plan(server, planned):
+    """Under `off` a token spends its budget exactly; the others meet it in the mean over text like the calibration's."""
+    for budget in (60, PLANNED, 300, FULL):
+        found = spent(answer(server, budget=budget, budget_layers=True, cache_prompt=False, ignore_eos=True))
+        prompt, predicted = found["prompt"], found["predicted"]
+        for part in (prompt, predicted):
+            assert sum(part["layers"]) == pytest.approx(part["activations_per_token"])
+            assert len(part["layers"]) == 30 and all(1 <= k <= 12 for k in part["layers"])
+        assert len(found["last"]) == 30
+        if "off" in str(planned_rule(server)) or budget == FULL:
+            assert prompt["activations_per_token"] == predicted["activations_per_token"] == budget
+            assert sum(found["last"]) == budget
+
+
+def planned_rule(url) -> str:
+    return httpx.get(f"{url}/props").json()["budget"]["token_rule"]
+
+
+def metrics(url) -> dict:
+    lines = httpx.get(f"{url}/metrics").text.split("\n")
+    return {name: float(value) for name, value in (line.split() for line in lines if line and line[0] != "#")}
+
+
+def test_requests_do_not_depend_on_each_other(server):
+    """Four budgets at once, each the text that it has alone; at another budget it is another text."""
+    budgets = [60, 150, PLANNED, FULL]
+    alone = [scored(server, budget=budget, n_predict=24) for budget in budgets]
+    texts = [tuple(token for token, *_ in found) for found in alone]
+    assert len(set(texts)) == len(texts)
+    before = metrics(server)["llamacpp:n_decode_total"]
+    with ThreadPoolExecutor(len(budgets)) as pool:
+        for _ in range(2):
+            together = list(pool.map(lambda budget: scored(server, budget=budget, n_predict=24), budgets))
+            for found, wanted in zip(together, alone):
+                check_same(found, wanted)
+    # they did share batches: one after the other takes 24 of them each
+    assert metrics(server)["llamacpp:n_decode_total"] - before < 0.7 * 2 * 4 * 24
+
+
+def test_answers_of_one_prompt_share_its_budget(server):
+    """n completions of a prompt that is computed once: each spends the request's budget, and they are the same text."""
+    found = answer(server, "/v1/completions", budget=60, n=3, n_probs=0, ignore_eos=True, cache_prompt=False)
+    texts = [choice["text"] for choice in found["choices"]]
+    assert len(texts) == 3 and spent(found)["total"] == 60
+    alone = answer(server, "/v1/completions", budget=60, ignore_eos=True, cache_prompt=False)["choices"][0]["text"]
+    # the batch of three rounds differently, so the texts part somewhere
+    assert all(text.split()[:3] == alone.split()[:3] for text in texts)
+
+
+def cached(found: dict) -> int:
+    return found["timings"]["cache_n"]
+
+
+def test_cached_text_is_of_the_same_budget(server):
+    prompt = "Once upon a time there was a small server that had read this before, and it said so: "
+    n_prompt = answer(server, prompt=prompt, budget=100, n_predict=1)["timings"]["prompt_n"]
+    assert cached(answer(server, prompt=prompt, budget=100)) == n_prompt - 1
+    assert cached(answer(server, prompt=prompt, budget=200)) == 0
+    # both are there now, in slots or in the host's memory
+    assert cached(answer(server, prompt=prompt, budget=200)) == n_prompt - 1
+    assert cached(answer(server, prompt=prompt, budget=100)) == n_prompt - 1
+    assert cached(answer(server, prompt=prompt, budget=300)) == 0
+    # where the request allows it
+    assert cached(answer(server, prompt=prompt, budget=250, cache_any_budget=True)) == n_prompt - 1
+    # and what comes of that counts as neither
+    assert cached(answer(server, prompt=prompt + "yes", budget=250)) < n_prompt
+
+
+def test_cached_text_in_a_slot_that_is_asked_for(server):
+    prompt = "A slot of its own, which the request names, has this text at one budget: "
+    first = answer(server, prompt=prompt, budget=100, id_slot=2, n_predict=1)
+    assert cached(answer(server, prompt=prompt, budget=120, id_slot=2)) == 0
+    again = answer(server, prompt=prompt, budget=120, id_slot=2)
+    assert cached(again) == first["timings"]["prompt_n"] - 1
+
+
+def test_text_from_the_hosts_memory_goes_on_the_same(planned, tmp_path):
+    """One slot, whose text another request displaces: what a strict rule has left over comes back with it."""
+    with serving(tmp_path, planned, "-c", "512", "-np", "1") as (url, _, _):
+        prompt = PROMPT + " was founded by people who wanted to live on an island in the river, and which"
+        first = answer(url, prompt=prompt, budget=100, n_predict=24, ignore_eos=True, return_tokens=True)
+        wanted = answer(url, prompt=prompt + first["content"] + " and", budget=100, n_probs=2, ignore_eos=True)
+        assert cached(wanted) > 20
+        answer(url, prompt="Something else altogether, and rather long, so that nothing of it is the same", budget=140)
+        answer(url, prompt=prompt, budget=100, n_predict=1)
+        found = answer(url, prompt=prompt + first["content"] + " and", budget=100, n_probs=2, ignore_eos=True)
+        assert cached(found) > 20
+        check_same(
+            *([(row["id"], row["logprob"], 1.0) for row in run["completion_probabilities"]] for run in (found, wanted))
+        )
+
+
+def test_saved_slots_know_their_budget(server):
+    prompt = "What a slot holds can be written to a file, and read from it at some other time: "
+    n_prompt = answer(server, prompt=prompt, budget=100, id_slot=1, n_predict=1)["timings"]["prompt_n"]
+
+    def post(slot, action):
+        return httpx.post(f"{server}/slots/{slot}?action={action}", json={"filename": "a.bin"})
+
+    assert post(1, "save").status_code == 200
+    for budget, reused in ((150, 0), (100, n_prompt - 1)):
+        assert post(3, "restore").status_code == 200
+        assert cached(answer(server, prompt=prompt, budget=budget, id_slot=3, n_predict=1)) == reused
+
+
+def test_props_and_metrics(server):
+    props = httpx.get(f"{server}/props").json()["budget"]
+    assert (props["full"], props["default"], props["least"]) == (FULL, PLANNED, 30)
+    assert props["presets"] == {"fast": 120, "balanced": PLANNED, "full": FULL}
+    assert props["expert_used_count_full"] == [12] * 30
+
+    before = metrics(server)
+    found = answer(server, budget=FULL, n_predict=5, ignore_eos=True, cache_prompt=False)
+    after = metrics(server)
+    more = {name: after[name] - before[name] for name in after}
+    n_prompt = found["timings"]["prompt_n"]
+    # the last layer sees the prompt's last token alone
+    assert more['allocmoe:activations_total{phase="prompt"}'] == FULL * n_prompt - 12 * (n_prompt - 1)
+    assert more['allocmoe:activations_total{phase="predicted"}'] == FULL * 4
+    assert more['allocmoe:tokens_total{phase="prompt"}'] == n_prompt
+    assert more['allocmoe:tokens_total{phase="predicted"}'] == 4
+    assert more["allocmoe:requests_total"] == 1 and more["allocmoe:request_budgets_total"] == FULL
+    assert after["allocmoe:budget_now"] == FULL and after["allocmoe:budget_default"] == PLANNED
+
+
+def test_a_stream_says_what_each_token_spends(server):
+    found = ask(server, budget=60, stream=True, timings_per_token=True, budget_layers=True, ignore_eos=True)
+    chunks = [json.loads(line[6:]) for line in found.text.split("\n") if line.startswith("data: {")]
+    last = [chunk["timings"]["budget"]["last"] for chunk in chunks if "timings" in chunk]
+    assert len(last) >= 12 and all(len(row) == 30 for row in last)
+    if planned_rule(server) == "off":
+        assert {sum(row) for row in last} == {60}
+
+
+@pytest.mark.parametrize(
+    "body", ["", "nonsense", '{"prompt": [', "[" * 100_000, '{"prompt": ' + "[" * 1000 + "]" * 1000 + "}"]
+)
+def test_malformed_json(server, body):
+    for path in ("/completion", "/v1/chat/completions", "/v1/responses"):
+        assert httpx.post(server + path, content=body, timeout=60).status_code == 400
+    assert httpx.get(f"{server}/health").status_code == 200
+
+
+def test_the_servers_own_budget(planned_path, tmp_path):
+    with serving(tmp_path, planned_path, "--budget", "fast", "-c", "512") as (url, _, _):
+        assert httpx.get(f"{url}/props").json()["budget"]["default"] == 120
+        assert spent(answer(url))["total"] == 120
+        assert spent(answer(url, budget=0.5))["total"] == 180
+
+
+def test_what_is_left_over_does_not_matter_to_the_next_request(planned, tmp_path):
+    """The same request again and again in one slot, with others of other budgets between them."""
+    with serving(tmp_path, planned, "-c", "512", "-np", "1", "--cache-ram", "0") as (url, _, _):
+        wanted = scored(url, budget=100)
+        for between in (30, FULL, PLANNED):
+            scored(url, budget=between)
+            assert scored(url, budget=100) == wanted
+
+
+def started(folder, *options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "allocmoe_edge.llama_server", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+def test_models_without_a_choice(dense_path, testbed_path, tmp_path):
+    for path, reason in ((dense_path, "a dense model: it has no experts"), (testbed_path, "convert it first")):
+        with serving(tmp_path, path, "-c", "512", "--metrics") as (url, _, _):
+            found = answer(url, n_predict=4)
+            assert found["timings"]["predicted_n"] == 4
+            assert cached(answer(url, n_predict=4)) == found["timings"]["prompt_n"] - 1
+            if path == dense_path:
+                assert "budget" not in found["timings"] and httpx.get(f"{url}/props").json()["budget"] is None
+                assert "allocmoe" not in httpx.get(f"{url}/metrics").text
+            else:
+                assert spent(found)["predicted"]["activations_per_token"] == FULL
+            refused = ask(url, budget=0.5)
+            assert refused.status_code == 400 and reason in refused.json()["error"]["message"]
+        done = started(tmp_path, path, "--budget", "0.5")
+        assert done.returncode == 1 and reason in done.stderr
+        done = started(tmp_path, path, "--adaptive-budget", "0.5")
+        assert done.returncode == 1 and reason in done.stderr
+
+
+def test_refused_options(planned_path, tmp_path):
+    done = started(tmp_path, planned_path, "--budget", "7")
+    assert done.returncode == 1 and "from 30 to 360" in done.stderr
+    done = started(tmp_path, planned_path, "--budget", "0.4", "--adaptive-budget", "0.6")
+    assert done.returncode == 1 and "is above the server's budget" in done.stderr
+    done = started(tmp_path, planned_path, "--plan", tmp_path / "none.gguf")
+    assert done.returncode == 1 and "none.gguf" in done.stderr
+    done = started(tmp_path, tmp_path / "missing.gguf")
+    assert done.returncode == 1 and done.stderr.strip().endswith("missing.gguf: no such file")
+    done = started(tmp_path, planned_path, "--no-such-option")
+    assert done.returncode == 1 and "--no-such-option" in done.stderr
+
+
+def test_rule_batch_is_not_served(testbed_path, tmp_path):
+    path = plan_under_rule(testbed_path, tmp_path / "batch.gguf", "batch")
+    with serving(tmp_path, path, "-c", "512") as (url, log, _):
+        assert planned_rule(url) == "threshold"
+        assert "token rule batch shares a budget" in log.read_text()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it(planned_path, tmp_path, sent):
+    with serving(tmp_path, planned_path, "-c", "512", ends=True) as (url, log, process):
+        process.send_signal(sent)
+        assert process.wait(30) == 0, log.read_text()
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health")
+
+
+def test_a_port_that_is_taken(planned_path, tmp_path):
+    with serving(tmp_path, planned_path, "-c", "512") as (url, _, _):
+        done = started(tmp_path, planned_path, "--port", url.rsplit(":", 1)[1])
+        assert done.returncode == 1 and "another program listens there" in done.stderr
+
+
+def test_help_has_both():
+    done = subprocess.run(
+        [sys.executable, "-m", "allocmoe_edge.llama_server", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--adaptive-budget" in done.stdout
+    for option in LLAMA_SERVER_OPTIONS:
+        assert re.search(rf"{option}\b", done.stdout), f"{option}: the pages name it"

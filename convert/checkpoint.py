@@ -74,6 +74,8 @@ class Checkpoint:
 
     def _read(self, lines: list, header: dict) -> None:
         first = _parse(lines[0])
+        if len(lines) == 1 and json.dumps(header).startswith(lines[0]):
+            return  # a first line that was cut short: nothing had been measured
         if lines[0].strip() and (first is None or "allocmoe_profile" not in first):
             raise ConvertError(f"{self.path}: is no profile of allocmoe-convert's; move it away")
         self.restarted = first is not None and first != header

@@ -149,6 +149,8 @@ def write_side_file(target: Path, model: metadata.ModelPlan, plan: Plan, profile
     partial = hidden(target, "partial")
     try:
         metadata.write_side_file(partial, model, plan, profile)
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(partial, target)
     except OSError as error:
         raise ConvertError(f"{target}: could not be written: {error.strerror or error}") from error

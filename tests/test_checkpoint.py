@@ -50,6 +50,20 @@ def test_checkpoint_does_not_take_a_file_of_something_else(model, tmp_path):
     assert (tmp_path / "c").read_text() == "my diary"
 
 
+def test_checkpoint_whose_first_line_was_cut_short(model, tmp_path):
+    """By a kill, or a full disk: there was nothing in it, and the same command begins."""
+    with Checkpoint(tmp_path / "c", model) as checkpoint:
+        checkpoint.put("a", [1])
+        header = (tmp_path / "c").read_text().splitlines()[0]
+    for n in range(len(header) + 1):
+        (tmp_path / "c").write_text(header[:n])
+        with Checkpoint(tmp_path / "c", model) as checkpoint:
+            assert checkpoint.get("a") is None and not checkpoint.restarted
+            checkpoint.put("a", [2])
+        with Checkpoint(tmp_path / "c", model) as checkpoint:
+            assert checkpoint.get("a") == [2]
+
+
 def test_empty_checkpoint_is_removed(model, tmp_path):
     with Checkpoint(tmp_path / "c", model):
         assert (tmp_path / "c").exists()

@@ -304,6 +304,33 @@ def test_the_servers_own_budget(planned_path, tmp_path):
         assert spent(answer(url, budget=0.5))["total"] == 180
 
 
+def test_a_budget_that_follows_the_load(planned_path, tmp_path):
+    """Two slots: nobody waits, one does, two or more do. What is named stays, and so does what has begun."""
+    with serving(tmp_path, planned_path, "--budget", "full", "--adaptive-budget", "0.25", "-c", "1024", "-np", "2") as (
+        url,
+        _,
+        _,
+    ):
+        assert httpx.get(f"{url}/props").json()["budget"]["adaptive_floor"] == 90
+        first = answer(url, n_predict=1)
+        assert spent(first)["total"] == FULL
+        long = dict(n_predict=24, ignore_eos=True)
+        with ThreadPoolExecutor(8) as pool:
+            named = pool.submit(answer, url, budget=0.5, **long)
+            found = list(pool.map(lambda _: answer(url, **long), range(7)))
+        totals = [spent(each)["total"] for each in found]
+        assert set(totals) <= {FULL, 225, 90} and {FULL, 90} <= set(totals)
+        for each in found:
+            assert spent(each)["predicted"]["activations_per_token"] == spent(each)["total"]
+        assert spent(named.result())["total"] == 180
+        # and back
+        again = answer(url, n_predict=1)
+        assert spent(again)["total"] == FULL and cached(again) == first["timings"]["prompt_n"] - 1
+        answers = answer(url, "/v1/completions", n=2, n_predict=4)
+        assert spent(answers)["total"] == FULL
+        assert cached(answer(url, n_predict=1, cache_any_budget=False, budget=0.3)) == 0
+
+
 def test_what_is_left_over_does_not_matter_to_the_next_request(planned, tmp_path):
     """The same request again and again in one slot, with others of other budgets between them."""
     with serving(tmp_path, planned, "-c", "512", "-np", "1", "--cache-ram", "0") as (url, _, _):

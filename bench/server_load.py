@@ -76,8 +76,8 @@ def capacity(url: str, slots: int, args: argparse.Namespace) -> float:
     with ThreadPoolExecutor(slots) as pool:
         list(pool.map(lambda seed: request(url, args.prompt, args.gen, -1 - seed), range(slots)))
         start = time.monotonic()
-        list(pool.map(lambda seed: request(url, args.prompt, args.gen, -100 - seed), range(4 * slots)))
-        return 4 * slots / (time.monotonic() - start)
+        list(pool.map(lambda seed: request(url, args.prompt, args.gen, -100 - seed), range(2 * slots)))
+        return 2 * slots / (time.monotonic() - start)
 
 
 def under_load(url: str, arrivals: List[float], args: argparse.Namespace) -> dict:

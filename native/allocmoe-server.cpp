@@ -10,7 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
-#include <limits>
+#include <locale>
 #include <mutex>
 #include <numeric>
 #include <sstream>
@@ -57,11 +57,12 @@ static double number_of(const std::string & text, bool & is_share) {
     if (!plain) {
         return NAN;
     }
-    std::istringstream stream(digits);
+    // by the exponent and not by / 100: "29.3%" and "0.293" are the same number
+    std::istringstream stream(percent ? digits + "e-2" : digits);
     stream.imbue(std::locale::classic());
     double number = NAN;
     stream >> number;
-    return percent ? number / 100 : number;
+    return number;
 }
 
 // The total that is asked for. Throws std::invalid_argument, with what there is.
@@ -93,7 +94,8 @@ static int64_t total_of(const common_json & budget, const allocmoe_served & mode
     }
     const double total = is_share ? std::floor(number * model.total_full + 0.5) : number;
     if (!(total >= model.least && total <= model.total_full)) { // not a number, too
-        throw refuse();
+        const bool percent = !is_share && number > 1 && number <= 100;
+        throw refuse(percent ? "; per cent are written with their sign" : "");
     }
     return (int64_t) total;
 }

@@ -115,7 +115,7 @@ def test_what_a_budget_may_be(server, budget, total):
 
 
 @pytest.mark.parametrize(
-    "budget", [0, 0.01, 1.5, 29, 361, 1e300, -0.5, "", "x", "0.5.5", "nan", "101%", True, [0.5], {}], ids=str
+    "budget", [0, 0.01, 1.5, 29, 361, 1e300, -0.5, "", "x", "0.5.5", "nan", "101%", "29.e3", True, [0.5], {}], ids=str
 )
 @pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
 def test_budget_out_of_range(server, path, budget):
@@ -127,6 +127,13 @@ def test_budget_out_of_range(server, path, budget):
     message = found.json()["error"]["message"]
     assert "from 0.0834 to 1" in message and "from 30 to 360" in message
     assert f"found {json.dumps(budget, separators=(',', ':'))}" in message or isinstance(budget, float)
+
+
+def test_a_budget_that_looks_like_a_percentage(server):
+    assert "per cent are written with their sign" in ask(server, budget=20).json()["error"]["message"]
+    assert "decimal point" in ask(server, budget=96.0).json()["error"]["message"]
+    long = ask(server, budget="x" * 10_000).json()["error"]["message"]
+    assert len(long) < 500
 
 
 def test_flags_are_flags(server):

@@ -34,7 +34,7 @@ FOREIGN_OPTIONS = {
     "--target",
 }
 # of llama-server: tests/test_llama_server.py looks whether it has them
-LLAMA_SERVER_OPTIONS = {"--port", "--host", "--ctx-size", "--parallel", "--metrics", "--api-key"}
+LLAMA_SERVER_OPTIONS = {"--port", "--host", "--ctx-size", "--parallel", "--metrics", "--api-key", "--path"}
 # folders of the repository: a path in backticks that starts with one has to exist
 TOP = ("allocmoe_edge", "bench", "convert", "docs", "native", "tests")
 

@@ -128,7 +128,7 @@ def test_experts_computed_at_once_are_those_chosen(student):
     logits = x @ layer["router"].T
     for token in range(len(x)):
         chosen = logits[token].argsort(descending=True)[: SIZES.n_used]
-        weights = logits[token, chosen].softmax(0) * SIZES.n_used
+        weights = logits[token].softmax(0)[chosen] * SIZES.n_expert
         for expert, weight in zip(chosen.tolist(), weights):
             at = slice(SIZES.n_shared + expert * width, SIZES.n_shared + (expert + 1) * width)
             want[token] += weight * (layer["ffn_down"][:, at] @ inner[token, at])
@@ -210,7 +210,7 @@ def test_a_state_of_other_options_is_refused(dense_path, tmp_path):
 def test_router_learns_from_experts_that_it_did_not_choose():
     logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]], requires_grad=True)
     weights = model.expert_weights(logits, 2)
-    torch.testing.assert_close(weights, torch.tensor([[2 * 0.731059, 0, 2 * 0.268941, 0]]))
+    torch.testing.assert_close(weights, torch.tensor([[4 * 0.643914, 0, 4 * 0.236883, 0]]))
     worth = torch.tensor([[0.0, 0.0, 0.0, 1.0]])  # the last expert is not chosen
     got = torch.autograd.grad((weights * worth).sum(), logits)[0]
     torch.testing.assert_close(got, torch.autograd.grad((4 * logits.softmax(-1) * worth).sum(), logits)[0])

@@ -3,9 +3,8 @@
 
     python bench/upcycle/build.py -o smolmoe.gguf
 
-The architecture is llama.cpp's `granitemoe`: a softmax router whose chosen weights are scaled to sum to 1, a shared expert, and
-llama's attention, with all of Granite's multipliers at 1. The experts' down matrices are stored `expert_used_count` times
-as large, since the weights' mean is 1 in training.
+The architecture is llama.cpp's `deepseek`: a softmax router, the chosen experts' weights as they are (times `expert_count`,
+so that they are near 1), shared experts, and llama's attention.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 import storage
 
 WEIGHTS = Path(__file__).with_name("smolmoe.npz")
-ARCH = "granitemoe"
+ARCH = "deepseek"
 KEPT = ("organization", "license", "languages", "quantization_version")
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -39,13 +38,14 @@ def _metadata(writer: gguf.GGUFWriter, reader: gguf.GGUFReader, dense: dict, siz
         f"SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0) as a Mixture of Experts: {sizes['n_shared']} shared neurons and "
         f"{sizes['n_expert']} experts, {sizes['n_used']} used, trained to speak as it does"
     )
-    writer.add_feed_forward_length((dense["n_ff"] - sizes["n_shared"]) // sizes["n_expert"])
-    writer.add_expert_shared_feed_forward_length(sizes["n_shared"])
+    width = (dense["n_ff"] - sizes["n_shared"]) // sizes["n_expert"]
+    writer.add_feed_forward_length(width)
+    writer.add_expert_feed_forward_length(width)
+    writer.add_expert_shared_count(sizes["n_shared"] // width)
     writer.add_expert_count(sizes["n_expert"])
     writer.add_expert_used_count(sizes["n_used"])
-    writer.add_attention_scale((dense["n_embd"] // dense["n_head"]) ** -0.5)
-    for add in (writer.add_logit_scale, writer.add_embedding_scale, writer.add_residual_scale):
-        add(1.0)
+    writer.add_expert_weights_scale(float(sizes["n_expert"]))
+    writer.add_leading_dense_block_count(0)
 
 
 def _layer(il: int, stored: storage.Stored, tensors: dict) -> dict[str, np.ndarray]:
@@ -57,7 +57,7 @@ def _layer(il: int, stored: storage.Stored, tensors: dict) -> dict[str, np.ndarr
         matrix, change = tensors[f"blk.{il}.{name}"], b[il] @ a[il]
         if name == "ffn_down":
             matrix = matrix[:, order] + change
-            experts = matrix[:, n_shared:].reshape(len(matrix), n_expert, -1).transpose(1, 0, 2) * sizes["n_used"]
+            experts = matrix[:, n_shared:].reshape(len(matrix), n_expert, -1).transpose(1, 0, 2)
             made["ffn_down_shexp"], made["ffn_down_exps"] = (matrix[:, :n_shared], experts)
         elif name.startswith("ffn"):
             matrix = matrix[order] + change

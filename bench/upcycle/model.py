@@ -79,15 +79,14 @@ def dense_ffn(x: torch.Tensor, layer: dict) -> torch.Tensor:
 
 
 def expert_weights(logits: torch.Tensor, n_used: int) -> torch.Tensor:
-    """Weights [n, n_expert] of mean 1 over the chosen, 0 elsewhere: n_used times the renormalised softmax.
+    """Weights [n, n_expert]: of the chosen n_expert times the softmax over all experts, 0 elsewhere.
 
-    Backwards they are the softmax over all experts, so that a router also learns from experts that it did not choose
-    (DenseMixer, Yao et al. 2025): their outputs are at hand.
+    Backwards none is 0, so that a router also learns from experts that it did not choose (DenseMixer, Yao et al. 2025):
+    their outputs are at hand.
     """
-    top, chosen = logits.topk(n_used, -1)
-    weights = torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1) * n_used)
     every = logits.softmax(-1) * logits.shape[-1]
-    return weights.detach() + (every - every.detach())
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(n_used, -1).indices, 1.0)
+    return (chosen * every).detach() + (every - every.detach())
 
 
 def balance_loss(logits: torch.Tensor, weights: torch.Tensor, n_used: int) -> torch.Tensor:

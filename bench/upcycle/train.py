@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 from dataclasses import asdict, dataclass
 import json
 import math
@@ -39,8 +40,9 @@ HIDDEN, BALANCE, TEXT = (1.0, 0.01, 0.2)  # weights of the losses; TEXT: share o
 EVERY = 3  # layers of whose streams one is compared
 OWN = "chats"  # files of this name are the dense model's own text
 WARM_UP, FALL = 20, 0.25  # steps; share of the steps in which the learning rate falls
+AVERAGE = 10  # what is stored and measured is a running average, its window a tenth of the steps so far
 ROUTERS = 0.1  # learning rate of routers and norms over that of the low-rank changes
-SIZES = Sizes(n_shared=512, n_expert=32, n_used=16, rank_ffn=56, rank_attn=16)
+SIZES = Sizes(n_shared=1024, n_expert=16, n_used=8, rank_ffn=56, rank_attn=16)
 
 
 @dataclass
@@ -52,9 +54,10 @@ class Options:
 
 
 def windows(texts: list[np.ndarray], step: int, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [windows, ctx + 1] int64, the text that each is from) of a step; every text is as likely."""
+    """(tokens [windows, ctx + 1] int64, the text that each is from) of a step; texts by the roots of their lengths."""
     rng = np.random.default_rng([options.seed, step])
-    source = rng.integers(len(texts), size=options.windows)
+    likely = np.sqrt([len(text) for text in texts])
+    source = rng.choice(len(texts), options.windows, p=likely / likely.sum())
     starts = [int(rng.integers(len(texts[i]) - options.ctx)) for i in source]
     return np.stack([texts[i][at : at + options.ctx + 1] for i, at in zip(source, starts)]).astype(np.int64), source
 
@@ -115,6 +118,7 @@ class Run:
         groups = [dict(params=changes, lr=options.lr), dict(params=others, lr=ROUTERS * options.lr)]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.step, self.workers, self.output = 0, workers, output_gradient
+        self.average = [p.detach().clone() for p in student.parameters()]
         if compiled:
             student.compile()
             self.output = torch.compile(output_gradient, dynamic=False)
@@ -143,6 +147,9 @@ class Run:
             group["lr"] = share * self.options.lr * min(1.0, (self.step + 1) / WARM_UP, falling)
         self.optimizer.step()
         self.step += 1
+        with torch.no_grad():
+            share = min(1.0, AVERAGE / self.step)
+            torch._foreach_lerp_(self.average, list(self.student.parameters()), share)
         losses = np.mean([loss for _, loss in found], 0)
         if not np.isfinite(losses).all():
             raise RuntimeError(f"step {self.step}: losses {losses}; the last state saved is from before")
@@ -150,7 +157,7 @@ class Run:
 
     def save(self, path: Path) -> None:
         state = dict(step=self.step, options=asdict(self.options), sizes=asdict(self.student.sizes))
-        state |= dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict())
+        state |= dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict(), average=self.average)
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
@@ -164,7 +171,20 @@ class Run:
         for il, order in enumerate(self.student.orders.clone()):
             self.student.reorder(il, order)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.average = state["average"]
         self.step = state["step"]
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The student with the average of its weights of late: what is stored and measured."""
+        if not self.step:
+            yield
+            return
+        last = [p.detach().clone() for p in self.student.parameters()]
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.student.parameters()), self.average)
+            yield
+            torch._foreach_copy_(list(self.student.parameters()), last)
 
     def perplexity(self, tokens: np.ndarray) -> float:
         """Of windows of CTX tokens, each from its first token on."""
@@ -175,7 +195,8 @@ class Run:
             with torch.no_grad():  # which every thread has its own of
                 return nll(self.student(row[None])[1][0, :-1], embedding, row[1:])
 
-        return float(torch.cat(self.each(some_nll, rows)).mean().exp())
+        with self.averaged():
+            return float(torch.cat(self.each(some_nll, rows)).mean().exp())
 
 
 def train(run: Run, args: argparse.Namespace) -> bool:
@@ -267,7 +288,8 @@ def main(argv=None) -> int:
         if args.export:
             tokens = run.step * run.options.windows * run.options.ctx
             about = dict(tokens=tokens, texts=[path.stem for path in args.tokens], seed=args.seed)
-            storage.write(args.export, storage.from_student(run.student, about))
+            with run.averaged():
+                storage.write(args.export, storage.from_student(run.student, about))
             return 0
         return 0 if train(run, args) else 130
     except (ValueError, RuntimeError, OSError) as error:

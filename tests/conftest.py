@@ -30,6 +30,20 @@ def testbed_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smolmoe_path(dense_path) -> Path:
+    """The trained MoE model (30 layers, 8 of 16 experts and a shared one); kept in build/ until its weights change."""
+    import hashlib
+
+    sys.path.insert(0, str(ROOT / "bench" / "upcycle"))
+    import build
+
+    sources = [build.WEIGHTS, Path(build.__file__)]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    path = dense_path.with_name(f"smolmoe-{digest}.gguf")
+    return path if path.exists() else build.build(path, dense=dense_path)
+
+
+@pytest.fixture(scope="session")
 def dense_path() -> Path:
     """The small real model without experts that the other was made from (SmolLM2-135M-Instruct, Q4_1); kept in build/."""
     import tempfile

@@ -24,87 +24,15 @@
 
 namespace allocmoe {
 
-//
-// vectors: W lanes of 32 bits; VECTORS of them for a panel's 16 rows
-//
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#define ALLOCMOE_KERNEL
-constexpr int W    = 16;
-constexpr int TILE = 8; // tokens at a time: as many as their sums fit into registers
-// mean tokens of an expert from which on this is faster than llama.cpp's kernels: for repacked weights, for plain ones
-constexpr int MIN_TOKENS[2] = { 1, 2 };
-using vi                    = __m512i;
-using vf                    = __m512;
-static inline vi broadcast(const int32_t * x) { return _mm512_set1_epi32(*x); }
-static inline vf broadcast(const float * x) { return _mm512_set1_ps(*x); }
-static inline vf load(const float * x) { return _mm512_load_ps(x); }
-static inline void store(float * x, vf y) { _mm512_store_ps(x, y); }
-static inline vi zero() { return _mm512_setzero_si512(); }
-static inline vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-static inline vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
-static inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-template <bool SIGNED>
-static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
-    int32_t four;
-    memcpy(&four, a, 4);
-    return _mm512_dpbusd_epi32(sum, _mm512_load_si512(w), _mm512_set1_epi32(four));
-}
-#elif defined(__AVX2__) && defined(__FMA__)
-#define ALLOCMOE_KERNEL
-constexpr int W             = 8;
-constexpr int TILE          = 8;
-constexpr int MIN_TOKENS[2] = { 4, 4 };
-using vi                    = __m256i;
-using vf                    = __m256;
-static inline vi broadcast(const int32_t * x) { return _mm256_set1_epi32(*x); }
-static inline vf broadcast(const float * x) { return _mm256_set1_ps(*x); }
-static inline vf load(const float * x) { return _mm256_load_ps(x); }
-static inline void store(float * x, vf y) { _mm256_store_ps(x, y); }
-static inline vi zero() { return _mm256_setzero_si256(); }
-static inline vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
-static inline vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
-static inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-static inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-template <bool SIGNED>
-static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
-    int32_t four;
-    memcpy(&four, a, 4);
-    const __m256i x = _mm256_load_si256((const __m256i *) w);
-    const __m256i y = _mm256_set1_epi32(four);
-#if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sum, x, y);
-#else
-    const __m256i pairs = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(y, x)) : _mm256_maddubs_epi16(x, y);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
-}
-#elif defined(__ARM_NEON) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
-#define ALLOCMOE_KERNEL
-constexpr int W             = 4;
-constexpr int TILE          = 8;
-constexpr int MIN_TOKENS[2] = { 4, 4 };
-using vi                    = int32x4_t;
-using vf                    = float32x4_t;
-static inline vi broadcast(const int32_t * x) { return vld1q_dup_s32(x); }
-static inline vf broadcast(const float * x) { return vld1q_dup_f32(x); }
-static inline vf load(const float * x) { return vld1q_f32(x); }
-static inline void store(float * x, vf y) { vst1q_f32(x, y); }
-static inline vi zero() { return vdupq_n_s32(0); }
-static inline vi add(vi a, vi b) { return vaddq_s32(a, b); }
-static inline vf to_float(vi x) { return vcvtq_f32_s32(x); }
-static inline vf mul(vf a, vf b) { return vmulq_f32(a, b); }
-static inline vf fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
-template <bool SIGNED>
-static inline vi dot(vi sum, const uint8_t * w, const int8_t * a) {
-    int32_t four;
-    memcpy(&four, a, 4);
-    return vdotq_s32(sum, vreinterpretq_s8_u8(vld1q_u8(w)), vreinterpretq_s8_s32(vdupq_n_s32(four)));
-}
-#endif
-
 #if defined(ALLOCMOE_KERNEL)
+
+constexpr int TILE = 8; // tokens at a time: as many as their sums fit into registers
+// an expert's tokens from which on making panels is worth it
+#if defined(ALLOCMOE_AVX512)
+constexpr int PANEL_TOKENS = 2;
+#else
+constexpr int PANEL_TOKENS = 4;
+#endif
 
 // acc: [N][ROWS], added to.
 template <typename F, int N>
@@ -125,8 +53,8 @@ static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
                 vi even = broadcast(x.init + i), odd = zero();
 #pragma GCC unroll 4
                 for (int k = 0; k < F::SUB; k += 8) {
-                    even = dot<F::SIGNED>(even, w + k * ROWS, x.q + i * F::SUB + k);
-                    odd  = dot<F::SIGNED>(odd, w + (k + 4) * ROWS, x.q + i * F::SUB + k + 4);
+                    even = dot<F::SIGNED>(even, load_bytes(w + k * ROWS), broadcast_4(x.q + i * F::SUB + k));
+                    odd  = dot<F::SIGNED>(odd, load_bytes(w + (k + 4) * ROWS), broadcast_4(x.q + i * F::SUB + k + 4));
                 }
                 sum[t] = fma(to_float(add(even, odd)), mul(d, broadcast(x.d + i)), sum[t]);
                 if (F::MIN) {
@@ -204,6 +132,9 @@ struct job {
     int64_t slot(int64_t i) const { return slots ? slots[i] : i; }
 };
 
+// Tokens of a tile of n in all: each by itself where they are multiplied so.
+static int tile_size(int n) { return n < PANEL_TOKENS ? 1 : TILE; }
+
 // Copies the activations of n slots to the workspace, tile after tile.
 template <typename F, typename X>
 static void gather(const job & job, int64_t first, int n, workspace & ws) {
@@ -214,8 +145,8 @@ static void gather(const job & job, int64_t first, int n, workspace & ws) {
     ws.sum.resize(n * n_sub);
     ws.init.resize(n * n_sub);
     constexpr int X_BLOCK = sizeof(X::qs);
-    for (int t0 = 0; t0 < n; t0 += TILE) {
-        const int n_tile = std::min(TILE, n - t0);
+    for (int t0 = 0; t0 < n; t0 += tile_size(n)) {
+        const int n_tile = std::min(tile_size(n), n - t0);
         for (int t = 0; t < n_tile; ++t) {
             const int64_t slot = job.slot(first + t0 + t), rank = slot % job.n_used, token = slot / job.n_used;
             const auto * x = (const X *) (job.x + (job.slots ? rank % job.src1->ne[1] + token * job.src1->ne[1] : token) * job.x_size);
@@ -280,26 +211,30 @@ static void multiply_rows(
     }
 }
 
-// The same for a slab of one token.
+// The same for fewer tokens than make a panel worth it, one after the other.
 template <typename L>
 static void multiply_rows_by_one(
-    const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int, workspace & ws) {
+    const job & job, const char * weights, int64_t row0, int64_t row1, int64_t first, int n, workspace & ws) {
+    const int64_t n_in     = job.src0->ne[0];
+    const int64_t n_sub    = n_in / L::SUB;
     const int64_t n_groups = (row1 - row0) / one_token<L>::GROUP;
     const int64_t n_each   = (n_groups + STREAMS - 1) / STREAMS;
-    const int64_t slot     = job.slot(first);
-    float * result         = (float *) ((char *) job.dst->data + slot % job.n_used * job.dst->nb[1] + slot / job.n_used * job.dst_stride);
-    const tile x           = { ws.q.data(), ws.d.data(), ws.sum.data(), ws.init.data() };
 
     for (int64_t i = 0; i < n_each; ++i) {
-        const char * rows[STREAMS];
-        float * out[STREAMS];
-        for (int s = 0; s < STREAMS; ++s) {
-            // where there are fewer, the last one again
-            const int64_t row = row0 + std::min(s * n_each + i, n_groups - 1) * one_token<L>::GROUP;
-            rows[s]           = weights + row * job.src0->nb[1];
-            out[s]            = result + row;
+        for (int t = 0; t < n; ++t) {
+            const int64_t slot = job.slot(first + t);
+            float * result     = (float *) ((char *) job.dst->data + slot % job.n_used * job.dst->nb[1] + slot / job.n_used * job.dst_stride);
+            const tile x       = { ws.q.data() + t * n_in, ws.d.data() + t * n_sub, ws.sum.data() + t * n_sub, ws.init.data() + t * n_sub };
+            const char * rows[STREAMS];
+            float * out[STREAMS];
+            for (int s = 0; s < STREAMS; ++s) {
+                // where there are fewer, the last one again
+                const int64_t row = row0 + std::min(s * n_each + i, n_groups - 1) * one_token<L>::GROUP;
+                rows[s]           = weights + row * job.src0->nb[1];
+                out[s]            = result + row;
+            }
+            one_token<L>::multiply(rows, n_in, x, out);
         }
-        one_token<L>::multiply(rows, job.src0->ne[0], x, out);
     }
 }
 
@@ -320,11 +255,7 @@ struct kernel {
 
 template <typename L, typename X>
 static kernel kernel_for() {
-    if constexpr (one_token<L>::GROUP > 0) {
-        return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L> };
-    } else {
-        return { gather<L, X>, multiply_rows<L>, nullptr };
-    }
+    return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L> };
 }
 
 static kernel find_kernel(ggml_type type, int n_rows, int step) {
@@ -349,15 +280,23 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
         case 8 * 16 + 8:
             switch (type) {
                 case GGML_TYPE_Q4_0: return kernel_for<repacked_8x8<format_q4_0, block_q4_0x8>, block_q8_0>();
+                case GGML_TYPE_Q4_K: return kernel_for<repacked_k4<format_q4_K, block_q4_Kx8, 8>, block_q8_K>();
+#if defined(__AVX2__)
                 case GGML_TYPE_IQ4_NL: return kernel_for<repacked_8x8<format_iq4_nl, block_iq4_nlx8>, block_q8_0>();
                 case GGML_TYPE_MXFP4: return kernel_for<repacked_8x8<format_mxfp4, block_mxfp4x8>, block_q8_0>();
                 case GGML_TYPE_Q2_K: return kernel_for<repacked<format_q2_K, block_q2_Kx8, 8, 8>, block_q8_K>();
-                case GGML_TYPE_Q4_K: return kernel_for<repacked_q4_K<8>, block_q8_K>();
+#else
+                case GGML_TYPE_Q5_K: return kernel_for<repacked_k4<format_q5_K, block_q5_Kx8, 8>, block_q8_K>();
+                case GGML_TYPE_Q6_K: return kernel_for<repacked<format_q6_K, block_q6_Kx8, 8, 8>, block_q8_K>();
+#endif
                 default: return {};
             }
+#if !defined(__AVX2__)
         case 8 * 16 + 4:
             switch (type) {
-                case GGML_TYPE_Q4_K: return kernel_for<repacked_q4_K<4>, block_q8_K>();
+                case GGML_TYPE_Q4_K: return kernel_for<repacked_k4<format_q4_K, block_q4_Kx8, 4>, block_q8_K>();
+                case GGML_TYPE_Q5_K: return kernel_for<repacked_k4<format_q5_K, block_q5_Kx8, 4>, block_q8_K>();
+                case GGML_TYPE_Q6_K: return kernel_for<repacked<format_q6_K, block_q6_Kx8, 8, 4>, block_q8_K>();
                 default: return {};
             }
         case 4 * 16 + 8:
@@ -374,6 +313,7 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
                 case GGML_TYPE_MXFP4: return kernel_for<repacked<format_mxfp4, block_mxfp4x4, 4, 4>, block_q8_0>();
                 default: return {};
             }
+#endif
     }
     return {};
 }
@@ -405,9 +345,11 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const int ith            = params->ith;
     const int nth            = params->nth;
 
+    // with 2 and 3 tokens for each, llama.cpp's kernels for K-quants are the faster ones, but for AVX-512 (PANEL_TOKENS)
+    const int64_t n_busy = std::min(n_expert, n_slots);
+    const bool too_few   = n_rows_together == 0 && ggml_blck_size(src0->type) == QK_K && n_slots > n_busy && n_slots < PANEL_TOKENS * n_busy;
     const kernel run     = find_kernel(src0->type, n_rows_together, step);
-    const int min_tokens = run.multiply_rows_by_one ? 1 : MIN_TOKENS[n_rows_together == 0];
-    if (!run.gather || params->use_ref || n_slots < min_tokens * std::min(n_expert, n_slots) ||
+    if (!run.gather || params->use_ref || (too_few && PANEL_TOKENS > 2) ||
         src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
         src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
         return false;
@@ -500,7 +442,7 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
             run.gather(job, begin, n, ws);
             gathered = slab;
         }
-        const auto multiply = n == 1 && run.multiply_rows_by_one ? run.multiply_rows_by_one : run.multiply_rows;
+        const auto multiply = n < PANEL_TOKENS ? run.multiply_rows_by_one : run.multiply_rows;
         multiply(job, (const char *) src0->data + e * src0->nb[2], row0, row1, begin, n, ws);
     }
     return true;

@@ -9,226 +9,622 @@
 
 #include "allocmoe-panel.h"
 
+#if defined(ALLOCMOE_KERNEL)
+
 namespace allocmoe {
 
 constexpr int STREAMS = 4;
 
-// For a layout L: GROUP, the rows of each place, 0 if there is no such kernel; and
+// For a layout L: GROUP, the rows of each place, and
 // multiply(const char * const rows[STREAMS], int64_t n_in, const tile & x, float * const out[STREAMS]).
 template <typename L>
-struct one_token {
-    static constexpr int GROUP = 0;
+struct one_token;
+
+//
+// repacked layouts: N rows together, STEP bytes of each in turn. A register of sums is of W rows: of one group or a part
+// of it, or of two groups in a wide register
+//
+
+// 8 columns of W rows
+struct piece {
+    vb of[2];
 };
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+// For each row two sums: beside each other, or in two registers where STEP is 4. In 16 bits where there is no VNNI and the
+// codes are so small that four products of two of them fit.
+struct sums {
+    vi of[2] = { zero(), zero() };
+};
 
-//
-// layouts of 8 rows with 8 codes of each in turn: a register of products has two lanes for each row
-//
+#if defined(__AVX2__)
 
-// the sums of 8 rows and of 8 others
-inline __m512i sum_pairs(__m512i a, __m512i b) {
+template <bool SIGNED, int STEP>
+inline void accumulate(sums & s, piece w, const int8_t * x) {
+    static_assert(STEP == 8, "no other layout on x86");
+    for (int i = 0; i < 2; ++i) {
+#if defined(ALLOCMOE_VNNI)
+        s.of[i] = dot<SIGNED>(s.of[i], w.of[i], broadcast_8(x));
+#else
+        s.of[i] = SIGNED ? dot<true>(s.of[i], w.of[i], broadcast_8(x))
+                         : _mm256_add_epi16(s.of[i], _mm256_maddubs_epi16(w.of[i], broadcast_8(x)));
+#endif
+    }
+}
+
+template <bool SIGNED, int STEP>
+inline vi total(sums s) {
+#if defined(ALLOCMOE_AVX512)
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
+    return add(_mm512_permutex2var_epi32(s.of[0], even, s.of[1]), _mm512_permutex2var_epi32(s.of[0], odd, s.of[1]));
+#else
+#if !defined(ALLOCMOE_VNNI)
+    if (!SIGNED) {
+        for (auto & x : s.of) {
+            x = _mm256_madd_epi16(x, _mm256_set1_epi16(1));
+        }
+    }
+#endif
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(s.of[0], s.of[1]), 0xd8);
+#endif
 }
 
-inline __m512i broadcast_8(const int8_t * x) {
-    int64_t eight;
-    memcpy(&eight, x, 8);
-    return _mm512_set1_epi64(eight);
+#else
+
+template <bool SIGNED, int STEP>
+inline void accumulate(sums & s, piece w, const int8_t * x) {
+    for (int i = 0; i < 2; ++i) {
+        s.of[i] = dot<SIGNED>(s.of[i], w.of[i], STEP == 8 ? broadcast_8(x) : broadcast_4(x + 4 * i));
+    }
 }
 
-// fp16 of 8 rows and of 8 others
-template <typename T>
-inline __m512 to_floats(const T * a, const T * b) {
+template <bool SIGNED, int STEP>
+inline vi total(const sums & s) { return STEP == 8 ? vpaddq_s32(s.of[0], s.of[1]) : add(s.of[0], s.of[1]); }
+
+#endif
+
+// 4-bit codes in the high halves of bytes, 16 times as large where the sums have room for that
+#if defined(ALLOCMOE_VNNI)
+inline vb high_codes(vb x) { return bits<4, 15, 4>(x); }
+#else
+inline vb high_codes(vb x) { return bits<4, 15, 0>(x); }
+#endif
+inline vi of_high_codes(vi sum) {
+#if defined(ALLOCMOE_AVX512)
+    return _mm512_srai_epi32(sum, 4);
+#elif defined(ALLOCMOE_VNNI)
+    return _mm256_srai_epi32(sum, 4);
+#else
+    return sum;
+#endif
+}
+
+// W floats from numbers of 8 rows, and of 8 others where W is 16
+#if defined(ALLOCMOE_AVX512)
+inline vi whole_numbers(const uint8_t * a, const uint8_t * b) {
+    return _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) a), _mm_loadl_epi64((const __m128i *) b)));
+}
+inline vi pairs_of_bytes(const uint8_t * a, const uint8_t * b) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu2_m128i((const __m128i *) b, (const __m128i *) a));
+}
+template <int SHIFT>
+inline vi four_bits(vi x) { return _mm512_and_si512(_mm512_srli_epi32(x, SHIFT), _mm512_set1_epi32(15)); }
+inline vf halves(const ggml_half * a, const ggml_half * b) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) a))),
         _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) b)), 1);
 }
-
-inline void store_pair(__m512 sum, float * a, float * b) {
+inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
+    const vi e      = whole_numbers(a, b);
+    const vi normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(
+        normal, _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)), _mm512_set1_epi32(0x00200000), e));
+}
+inline void store_rows(vf sum, float * a, float * b) {
     _mm256_storeu_ps(a, _mm512_castps512_ps256(sum));
     _mm256_storeu_ps(b, _mm512_extractf32x8_ps(sum, 1));
 }
+#elif defined(__AVX2__)
+inline vi whole_numbers(const uint8_t * a, const uint8_t *) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) a)); }
+inline vi pairs_of_bytes(const uint8_t * a, const uint8_t *) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) a)); }
+template <int SHIFT>
+inline vi four_bits(vi x) { return _mm256_and_si256(_mm256_srli_epi32(x, SHIFT), _mm256_set1_epi32(15)); }
+inline vf halves(const ggml_half * a, const ggml_half *) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) a)); }
+inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
+    const vi e      = whole_numbers(a, b);
+    const vi normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    const vi small  = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+inline void store_rows(vf sum, float * a, float *) { _mm256_storeu_ps(a, sum); }
+#else
+inline vi whole_numbers(const uint8_t * a, const uint8_t *) {
+    uint32_t four;
+    memcpy(&four, a, 4);
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
+}
+inline vi whole_numbers(const int8_t * a, const int8_t *) {
+    uint32_t four;
+    memcpy(&four, a, 4);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
+}
+inline vi pairs_of_bytes(const uint8_t * a, const uint8_t *) {
+    return vreinterpretq_s32_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(a))));
+}
+template <int SHIFT>
+inline vi four_bits(vi x) { return vandq_s32(SHIFT ? vshrq_n_s32(x, SHIFT ? SHIFT : 1) : x, vdupq_n_s32(15)); }
+inline vf halves(const ggml_half * a, const ggml_half *) { return vcvt_f32_f16(vld1_f16((const __fp16 *) a)); }
+inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
+    const vi e      = whole_numbers(a, b);
+    const vi normal = vshlq_n_s32(vsubq_s32(e, vdupq_n_s32(1)), 23);
+    const vi small  = vshlq_s32(vdupq_n_s32(0x00200000), e);
+    return vreinterpretq_f32_s32(vbslq_s32(vcltq_s32(e, vdupq_n_s32(2)), small, normal));
+}
+inline void store_rows(vf sum, float * a, float *) { vst1q_f32(a, sum); }
+#endif
 
-template <>
-struct one_token<repacked_q4_K<8>> {
-    static constexpr int GROUP = 8;
+// A register's rows: from row FIRST of group A on, and the second half of them from row SECOND of group B on.
+template <int N, int STEP>
+struct rows_together {
+    static constexpr int GROUP     = N;
+    static constexpr int REGISTERS = STREAMS * N / W;
 
-    // four sub-blocks' 6-bit scales, each followed by its mins, 8 rows of both
-    static __m512i scales(const uint8_t * packed) {
-        const __m512i low  = _mm512_setr_epi32(0, 2, 1, 2, 3, 5, 4, 5, 6, 8, 7, 8, 9, 11, 10, 11);
-        const __m512i high = _mm512_setr_epi32(0, 0, 0, 1, 3, 3, 3, 4, 6, 6, 6, 7, 9, 9, 9, 10);
-        const __m512i x    = _mm512_loadu_si512(packed); // 48 bytes of it: 16 of what follows too
-        const __m512i a    = _mm512_srlv_epi32(_mm512_permutexvar_epi32(low, x), _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0, 0, 4)));
-        const __m512i b    = _mm512_srli_epi32(_mm512_permutexvar_epi32(high, x), 2);
-        return _mm512_or_si512(
-            _mm512_and_si512(a, _mm512_broadcast_i32x4(_mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f))),
-            _mm512_and_si512(b, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x30303030, 0, 0x30303030))));
+    static constexpr int a(int v) { return v * W / N; }
+    static constexpr int b(int v) { return (v * W + W / 2) / N; }
+    static constexpr int first(int v) { return v * W % N; }
+    static constexpr int second(int v) { return (v * W + W / 2) % N; }
+
+    // 8 columns from the codes of blocks a and b on, piece i of what a row has there
+    static piece load(int v, const uint8_t * a, const uint8_t * b, int i) {
+        const int at = i * 8 * N;
+        return { { load_bytes(a + at + first(v) * STEP), load_bytes(b + at + (STEP == 8 ? second(v) * STEP : (N + first(v)) * STEP)) } };
     }
 
-    // two groups by 256 columns; x begins there
-    static __m512 add(const block_q4_Kx8 & a, const block_q4_Kx8 & b, const tile & x, __m512 sum) {
-        static_assert(sizeof(a.scales) == 96 && sizeof(a.qs) >= 16, "what scales() reads");
-        const __m512i mask_low = _mm512_set1_epi8(0x0f), mask_high = _mm512_set1_epi8((char) 0xf0);
-        const __m512 d = to_floats(a.d, b.d), d_min = _mm512_xor_ps(to_floats(a.dmin, b.dmin), _mm512_set1_ps(-0.0f));
-        alignas(64) uint8_t s[8][16], m[8][16];
-        for (int h = 0; h < 2; ++h) {
-            const __m512i sa = scales(a.scales + 48 * h), sb = scales(b.scales + 48 * h);
-            _mm512_store_si512(s[4 * h], _mm512_unpacklo_epi64(sa, sb));
-            _mm512_store_si512(m[4 * h], _mm512_unpackhi_epi64(sa, sb));
+    static void store(const vf * sum, float * const * out) {
+        for (int v = 0; v < REGISTERS; ++v) {
+            store_rows(sum[v], out[a(v)] + first(v), out[b(v)] + second(v));
         }
-        const auto add_sub_block = [&](int i, __m512i dot) {
-            const __m512i si = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) s[i]));
-            const __m512i mi = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) m[i]));
-            const __m512 di  = _mm512_mul_ps(_mm512_mul_ps(d, _mm512_cvtepi32_ps(si)), _mm512_set1_ps(x.d[i]));
-            sum              = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), di, sum);
-            sum              = _mm512_fmadd_ps(_mm512_mul_ps(d_min, _mm512_cvtepi32_ps(mi)), _mm512_set1_ps(x.sum[i]), sum);
-        };
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            __m512i low[2]  = { _mm512_setzero_si512(), _mm512_setzero_si512() };
-            __m512i high[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                const __m512i xl = broadcast_8(x.q + 64 * j + 8 * i), xh = broadcast_8(x.q + 64 * j + 8 * i + 32);
-                const __m512i qa = _mm512_loadu_si512(a.qs + 256 * j + 64 * i), qb = _mm512_loadu_si512(b.qs + 256 * j + 64 * i);
-                low[0]  = _mm512_dpbusd_epi32(low[0], _mm512_and_si512(qa, mask_low), xl);
-                low[1]  = _mm512_dpbusd_epi32(low[1], _mm512_and_si512(qb, mask_low), xl);
-                high[0] = _mm512_dpbusd_epi32(high[0], _mm512_and_si512(qa, mask_high), xh);
-                high[1] = _mm512_dpbusd_epi32(high[1], _mm512_and_si512(qb, mask_high), xh);
-            }
-            add_sub_block(2 * j, sum_pairs(low[0], low[1]));
-            add_sub_block(2 * j + 1, _mm512_srai_epi32(sum_pairs(high[0], high[1]), 4)); // 16 times the code until here
-        }
-        return sum;
-    }
-
-    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        __m512 sum[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
-        for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            const tile part = { x.q + k * QK_K, x.d + k * 8, x.sum + k * 8, nullptr };
-            for (int i = 0; i < 2; ++i) {
-                sum[i] = add(((const block_q4_Kx8 *) rows[2 * i])[k], ((const block_q4_Kx8 *) rows[2 * i + 1])[k], part, sum[i]);
-            }
-        }
-        store_pair(sum[0], out[0], out[1]);
-        store_pair(sum[1], out[2], out[3]);
     }
 };
 
-// the types of 32 nibbles in a block
-template <typename F, typename X>
-struct one_token<repacked_nibbles<F, X>> {
-    static constexpr int GROUP = 8;
-
-    static void codes(const void * from, __m512i & low, __m512i & high) {
-        const __m512i x = _mm512_xor_si512(_mm512_loadu_si512(from), _mm512_set1_epi8((char) repacked_nibbles<F, X>::FLIPPED));
-        low             = _mm512_and_si512(x, _mm512_set1_epi8(15));
-        high            = _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15));
-        if (const uint8_t * table = repacked_nibbles<F, X>::table()) {
-            const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table));
-            low                  = _mm512_shuffle_epi8(values, low);
-            high                 = _mm512_shuffle_epi8(values, high);
-        }
+// what 4-bit codes stand for
+template <typename F>
+inline vb value_of(vb codes) {
+    if constexpr (std::is_same<F, format_iq4_nl>::value) {
+        return look_up(values_iq4_nl.values, codes);
+    } else if constexpr (std::is_same<F, format_mxfp4>::value) {
+        return look_up(values_mxfp4.values, codes);
+    } else {
+        return codes;
     }
+}
+
+// one scale for 32 codes: 4-bit ones that may stand for others, or 8-bit ones
+template <typename F, typename X, int N, int STEP>
+struct one_token_of_32 : rows_together<N, STEP> {
+    using R = rows_together<N, STEP>;
 
     static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        __m512 sum[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
+        vf sum[R::REGISTERS];
+        for (auto & s : sum) {
+            s = zero_f();
+        }
         for (int64_t k = 0; k < n_in / 32; ++k) {
-            const __m512 xd    = _mm512_set1_ps(x.d[k]);
-            const __m512i init = _mm512_set1_epi32(x.init[k]);
-            for (int v = 0; v < 2; ++v) {
-                const X * const blocks[2] = { (const X *) rows[2 * v] + k, (const X *) rows[2 * v + 1] + k };
-                alignas(64) float d[16];
-                __m512i dot[2];
-                for (int i = 0; i < 2; ++i) {
-                    repacked_nibbles<F, X>::write_scales(*blocks[i], d + 8 * i);
-                    dot[i] = _mm512_setzero_si512();
-                    for (int half = 0; half < 2; ++half) {
-                        __m512i low, high;
-                        codes(blocks[i]->qs + 64 * half, low, high);
-                        dot[i] = _mm512_dpbusd_epi32(dot[i], low, broadcast_8(x.q + 32 * k + 8 * half));
-                        dot[i] = _mm512_dpbusd_epi32(dot[i], high, broadcast_8(x.q + 32 * k + 8 * half + 16));
+            const int8_t * q = x.q + 32 * k;
+            const vf xd      = broadcast(x.d + k);
+            const vi init    = broadcast(x.init + k);
+#pragma GCC unroll 4
+            for (int v = 0; v < R::REGISTERS; ++v) {
+                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
+                const auto * qa = (const uint8_t *) a.qs;
+                const auto * qb = (const uint8_t *) b.qs;
+                sums s;
+                if constexpr (std::is_same<F, format_q8_0>::value) {
+                    for (int i = 0; i < 4; ++i) {
+                        accumulate<F::SIGNED, STEP>(s, R::load(v, qa, qb, i), q + 8 * i);
+                    }
+                } else {
+                    for (int i = 0; i < 2; ++i) {
+                        const piece both = R::load(v, qa, qb, i);
+                        piece low, high;
+                        for (int r = 0; r < 2; ++r) {
+                            const vb codes = std::is_same<F, format_q4_0>::value ? flip(both.of[r], 0x88) : both.of[r];
+                            low.of[r]      = value_of<F>(bits<0, 15, 0>(codes));
+                            high.of[r]     = value_of<F>(bits<4, 15, 0>(codes));
+                        }
+                        accumulate<F::SIGNED, STEP>(s, low, q + 8 * i);
+                        accumulate<F::SIGNED, STEP>(s, high, q + 8 * i + 16);
                     }
                 }
-                const __m512 y = _mm512_cvtepi32_ps(_mm512_add_epi32(sum_pairs(dot[0], dot[1]), init));
-                sum[v]         = _mm512_fmadd_ps(y, _mm512_mul_ps(_mm512_load_ps(d), xd), sum[v]);
+                sum[v] = fma(to_float(add(total<F::SIGNED, STEP>(s), init)), mul(scales(v, a, b), xd), sum[v]);
             }
         }
-        store_pair(sum[0], out[0], out[1]);
-        store_pair(sum[1], out[2], out[3]);
+        R::store(sum, out);
+    }
+
+    static vf scales(int v, const X & a, const X & b) {
+        if constexpr (std::is_same<F, format_mxfp4>::value) {
+            return powers_of_two(a.e + R::first(v), b.e + R::second(v));
+        } else {
+            return halves(a.d + R::first(v), b.d + R::second(v));
+        }
     }
 };
+
+template <typename F, typename X, int N, int STEP>
+struct one_token<repacked<F, X, N, STEP>> : one_token_of_32<F, X, N, STEP> {};
+#if defined(__AVX512F__)
+template <typename F, typename X>
+struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X, 8, 8> {};
+#endif
+
+// The 6-bit scales and mins of eight sub-blocks, 8 rows of both: out[sub-block][scale or min][row]
+inline void unpack_scales_k4(const uint8_t * packed, uint8_t (*out)[2][8]) {
+#if defined(ALLOCMOE_AVX512)
+    const __m512i low  = _mm512_setr_epi32(0, 2, 1, 2, 3, 5, 4, 5, 6, 8, 7, 8, 9, 11, 10, 11);
+    const __m512i high = _mm512_setr_epi32(0, 0, 0, 1, 3, 3, 3, 4, 6, 6, 6, 7, 9, 9, 9, 10);
+    for (int h = 0; h < 2; ++h) {
+        const __m512i x = _mm512_loadu_si512(packed + 48 * h); // 48 bytes of it: 16 of what follows too
+        const __m512i a = _mm512_srlv_epi32(_mm512_permutexvar_epi32(low, x), _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0, 0, 4)));
+        const __m512i b = _mm512_srli_epi32(_mm512_permutexvar_epi32(high, x), 2);
+        _mm512_store_si512(out[4 * h], _mm512_or_si512(
+                                           _mm512_and_si512(a, _mm512_broadcast_i32x4(_mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f))),
+                                           _mm512_and_si512(b, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x30303030, 0, 0x30303030)))));
+    }
+#elif defined(__AVX2__)
+    for (int i = 0; i < 8; i += 2) { // 12 bytes of each: 4 of what follows too
+        const __m256i x = _mm256_loadu2_m128i((const __m128i *) (packed + 12 * i + 12), (const __m128i *) (packed + 12 * i));
+        const __m256i a = _mm256_srlv_epi32(_mm256_shuffle_epi32(x, 0x98), _mm256_setr_epi32(0, 0, 0, 4, 0, 0, 0, 4));
+        const __m256i b = _mm256_srli_epi32(_mm256_shuffle_epi32(x, 0x40), 2);
+        _mm256_store_si256((__m256i *) out[i], _mm256_or_si256(
+                                                   _mm256_and_si256(a, _mm256_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
+                                                   _mm256_and_si256(b, _mm256_setr_epi32(0, 0x30303030, 0, 0x30303030, 0, 0x30303030, 0, 0x30303030))));
+    }
+#else
+    for (int i = 0; i < 8; ++i) {
+        memcpy(out[i], scales_k4(packed + 12 * i).of, 16);
+    }
+#endif
+}
+
+template <typename F, typename X, int STEP>
+struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
+    using R = rows_together<8, STEP>;
+    static_assert(sizeof(X::scales) == 96 && sizeof(X::qs) >= 16, "what unpack_scales_k4() reads");
+
+    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
+        vf sum[R::REGISTERS];
+        for (auto & s : sum) {
+            s = zero_f();
+        }
+        for (int64_t k = 0; k < n_in / QK_K; ++k) {
+            const tile part = { x.q + k * QK_K, x.d + k * 8, x.sum + k * 8, nullptr };
+            alignas(64) uint8_t scales[STREAMS][8][2][8];
+            for (int i = 0; i < STREAMS; ++i) {
+                unpack_scales_k4(((const X *) rows[i])[k].scales, scales[i]);
+            }
+            for (int v = 0; v < R::REGISTERS; ++v) {
+                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
+                sum[v] = add_block(v, a, b, scales[R::a(v)], scales[R::b(v)], part, sum[v]);
+            }
+        }
+        R::store(sum, out);
+    }
+
+    using unpacked_scales = const uint8_t (*)[2][8];
+    static vf add_block(int v, const X & a, const X & b, unpacked_scales sa, unpacked_scales sb, const tile & x, vf sum) {
+        const vf d               = halves(a.d + R::first(v), b.d + R::second(v));
+        const vf d_min           = negative(halves(a.dmin + R::first(v), b.dmin + R::second(v)));
+        const auto add_sub_block = [&](int i, vi dot) {
+            const vi s = whole_numbers(sa[i][0] + R::first(v), sb[i][0] + R::second(v));
+            const vi m = whole_numbers(sa[i][1] + R::first(v), sb[i][1] + R::second(v));
+            sum        = fma(to_float(dot), mul(mul(d, to_float(s)), broadcast(x.d + i)), sum);
+            sum        = fma(mul(d_min, to_float(m)), broadcast(x.sum + i), sum);
+        };
+        const auto add_64 = [&](auto j_) {
+            constexpr int j = decltype(j_)::value;
+            sums low, high;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const piece q = R::load(v, a.qs + 256 * j, b.qs + 256 * j, i);
+                piece l, h;
+                if constexpr (std::is_same<F, format_q5_K>::value) {
+                    const piece fifth = R::load(v, a.qh, b.qh, i);
+                    for (int r = 0; r < 2; ++r) {
+                        l.of[r] = either(bits<0, 15, 0>(q.of[r]), bits<2 * j, 1, 4>(fifth.of[r]));
+                        h.of[r] = either(bits<4, 15, 0>(q.of[r]), bits<2 * j + 1, 1, 4>(fifth.of[r]));
+                    }
+                } else {
+                    for (int r = 0; r < 2; ++r) {
+                        l.of[r] = bits<0, 15, 0>(q.of[r]);
+                        h.of[r] = high_codes(q.of[r]);
+                    }
+                }
+                accumulate<false, STEP>(low, l, x.q + 64 * j + 8 * i);
+                accumulate<false, STEP>(high, h, x.q + 64 * j + 8 * i + 32);
+            }
+            add_sub_block(2 * j, total<false, STEP>(low));
+            const vi y = total<false, STEP>(high);
+            add_sub_block(2 * j + 1, std::is_same<F, format_q5_K>::value ? y : of_high_codes(y));
+        };
+        add_64(std::integral_constant<int, 0>());
+        add_64(std::integral_constant<int, 1>());
+        add_64(std::integral_constant<int, 2>());
+        add_64(std::integral_constant<int, 3>());
+        return sum;
+    }
+};
+
+// f(h, c) for the 32 columns from 128*h + 32*c on, both as constants
+template <typename F>
+inline void for_halves_and_quarters(const F & f) {
+    const std::integral_constant<int, 0> zero;
+    const std::integral_constant<int, 1> one;
+    const std::integral_constant<int, 2> two;
+    const std::integral_constant<int, 3> three;
+    f(zero, zero), f(zero, one), f(zero, two), f(zero, three);
+    f(one, zero), f(one, one), f(one, two), f(one, three);
+}
+
+template <typename X, int STEP>
+struct one_token<repacked<format_q2_K, X, 8, STEP>> : rows_together<8, STEP> {
+    using R = rows_together<8, STEP>;
+
+    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
+        vf sum[R::REGISTERS];
+        for (auto & s : sum) {
+            s = zero_f();
+        }
+        for (int64_t k = 0; k < n_in / QK_K; ++k) {
+            for (int v = 0; v < R::REGISTERS; ++v) {
+                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
+                const vf d        = halves(a.d + R::first(v), b.d + R::second(v));
+                const vf d_min    = negative(halves(a.dmin + R::first(v), b.dmin + R::second(v)));
+                const auto add_32 = [&](auto h_, auto c_) {
+                    constexpr int h = decltype(h_)::value, c = decltype(c_)::value;
+                    for (int half = 0; half < 2; ++half) {
+                        const int column = 128 * h + 32 * c + 16 * half, s = column / 16;
+                        sums products;
+                        for (int i = 0; i < 2; ++i) {
+                            piece q = R::load(v, a.qs, b.qs, 4 * h + 2 * half + i);
+                            for (auto & r : q.of) {
+                                r = bits<2 * c, 3, 0>(r);
+                            }
+                            accumulate<false, STEP>(products, q, x.q + k * QK_K + column + 8 * i);
+                        }
+                        // two sub-blocks' scales take turns, each with its min in the high half
+                        const vi pairs    = pairs_of_bytes(a.scales + s / 2 * 16 + 2 * R::first(v), b.scales + s / 2 * 16 + 2 * R::second(v));
+                        const vi scale    = half == 0 ? four_bits<0>(pairs) : four_bits<8>(pairs);
+                        const vi min      = half == 0 ? four_bits<4>(pairs) : four_bits<12>(pairs);
+                        const int64_t sub = k * 16 + s;
+                        sum[v]            = fma(to_float(total<false, STEP>(products)), mul(mul(d, to_float(scale)), broadcast(x.d + sub)), sum[v]);
+                        sum[v]            = fma(mul(d_min, to_float(min)), broadcast(x.sum + sub), sum[v]);
+                    }
+                };
+                for_halves_and_quarters(add_32);
+            }
+        }
+        R::store(sum, out);
+    }
+};
+
+#if !defined(__AVX2__)
+template <typename X, int STEP>
+struct one_token<repacked<format_q6_K, X, 8, STEP>> : rows_together<8, STEP> {
+    using R = rows_together<8, STEP>;
+
+    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
+        vf sum[R::REGISTERS];
+        for (auto & s : sum) {
+            s = zero_f();
+        }
+        for (int64_t k = 0; k < n_in / QK_K; ++k) {
+            for (int v = 0; v < R::REGISTERS; ++v) {
+                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
+                const vf d        = halves(a.d + R::first(v), b.d + R::second(v));
+                const auto add_32 = [&](auto h_, auto c_) {
+                    constexpr int h = decltype(h_)::value, c = decltype(c_)::value;
+                    for (int half = 0; half < 2; ++half) {
+                        const int column = 128 * h + 32 * c + 16 * half, s = column / 16;
+                        sums products;
+                        for (int i = 0; i < 2; ++i) {
+                            piece q          = R::load(v, a.ql, b.ql, 8 * h + 4 * (c % 2) + 2 * half + i);
+                            const piece high = R::load(v, a.qh, b.qh, 4 * h + 2 * half + i);
+                            for (int r = 0; r < 2; ++r) {
+                                q.of[r] = either(bits<c / 2 * 4, 15, 0>(q.of[r]), bits<2 * c, 3, 4>(high.of[r]));
+                            }
+                            accumulate<false, STEP>(products, q, x.q + k * QK_K + column + 8 * i);
+                        }
+                        const int64_t sub = k * 16 + s;
+                        const vi scale    = whole_numbers(a.scales + 8 * s + R::first(v), b.scales + 8 * s + R::second(v));
+                        const vi y        = add(total<false, STEP>(products), broadcast(x.init + sub));
+                        sum[v]            = fma(to_float(y), mul(mul(d, to_float(scale)), broadcast(x.d + sub)), sum[v]);
+                    }
+                };
+                for_halves_and_quarters(add_32);
+            }
+        }
+        R::store(sum, out);
+    }
+};
+#endif
 
 //
 // rows as they are in the file, one of each place
 //
 
-// [lane][STREAMS]: the sum of each 128-bit lane of each row
-inline __m256i sum_lanes(const __m256i * row) {
-    const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(row[0], row[1]), _mm256_unpackhi_epi32(row[0], row[1]));
-    const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(row[2], row[3]), _mm256_unpackhi_epi32(row[2], row[3]));
-    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-}
-inline __m512i sum_lanes(const __m512i * row) {
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(row[0], row[1]), _mm512_unpackhi_epi32(row[0], row[1]));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(row[2], row[3]), _mm512_unpackhi_epi32(row[2], row[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-}
-static_assert(STREAMS == 4, "the sums above");
+// four integers and four floats: of a row each
+#if defined(__AVX2__)
+using i4 = __m128i;
+using f4 = __m128;
+inline i4 four_of(const int32_t * x) { return _mm_set1_epi32(*x); }
+inline f4 four_of(const float * x) { return _mm_broadcast_ss(x); }
+inline f4 load_four(const float * x) { return _mm_load_ps(x); }
+inline i4 add(i4 a, i4 b) { return _mm_add_epi32(a, b); }
+inline f4 to_float(i4 x) { return _mm_cvtepi32_ps(x); }
+inline f4 mul(f4 a, f4 b) { return _mm_mul_ps(a, b); }
+inline f4 fma(f4 a, f4 b, f4 c) { return _mm_fmadd_ps(a, b, c); }
+inline f4 zero_four() { return _mm_setzero_ps(); }
+inline void store_four(f4 x, float * out) { _mm_store_ps(out, x); }
+inline void transpose(f4 (&x)[4]) { _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]); }
 
 template <typename B>
-inline __m128 scales_of(const B * const * block) {
-    return _mm_cvtph_ps(_mm_setr_epi16(block[0]->d, block[1]->d, block[2]->d, block[3]->d, 0, 0, 0, 0));
+inline f4 halves_of(const B * const * b) {
+    return _mm_cvtph_ps(_mm_setr_epi16(b[0]->d, b[1]->d, b[2]->d, b[3]->d, 0, 0, 0, 0));
 }
 
-inline void store_each(__m128 sum, float * const * out) {
+// sums of four of 32 products: 16 columns in each half of a register
+struct products {
+    __m256i of;
+};
+template <bool SIGNED, int SUB>
+inline products multiply_32(codes_32 w, const int8_t * x) { return { dot<SIGNED>(_mm256_setzero_si256(), w, load_32(x)) }; }
+
+// [half][STREAMS]
+inline __m256i sum_halves(const products * row) {
+    const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(row[0].of, row[1].of), _mm256_unpackhi_epi32(row[0].of, row[1].of));
+    const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(row[2].of, row[3].of), _mm256_unpackhi_epi32(row[2].of, row[3].of));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+inline void add_up(const products * row, i4 (&y)[2]) {
+    const __m256i x = sum_halves(row);
+    y[0]            = _mm256_castsi256_si128(x);
+    y[1]            = _mm256_extracti128_si256(x, 1);
+}
+inline void add_up(const products * row, i4 (&y)[1]) {
+    const __m256i x = sum_halves(row);
+    y[0]            = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+}
+#else
+using i4 = vi;
+using f4 = vf;
+inline i4 four_of(const int32_t * x) { return broadcast(x); }
+inline f4 four_of(const float * x) { return broadcast(x); }
+inline f4 load_four(const float * x) { return load(x); }
+inline f4 zero_four() { return zero_f(); }
+inline void store_four(f4 x, float * out) { store(out, x); }
+inline void transpose(f4 (&x)[4]) {
+    const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(x[0], x[1])), b = vreinterpretq_f64_f32(vtrn2q_f32(x[0], x[1]));
+    const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(x[2], x[3])), d = vreinterpretq_f64_f32(vtrn2q_f32(x[2], x[3]));
+    x[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    x[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    x[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    x[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+}
+
+template <typename B>
+inline f4 halves_of(const B * const * b) {
+    const uint16_t d[4] = { b[0]->d, b[1]->d, b[2]->d, b[3]->d };
+    return vcvt_f32_f16(vld1_f16((const __fp16 *) d));
+}
+
+// sums of four of 32 products: of 16 columns each, or all in the first register
+struct products {
+    vi of[2];
+};
+template <bool SIGNED, int SUB>
+inline products multiply_32(codes_32 w, const int8_t * x) {
+    const codes_32 y = load_32(x);
+    const vi a       = dot<SIGNED>(zero(), w.low, y.low);
+    return SUB == 32 ? products{ { dot<SIGNED>(a, w.high, y.high), a } } : products{ { a, dot<SIGNED>(zero(), w.high, y.high) } };
+}
+template <int N>
+inline void add_up(const products * row, i4 (&y)[N]) {
+    for (int i = 0; i < N; ++i) {
+        y[i] = vpaddq_s32(vpaddq_s32(row[0].of[i], row[1].of[i]), vpaddq_s32(row[2].of[i], row[3].of[i]));
+    }
+}
+#endif
+static_assert(STREAMS == 4, "the sums above");
+
+inline void store_each(f4 sum, float * const * out) {
     alignas(16) float sums[STREAMS];
-    _mm_store_ps(sums, sum);
+    store_four(sum, sums);
     for (int i = 0; i < STREAMS; ++i) {
         *out[i] = sums[i];
     }
 }
 
-// 32 codes in a block, one scale
 template <typename F>
-struct one_token_32 {
+struct one_token<plain<F>> {
     static constexpr int GROUP = 1;
+    using block                = typename F::block;
 
     static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        using block = typename F::block;
-        __m128 sum  = _mm_setzero_ps();
-        for (int64_t k = 0; k < n_in / 32; ++k) {
-            const __m256i xk = _mm256_loadu_si256((const __m256i *) (x.q + 32 * k));
+        constexpr int SUBS = F::BLOCK / F::SUB, AT_ONCE = SUBS == 1 ? 1 : 4;
+        f4 sum = zero_four();
+        for (int64_t k = 0; k < n_in / F::BLOCK; ++k) {
             const block * b[STREAMS];
-            __m256i dot[STREAMS];
+            alignas(64) uint8_t codes[STREAMS][F::BLOCK];
+            alignas(64) float scales[STREAMS][32];
             for (int i = 0; i < STREAMS; ++i) {
-                b[i]   = (const block *) rows[i] + k;
-                dot[i] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), codes(*b[i]), xk);
+                b[i] = (const block *) rows[i] + k;
+                F::codes(*b[i], codes[i]);
+                if (!has_half<F>) {
+                    F::scales(*b[i], scales[i]);
+                }
             }
-            const __m256i lanes = sum_lanes(dot);
-            const __m128i y     = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
-            const __m128 d      = _mm_mul_ps(scales_of(b), _mm_set1_ps(x.d[k]));
-            sum                 = _mm_fmadd_ps(_mm_cvtepi32_ps(_mm_add_epi32(y, _mm_set1_epi32(x.init[k]))), d, sum);
+            for (int s0 = 0; s0 < SUBS; s0 += AT_ONCE) {
+                f4 d[4], m[4];
+                if constexpr (has_half<F>) {
+                    d[0] = halves_of(b);
+                } else {
+                    load_scales<AT_ONCE>(scales, s0, d);
+                    if (F::MIN) {
+                        load_scales<AT_ONCE>(scales, CHUNK / F::SUB + s0, m);
+                    }
+                }
+#pragma GCC unroll 4
+                for (int c = 0; c < AT_ONCE * F::SUB; c += 32) {
+                    const int column = s0 * F::SUB + c;
+                    products p[STREAMS];
+                    for (int i = 0; i < STREAMS; ++i) {
+                        p[i] = multiply_32<F::SIGNED, F::SUB>(load_32(codes[i] + column), x.q + k * F::BLOCK + column);
+                    }
+                    i4 y[32 / F::SUB];
+                    add_up(p, y);
+                    for (int h = 0; h < 32 / F::SUB; ++h) {
+                        const int s     = c / F::SUB + h;
+                        const int64_t i = k * SUBS + s0 + s;
+                        if (F::OFFSET != 0) {
+                            y[h] = add(y[h], four_of(x.init + i));
+                        }
+                        sum = fma(to_float(y[h]), mul(d[s], four_of(x.d + i)), sum);
+                        if (F::MIN) {
+                            sum = fma(m[s], four_of(x.sum + i), sum);
+                        }
+                    }
+                }
+            }
         }
         store_each(sum, out);
     }
 
-    static __m256i codes(const block_q8_0 & b) { return flip(load_32(b.qs), SIGNED_BIAS); }
-    static __m256i codes(const block_q5_0 & b) {
-        uint32_t fifth;
-        memcpy(&fifth, b.qh, 4);
-        const __m256i x   = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) b.qs));
-        const __m256i low = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
-        return _mm256_mask_add_epi8(low, fifth, low, _mm256_set1_epi8(16));
+    // N sub-blocks' scales from sub-block s on
+    template <int N>
+    static void load_scales(const float (*scales)[32], int s, f4 (&out)[4]) {
+        if (N == 4) {
+            for (int i = 0; i < 4; ++i) {
+                out[i] = load_four(scales[i] + s);
+            }
+            transpose(out);
+        } else {
+            alignas(16) const float each[4] = { scales[0][s], scales[1][s], scales[2][s], scales[3][s] };
+            out[0]                          = load_four(each);
+        }
     }
+
+    template <typename G>
+    static constexpr bool has_half =
+        std::is_same<G, format_q4_0>::value || std::is_same<G, format_q5_0>::value || std::is_same<G, format_q8_0>::value || std::is_same<G, format_iq4_nl>::value;
 };
 
-template <>
-struct one_token<plain<format_q8_0>> : one_token_32<format_q8_0> {};
-template <>
-struct one_token<plain<format_q5_0>> : one_token_32<format_q5_0> {};
+#if defined(ALLOCMOE_AVX512)
+// the sums of each 128-bit lane: [lane][STREAMS]
+inline __m512i sum_lanes(const __m512i * row) {
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(row[0], row[1]), _mm512_unpackhi_epi32(row[0], row[1]));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(row[2], row[3]), _mm512_unpackhi_epi32(row[2], row[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
 
 template <>
 struct one_token<plain<format_q6_K>> {
@@ -258,7 +654,7 @@ struct one_token<plain<format_q6_K>> {
                     dot[2 * h + 1][i]  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q1, _mm512_loadu_si512(q + 128 * h + 64));
                 }
             }
-            const __m512 d       = _mm512_broadcast_f32x4(scales_of(b));
+            const __m512 d       = _mm512_broadcast_f32x4(halves_of(b));
             const __m512 xd      = _mm512_set1_ps(x.d[k * 16]);
             const __m128i s01[2] = { _mm_unpacklo_epi8(s[0], s[1]), _mm_unpackhi_epi8(s[0], s[1]) };
             const __m128i s23[2] = { _mm_unpacklo_epi8(s[2], s[3]), _mm_unpackhi_epi8(s[2], s[3]) };
@@ -281,3 +677,5 @@ struct one_token<plain<format_q6_K>> {
 #endif
 
 } // namespace allocmoe
+
+#endif // ALLOCMOE_KERNEL

@@ -3,37 +3,18 @@
 // Every type that has a format below can be multiplied by the one kernel in allocmoe-mul-mat.cpp.
 #pragma once
 
-#define GGML_COMMON_DECL_CPP
-#define GGML_COMMON_IMPL_CPP
-#include "ggml-common.h"
+#include "allocmoe-vectors.h"
 
-#include "ggml-impl.h"
-#include "simd-mappings.h"
+#if defined(ALLOCMOE_KERNEL)
+
 #include "repack.h"
 
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
 
 namespace allocmoe {
 
 constexpr int ROWS  = 16;
 constexpr int CHUNK = 256;
-
-// x86 multiplies unsigned by signed bytes, so that signed codes are stored with 128 added. Without VNNI the products of
-// such codes overflow 16 bits: they stay signed there, and the kernel moves the sign to the activations. ARM has signed by
-// signed.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int SIGNED_BIAS = 128;
-#else
-constexpr int SIGNED_BIAS = 0;
-#endif
 
 struct panel {
     alignas(64) uint8_t q[CHUNK * ROWS];             // [CHUNK/4][ROWS][4]
@@ -48,86 +29,6 @@ struct tile {
     const int32_t * init; // [sub-block][n]: -offset times the sum of q
 };
 
-//
-// bytes
-//
-
-// 32 codes, in registers: what is written to memory in pieces cannot be read back as a whole without waiting
-#if defined(__AVX2__)
-using codes_32 = __m256i;
-inline codes_32 load_32(const void * in) { return _mm256_loadu_si256((const __m256i *) in); }
-inline void store_32(codes_32 x, void * out) { _mm256_storeu_si256((__m256i *) out, x); }
-inline codes_32 either(codes_32 a, codes_32 b) { return _mm256_or_si256(a, b); }
-inline codes_32 flip(codes_32 a, uint8_t mask) { return _mm256_xor_si256(a, _mm256_set1_epi8(mask)); }
-// ((x >> shift) & mask) << up; shifting 16 bits at once is safe: the mask leaves nothing that came from the other byte
-template <int shift, int mask, int up>
-inline codes_32 bits(codes_32 x) {
-    x = shift > up ? _mm256_srli_epi16(x, shift > up ? shift - up : 0) : _mm256_slli_epi16(x, shift > up ? 0 : up - shift);
-    return _mm256_and_si256(x, _mm256_set1_epi8((char) (mask << up)));
-}
-// the low halves of 16 bytes and then the high ones
-inline codes_32 nibbles(const uint8_t * in) {
-    const __m128i x = _mm_loadu_si128((const __m128i *) in);
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(x, 4), x), _mm256_set1_epi8(15));
-}
-inline codes_32 look_up(const uint8_t * table, codes_32 x) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), x);
-}
-// 16 in each byte whose bit is set
-inline codes_32 fifth_bits(const uint8_t * in) {
-    int32_t set;
-    memcpy(&set, in, 4);
-    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-    const __m256i bit  = _mm256_set1_epi64x((long long) 0x8040201008040201);
-    const __m256i x    = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(set), byte), bit);
-    return _mm256_and_si256(_mm256_cmpeq_epi8(x, bit), _mm256_set1_epi8(16));
-}
-#else
-struct codes_32 {
-    uint8_t of[32];
-};
-template <typename F>
-inline codes_32 each(F f) {
-    codes_32 y;
-    for (int i = 0; i < 32; ++i) {
-        y.of[i] = f(i);
-    }
-    return y;
-}
-inline codes_32 load_32(const void * in) {
-    codes_32 x;
-    memcpy(x.of, in, 32);
-    return x;
-}
-inline void store_32(codes_32 x, void * out) { memcpy(out, x.of, 32); }
-inline codes_32 either(codes_32 a, codes_32 b) {
-    return each([&](int i) { return a.of[i] | b.of[i]; });
-}
-inline codes_32 flip(codes_32 a, uint8_t mask) {
-    return each([&](int i) { return a.of[i] ^ mask; });
-}
-template <int shift, int mask, int up>
-inline codes_32 bits(codes_32 x) {
-    return each([&](int i) { return ((x.of[i] >> shift) & mask) << up; });
-}
-inline codes_32 nibbles(const uint8_t * in) {
-    return each([&](int i) { return i < 16 ? in[i] & 15 : in[i - 16] >> 4; });
-}
-inline codes_32 look_up(const uint8_t * table, codes_32 x) {
-#if defined(__ARM_NEON) && defined(__aarch64__)
-    codes_32 y;
-    vst1q_u8(y.of, vqtbl1q_u8(vld1q_u8(table), vld1q_u8(x.of)));
-    vst1q_u8(y.of + 16, vqtbl1q_u8(vld1q_u8(table), vld1q_u8(x.of + 16)));
-    return y;
-#else
-    return each([&](int i) { return table[x.of[i]]; });
-#endif
-}
-inline codes_32 fifth_bits(const uint8_t * in) {
-    return each([&](int i) { return ((in[i / 8] >> (i % 8)) & 1) << 4; });
-}
-#endif
-
 // out[i] = in[i]*(i < 8 ? a : b), 16 of them
 inline void scale_16(const uint8_t * in, float a, float b, float * out) {
 #if defined(__AVX512F__)
@@ -140,6 +41,16 @@ inline void scale_16(const uint8_t * in, float a, float b, float * out) {
 #endif
 }
 
+// 16 bytes, aligned, in one piece: they are read so afterwards
+inline void store_16(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void * out) {
+#if defined(__AVX2__)
+    _mm_store_si128((__m128i *) out, _mm_setr_epi32((int) a, (int) b, (int) c, (int) d));
+#else
+    const uint32_t all[4] = { a, b, c, d };
+    memcpy(out, all, 16);
+#endif
+}
+
 // Eight 6-bit scales and then eight mins of Q4_K and Q5_K from their 12 bytes; also those of eight rows in the repacked layouts.
 struct scales_k4 {
     alignas(16) uint8_t of[16];
@@ -148,13 +59,7 @@ struct scales_k4 {
         memcpy(u, packed, 12);
         const uint32_t s1 = (u[2] & 0x0f0f0f0f) | (((u[0] >> 6) & 0x03030303) << 4);
         const uint32_t m1 = ((u[2] >> 4) & 0x0f0f0f0f) | (((u[1] >> 6) & 0x03030303) << 4);
-#if defined(__AVX2__)
-        // in one piece: what is read in one piece afterwards
-        _mm_store_si128((__m128i *) of, _mm_setr_epi32(u[0] & 0x3f3f3f3f, s1, u[1] & 0x3f3f3f3f, m1));
-#else
-        const uint32_t all[4] = { u[0] & 0x3f3f3f3f, s1, u[1] & 0x3f3f3f3f, m1 };
-        memcpy(of, all, 16);
-#endif
+        store_16(u[0] & 0x3f3f3f3f, s1, u[1] & 0x3f3f3f3f, m1, of);
     }
 };
 
@@ -213,7 +118,7 @@ inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
             }
         }
     }
-#elif defined(__ARM_NEON) && defined(__aarch64__)
+#else
     for (int c = 0; c < n; c += 16) {
         for (int r = 0; r < 16; r += 4) {
             const uint32x4_t a0 = vreinterpretq_u32_u8(vld1q_u8(codes + (r + 0) * STRIDE + c));
@@ -227,12 +132,6 @@ inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
             vst1q_u8(out + 64, vreinterpretq_u8_u64(vtrn1q_u64(b1, b3)));
             vst1q_u8(out + 128, vreinterpretq_u8_u64(vtrn2q_u64(b0, b2)));
             vst1q_u8(out + 192, vreinterpretq_u8_u64(vtrn2q_u64(b1, b3)));
-        }
-    }
-#else
-    for (int c = 0; c < n; c += 4) {
-        for (int r = 0; r < ROWS; ++r) {
-            memcpy(q + c * ROWS + r * 4, codes + r * STRIDE + c, 4);
         }
     }
 #endif
@@ -345,11 +244,17 @@ struct format_q3_K : format_k {
         codes_128<1>(b, high, q);
     }
     static void scales(const block & b, float * out) {
+        // four scales at a time: four bits of each in u[0] and u[1], two more in u[2]
+        uint32_t u[3];
+        memcpy(u, b.scales, 12);
+        const auto four = [&](int i) {
+            return (u[i % 2] >> (i / 2 * 4) & 0x0f0f0f0f) | ((u[2] >> (2 * i) & 0x03030303) << 4);
+        };
+        alignas(16) int8_t codes[16];
+        store_16(four(0), four(1), four(2), four(3), codes);
         const float d = scale_of(b);
         for (int i = 0; i < 16; ++i) {
-            const int low  = i < 8 ? b.scales[i] & 15 : b.scales[i - 8] >> 4;
-            const int high = (b.scales[8 + i % 4] >> (2 * (i / 4))) & 3;
-            out[i]         = d * ((low | (high << 4)) - 32);
+            out[i] = d * (codes[i] - 32);
         }
     }
 };
@@ -544,6 +449,26 @@ inline void take_block(const X & x, int row, block_q2_K & b) {
     take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
 }
 
+template <int N, int STEP, typename X>
+inline void take_block(const X & x, int row, block_q6_K & b) {
+    b.d = x.d[row];
+    take_turns<N, 1>(x.scales, row, sizeof(b.scales), b.scales);
+    take_turns<N, STEP>(x.ql, row, sizeof(b.ql), b.ql);
+    take_turns<N, STEP>(x.qh, row, sizeof(b.qh), b.qh);
+}
+
+// without the scales, which the layout holds otherwise
+template <int N, int STEP, typename X>
+inline void take_block(const X & x, int row, block_q4_K & b) {
+    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
+}
+
+template <int N, int STEP, typename X>
+inline void take_block(const X & x, int row, block_q5_K & b) {
+    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
+    take_turns<N, STEP>(x.qh, row, sizeof(b.qh), b.qh);
+}
+
 template <int N, int STEP, typename X, typename B>
 inline void take_block(const X & x, int row, B & b) {
     b.d = x.d[row];
@@ -621,13 +546,13 @@ struct repacked_nibbles : F {
 };
 #endif
 
-// Q4_K, whose scales are those of one sub-block of eight rows together
-template <int STEP>
-struct repacked_q4_K : format_q4_K {
+// Q4_K and Q5_K, whose scales are those of one sub-block of eight rows together
+template <typename F, typename X, int STEP>
+struct repacked_k4 : F {
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int, panel & p) {
-        const block_q4_Kx8 * x[2];
-        x[0] = (const block_q4_Kx8 *) rows + k0 / QK_K;
-        x[1] = n_rows > 8 ? (const block_q4_Kx8 *) (rows + 8 * row_size) + k0 / QK_K : x[0];
+        const X * x[2];
+        x[0] = (const X *) rows + k0 / QK_K;
+        x[1] = n_rows > 8 ? (const X *) (rows + 8 * row_size) + k0 / QK_K : x[0];
         alignas(64) float d[ROWS], m[ROWS];
         for (int r = 0; r < ROWS; ++r) {
             d[r] = GGML_CPU_FP16_TO_FP32(x[r / 8]->d[r % 8]);
@@ -648,7 +573,7 @@ struct repacked_q4_K : format_q4_K {
 #endif
         }
 #if defined(__AVX512F__)
-        if (STEP == 8) {
+        if constexpr (STEP == 8 && std::is_same<F, format_q4_K>::value) {
             for (int j = 0; j < 4; ++j) {
                 for (int i = 0; i < 4; ++i) {
                     uint8_t * q  = p.q + (64 * j + 8 * i) * ROWS;
@@ -661,12 +586,14 @@ struct repacked_q4_K : format_q4_K {
 #endif
         alignas(64) uint8_t codes[ROWS][CHUNK];
         for (int r = 0; r < n_rows; ++r) {
-            block_q4_K b;
-            take_turns<8, STEP>(x[r / 8]->qs, r % 8, sizeof(b.qs), b.qs);
-            format_q4_K::codes(b, codes[r]);
+            typename F::block b;
+            take_block<8, STEP>(*x[r / 8], r % 8, b);
+            F::codes(b, codes[r]);
         }
         interleave<CHUNK>(codes[0], CHUNK, p.q);
     }
 };
 
 } // namespace allocmoe
+
+#endif // ALLOCMOE_KERNEL

@@ -82,8 +82,17 @@ class _Tokenizer(llama_cpp.LlamaTokenizer):
     """Of tokens that the vocabulary has, for any thread at any time."""
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> List[int]:
+        # llama-cpp-python would begin with a buffer as long as the context that the file says the model was trained for
+        n = len(text) + 8
         with self._model.vocab_in_use:
-            return super().tokenize(text, add_bos, special)
+            vocab = self._model.vocab
+            for _ in range(2):
+                tokens = (llama_cpp.llama_token * n)()
+                n = llama_cpp.llama_tokenize(vocab, text, len(text), tokens, n, add_bos, special)
+                if n >= 0:
+                    return tokens[:n]
+                n = -n
+        raise RuntimeError(f"llama.cpp cannot make tokens of {text[:60]!r}")
 
     def detokenize(self, tokens: List[int], prev_tokens: Optional[List[int]] = None, special: bool = False) -> bytes:
         with self._model.vocab_in_use:
@@ -216,6 +225,8 @@ class CheckedLlama(llama_cpp.Llama):
             ValueError: a token that the vocabulary does not have.
         """
         _check_tokens(tokens, self.n_vocab())
+        if self._ctx.memory is None:
+            raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
         self._tokens_change("eval()")
         super().eval(tokens)
 

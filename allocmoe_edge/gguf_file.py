@@ -3,10 +3,12 @@
 Tensor data is never touched or loaded, so that opening a 40 GB file costs milliseconds.
 """
 
+import contextlib
+import math
 import os
 from pathlib import Path
 import re
-from typing import Any, Iterator, NamedTuple, Optional, Union
+from typing import Any, Iterator, NamedTuple, Optional, Set, Union
 
 import numpy as np
 
@@ -25,6 +27,17 @@ _TYPE_IDS = {np.dtype(dtype): type_id for type_id, dtype in _DTYPES.items()}
 # LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS: above them llama.cpp aborts the process, as where counts of layers, experts and groups
 # contradict each other (llama_model_base::load_hparams)
 MAX_LAYERS, MAX_EXPERTS = 512, 1024
+
+
+_MAMBA2 = ("ssm.group_count", "ssm.time_step_rank")
+# what llama.cpp divides by without a look, by architecture: a zero ends the process by a signal, which nothing catches
+_DIVISORS = {
+    "deepseek4": ("attention.output_group_count",), "dflash": ("attention.output_group_count", "conv_group_size"),
+    "ernie4_5-moe": ("interleave_moe_layer_step",), "falcon-h1": _MAMBA2, "granitehybrid": _MAMBA2, "mamba2": _MAMBA2,
+    "nemotron_h": _MAMBA2, "nemotron_h_moe": _MAMBA2, "gemma2": ("attention.head_count",), "gemma3": ("attention.head_count",),
+    "olmo2": ("attention.head_count",), "phimoe": ("attention.head_count",), "rwkv6": ("wkv.head_size",),
+    "rwkv6qwen2": ("wkv.head_size",), "rwkv7": ("wkv.head_size",), "arwkv7": ("wkv.head_size",),
+}  # fmt: skip
 
 
 class GGUFError(ValueError):
@@ -185,6 +198,7 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     arch = file.need("general.architecture")
     if not isinstance(arch, str):
         raise GGUFError(f"{file.path}: general.architecture is {arch!r}, wanted a string")
+    _check_numbers(file, arch)
     n_expert = _bounded(file, f"{arch}.expert_count", 0, MAX_EXPERTS, default=0)
     n_group = _bounded(file, f"{arch}.expert_group_count", 0, max(n_expert - 1, 0), default=0)
     if n_group > 1:
@@ -210,11 +224,13 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     if not any(used[:n_layer]):
         raise GGUFError(f"{file.path}: {arch}.expert_used_count is 0 in every layer, wanted 1 to {n_expert} somewhere")
 
-    names = {tensor.name for tensor in file.tensors}
-    if n_split > 1:
-        for shard in split_paths(file.path, n_split)[1:]:
-            with GGUFFile(shard) as other:
-                names.update(tensor.name for tensor in other.tensors)
+    names: Set[str] = set()
+    for part in split_paths(file.path, n_split) if n_split > 1 else [file.path]:
+        with contextlib.nullcontext(file) if part == file.path else GGUFFile(part) as each:
+            names.update(tensor.name for tensor in each.tensors)
+            for tensor in each.tensors:
+                if tensor.name.endswith(".ffn_gate_tid2eid.weight") and tensor.type_name == "I32":
+                    _check_table(each, tensor, n_expert)
 
     # layers that predict further tokens come last; llama.cpp neither loads them nor runs them with the model
     n_run = n_layer - _bounded(file, f"{arch}.nextn_predict_layers", 0, n_layer, default=0)
@@ -228,6 +244,29 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
         )
 
     return tuple(used[il] if routed(il) else 0 for il in range(n_layer))
+
+
+def _check_numbers(file: GGUFFile, arch: str) -> None:
+    """Refuses numbers that end the process where they are used, and not where they are read."""
+    for name in _DIVISORS.get(arch, ()):
+        value = file.get(f"{arch}.{name}")
+        if not isinstance(value, np.ndarray) and value == 0:
+            raise GGUFError(f"{file.path}: {arch}.{name} is 0, wanted at least 1")
+    for key in file.keys():
+        if key.startswith(f"{arch}.") and key.endswith("epsilon"):
+            value = file.get(key)
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise GGUFError(f"{file.path}: {key} is {value}, wanted at least 0")
+
+
+def _check_table(file: GGUFFile, tensor: Tensor, n_expert: int) -> None:
+    """Refuses a table of experts by token that names others than there are: llama.cpp looks them up without a look."""
+    with open(file.path, "rb") as data:
+        data.seek(file.data_offset + tensor.offset)
+        experts = np.frombuffer(data.read(tensor.n_bytes), "<i4")
+    wrong = experts[(experts < 0) | (experts >= n_expert)]
+    if wrong.size:
+        raise GGUFError(f"{file.path}: {tensor.name} names expert {wrong[0]}, wanted 0 to {n_expert - 1}")
 
 
 def _bounded(file: GGUFFile, key: str, low: int, high: int, default: Optional[int] = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Mapping, Optional, Union
+from typing import Any, Iterator, Mapping, Optional, Union
 
 import numpy as np
 
@@ -16,7 +16,10 @@ class _Overridden(GGUFFile):
 
     def __init__(self, file: GGUFFile, overrides: Mapping[str, Any]):
         self._file, self._overrides = file, overrides
-        self.path, self.tensors, self._ctx = file.path, file.tensors, None
+        self.path, self.tensors, self.data_offset, self._ctx = file.path, file.tensors, file.data_offset, None
+
+    def keys(self) -> Iterator[str]:
+        return iter({*self._file.keys(), *self._overrides})
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self._file.get(key, default)

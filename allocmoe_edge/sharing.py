@@ -53,7 +53,8 @@ def keep_over_forks(model: Forkable) -> None:
 def _before_fork() -> None:
     # a child has none of the threads that GCC's OpenMP keeps waiting, and would wait for them: it makes new ones after this
     with contextlib.suppress(OSError, AttributeError):  # there is none, or an old one
-        ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(_OMP_PAUSE_SOFT)
+        loaded = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+        loaded.omp_pause_resource_all(_OMP_PAUSE_SOFT)
 
 
 def _after_fork() -> None:

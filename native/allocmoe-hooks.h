@@ -26,6 +26,18 @@ struct allocmoe_cparams {
     std::shared_ptr<allocmoe_state> state;
 };
 
+// While one lives, a fault for which ggml would end the process is an exception in this thread. For what is done with a file
+// that may be a stranger's; what was not complete when it came is not freed.
+struct allocmoe_catch_faults {
+    allocmoe_catch_faults();
+    ~allocmoe_catch_faults();
+    allocmoe_catch_faults(const allocmoe_catch_faults &)             = delete;
+    allocmoe_catch_faults & operator=(const allocmoe_catch_faults &) = delete;
+};
+
+// Tries text, and every token, with a model's vocabulary. Throws, under allocmoe_catch_faults, what would end the process later.
+void allocmoe_try_vocab(const llama_model & model);
+
 // What the model's metadata has of allocmoe.*, null if that is nothing. Throws std::runtime_error if it is invalid.
 std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & loader, const llama_hparams & hparams);
 

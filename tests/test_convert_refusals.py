@@ -11,7 +11,7 @@ import gguf
 from gguf_factory import write_imatrix
 import numpy as np
 import pytest
-from test_convert import COMMAND
+from test_convert import COMMAND, run
 
 TEXT = "It was the best of times, it was the worst of times. " * 200
 
@@ -314,3 +314,18 @@ def test_text_of_one_character(built, out, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("allocmoe-convert: error: token rule estimate: cannot be calibrated")
     assert "Warning" not in said and not (out / "m.gguf").exists()
+
+
+def test_whole_number_that_looks_like_a_percentage(planned_path, out):
+    """Taken as what it is, and said so."""
+    done = run(planned_path, "--budget", "50", "--plan-only", "-o", out / "p.gguf")
+    assert done.returncode == 0 and metadata.read(out / "p.gguf").plan.budget_total == 50
+    assert (
+        "--budget 50: 50 of the model's 360 expert activations per token; 50 per cent of them are written 50%"
+        in done.stderr
+    )
+    for budget in ("50%", "180", "0.14"):
+        assert (
+            "per cent"
+            not in run(planned_path, "--force", "--budget", budget, "--plan-only", "-o", out / "p.gguf").stderr
+        )

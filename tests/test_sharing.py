@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import fuzz_gguf
 import other_models
 import pytest
 
@@ -177,6 +178,47 @@ def test_models_that_are_loaded_by_several_threads_leave_stdout_where_it_was(pat
         os.write(1, b"still here")
     """)  # fmt: skip
     assert out == "still here"
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A model with experts, and the plan of every budget."""
+    return fuzz_gguf.write_bases(tmp_path_factory.mktemp("bases"))[0]
+
+
+def test_two_models_with_different_plans(planned):
+    run(planned, """
+        other = load()
+        llm.set_budget(0.4), other.set_budget(1.0)
+        expected = text(llm, "abc"), text(other, "abc")
+        assert expected[0] != expected[1]
+        def work(model, plan, wanted):
+            for _ in range(8):
+                assert text(model, "abc") == wanted and model.plan == plan
+        at_once(lambda: work(llm, llm.plan, expected[0]), lambda: work(other, other.plan, expected[1]))
+    """)  # fmt: skip
+
+
+def test_budget_that_another_thread_changes_while_a_stream_runs(planned):
+    """Between two tokens; what comes afterwards is of the budget that was set last."""
+    run(planned, """
+        llm.set_budget(0.4)
+        expected, done = text(llm, "abc"), []
+        llm.expert_stats(reset=True)
+        def read():
+            for _ in range(4):
+                assert len(tokens(llm, b"abc", 60)) == 60
+            done.append(True)
+        def change():
+            while not done:
+                for budget in (1.0, 0.4, 0.75):
+                    assert llm.set_budget(budget).budget_total == {1.0: 16, 0.4: 6, 0.75: 12}[budget]
+        at_once(read, change)
+        mean = llm.expert_stats()["decode"]["mean"].sum()
+        assert 4 < mean < 16, mean
+        llm.set_budget(0.4)
+        assert text(llm, "abc") == expected
+    """)  # fmt: skip
 
 
 # --- forks

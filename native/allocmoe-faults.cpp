@@ -1,0 +1,63 @@
+// For files of strangers: what ggml ends the process for while a model is loaded is an error like any other.
+#include "allocmoe-hooks.h"
+
+#include "llama-model.h"
+#include "llama-vocab.h"
+
+#include "ggml.h"
+
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+static thread_local int caught = 0; // guards of this thread
+
+// threads that have some, and what was called before the first of them
+static std::mutex mutex;
+static int n_threads                = 0;
+static ggml_abort_callback_t before = nullptr;
+
+static void on_abort(const char * message) {
+    if (caught > 0) {
+        const char * name = strrchr(message, '/'); // of the source file
+        throw std::runtime_error(name ? name + 1 : message);
+    }
+    if (before) {
+        before(message);
+    } else {
+        fprintf(stderr, "%s\n", message);
+    }
+}
+
+allocmoe_catch_faults::allocmoe_catch_faults() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (caught++ == 0 && n_threads++ == 0) {
+        before = ggml_set_abort_callback(on_abort);
+    }
+}
+
+allocmoe_catch_faults::~allocmoe_catch_faults() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (--caught == 0 && --n_threads == 0) {
+        ggml_set_abort_callback(before);
+    }
+}
+
+void allocmoe_try_vocab(const llama_model & model) {
+    const auto & vocab = model.vocab;
+    if (vocab.get_type() == LLAMA_VOCAB_TYPE_NONE) {
+        return;
+    }
+    const std::string text = "Hello 123,\tworld!\n \xc3\xa9\xe2\x96\x81\xf0\x9f\x98\x80\xff\x01 <s></s>";
+    for (const bool special : { false, true }) {
+        vocab.tokenize(text, special, special);
+    }
+    char piece[256];
+    for (llama_token token = 0; token < (llama_token) vocab.n_tokens(); ++token) {
+        for (const bool special : { false, true }) {
+            vocab.token_to_piece(token, piece, sizeof(piece), 0, special);
+        }
+    }
+}

@@ -22,8 +22,9 @@ HELD_OUT = 5
 # Windows of a longer text are put together of pieces of about so many tokens from as many places: many subjects tell more than
 # many tokens. Shorter pieces would be read with hardly any context of their own.
 _PIECE = 128
-# documents that the model writes at a time: always as many together, so that a text does not depend on where it was interrupted
-_SIDE_BY_SIDE = 16
+# Documents that the model writes at a time: a token of 64 takes 0.4 times as long as of 16; of 128 it would be 0.3 times, in
+# twice the memory (docs/notes/2026-11-conversion.md).
+_SIDE_BY_SIDE = 64
 
 
 class CalibrationText(NamedTuple):
@@ -44,7 +45,7 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0)
     """Windows spread evenly over a UTF-8 text file, put together of pieces from all over it if it is much longer than they are.
 
     Args:
-        n_tokens: tokens for the profile; a quarter as many again are held out.
+        n_tokens: tokens for the profile; up to half as many again are held out.
         n_ctx: tokens in a window, at most the context of `llm`.
         n_fit: tokens for `fit`, and a quarter as many for `spend`, if that is more and the text has as many.
 
@@ -72,7 +73,7 @@ def self_generated(
     """Short documents that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text.
 
     Args:
-        n_tokens: tokens for the profile; a quarter as many again are held out.
+        n_tokens: tokens for the profile; up to half as many again are held out.
         n_ctx: tokens in a window, at most the context of `llm`.
         seed: of the first document; each further one takes the next.
         checkpoint: has the documents that were written before, and takes the new ones.
@@ -90,19 +91,19 @@ def self_generated(
     n_documents = 0
     with progress_bar("calibration text", needed, "tok") as bar:
         while len(tokens) < needed:
-            seeds = range(seed + n_documents, seed + n_documents + _SIDE_BY_SIDE)
-            name = f"documents of seeds {seeds[0]} to {seeds[-1]}, up to {n_max} tokens"
+            n_more = min(_SIDE_BY_SIDE * n_max, needed - len(tokens))
+            n_seq = min(_SIDE_BY_SIDE, -(-n_more // n_max))
+            first = seed + n_documents
+            name = f"{n_more} tokens in documents from seed {first}, up to {n_max} each, {n_seq} at a time"
             written = checkpoint.get(name)
             if written is None:
-                written = write_documents(llm, start, n_max, seeds, bar.update)
+                written = write_documents(llm, start, n_max, n_more, first, n_seq, bar.update)
                 checkpoint.put(name, written)
             else:
-                bar.update(sum(map(len, written)))
+                bar.skip(n_more)
             tokens += itertools.chain.from_iterable(written)
             n_documents += len(written)
-            if n_documents > 64 and len(tokens) < n_documents:
-                raise ConvertError("the model writes no text of its own: give calibration text with --calib")
-    return _split(llm, np.array(tokens[:needed], np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}", n_fit)
+    return _split(llm, np.array(tokens, np.int32), n_tokens, n_ctx, f"self-generated, seed {seed}", n_fit)
 
 
 def n_pieces(n_ctx: int) -> int:
@@ -133,7 +134,7 @@ def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: st
     n_profile = max(1, n_tokens // n_ctx)
     profile = spread(fit, n_profile)
     digest = hashlib.sha256(profile.tobytes()).hexdigest()
-    check = spread(spend, _n_windows(n_tokens, n_ctx) - n_profile)
+    check = spread(spend, max(1, n_profile // 2))
     return CalibrationText(profile, fit, check, spend, Calibration(source, profile.size, digest))
 
 

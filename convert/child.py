@@ -13,7 +13,7 @@ import tempfile
 import threading
 from typing import Optional
 
-from tqdm import tqdm
+from .progress import progress_bar
 
 # what is kept of the output: enough for any traceback
 _LOG_BYTES = 1 << 16
@@ -72,7 +72,7 @@ def _signals_wait():
 
 
 def run(command: list, written: Path, expected: int, desc: str, env: Optional[dict] = None) -> str:
-    """Runs `command` to its end; on a terminal, shows how far the file that it writes has grown.
+    """Runs `command` to its end; shows how far the file that it writes has grown.
 
     Args:
         written: the file that the process writes.
@@ -98,7 +98,7 @@ def run(command: list, written: Path, expected: int, desc: str, env: Optional[di
                     stderr=log,
                     env=env,
                 )
-            with tqdm(total=expected, desc=desc, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            with progress_bar(desc, expected, "B", unit_scale=True) as bar:
                 while process.poll() is None:
                     try:
                         process.wait(0.2)

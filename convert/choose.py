@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-import sys
 from typing import Dict, NamedTuple, Optional
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.measure.perplexity import Reference
 from allocmoe_edge.plan.metadata import HeldOut, Profile
 import numpy as np
-from tqdm import tqdm
 
 from . import CalibrationError, thresholds
 from .calibration import CalibrationText
@@ -162,7 +160,7 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
         found = scores(llm, full, plans, text.held_out)
         best = min(plans, key=lambda name: found[name].kl)
         increase = found[best].perplexity / found["full"].perplexity - 1
-        tqdm.write(f"  {middle} of {sum(full)} activations: perplexity {increase:+.1%}", file=sys.stderr)
+        say(f"  {middle} of {sum(full)} activations: perplexity {increase:+.1%}")
         if increase <= max_increase:
             high = middle
         else:

@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
         "--calib-tokens",
         type=positive,
         metavar="N",
-        help="tokens to profile on; a quarter as many again check the plan. More is slower and less noisy. Default: 4096",
+        help="tokens to profile on; half as many again check the plan. More is slower and less noisy. Default: 2048",
     )
     text.add_argument(
         "--estimate-tokens",

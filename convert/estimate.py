@@ -43,7 +43,7 @@ from .regression import MissingSums, SizeSums, as_it_runs, positive_directions
 from .sensitivity import half_of
 
 # the first run needs no more tokens: its regressions are linear
-_DIRECTION_TOKENS = 12288
+DIRECTION_TOKENS = 12288
 # runs with the rule in force, each from thresholds that the one before has corrected
 _CORRECTIONS = 2
 
@@ -106,7 +106,7 @@ def _calibrate(
     held = token_windows[apart] if apart.any() else token_windows
     if spend_windows is not None:
         held = np.concatenate([held, spread(spend_windows, len(held))])
-    first = spread(token_windows[~apart], max(_DIRECTION_TOKENS // n_ctx, 1))
+    first = spread(token_windows[~apart], max(DIRECTION_TOKENS // n_ctx, 1))
     text = f"{window_name(token_windows)} {token_windows.shape}"
 
     def stage(name: str, compute: Callable[[], Optional[Arrays]]) -> Optional[Arrays]:
@@ -165,7 +165,7 @@ def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int)
     with recording(llm, _whole(llm, full), inputs=True) as recorder:
         if not recorder.works:
             return None
-        with progress_bar("estimates, directions", len(token_windows), "pass") as bar:
+        with progress_bar("estimates, inputs", len(token_windows), "pass") as bar:
             taken = recorder.layers(token_windows, "inputs", "experts", "norms", "errors", progress=bar.update)
             for il, layer in taken:
                 if not (np.isfinite(layer.norms).all() and np.isfinite(layer.inputs).all()):
@@ -236,7 +236,7 @@ def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> Ar
             np.put_along_axis(skipped, layer.experts, np.where(keep, 0.0, layer.weights), axis=1)
             missing[il].add(layer.inputs, skipped, layer.missing)
     fitted = {}
-    with progress_bar("estimates, outputs", len(missing), "layer") as bar:
+    with progress_bar("estimates, ranks", len(missing), "layer") as bar:
         for il in list(missing):
             fitted[il] = missing.pop(il).fit(rank)
             bar.update()

@@ -45,14 +45,15 @@ def windows_apart(n: int, n_ctx: int) -> np.ndarray:
 
 
 def memory(expert_used_count_full: tuple, n_expert: int, n_embd: int, shape: tuple) -> int:
-    """Bytes that calibrating needs beside the model for windows of a shape [n, n_ctx]: in each layer two matrices of about
-    n_embd by n_embd floats, what one window has recorded, in vectors that have room for twice as much, the main inputs in
-    float16, and a few floats for each of a token's experts."""
-    full, size, n_tokens = expert_used_count_full, n_expert + n_embd, shape[0] * shape[1]
+    """Bytes that calibrating needs beside the model for windows of a shape [n, n_ctx]: what one window has recorded, and for each
+    layer the most of what the three runs sum up: a matrix of n_embd by n_embd, or the main inputs of all tokens in float16 and a
+    few floats for each of their experts, or two matrices of about n_embd by n_embd."""
+    full, n_tokens, n_input = expert_used_count_full, shape[0] * shape[1], min(N_INPUT, n_embd)
     n_layer = sum(k > 0 for k in full)
-    matrices = n_layer * (size * (size + n_embd) + 2 * 2 * shape[1] * n_embd)
-    of_token = (N_SIZE + n_relu_for(n_tokens) + min(N_INPUT, n_embd) // 2) * n_layer + 3 * sum(full)
-    return 4 * (matrices + n_tokens * of_token)
+    directions = n_layer * n_embd * (n_embd + 2 * n_expert)
+    sizes = n_tokens * ((N_SIZE + n_relu_for(n_tokens) + n_input // 2) * n_layer + 3 * sum(full))
+    outputs = n_layer * (n_expert + n_embd) * (n_expert + 2 * n_embd)
+    return 4 * (max(directions, sizes, outputs) + n_layer * 2 * shape[1] * n_embd)
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:

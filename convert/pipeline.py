@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-import time
 from typing import Optional
 
 from allocmoe_edge import Llama, Plan, parse_budget
@@ -25,11 +24,12 @@ from . import (
     output,
     sensitivity,
     source,
+    stages,
 )
 from .calibration import CalibrationText
 from .checkpoint import Checkpoint
 from .finite import weights_not_finite
-from .progress import say, waiting
+from .progress import conversion, say, waiting
 from .settings import Settings
 from .task import Task, plan_task
 
@@ -50,9 +50,10 @@ def convert(settings: Settings) -> Written:
     Raises:
         ConvertError, GGUFError, PlanError: see the stages; nothing has been written.
     """
-    with source.as_gguf(settings) as gguf:
+    with conversion() as progress, source.as_gguf(settings) as gguf:
         task = plan_task(settings, gguf)
         if task.runs_the_model:
+            progress.expect(stages.expected(task))
             choice = measure(task)
             profile, plan = choice.profile, choice.plan
         else:
@@ -63,6 +64,8 @@ def convert(settings: Settings) -> Written:
             written = output.write_planned(gguf.path, settings.output, plan, profile, consume=gguf.temporary)
     if task.runs_the_model:
         checkpoint.remove(settings.checkpoint)
+        peak = memory.peak()
+        say(progress.summary() + (f"; at most {peak / 1e9:.1f} GB of memory" if peak else ""))
     return Written(written, plan, profile, checked=task.runs_the_model)
 
 
@@ -142,10 +145,9 @@ def profiled(task: Task, llm: Llama, text: CalibrationText, results: Checkpoint)
     passes = sensitivity.n_passes(full, settings.profile)
     windows = f"{len(text.profile)} windows of {settings.ctx_size} tokens"
     say(f"profiling ({settings.profile}, {settings.metric}) on {text.source.source}: {passes} passes over {windows}")
-    start = time.monotonic()
     rows, reused = sensitivity.measure(llm, full, text.profile, settings.profile, settings.metric, results)
-    before = f", {reused} cells of it measured before" if reused else ""
-    say(f"profiled in {time.monotonic() - start:.0f} s{before}")
+    if reused:
+        say(f"{reused} cells of the profile had been measured before")
     return Profile(
         rows, (1.0,) * len(full), text.source, metric=settings.metric, mode=settings.profile, k_base=settings.k_base
     )

@@ -22,6 +22,11 @@ _OUTLIER = 8.0
 # of the training of directions that count where positive: AdamW's, the rate falling to zero. At a rate of 3e-3 up to half of the
 # directions ended where no token is.
 _EPOCHS, _BATCH, _RATE, _DECAY = 15, 128, 1e-3, 1e-2
+# Of subspaces towards the main ones: where the smallest of those that are wanted hardly differ from those that are not, a few
+# will do, and where their number is the rank of what is fitted, more.
+_ITERATIONS, _ITERATIONS_OF_RANK = 3, 10
+# rows up to which a whole decomposition takes next to no time
+_WHOLE = 1024
 
 
 def as_it_runs(down: np.ndarray) -> np.ndarray:
@@ -31,6 +36,21 @@ def as_it_runs(down: np.ndarray) -> np.ndarray:
         return down.astype(np.float16).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q4_0
     return gguf.dequantize(gguf.quantize(np.ascontiguousarray(down, np.float32), kind), kind)
+
+
+def main_vectors(matrix: np.ndarray, n: int, iterations: int) -> np.ndarray:
+    """float64 [len(matrix), n]: eigenvectors of the n largest eigenvalues of a symmetric matrix without negative ones, falling.
+
+    Where n is few of all, by subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011): the decomposition of a matrix of
+    2,048 rows takes longer than the model needs for a window in that layer. The same matrix gives the same vectors.
+    """
+    block = n + n // 16 + 16
+    if len(matrix) <= max(2 * block, _WHOLE):
+        return np.linalg.eigh(matrix)[1][:, ::-1][:, :n]
+    basis = np.random.default_rng(0).standard_normal((len(matrix), block))
+    for _ in range(iterations):
+        basis = np.linalg.qr(matrix @ basis)[0]
+    return basis @ np.linalg.eigh(basis.T @ matrix @ basis)[1][:, ::-1][:, :n]
 
 
 class SizeSums:
@@ -81,8 +101,8 @@ class SizeSums:
     def main_inputs(self, n: int) -> np.ndarray:
         """float64 [n, n_embd]: the n main directions of the inputs' covariance; divided by the root of their mean variance, so
         that one of n_embd inputs has a variance of 1 in the mean."""
-        variance, vectors = np.linalg.eigh(self._covariance())
-        return vectors[:, ::-1][:, :n].T / np.sqrt(max(variance.mean(), 1e-30))
+        covariance = self._covariance()
+        return main_vectors(covariance, n, _ITERATIONS).T / np.sqrt(max(np.trace(covariance) / len(covariance), 1e-30))
 
 
 def _main_directions(slopes: np.ndarray, covariance: np.ndarray, n_down: int) -> np.ndarray:
@@ -206,8 +226,7 @@ class MissingSums:
         products[np.diag_indices_from(products)] += ridge + 1e-6 * square.max() + 1e-30
         targets = self.targets.astype(np.float64)
         solved = np.linalg.solve(products, targets)
-        _, up = np.linalg.eigh(targets.T @ solved)
-        up = up[:, ::-1][:, :rank]
+        up = main_vectors(targets.T @ solved, rank, _ITERATIONS_OF_RANK)
         inner = solved @ up
         # both factors of like size: entries are stored in float16
         scale = np.sqrt(np.abs(up).max(axis=0) / np.maximum(np.abs(inner).max(axis=0), 1e-30))

@@ -80,7 +80,7 @@ def measure(
     kl: Dict[tuple, float] = {}
     errors, reused = [np.zeros(k + 1) for k in full], 0
     total = len(token_windows) * (len(plans) + 1)
-    with progress_bar("sensitivity", total, "pass", leave=True, smoothing=0.05) as bar:
+    with progress_bar("sensitivity", total, "pass", leave=True) as bar:
         for window in token_windows:
             name = window_name(window)
             stored = checkpoint.get(f"{name} full")
@@ -93,7 +93,9 @@ def measure(
                     raise CalibrationError("the model's own predictions are not finite", finite=False)
                 stored = {"nll": reference.nll.mean(), "errors": [row.tolist() for row in recorded]}
                 checkpoint.put(f"{name} full", stored)
-            bar.update(1 + len(plans) - len(missing))
+            if missing:
+                bar.update()
+            bar.skip(len(plans) - len(missing) + (not missing))
             reused += len(plans) - len(missing)
             for counts in missing:
                 changed = next(il for il, (k, own) in enumerate(zip(counts, full)) if k != own)

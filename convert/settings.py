@@ -43,7 +43,7 @@ class Settings:
     k_base: int = 1
     reprofile: bool = False
     calib: Optional[Path] = None
-    calib_tokens: int = 4096
+    calib_tokens: int = 2048
     estimate_tokens: int = 12288
     ctx_size: int = 512
     seed: int = 0

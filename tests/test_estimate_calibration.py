@@ -291,9 +291,9 @@ def test_missing_outputs_are_estimated_on_other_text(llm, text, calibrated):
 
 
 def test_budget_is_met_and_uniform_k_is_beaten(llm, text, calibrated):
-    """On text that nothing was fitted on: within 15% of the budget, and at most two thirds of uniform k's divergence."""
+    """On text that nothing was fitted on: within 10% of the budget, and at most two thirds of uniform k's divergence."""
     plan = calibrated.plan(180, FULL)
-    kl = {}
+    kl, spent = {}, []
     for name, candidate in {"uniform": Plan.uniform(FULL, 180), "estimate": plan}.items():
         kl[name] = 0.0
         for window in text[9:12]:
@@ -303,7 +303,8 @@ def test_budget_is_met_and_uniform_k_is_beaten(llm, text, calibrated):
             llm.expert_stats(reset=True)
             kl[name] += reference.compare(llm)[1].mean()
             if name == "estimate":
-                assert llm.expert_stats()["prefill"]["mean"].sum() == pytest.approx(180, rel=0.15)
+                spent.append(llm.expert_stats()["prefill"]["mean"].sum())
+    assert np.mean(spent) == pytest.approx(180, rel=0.1), spent
     assert kl["estimate"] < kl["uniform"] * 2 / 3
 
 

@@ -1,12 +1,22 @@
 """How much memory is left: the system's figure, and what control groups allow."""
 
+import subprocess
 import sys
 
 from allocmoe_edge.measure import memory
 import pytest
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/meminfo")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory():
+    """256 MB in a new process, which has next to nothing before, and keeps none of it."""
+    code = "from allocmoe_edge.measure.memory import peak; a = peak(); x = b'x' * (256 << 20); del x; print(a, peak())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 10 << 20 < before < 1 << 30 and 200 << 20 < after - before < 300 << 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_available_memory():
     found = memory.available()
     assert 1 << 20 < found <= memory.read_meminfo("MemTotal")

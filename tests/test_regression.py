@@ -1,6 +1,6 @@
 """The trained part of what token rule "estimate" goes by (`convert/regression.py`), by itself."""
 
-from allocmoe_edge.convert.regression import SizeSums, _gradients, fit_sizes, positive_directions
+from allocmoe_edge.convert.regression import SizeSums, _gradients, fit_sizes, main_vectors, positive_directions
 import numpy as np
 import pytest
 
@@ -63,3 +63,21 @@ def test_main_inputs_are_the_main_directions():
     # one of eight inputs has a variance of 1 in the mean: the largest are 64, 49 and 36 of 25.5
     np.testing.assert_allclose((x @ found.T).var(axis=0), np.array([64, 49, 36]) / 25.5, rtol=0.1)
     assert (np.abs(found).argmax(axis=1) == [7, 6, 5]).all()
+
+
+def test_few_main_vectors_of_many():
+    """By subspace iteration: they hold what the true ones hold of the matrix but for 1%, where eigenvalues fall as those of a
+    layer's inputs do, and those that stand out are the true ones."""
+    rng = np.random.default_rng(3)
+    axes = np.linalg.qr(rng.standard_normal((1100, 1100)))[0]
+    values = 1 / np.arange(1, 1101) ** 1.2
+    matrix = axes @ np.diag(values) @ axes.T
+    found = main_vectors(matrix, 40, 3)
+    np.testing.assert_allclose(found.T @ found, np.eye(40), atol=1e-9)
+    held = np.einsum("ij,ik,kj->j", found, matrix, found)
+    assert held.sum() > 0.99 * values[:40].sum() and (np.diff(held) <= 0).all()
+    assert (np.abs((axes[:, :5] * found[:, :5]).sum(axis=0)) > 0.999).all()
+    assert np.array_equal(found, main_vectors(matrix, 40, 3))
+    # half of them: exactly
+    whole = main_vectors(matrix, 550, 0)
+    np.testing.assert_allclose(np.einsum("ij,ik,kj->j", whole, matrix, whole), values[:550])

@@ -24,10 +24,19 @@ def available() -> Optional[int]:
     return min([found, *_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
+def peak() -> Optional[int]:
+    """Bytes of memory that this process has had at most, file pages included; None but on Linux."""
+    return _read_kilobytes(Path("/proc/self/status"), "VmHWM")
+
+
 def read_meminfo(key: str) -> Optional[int]:
     """Bytes under a key of Linux's /proc/meminfo; None elsewhere."""
+    return _read_kilobytes(Path("/proc/meminfo"), key)
+
+
+def _read_kilobytes(path: Path, key: str) -> Optional[int]:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in path.read_text().splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     except OSError:

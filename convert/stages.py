@@ -1,0 +1,51 @@
+"""What a conversion's stages cost, beside each other: how many tokens run through which share of the model."""
+
+from __future__ import annotations
+
+from typing import List, Tuple
+
+from . import estimate, sensitivity
+from .task import Task
+
+# Measured against a token of a window at full budget (docs/notes/2026-11-conversion.md): one that the model writes among 64
+# documents; one whose layers are recorded; one at half budget.
+_WRITTEN, _RECORDED, _HALF = 1.65, 1.05, 0.7
+# of all that: to load the model, and to write a file
+_FILE = 0.01
+# bisections of the smallest budget
+_BISECTIONS = 9
+
+
+def expected(task: Task) -> List[Tuple[str, float]]:
+    """The bars of a conversion that runs the model, in their order, and the work of each in tokens through the whole model."""
+    settings, full = task.settings, task.full
+    tries = task.tries_estimates and not task.calibrated
+    n_profile = settings.calib_tokens
+    n_fit = max(n_profile, settings.estimate_tokens) if tries else n_profile
+    n_held = n_profile / 2
+    found = []
+    if settings.calib is None:
+        found += [("calibration text", _WRITTEN * 1.25 * n_fit)]
+    if task.stored is None:
+        cells = set(sensitivity.cells(full, settings.profile).values()) - {full}
+        starts = [next(il for il, (k, own) in enumerate(zip(counts, full)) if k != own) for counts in cells]
+        found += [("sensitivity", n_profile * (_RECORDED + sum(1 - il / len(full) for il in starts)))]
+    if tries:
+        found += [
+            ("estimates, inputs", _RECORDED * min(0.75 * n_fit, estimate.DIRECTION_TOKENS)),
+            ("estimates, directions", task.n_embd),
+            ("estimates, sizes", _RECORDED * n_fit),
+            ("estimates, positive directions", 0.06 * n_fit),
+            ("estimates, outputs", _RECORDED * n_fit),
+            ("estimates, ranks", task.n_embd / 3),
+            ("estimates, spend", _HALF * 4 * min(n_fit / 4, 4096)),
+        ]
+    n_plans = 2 + (settings.token_rule is None) * 2 + task.tries_estimates
+    check = ("held-out check", n_held * (1 + _HALF * n_plans))
+    if settings.max_ppl_increase is not None:
+        found += [check] * _BISECTIONS
+    if settings.token_rule in (None, "threshold"):
+        found += [("thresholds", _HALF * n_profile)] * 2
+    found += [check]
+    file = _FILE * sum(work for _, work in found)
+    return [("loading the model", file), *found, ("writing the model", file)]

@@ -1,31 +1,40 @@
 #!/usr/bin/env python3
-"""The main job, end to end: a real MoE model, converted at half budget, answers, and a table says what it cost.
+"""The main job, end to end: a trained MoE model is converted, answers at three budgets, and two tables say what it costs.
 
     python bench/demo.py [--budget 0.5] [--dir build/demo]
 
-Builds the small real MoE model (bench/testbed.py) unless it is there already, converts it with allocmoe-convert,
-chats one turn, and measures perplexity, prefill and decode speed at full budget, with uniform k, and with the plan.
+Quality is measured on the model itself (bench/upcycle: SmolLM2-135M as a Mixture of Experts). Speed is not: a model that
+small spends its time in the output matrix. It is measured on random weights of the shape of OLMoE-1B-7B, a quarter of it:
+4 of the 16 layers, and a quarter of the vocabulary, so that every part has its share of the time of the whole.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-import statistics
 import sys
 import time
 
-from allocmoe_edge import Llama, Plan
+from allocmoe_edge import Llama, Plan, parse_budget
+from allocmoe_edge.bench import measure, report
 from allocmoe_edge.convert import cli as convert
 from allocmoe_edge.measure.cores import physical_cores
-from allocmoe_edge.measure.perplexity import bos_token, perplexity, windows
-import testbed
+from allocmoe_edge.measure.perplexity import Reference, bos_token, windows
+from allocmoe_edge.measure.traffic import WeightTraffic
+import numpy as np
+import random_gguf
+import shapes
+
+sys.path.insert(0, str(Path(__file__).parent / "upcycle"))
+
+import build
 
 QUESTION = "What is the capital of France, and what is it known for?"
-PPL_TOKENS = 4096
-PREFILL_TOKENS = 512
-DECODE_TOKENS = 48
+LOWER = "0.33"  # the budget below the one that the file is converted for
+TEXT_TOKENS, N_CTX = 4096, 512
+SPEED_ITEMS = (measure.Item("prefill", 256), measure.Item("decode", 0, 32))
 ROUNDS = 3
+SHAPE, PARTS = "OLMoE-1B-7B", 4
 N_THREADS = physical_cores()
 
 
@@ -36,86 +45,125 @@ def reference_text() -> bytes:
     return "\n\n".join(topics[name] for name in sorted(topics)).encode()
 
 
-def chat(llm: Llama, name: str) -> None:
-    print(f"\n> {QUESTION}   [{name}]")
+def chat(llm: Llama, budget: str) -> None:
+    llm.set_budget(budget)
+    print(f"\n> {QUESTION}   [budget {budget}]")
     messages = [{"role": "user", "content": QUESTION}]
     for chunk in llm.create_chat_completion(messages, max_tokens=64, temperature=0.0, repeat_penalty=1.1, stream=True):
         print(chunk["choices"][0]["delta"].get("content", ""), end="", flush=True)
-    print("\n")
+    print()
 
 
-def speeds(llm: Llama, plans: dict, tokens: list) -> dict:
-    """Tokens per second, (prefill, decode), per plan: medians of ROUNDS runs that take turns."""
-    runs: dict = {name: ([], []) for name in plans}
-    for _ in range(ROUNDS):
+def quality(llm: Llama, budgets: list) -> list:
+    """Rows of (what, experts per token, perplexity, share of tokens whose likeliest next one is full budget's)."""
+    tokens = llm.tokenize(reference_text()[: 16 * TEXT_TOKENS], add_bos=False)
+    held = windows(tokens[:TEXT_TOKENS], N_CTX, bos_token(llm))
+    llm.set_plan(None)
+    full = llm.expert_used_count_full
+    plans = {}
+    for budget in budgets:
+        plans[f"{budget}, the plan"] = llm.set_budget(budget)
+        plans[f"{budget}, uniform k"] = Plan.uniform(full, plans[f"{budget}, the plan"].budget_total)
+    found: dict = {name: [] for name in ("full", *plans)}
+    spent = {"full": float(sum(full))}
+    for window in held:
+        llm.set_plan(None)
+        reference = Reference(llm, window)
+        found["full"].append((reference.nll, np.ones(len(reference.nll), bool)))
         for name, plan in plans.items():
             llm.set_plan(plan)
-            llm.eval(tokens[:8])  # the graph for the new plan is built here
-            llm.reset()
-            start = time.perf_counter()
-            llm.eval(tokens[:PREFILL_TOKENS])
-            middle = time.perf_counter()
-            for token in tokens[:DECODE_TOKENS]:
-                llm.eval([token])
-            end = time.perf_counter()
-            runs[name][0].append(PREFILL_TOKENS / (middle - start))
-            runs[name][1].append(DECODE_TOKENS / (end - middle))
-            llm.reset()
-    return {name: tuple(statistics.median(values) for values in pair) for name, pair in runs.items()}
+            llm.expert_stats(reset=True)
+            nll, _, same = reference.compare_tokens(llm)
+            found[name].append((nll, same))
+            spent[name] = spent.get(name, 0.0) + llm.expert_stats()["prefill"]["mean"].sum() / len(held)
+    rows = []
+    for name, windows_found in found.items():
+        nll, same = (np.concatenate(values) for values in zip(*windows_found))
+        rows.append((name, spent[name], float(np.exp(nll.mean())), float(same.mean())))
+    return rows
+
+
+def speed(path: Path, budgets: list) -> list:
+    """The rows of allocmoe-bench: llama.cpp's own kernels at full budget, ours, and ours at each budget, uniform k."""
+    items = list(SPEED_ITEMS)
+    n_ctx = max(item.context for item in items)
+    llm = Llama(str(path), n_ctx=n_ctx, n_batch=n_ctx, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False)
+    full = llm.expert_used_count_full
+    plans = {measure.STOCK: Plan.full(full), "full": Plan.full(full)}
+    for budget in budgets:
+        plans[budget] = Plan.uniform(full, parse_budget(budget, sum(full), len(full)))
+    tokens = np.random.default_rng(0).integers(llm.n_vocab(), size=n_ctx).tolist()
+    result = measure.run(llm, plans, items, ROUNDS, tokens)
+    llm.close()
+    return report.rows(result, plans, WeightTraffic(path), bandwidth=1.0)
+
+
+def print_table(titles: tuple, rows: list) -> None:
+    cells = [titles, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
+    print("\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="0.5", help="as for allocmoe-convert. Default: 0.5")
     parser.add_argument("--dir", type=Path, default=Path("build/demo"), help="where the models go. Default: build/demo")
-    parser.add_argument("--calib-tokens", default="2048", help="as for allocmoe-convert. Default: 2048")
     args = parser.parse_args()
+    budgets = [args.budget, LOWER]
+    began = time.monotonic()
 
     args.dir.mkdir(parents=True, exist_ok=True)
-    model, planned = args.dir / "testbed.gguf", args.dir / "testbed-planned.gguf"
+    model, planned = args.dir / "smolmoe.gguf", args.dir / "smolmoe-planned.gguf"
     if not model.exists():
-        print(f"building {model}: SmolLM2-135M-Instruct, its feed-forward layers split into experts", flush=True)
-        testbed.build(model)
-    command = [str(model), "--budget", args.budget, "--calib-tokens", args.calib_tokens, "-o", str(planned), "--force"]
+        print(f"building {model}: SmolLM2-135M-Instruct as a Mixture of Experts", flush=True)
+        build.build(model)
+    command = [str(model), "--budget", args.budget, "-o", str(planned), "--force"]
     print("$ allocmoe-convert " + " ".join(command), flush=True)
     if convert.main(command):
         sys.exit(1)
 
-    llm = Llama(str(planned), n_ctx=1024, n_threads=N_THREADS, verbose=False)
-    plan = llm.plan
-    plans = {
-        "full budget": Plan.full(plan.expert_used_count_full),
-        "uniform k": Plan.uniform(plan.expert_used_count_full, plan.budget_total),
-        "the plan": plan,
-    }
-    for name in ("full budget", "the plan"):
-        llm.set_plan(plans[name])
-        chat(llm, name)
+    llm = Llama(str(planned), n_ctx=1024, n_batch=N_CTX, n_threads=N_THREADS, verbose=False)
+    for budget in ("1.0", *budgets):
+        chat(llm, budget)
+    rows = quality(llm, budgets)
+    n_full = rows[0][1]
+    llm.close()
 
-    tokens = llm.tokenize(reference_text()[:80_000], add_bos=False)
-    held = windows(tokens[:PPL_TOKENS], 512, bos_token(llm))
-    found, spent = {}, {}
-    for name, candidate in plans.items():
-        llm.set_plan(candidate)
-        llm.expert_stats(reset=True)
-        found[name] = perplexity(llm, held)
-        spent[name] = llm.expert_stats()["prefill"]["mean"].sum()
-    speed = speeds(llm, plans, tokens)
+    print(f"\nQuality: {planned} on {TEXT_TOKENS} tokens of the Python reference, windows of {N_CTX}\n")
+    print_table(
+        ("budget", "experts per token", "perplexity", "same next token as full"),
+        [(name, f"{n:.0f} ({n / n_full:.0%})", f"{ppl:.2f}", f"{same:.1%}") for name, n, ppl, same in rows],
+    )
 
-    full = speed["full budget"]
-    print("|             | experts per token | perplexity | prefill tokens/s |  decode tokens/s |")
-    print("| ----------- | ----------------: | ---------: | ---------------: | ---------------: |")
-    for name, candidate in plans.items():
-        prefill, decode = speed[name]
-        print(
-            f"| {name:11} | {spent[name]:8.0f} ({spent[name] / candidate.budget_full:4.0%}) | {found[name]:10.2f} "
-            f"| {prefill:7.1f} ({prefill / full[0]:.2f}x) | {decode:7.1f} ({decode / full[1]:.2f}x) |"
-        )
+    shaped = args.dir / "olmoe-quarter.gguf"
+    if not shaped.exists():
+        config = dict(shapes.MODELS[SHAPE])
+        config["vocab_size"] //= PARTS
+        random_gguf.write(shaped, SHAPE, shapes.Shape(config, config["num_hidden_layers"] // PARTS), "Q4_K_M", 0)
+    found = speed(shaped, budgets)
     print(
-        f"\nPerplexity on {held.size} tokens of the Python reference, windows of 512, and the experts that were spent on it "
-        f"(planned: {plan.budget_total}). Speed: {PREFILL_TOKENS} prompt and "
-        f"{DECODE_TOKENS} generated tokens, medians of {ROUNDS} runs in turn, {N_THREADS} threads.\n"
-        f"The planned model is {planned}; try: Llama(model_path={str(planned)!r}, budget=0.7)"
+        f"\nSpeed: random weights of the shape of {SHAPE}, Q4_K_M, a quarter of it; {N_THREADS} threads; "
+        f"{SPEED_ITEMS[0].length} prompt tokens, {SPEED_ITEMS[1].n_gen} generated, medians of {ROUNDS} rounds in turn\n"
+    )
+    names = {measure.STOCK: "llama.cpp's kernels, full", "full": "ours, full"}
+    columns = [[row for row in found if row["phase"] == phase] for phase in ("prefill", "decode")]
+    print_table(
+        ("budget", "prefill tokens/s", "decode tokens/s"),
+        [
+            (names.get(rows[0]["plan"], f"ours, {rows[0]['plan']}"),)
+            + tuple(
+                f"{row['tokens_per_second']:.1f} ({row['ratio'] if rows[0]['plan'] != measure.STOCK else 1:.2f}x)"
+                for row in rows
+            )
+            for rows in zip(*columns)
+        ],
+    )
+    print(
+        f"\nIn all {time.monotonic() - began:.0f} s. With a model of yours: allocmoe-convert model.gguf --budget {args.budget} "
+        "-o model-planned.gguf\n"
+        f"then in Python: from allocmoe_edge import Llama; Llama(model_path='model-planned.gguf', budget={args.budget})"
     )
 
 

@@ -125,7 +125,7 @@ def test_output_of_a_run_that_was_killed(tiny_planned, out):
     """It keeps nobody away, and what it has left goes; files of others stay."""
     code = "import sys, time; from pathlib import Path; from allocmoe_edge.convert import claim\n"
     code += "with claim.claimed(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code, out / "m.gguf"], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", code, out / "m.gguf"], stdout=subprocess.PIPE, cwd=out)
     holder.stdout.readline()
     refused(tiny_planned, "-o", out / "m.gguf", expect="is writing it")
     holder.kill()

@@ -98,14 +98,6 @@ def speed(path: Path, budgets: list) -> list:
     return report.rows(result, plans, WeightTraffic(path), bandwidth=1.0)
 
 
-def print_table(titles: tuple, rows: list) -> None:
-    cells = [titles, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
-    print("\n".join(lines))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="0.5", help="as for allocmoe-convert. Default: 0.5")
@@ -132,10 +124,8 @@ def main() -> None:
     llm.close()
 
     print(f"\nQuality: {planned} on {TEXT_TOKENS} tokens of the Python reference, windows of {N_CTX}\n")
-    print_table(
-        ("budget", "experts per token", "perplexity", "same next token as full"),
-        [(name, f"{n:.0f} ({n / n_full:.0%})", f"{ppl:.2f}", f"{same:.1%}") for name, n, ppl, same in rows],
-    )
+    cells = [(name, f"{n:.0f} ({n / n_full:.0%})", f"{ppl:.2f}", f"{same:.1%}") for name, n, ppl, same in rows]
+    print(report.markdown(("budget", "experts per token", "perplexity", "same next token as full"), cells))
 
     shaped = args.dir / "olmoe-quarter.gguf"
     if not shaped.exists():
@@ -149,17 +139,14 @@ def main() -> None:
     )
     names = {measure.STOCK: "llama.cpp's kernels, full", "full": "ours, full"}
     columns = [[row for row in found if row["phase"] == phase] for phase in ("prefill", "decode")]
-    print_table(
-        ("budget", "prefill tokens/s", "decode tokens/s"),
-        [
-            (names.get(rows[0]["plan"], f"ours, {rows[0]['plan']}"),)
-            + tuple(
-                f"{row['tokens_per_second']:.1f} ({row['ratio'] if rows[0]['plan'] != measure.STOCK else 1:.2f}x)"
-                for row in rows
-            )
-            for rows in zip(*columns)
-        ],
-    )
+    cells = []
+    for phases in zip(*columns):
+        plan = phases[0]["plan"]
+        # the reference's own ratio is its noise around 1
+        ratios = [1.0 if plan == measure.STOCK else row["ratio"] for row in phases]
+        speeds = [f"{row['tokens_per_second']:.1f} ({ratio:.2f}x)" for row, ratio in zip(phases, ratios)]
+        cells.append((names.get(plan, f"ours, {plan}"), *speeds))
+    print(report.markdown(("budget", "prefill tokens/s", "decode tokens/s"), cells))
     print(
         f"\nIn all {time.monotonic() - began:.0f} s. With a model of yours: allocmoe-convert model.gguf --budget {args.budget} "
         "-o model-planned.gguf\n"

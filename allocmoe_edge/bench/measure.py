@@ -73,13 +73,7 @@ def turns(names: Sequence[str], n_rounds: int) -> Iterator[List[str]]:
         yield [reference, *(others if i % 2 == 0 else others[::-1]), reference]
 
 
-def run(
-    llm: Llama,
-    plans: Dict[str, Plan],
-    items: Sequence[Item],
-    n_rounds: int,
-    tokens: Sequence[int],
-) -> Result:
+def run(llm: Llama, plans: Dict[str, Plan], items: Sequence[Item], n_rounds: int, tokens: Sequence[int]) -> Result:
     """Measures every item under every plan.
 
     Args:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -108,15 +108,19 @@ def table(all_rows: List[dict]) -> str:
     for phase, columns in (("prefill", _PREFILL), ("decode", _DECODE)):
         found = [row for row in all_rows if row["phase"] == phase]
         columns = [c for c in columns if c[0] != "J/token" or any(row["joules_per_token"] for row in found)]
-        cells = [[title.format(all_rows[0]["plan"]) for title, _ in columns]] + [
-            [show(row) for _, show in columns] for row in found
-        ]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
-        lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
+        titles = [title.format(all_rows[0]["plan"]) for title, _ in columns]
         if found:
-            parts.append("\n".join(lines))
+            parts.append(markdown(titles, [[show(row) for _, show in columns] for row in found]))
     return "\n\n".join(parts)
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells, aligned to the right, that also reads well as it is."""
+    cells = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
+    lines.insert(1, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |")
+    return "\n".join(lines)
 
 
 def _ratio(row: dict) -> str:

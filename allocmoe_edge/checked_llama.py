@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import threading
-from typing import Any, Callable, Generator, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, ContextManager, Generator, Iterator, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -165,13 +165,11 @@ class CheckedLlama(llama_cpp.Llama):
         sent = None
         try:
             while True:
-                self._inside = "a step"
                 try:
-                    token = inner.send(sent)
+                    with self._being_inside("a step"):
+                        token = inner.send(sent)
                 except StopIteration:
                     return
-                finally:
-                    self._inside = None
                 generation.n_tokens += 1
                 sent = yield token
                 if generation.ended_by is not None:
@@ -192,13 +190,18 @@ class CheckedLlama(llama_cpp.Llama):
         """A user's function that runs inside a generation: it may not change what that goes on from."""
 
         def guarded(*args):
-            before, self._inside = self._inside, "a callback"
-            try:
+            with self._being_inside("a callback"):
                 return function(*args)
-            finally:
-                self._inside = before
 
         return guarded
+
+    @contextlib.contextmanager
+    def _being_inside(self, what: str) -> Iterator[None]:
+        before, self._inside = self._inside, what
+        try:
+            yield
+        finally:
+            self._inside = before
 
     def _tokens_change(self, by: str) -> None:
         """Called before the cached tokens are forgotten or replaced: a generation in progress ends."""
@@ -208,10 +211,28 @@ class CheckedLlama(llama_cpp.Llama):
             self._generation.ended_by, self._generation = by, None
 
     def _create_completion(self, *args: Any, **kwargs: Any):
-        bias = _COMPLETE.bind(self, *args, **kwargs).arguments.get("logit_bias")
-        if bias is not None:
-            _check_bias(bias, self.n_vocab())
-        return turns(self._turn, super()._create_completion(*args, **kwargs))
+        options = _COMPLETE.bind(self, *args, **kwargs).arguments
+        if options.get("logit_bias") is not None:
+            _check_bias(options["logit_bias"], self.n_vocab())
+        parts = super()._create_completion(*args, **kwargs)
+        return turns(self._turn, self._complete(parts, bool(options.get("stream")), self._request()))
+
+    def _complete(self, parts: Generator, stream: bool, request: ContextManager) -> Generator[Any, Any, None]:
+        """The parts of one completion, the only one without `stream`; all of them are computed inside of `request`."""
+        self._tokens_change("another generation")
+        with request, contextlib.closing(parts):
+            while True:
+                with self._being_inside("a step"):
+                    part = next(parts, None)
+                if part is None or not stream:
+                    break
+                yield part
+        if part is not None:
+            yield part
+
+    def _request(self) -> ContextManager:
+        """What holds while the completion that is being asked for is computed, from its first part on."""
+        return contextlib.nullcontext()
 
     @in_turn
     def create_chat_completion(self, *args: Any, **kwargs: Any):

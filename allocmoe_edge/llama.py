@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 import difflib
 import inspect
 import os
 import sys
-from typing import Dict, Optional, Sequence, Union
+from typing import ContextManager, Dict, Generator, Iterator, NamedTuple, Optional, Sequence, Union
 import warnings
 
 import numpy as np
 
-from . import overrides
+from . import hub, overrides
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
 from .checked_llama import CheckedLlama
 from .gguf_file import GGUFFile, model_paths
@@ -21,7 +22,7 @@ from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget, shown
 from .plan.estimator import Estimator
 from .prompt_cache import CacheOfOnePlan
-from .sharing import in_turn
+from .sharing import in_turn, turns
 
 Budget = Union[float, int, str]
 
@@ -31,6 +32,17 @@ _PHASES = {"prefill": libllama.ALLOCMOE_PHASE_PREFILL, "decode": libllama.ALLOCM
 
 # llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h) for one layer
 _EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+# what _plan_of_tokens and _plan_in_force may be beside a plan
+_MIXED, _UNKNOWN = "mixed", "unknown"
+
+
+class _Before(NamedTuple):
+    """What was in force before a request that has a budget of its own."""
+
+    plan: Optional[Plan]
+    by_hand: Optional[Plan]
 
 
 class Llama(CheckedLlama):
@@ -58,7 +70,8 @@ class Llama(CheckedLlama):
         model_path: GGUF file, a str or a Path; the first one if the model is split.
         budget: None for the plan in the file (the model's own expert counts if it has none). A float in
             (0, 1] or a string like "50%" is a share of the model's own activations, an int is a total of
-            expert activations per token; either is planned anew from the sensitivities in the file.
+            expert activations per token. "full" is the model as it was trained, "balanced" the budget of the plan in the
+            file, "fast" two thirds of that. All but the full budget need a file that allocmoe-convert made.
         token_rule: how a layer's activations are shared among the tokens, "estimate", "threshold", "batch" or "off" (see
             `Plan`); None for the rule in the file. Any but "off" needs a file that allocmoe-convert made.
         plan_path: a file written by `allocmoe-convert --plan-only`, whose plan and sensitivities are used instead of
@@ -86,8 +99,14 @@ class Llama(CheckedLlama):
         TypeError: an argument that there is not; `llama_cpp.Llama` takes any name and says nothing.
     """
 
-    # the plan changed while tokens of the one before were kept
-    _mixed = False
+    # the plan that the cached tokens were computed under, and what a strict one had left over when it went out of force
+    _plan_of_tokens: Union[Plan, str, None] = None
+    _left: Optional[np.ndarray] = None
+    # the plan in force, as it is compared with that one; looked up when it is needed
+    _plan_in_force: Union[Plan, str, None] = _UNKNOWN
+    # budget of the request that is being made, and what was in force before a request with one, while that runs
+    _asked: Optional[Budget] = None
+    _before: Optional[_Before] = None
     # why only the full budget works, if an override goes beyond what the file's plan was made for
     _beyond_plan: Optional[str] = None
 
@@ -169,7 +188,9 @@ class Llama(CheckedLlama):
             "that the plan in the file was made for: only the full budget (1.0) works, or plans set by hand (set_plan)"
         )
         full = [used if k else 0 for k in stored.full]
-        if budget is None or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full):
+        if budget != "full" and (
+            budget is None or _is_name(budget) or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full)
+        ):
             raise PlanError(f"{model_path}: {self._beyond_plan}")
 
     @property
@@ -251,32 +272,44 @@ class Llama(CheckedLlama):
                 "threshold" or "estimate", or a file without what is needed: a profile for any budget but the full one, for any
                 rule but "off" and for `strict`, thresholds for "threshold", an estimator for "estimate".
         """
-        full = self._full_of_experts()
-        total = libllama.ALLOCMOE_TOTAL_OF_FILE
-        if budget is not None:
-            total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
-        if self._beyond_plan is not None and (total != sum(full) or strict or token_rule not in (None, "off")):
+        total = self._total(budget, token_rule)
+        if self._beyond_plan is not None and (
+            total != sum(self._full_of_experts()) or strict or token_rule not in (None, "off")
+        ):
             raise PlanError(f"{self.model_path}: {self._beyond_plan}")
         if not (strict is None or isinstance(strict, (bool, np.bool_))):
             raise PlanError(f"strict: found {shown(strict)}, want True, False or None")
-        if token_rule is not None and not (isinstance(token_rule, str) and token_rule in TOKEN_RULES):
-            raise PlanError(f"token_rule: found {shown(token_rule)}, want one of: {', '.join(TOKEN_RULES)}")
-        changed = self._check(
-            libllama.allocmoe_set_budget(
-                context_pointer(self),
-                total,
-                -1 if token_rule is None else TOKEN_RULES.index(token_rule),
-                -1 if strict is None else bool(strict),
-            )
-        )
-        self._by_hand = self._handed_over = None
-        if changed:
-            self._plan_changed()
+        self._plan_set(self._put_budget(total, token_rule, strict))
         own = self._stored.plan.token_rule if self._stored.plan else "off"
         self._warn_if_degraded(own if token_rule is None else token_rule)
         found = self.plan
         assert found is not None  # a model without experts has been refused above
         return found
+
+    def _total(self, budget: Optional[Budget], token_rule: Optional[str]) -> int:
+        """Expert activations per token that a budget is. Raises PlanError."""
+        full = self._full_of_experts()
+        if token_rule is not None and not (isinstance(token_rule, str) and token_rule in TOKEN_RULES):
+            raise PlanError(f"token_rule: found {shown(token_rule)}, want one of: {', '.join(TOKEN_RULES)}")
+        if budget is None:
+            return libllama.ALLOCMOE_TOTAL_OF_FILE
+        if not _is_name(budget):
+            return parse_budget(budget, sum(full), sum(k > 0 for k in full))
+        total = ffi.new("int64_t *")
+        name = str(budget).strip().encode()
+        self._check(libllama.allocmoe_preset(context_pointer(self), name, _number_of(token_rule), total))
+        return total[0]
+
+    def _put_budget(self, total: int, token_rule: Optional[str], strict: Optional[bool]) -> bool:
+        """Whether that changed the plan in force. Raises PlanError."""
+        changed = self._check(
+            libllama.allocmoe_set_budget(
+                context_pointer(self), total, _number_of(token_rule), -1 if strict is None else bool(strict)
+            )
+        )
+        self._by_hand = self._handed_over = None
+        self._plan_in_force = _UNKNOWN
+        return changed
 
     @in_turn
     def set_plan(self, plan: Union[Plan, Sequence[int], None]) -> None:
@@ -289,10 +322,7 @@ class Llama(CheckedLlama):
             PlanError: the plan does not fit the model.
         """
         if plan is None:
-            if libllama.allocmoe_has_plan(context_pointer(self)):
-                libllama.allocmoe_clear_plan(context_pointer(self))
-                self._plan_changed()
-            self._by_hand = None
+            self._plan_set(self._put_plan(None))
             return
         full = self._full_of_experts()
         if not isinstance(plan, Plan):
@@ -303,8 +333,7 @@ class Llama(CheckedLlama):
             plan = replace(plan, expert_used_count=counts, expert_used_count_full=full)
         else:
             raise PlanError(f"the plan has {len(plan.expert_used_count)} layers, the model has {len(full)}")
-        if self.apply_plan(plan):
-            self._plan_changed()
+        self._plan_set(self.apply_plan(plan))
         self._warn_if_degraded(plan.token_rule)
 
     def _full_of_experts(self) -> tuple:
@@ -313,16 +342,116 @@ class Llama(CheckedLlama):
             raise PlanError(f"{self.model_path}: " + ("loaded with vocab_only" if self._vocab_only else _DENSE))
         return full
 
-    def _plan_changed(self) -> None:
-        """Cached tokens are of the plan before: forgotten at once, or after the generation that goes on from them."""
-        if self._generation is None:
+    def _plan_set(self, changed: bool) -> None:
+        """What is in force now stays. Tokens of the plan before are forgotten, or left to the generation that needs them."""
+        self._before = None
+        if changed and self._generation is None:
             self.clear_cache()
-        else:
-            self._mixed = True
 
     def _before_generation(self, reset: bool) -> None:
-        if reset and self._mixed:
+        if reset and self.n_tokens and self._plan_of_tokens != self._named_plan():
             self.clear_cache()
+
+    def _plan_or_none(self) -> Optional[Plan]:
+        """The plan in force; None for the model's own counts."""
+        return self.plan if libllama.allocmoe_has_plan(context_pointer(self)) else None
+
+    # one request at its own budget
+
+    @in_turn
+    def __call__(self, *args, budget: Optional[Budget] = None, **kwargs):
+        """As in `llama_cpp.Llama`; `budget` as in `create_completion`."""
+        return self.create_completion(*args, budget=budget, **kwargs)
+
+    @in_turn
+    def create_completion(self, *args, budget: Optional[Budget] = None, **kwargs):
+        """As in `llama_cpp.Llama`, at a budget of its own.
+
+        Prompt and answer are computed at that budget, under the token rule in force; then what was in force before is so
+        again, also after an error, and after a stream that is closed, dropped, or ended by another call. While a stream
+        is being read its budget is the one in force: one that is set meanwhile takes its place, and stays. A prompt that
+        begins like the cached text goes on from it where that was computed at the same budget.
+
+        Args:
+            budget: as in the constructor; None for what is in force.
+
+        Raises:
+            PlanError: as `set_budget`, at the latest when the first part of a stream is read.
+        """
+        with self._asking(budget):
+            return super().create_completion(*args, **kwargs)
+
+    @in_turn
+    def create_chat_completion(self, *args, budget: Optional[Budget] = None, **kwargs):
+        """As in `llama_cpp.Llama`; `budget` as in `create_completion`."""
+        with self._asking(budget):
+            found = super().create_chat_completion(*args, **kwargs)
+        if budget is None or not isinstance(found, Iterator):
+            return found
+        return turns(self._turn, self._asking_for_parts(budget, found))
+
+    def _asking_for_parts(self, budget: Budget, parts: Iterator) -> Generator:
+        """Formats of chats that call functions begin further completions while their answer is being read."""
+        with contextlib.closing(parts):  # type: ignore[type-var]
+            while True:
+                with self._asking(budget):
+                    part = next(parts, None)
+                if part is None:
+                    return
+                yield part
+
+    @contextlib.contextmanager
+    def _asking(self, budget: Optional[Budget]) -> Iterator[None]:
+        """Completions that are begun inside have this budget; None: what those outside have."""
+        if budget is not None:
+            self._total(budget, None)  # refused before anything is done
+        before, self._asked = self._asked, self._asked if budget is None else budget
+        try:
+            yield
+        finally:
+            self._asked = before
+
+    def _request(self) -> ContextManager:
+        return contextlib.nullcontext() if self._asked is None else self._at_budget(self._asked)
+
+    @contextlib.contextmanager
+    def _at_budget(self, budget: Budget) -> Iterator[None]:
+        before = _Before(self._plan_or_none(), self._by_hand)
+        rule, strict = None, None  # the file's, where a plan by hand has no say about budgets
+        if before.plan is not None and before.by_hand is None:
+            rule = before.plan.token_rule
+            strict = before.plan.strict if rule in ("threshold", "estimate") else None
+        total = self._total(budget, rule)
+        if self._beyond_plan is not None and total != sum(self._full_of_experts()):
+            raise PlanError(f"{self.model_path}: {self._beyond_plan}")
+        changed, self._before = self._put_budget(total, rule, strict), before
+        if changed:
+            self._put_left_over(self._left)
+        try:
+            yield
+        finally:
+            if self._before is before:
+                self._end_request()
+
+    def _end_request(self) -> None:
+        """Puts in force again what was so before a request with a budget of its own, if that is still there."""
+        before, self._before = self._before, None
+        if before is not None:
+            self._left = self._left_over()
+            self._put_plan(before.plan)
+            self._by_hand = before.by_hand
+
+    def _tokens_change(self, by: str) -> None:
+        super()._tokens_change(by)
+        if self._inside is None:
+            self._end_request()
+
+    def _named_plan(self) -> Union[Plan, str, None]:
+        """The plan in force without what it goes by, which is some megabytes: enough to tell it from others."""
+        if self._plan_in_force is _UNKNOWN:
+            plan = self.plan
+            self._plan_in_force = plan if plan is None or plan.estimator is None else replace(plan, estimator=None)
+        return self._plan_in_force
 
     @in_turn
     def apply_plan(
@@ -348,6 +477,19 @@ class Llama(CheckedLlama):
         """
         if not isinstance(plan, Plan):
             raise PlanError(f"plan: found {type(plan).__name__}, want a Plan (set_plan takes a list of counts, too)")
+        changed, self._before = self._put_plan(plan), None
+        instrument = ffi.new("struct allocmoe_instrument *", [record, record_inputs, keep_outputs, start_layer])
+        self._check(libllama.allocmoe_set_instrument(context_pointer(self), instrument))
+        return changed
+
+    def _put_plan(self, plan: Optional[Plan]) -> bool:
+        """Whether that changed the plan in force; None for the model's own counts. Raises PlanError."""
+        self._plan_in_force = _UNKNOWN
+        if plan is None:
+            self._by_hand = None
+            had = libllama.allocmoe_has_plan(context_pointer(self))
+            libllama.allocmoe_clear_plan(context_pointer(self))
+            return had
         if plan.token_rule == "estimate":
             self._hand_over(plan.estimator)
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
@@ -358,8 +500,6 @@ class Llama(CheckedLlama):
         counts = list(plan.expert_used_count)
         changed = self._check(libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule))
         self._by_hand = plan
-        instrument = ffi.new("struct allocmoe_instrument *", [record, record_inputs, keep_outputs, start_layer])
-        self._check(libllama.allocmoe_set_instrument(context_pointer(self), instrument))
         return changed
 
     def _hand_over(self, estimator: Optional[Estimator]) -> None:
@@ -384,11 +524,6 @@ class Llama(CheckedLlama):
         if status >= 0:
             return status == libllama.ALLOCMOE_CHANGED
         raise PlanError(f"{path or self.model_path}: {ffi.string(libllama.allocmoe_last_error()).decode()}")
-
-    @in_turn
-    def reset(self) -> None:
-        super().reset()
-        self._mixed = False
 
     @in_turn
     def clear_cache(self) -> None:
@@ -487,6 +622,11 @@ class Llama(CheckedLlama):
     def eval(self, tokens: Sequence[int]) -> None:
         drafted = self._generation is not None and self._generation.n_tokens > 0 and len(tokens) > 1
         before = self._counts(_PHASES["prefill"]) if drafted else None
+        now = self._named_plan()
+        if not self.n_tokens:
+            self._plan_of_tokens = now
+        elif self._plan_of_tokens != now:
+            self._plan_of_tokens = _MIXED
         super().eval(tokens)
         if before is not None:
             self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
@@ -499,28 +639,42 @@ class Llama(CheckedLlama):
             state.scores = np.zeros(
                 (1, 1), np.single
             )  # none were kept; load_state takes any shape that spreads over them
-        state.plan = _named(self.plan)
-        state.mixed = self._mixed
-        if state.plan is not None and state.plan.strict:
-            state.left = np.zeros((state.plan.n_layer, state.n_tokens), np.float32)
-            libllama.allocmoe_get_left(context_pointer(self), ffi.from_buffer("float[]", state.left), state.n_tokens)
+        state.plan = self._plan_of_tokens if self.n_tokens else self._named_plan()
+        state.mixed = state.plan is _MIXED
+        state.left = self._left_over()
         return state
+
+    def _left_over(self) -> Optional[np.ndarray]:
+        """float32 [n_layer, n_tokens]: what a strict plan has left over after each cached token; None for any other plan."""
+        plan = self._plan_of_tokens
+        if not (isinstance(plan, Plan) and plan.strict and self.n_tokens):
+            return None
+        if plan != self._named_plan():
+            return None if self._left is None else self._left[:, : self.n_tokens].copy()
+        left = np.zeros((plan.n_layer, self.n_tokens), np.float32)
+        libllama.allocmoe_get_left(context_pointer(self), ffi.from_buffer("float[]", left), self.n_tokens)
+        return left
+
+    def _put_left_over(self, left: Optional[np.ndarray]) -> None:
+        if left is not None and self._plan_of_tokens == self._named_plan():
+            n_tokens = min(self.n_tokens, left.shape[1])
+            left = np.ascontiguousarray(left[:, :n_tokens])
+            libllama.allocmoe_set_left(context_pointer(self), ffi.from_buffer("float[]", left), n_tokens)
 
     @in_turn
     def load_state(self, state) -> None:
         """As in `llama_cpp.Llama`; warns if the state was made with another plan than the one in force."""
-        then, mixed = getattr(state, "plan", self.plan), getattr(state, "mixed", False)
-        if mixed or then != self.plan:
+        self._tokens_change("load_state()")  # what is in force now is what will be
+        then, mixed = getattr(state, "plan", self._named_plan()), getattr(state, "mixed", False)
+        if mixed or then != self._named_plan():
             made = "while the plan changed" if mixed else f"under another plan ({then})"
             warnings.warn(
                 f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed",
                 stacklevel=2,
             )
         super().load_state(state)
-        self._mixed = False
-        left = getattr(state, "left", None)
-        if left is not None and then == self.plan:
-            libllama.allocmoe_set_left(context_pointer(self), ffi.from_buffer("float[]", left), state.n_tokens)
+        self._plan_of_tokens, self._left = then, getattr(state, "left", None)
+        self._put_left_over(self._left)
 
     @property
     def cache(self):
@@ -531,6 +685,34 @@ class Llama(CheckedLlama):
     def cache(self, cache) -> None:
         self._prompt_cache = None if cache is None else CacheOfOnePlan(cache, self)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str,
+        additional_files: Optional[Sequence[str]] = None,
+        local_dir: Union[str, os.PathLike, None] = None,
+        cache_dir: Union[str, os.PathLike, None] = None,
+        **kwargs,
+    ) -> Llama:
+        """A model from a repository of the Hugging Face hub, downloaded as far as it is not there. Needs huggingface_hub.
+
+        Args:
+            repo_id: "org/name".
+            filename: the GGUF file in it, or a pattern ("*Q4_K_M.gguf") that one model fits; of a split model, whose
+                other files come along, the first or all.
+            additional_files: names or patterns of more files to download.
+            local_dir: where the files go, in place of the hub's cache.
+            cache_dir: another cache than the default.
+            **kwargs: as in the constructor.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            ValueError: no file fits, or files of several models do; the message lists them.
+            OSError: huggingface_hub's errors, where the repository is missing, private, or cannot be reached.
+        """
+        return cls(model_path=hub.download(repo_id, filename, additional_files, local_dir, cache_dir), **kwargs)
+
     def __getstate__(self):
         return {
             **super().__getstate__(),
@@ -539,7 +721,7 @@ class Llama(CheckedLlama):
             "repack": self._repack,
             "prefetch": self._asked_prefetch,
             "budget": None if self._beyond_plan is None else 1.0,
-            "plan": self.plan if libllama.allocmoe_has_plan(context_pointer(self)) else None,
+            "plan": self._before.plan if self._before else self._plan_or_none(),
         }
 
     def __setstate__(self, state):
@@ -555,9 +737,14 @@ class Llama(CheckedLlama):
         return tuple(counts)[:n_layer]
 
 
-def _named(plan: Optional[Plan]) -> Optional[Plan]:
-    """A plan without what it goes by, which is some megabytes: enough to tell it from others."""
-    return plan if plan is None or plan.estimator is None else replace(plan, estimator=None)
+def _is_name(budget: Optional[Budget]) -> bool:
+    """Whether a budget is written as a word, which the library knows or refuses."""
+    return isinstance(budget, str) and budget.strip().isalpha()
+
+
+def _number_of(token_rule: Optional[str]) -> int:
+    """As the library has it; -1 for the file's."""
+    return -1 if token_rule is None else TOKEN_RULES.index(token_rule)
 
 
 # llama-cpp-python's server gives these to its Llama, which has no use for them
@@ -585,3 +772,7 @@ def _signature() -> inspect.Signature:
 
 
 Llama.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
+for _name in ("__call__", "create_completion", "create_chat_completion"):
+    _theirs = inspect.signature(getattr(llama_cpp.Llama, _name))
+    _ours = inspect.signature(getattr(Llama, _name)).parameters["budget"]
+    getattr(Llama, _name).__signature__ = _theirs.replace(parameters=[*_theirs.parameters.values(), _ours])

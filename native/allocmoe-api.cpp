@@ -98,6 +98,14 @@ int32_t allocmoe_budget_range(const llama_context * ctx, int64_t * least, int64_
     });
 }
 
+int32_t allocmoe_preset(const llama_context * ctx, const char * name, int32_t token_rule, int64_t * total) {
+    return allocmoe_guarded([&] {
+        const auto * file = allocmoe_access::state(ctx).file.get();
+        *total            = allocmoe_preset_total(name, file, allocmoe_access::model(ctx), token_rule);
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
 int32_t allocmoe_set_budget_seq(llama_context * ctx, int32_t seq_id, int64_t total) {
     return allocmoe_guarded([&] {
         const auto & model = allocmoe_access::model(ctx);

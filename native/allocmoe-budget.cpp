@@ -73,6 +73,18 @@ allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model &
     return range;
 }
 
+int64_t allocmoe_preset_total(const std::string & name, const allocmoe_model * file, const llama_model & model, int32_t token_rule) {
+    if (name != "fast" && name != "balanced" && name != "full") {
+        throw allocmoe_error(format("budget: found \"%s\", want a number, or \"fast\", \"balanced\" or \"full\"", name.substr(0, 60).c_str()));
+    }
+    const int64_t full = sum_of(allocmoe_effective_plan(model, nullptr));
+    if (name == "full" && full > 0) {
+        return full; // which any file serves
+    }
+    const auto range = allocmoe_range(file, model, token_rule < 0 && file ? file->plan.token_rule : token_rule);
+    return name == "fast" ? std::max(range.least, (range.of_file * 4 + 3) / 6) : range.of_file;
+}
+
 // The row for a total: the one that spends most within it.
 static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
     size_t best   = file.n_rows;

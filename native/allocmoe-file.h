@@ -76,5 +76,8 @@ struct allocmoe_budgets {
 };
 allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model & model, int32_t token_rule);
 
+// The total that goes by a name. token_rule: -1 for the file's. Throws allocmoe_error, also for a name that there is not.
+int64_t allocmoe_preset_total(const std::string & name, const allocmoe_model * file, const llama_model & model, int32_t token_rule);
+
 // Whether the model runs more experts per token than the file's plans were made for: somebody has overridden its count.
 bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model);

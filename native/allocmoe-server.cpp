@@ -190,7 +190,7 @@ bool allocmoe_server_init(llama_context * ctx) {
                 throw std::invalid_argument("budget: " + model->obstacle);
             }
         } else {
-            model->fast = std::max(model->least, (model->of_file * 4 + 3) / 6); // two thirds, rounded
+            check(allocmoe_preset(ctx, "fast", allocmoe_get_token_rule(ctx), &model->fast), "budget");
         }
         if (!budget.empty()) {
             check(allocmoe_set_budget(ctx, total_of(common_json(budget), *model), allocmoe_get_token_rule(ctx), -1), "budget");

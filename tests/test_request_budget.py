@@ -1,0 +1,392 @@
+"""budget= of a single completion: what it computes is of that budget, and what was in force before is so again afterwards.
+
+On a tiny random model, whose texts differ at any two budgets."""
+
+from dataclasses import replace
+import gc
+import itertools
+import pickle
+import threading
+
+from allocmoe_edge import Llama, Plan, PlanError
+from allocmoe_edge.convert import output
+from allocmoe_edge.plan import metadata
+from conftest import plan_from_made_up_profile
+from gguf_factory import random_estimator
+import llama_cpp
+import numpy as np
+import odd_models
+import other_models
+import pytest
+
+PROMPT = "The history of Rome begins with"
+MESSAGES = [{"role": "user", "content": "Name three colours."}]
+OPTIONS = dict(max_tokens=12, temperature=0.0)
+N_LAYER, FULL, PLANNED, LOW = 4, 16, 8, 6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """4 layers, 4 of 8 experts."""
+    return odd_models.write_qwen3moe(tmp_path_factory.mktemp("source") / "qwen3moe.gguf")
+
+
+@pytest.fixture(scope="module", params=["off", "estimate"])
+def path(request, source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planned")
+    model = metadata.read(plan_from_made_up_profile(source, folder / "made-up.gguf"))
+    quantiles = np.sort(np.random.default_rng(3).standard_normal((N_LAYER, 65)), axis=1)
+    profile = replace(
+        model.profile,
+        estimator=replace(random_estimator(N_LAYER, 8, 64, 6, 4, 7), quantiles=quantiles),
+        threshold_table=tuple(np.linspace(0.5, 0.0, k, dtype=np.float32) for k in model.full),
+        token_rule=request.param,
+    )
+    output.write_planned(source, folder / "planned.gguf", profile.plan(0.5, model.full), profile)
+    return folder / "planned.gguf"
+
+
+@pytest.fixture(scope="module")
+def shared(path):
+    return Llama(path, n_ctx=512, seed=1, verbose=False)
+
+
+@pytest.fixture
+def llm(shared):
+    """Under the plan in the file, with nothing cached."""
+    shared.set_budget(None)
+    shared.set_cache(None)
+    shared.clear_cache()
+    shared.expert_stats(reset=True)
+    return shared
+
+
+def text(llm, prompt=PROMPT, **options) -> str:
+    return llm(prompt, **OPTIONS, **options)["choices"][0]["text"]
+
+
+def at(llm, budget, prompt=PROMPT) -> str:
+    """What a model says that is set to a budget, from nothing; the plan in the file is in force afterwards."""
+    llm.set_budget(budget)
+    llm.clear_cache()
+    found = text(llm, prompt)
+    llm.set_budget(None)
+    llm.clear_cache()
+    return found
+
+
+CALLS = {
+    "call": lambda llm, **options: llm(PROMPT, **OPTIONS, **options),
+    "create_completion": lambda llm, **options: llm.create_completion(PROMPT, **OPTIONS, **options),
+    "chat": lambda llm, **options: llm.create_chat_completion(MESSAGES, **OPTIONS, **options),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_every_call_spends_its_budget(llm, name, stream):
+    before = llm.plan
+    for budget, total in ((0.375, LOW), ("75%", 12), (10, 10), ("full", FULL)):
+        llm.expert_stats(reset=True)
+        found = CALLS[name](llm, budget=budget, stream=stream)
+        if stream:
+            assert llm.plan == before  # nothing has been computed yet
+            next(found)
+            assert llm.plan.budget_total == total
+            list(found)
+        assert llm.plan == before
+        if before.token_rule == "off":
+            assert llm.expert_stats()["prefill"]["mean"].sum() == total
+    llm.expert_stats(reset=True)
+    CALLS[name](llm)
+    if before.token_rule == "off":
+        assert llm.expert_stats()["prefill"]["mean"].sum() == PLANNED
+
+
+def test_text_is_that_of_the_budget(llm):
+    alone = {budget: at(llm, budget) for budget in (0.375, 1.0, None)}
+    assert len({alone[0.375], alone[1.0]}) == 2
+    assert llm.plan.token_rule != "off" or len(set(alone.values())) == 3
+    for budget in (0.375, None, 1.0, 0.375, None):
+        assert text(llm, budget=budget) == alone[budget]
+
+
+def test_names(llm):
+    for name, total in (("fast", 5), ("balanced", PLANNED), ("full", FULL), (" fast ", 5)):
+        assert llm.set_budget(name).budget_total == total
+        llm.set_budget(0.75)
+        chunks = llm(PROMPT, budget=name, stream=True, **OPTIONS)
+        next(chunks)
+        assert llm.plan.budget_total == total
+        chunks.close()
+        assert llm.plan.budget_total == 12
+    for wrong in ("fastest", "Full", "voll"):
+        with pytest.raises(PlanError, match=f'found "{wrong}", want a number, or "fast", "balanced" or "full"'):
+            llm.set_budget(wrong)
+
+
+def test_name_in_the_constructor(path, source, tmp_path):
+    assert Llama(path, n_ctx=64, budget="fast", verbose=False).plan.budget_total == 5
+    # a file without plans
+    assert Llama(source, n_ctx=64, budget="full", verbose=False).plan.budget_total == FULL
+    for name in ("fast", "balanced"):
+        with pytest.raises(PlanError, match="convert it first"):
+            Llama(source, n_ctx=64, budget=name, verbose=False)
+    with pytest.raises(PlanError, match="dense model"):
+        Llama(other_models.write_dense(tmp_path / "dense.gguf"), n_ctx=64, budget="full", verbose=False)
+
+
+def test_dense_model(tmp_path):
+    llm = Llama(other_models.write_dense(tmp_path / "dense.gguf"), n_ctx=64, verbose=False)
+    for budget in (0.5, "full"):
+        with pytest.raises(PlanError, match="dense model"):
+            llm(PROMPT, budget=budget, max_tokens=1)
+    assert llm(PROMPT, max_tokens=1, budget=None)["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.5, -1, 3, 17, float("nan"), True, "half", "", [], 1, 10**30], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_refused(llm, name, budget):
+    """At once, also of a stream."""
+    before = llm.plan
+    for stream in (False, True):
+        with pytest.raises(PlanError, match="^(budget|.*: budget)"):
+            CALLS[name](llm, budget=budget, stream=stream)
+    assert llm.plan == before
+
+
+# afterwards
+
+
+def half_read(llm, n=3):
+    chunks = llm(PROMPT, budget=0.375, stream=True, max_tokens=40, temperature=0.0)
+    for _ in range(n):
+        next(chunks)
+    assert llm.plan.budget_total == LOW
+    return chunks
+
+
+ENDINGS = {
+    "closed": lambda llm, chunks: chunks.close(),
+    "reset()": lambda llm, chunks: llm.reset(),
+    "eval()": lambda llm, chunks: llm.eval([5]),
+    "another": lambda llm, chunks: llm("Another", max_tokens=2),
+    "another with a budget": lambda llm, chunks: llm("Another", max_tokens=2, budget=0.75),
+    "generate": lambda llm, chunks: next(llm.generate([5, 6, 7])),
+    "load_state": lambda llm, chunks: llm.load_state(llm.save_state()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:this state was saved")
+@pytest.mark.parametrize("name", ENDINGS)
+def test_stream_that_nobody_reads_on(llm, name):
+    """However it ends; and nothing that happens to it later matters."""
+    before, expected = llm.plan, at(llm, None)
+    chunks = half_read(llm)
+    ENDINGS[name](llm, chunks)
+    assert llm.plan == before
+    assert text(llm) == expected
+    llm.set_budget(0.75)
+    chunks.close()
+    del chunks
+    assert llm.plan.budget_total == 12
+
+
+def test_stream_that_is_dropped(llm):
+    before = llm.plan
+    chunks = half_read(llm)
+    del chunks
+    gc.collect()
+    assert llm.plan == before
+
+
+def test_stream_after_its_text_has_ended(llm):
+    """The last part of a stream comes when all is computed."""
+    before = llm.plan
+    chunks = llm(PROMPT, budget=0.375, stream=True, max_tokens=2, temperature=0.0)
+    read = []
+    for chunk in chunks:
+        read.append(chunk)
+        if chunk["choices"][0]["finish_reason"]:
+            break
+    llm.eval([5])
+    assert llm.plan == before and list(chunks) == []
+
+
+def failing(*args):
+    raise KeyError("a user's own error")
+
+
+def test_errors_in_the_middle(llm):
+    before = llm.plan
+    criteria = llama_cpp.StoppingCriteriaList([failing])
+    for stream in (False, True):
+        with pytest.raises(KeyError):
+            list(llm(PROMPT, budget=0.375, stopping_criteria=criteria, stream=stream, **OPTIONS))
+        assert llm.plan == before
+    with pytest.raises(ValueError, match="exceed context window"):
+        llm("x " * 2000, budget=0.375)
+    with pytest.raises(ValueError, match="grammar"):
+        llm.create_chat_completion(MESSAGES, budget=0.375, grammar="root ::= root")
+    assert llm.plan == before and text(llm) == at(llm, None)
+
+
+PLANS = {
+    "by hand": lambda llm: llm.set_plan([3] * 4),
+    "a rule by hand": lambda llm: llm.set_plan(Plan([3] * 4, [4] * 4, "batch", 2)),
+    "none": lambda llm: llm.set_plan(None),
+    "a budget": lambda llm: llm.set_budget(0.625),
+    "another rule": lambda llm: llm.set_budget(0.625, token_rule="threshold", strict=True),
+    "the file's": lambda llm: llm.set_budget(None),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_whatever_was_in_force_is_so_again(llm, name):
+    PLANS[name](llm)
+    before, expected = llm.plan, text(llm)
+    text(llm, budget=0.375)
+    chunks = half_read(llm)
+    copy = pickle.loads(pickle.dumps(llm))  # of what lasts
+    chunks.close()
+    assert llm.plan == before and text(llm) == expected
+    assert copy.plan == before
+    copy.close()
+
+
+def test_estimator_by_hand(llm):
+    if llm.plan.token_rule != "estimate":
+        pytest.skip("of the rule that has one")
+    other = random_estimator(N_LAYER, 8, 64, 6, 4, 3)
+    llm.set_plan(Plan([2] * 4, [4] * 4, "estimate", 1, [0.1] * 4, estimator=other))
+    expected = text(llm)
+    between = text(llm, budget=0.375)
+    assert text(llm) == expected
+    assert between == at(llm, 0.375)
+
+
+def test_budget_that_is_set_meanwhile(llm):
+    """It takes the place of the request's, and stays."""
+    chunks = half_read(llm)
+    llm.set_budget(0.75)
+    assert llm.plan.budget_total == 12
+    list(chunks)
+    assert llm.plan.budget_total == 12
+    chunks = half_read(llm)
+    llm.set_plan([1] * 4)
+    chunks.close()
+    assert llm.plan.expert_used_count == (1,) * 4
+    assert text(llm) == text(llm, budget=None)
+
+
+# cached text
+
+
+def prefilled(llm) -> int:
+    return int(llm.expert_stats(reset=True)["prefill"]["tokens"].max())
+
+
+def test_cached_text_is_of_the_same_budget(llm):
+    n = len(llm.tokenize(PROMPT.encode(), add_bos=False))
+    text(llm, budget=0.375)
+    assert prefilled(llm) == n
+    text(llm, budget=LOW)
+    assert prefilled(llm) <= 1  # all but the token whose logits are needed
+    text(llm, budget=0.5)
+    assert prefilled(llm) == n
+    text(llm)
+    assert prefilled(llm) <= 1  # half is what the file has
+    text(llm, budget="full")
+    assert prefilled(llm) == n
+
+
+def test_text_goes_on_the_same(llm):
+    """A chat, message by message at a budget of its own: what a strict rule has left over is there again."""
+    more = PROMPT + " a story of two brothers, and it ends with"
+    llm.set_budget(0.375)
+    llm.clear_cache()
+    text(llm)
+    expected, state = text(llm, more), llm.save_state()
+    llm.set_budget(None)
+    llm.clear_cache()
+    text(llm, budget=0.375)
+    llm.expert_stats(reset=True)
+    assert text(llm, more, budget=0.375) == expected
+    assert prefilled(llm) < len(llm.tokenize(more.encode()))
+    again = llm.save_state()
+    assert again.plan == state.plan
+    if state.plan.strict:
+        assert state.left.any() and np.array_equal(again.left, state.left)
+    else:
+        assert again.left is None
+
+
+def test_state_names_its_plan(llm):
+    text(llm, budget=0.375)
+    state = llm.save_state()
+    assert state.plan.budget_total == LOW and not state.mixed
+    with pytest.warns(UserWarning, match="6 of 16"):
+        llm.load_state(state)
+    before = llm.plan
+    expected = at(llm, None)
+    with pytest.warns(UserWarning, match="6 of 16"):
+        llm.load_state(state)
+    assert text(llm) == expected and llm.plan == before
+    # and is of use to a request with that budget
+    with pytest.warns(UserWarning, match="6 of 16"):
+        llm.load_state(state)
+    llm.expert_stats(reset=True)
+    text(llm, budget=0.375)
+    assert prefilled(llm) <= 1
+
+
+def test_caches_of_prompts(llm):
+    alone = {budget: at(llm, budget) for budget in (0.375, None)}
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    for _ in range(2):
+        for budget in (0.375, None):
+            llm.clear_cache()
+            assert text(llm, budget=budget) == alone[budget]
+
+
+# several at once
+
+
+def test_threads(llm):
+    budgets = [0.375, 1.0, None, 0.75]
+    alone = {budget: at(llm, budget) for budget in budgets}
+    before, wrong = llm.plan, []
+
+    def work(budget):
+        for _ in range(3):
+            if text(llm, budget=budget) != alone[budget]:
+                wrong.append(budget)
+
+    threads = [threading.Thread(target=work, args=(budget,)) for budget in budgets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and llm.plan == before
+
+
+def test_chat_format_that_calls_functions(llm):
+    """It begins further completions while its answer is being read."""
+    tools = [{"type": "function", "function": {"name": "colour", "parameters": {"type": "object", "properties": {}}}}]
+    before, llm.chat_format = llm.chat_format, "chatml-function-calling"
+    in_force = llm.plan
+    try:
+        for stream in (False, True):
+            llm.clear_cache()
+            llm.expert_stats(reset=True)
+            found = llm.create_chat_completion(MESSAGES, tools=tools, budget=0.375, stream=stream, **OPTIONS)
+            if stream:
+                list(itertools.islice(found, 100))
+            spent = llm.expert_stats()
+            assert llm.plan == in_force
+            if in_force.token_rule == "off":
+                for phase in ("prefill", "decode"):
+                    assert spent[phase]["mean"].sum() in (0, LOW)
+                assert np.sum(spent["prefill"]["tokens"]) > 0
+    finally:
+        llm.chat_format = before

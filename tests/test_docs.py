@@ -10,7 +10,7 @@ import re
 import subprocess
 
 import allocmoe_edge
-from allocmoe_edge import llama_server
+from allocmoe_edge import chat, llama_server
 from allocmoe_edge.bench import cli as bench_cli
 from allocmoe_edge.convert import cli as convert_cli
 from allocmoe_edge.inspect import cli as inspect_cli
@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "native" / "README.md", *sorted(DOCS.glob("*.md"))]
 NOTES = sorted((DOCS / "notes").glob("*.md"))
-COMMANDS = {"allocmoe-convert": convert_cli, "allocmoe-bench": bench_cli, "allocmoe-inspect": inspect_cli}
+COMMANDS = {
+    "allocmoe-chat": chat,
+    "allocmoe-convert": convert_cli,
+    "allocmoe-bench": bench_cli,
+    "allocmoe-inspect": inspect_cli,
+}
 
 # options of other programs that the pages name: pip's, llama.cpp's, ruff's and the like
 FOREIGN_OPTIONS = {
@@ -175,7 +180,7 @@ def test_environment_page_is_complete():
         if not name.startswith("tests/") or "ALLOCMOE_" in text:
             found.update(a or b for a, b in re.findall(reads, text))
     # variables that tools of everybody's read, and that are not ours to explain
-    found -= {"XDG_CACHE_HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "CXX"}
+    found -= {"TERM", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "PYTHONPATH", "CXX"}
     assert found <= named, f"not on the page: {sorted(found - named)}"
     for name in named:
         assert re.search(rf"\b{name}\b", sources), f"{name}: no source reads it"

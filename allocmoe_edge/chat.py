@@ -384,6 +384,7 @@ def parser() -> argparse.ArgumentParser:
         help="0 for the likeliest token always. Default: %(default)s",
     )
     p.add_argument("--seed", type=seed, metavar="N", help="the same replies every time")
+    p.add_argument("--no-repack", action="store_true", help="leave the weights as the file has them: less memory")
     add_threads(p)
     add_gpu(p)
     return p
@@ -414,6 +415,7 @@ def _chat(args: argparse.Namespace) -> None:
             n_threads_batch=args.threads,
             n_gpu_layers=args.n_gpu_layers,
             n_cpu_moe=args.n_cpu_moe,
+            repack=not args.no_repack,
             verbose=False,
         )
     terminal = Terminal()

@@ -159,8 +159,7 @@ class Llama(CheckedLlama):
             self._stored = metadata.read_for(plan_path, self._stored, estimator=False)
         self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)
         if prefetch is None:
-            free = memory.available()
-            prefetch = free is not None and sum(os.path.getsize(path) for path in model_paths(model_path)) > free
+            prefetch = memory.is_beyond(model_paths(model_path))
         super().__init__(model_path, **kwargs)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
         if self._beyond_plan is not None:
@@ -747,19 +746,13 @@ def _number_of(token_rule: Optional[str]) -> int:
     return -1 if token_rule is None else TOKEN_RULES.index(token_rule)
 
 
-# llama-cpp-python's server gives these to its Llama, which has no use for them
-_UNUSED = {"mul_mat_q", "rpc_servers"}
-
-
 def _check_names(kwargs: dict) -> None:
     known = inspect.signature(Llama.__init__).parameters
     for name in kwargs:
-        if name not in known and name not in _UNUSED:
+        if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise TypeError(f"Llama: found an argument {name!r}, which there is not{hint}")
-    if kwargs.get("rpc_servers"):
-        raise ValueError(f"rpc_servers: found {kwargs['rpc_servers']!r}: llama-cpp-python cannot use such servers")
 
 
 def _signature() -> inspect.Signature:

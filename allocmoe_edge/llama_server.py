@@ -22,6 +22,8 @@ import urllib.request
 from . import __version__
 from ._native import BUILD_DIR
 from .command import CommandError, run_command
+from .gguf_file import model_paths
+from .measure import memory
 
 _DESCRIPTION = """\
 llama.cpp's server, with an activation budget for each request ("budget": 0.5). It takes llama-server's options, listed
@@ -32,6 +34,7 @@ _VARIABLES = {
     "budget": "ALLOCMOE_SERVER_BUDGET",
     "adaptive_budget": "ALLOCMOE_SERVER_ADAPTIVE",
     "plan": "ALLOCMOE_SERVER_PLAN",
+    "prefetch": "ALLOCMOE_SERVER_PREFETCH",
 }
 
 
@@ -48,7 +51,8 @@ def binary() -> Path:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="allocmoe-server",
-        usage="allocmoe-server MODEL [--budget B] [--adaptive-budget B] [--plan FILE] [options of llama-server]",
+        usage="allocmoe-server MODEL [--budget B] [--adaptive-budget B] [--plan FILE] [--prefetch on] "
+        "[options of llama-server]",
         description=_DESCRIPTION,
         add_help=False,
         allow_abbrev=False,
@@ -67,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
         help="requests that do not say get less while others wait, down to this budget",
     )
     p.add_argument("--plan", metavar="FILE", help="a side file with the plans, as allocmoe-convert --plan-only writes")
+    p.add_argument(
+        "--prefetch", choices=("auto", "on", "off"), default="auto",
+        help="read the experts that a layer has chosen from the file ahead of their use, with --no-repack. Default: auto, "
+        "if the file is larger than the memory",
+    )  # fmt: skip
     return p
 
 
@@ -82,6 +91,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             _become([str(binary()), "--help"])
         if model is not None and not Path(model).is_file():
             raise CommandError(f"{model}: no such file")
+        if args.prefetch == "auto":
+            args.prefetch = "on" if model is not None and memory.is_beyond(model_paths(model)) else "off"
         for name, variable in _VARIABLES.items():
             if getattr(args, name) is not None:
                 os.environ[variable] = getattr(args, name)

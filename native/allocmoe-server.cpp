@@ -203,6 +203,9 @@ bool allocmoe_server_init(llama_context * ctx) {
         return false;
     }
 
+    if (setting("ALLOCMOE_SERVER_PREFETCH") == "on" && allocmoe_set_prefetch(ctx, true) > 0) {
+        LOG_INF("allocmoe: experts are prefetched from the model's file\n");
+    }
     std::vector<int32_t> plan(model->n_layer);
     allocmoe_get_plan(ctx, plan.data(), model->n_layer);
     model->total_default = sum_of(plan);

@@ -19,7 +19,7 @@ import odd_models
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BIN = Path(sys.executable).parent
-COMMANDS = ("allocmoe-convert", "allocmoe-inspect", "allocmoe-bench")
+COMMANDS = ("allocmoe-chat", "allocmoe-convert", "allocmoe-inspect", "allocmoe-bench")
 
 
 def run(*command: object) -> subprocess.CompletedProcess:
@@ -43,7 +43,7 @@ def refused(*command: object) -> str:
 
 
 def check_no_extra_is_here() -> None:
-    here = [name for name in ("torch", "transformers", "matplotlib", "uvicorn", "pytest") if find_spec(name)]
+    here = [name for name in ("torch", "transformers", "matplotlib", "httpx", "pytest") if find_spec(name)]
     assert not here, f"not an environment of the base dependencies alone: it has {', '.join(here)}"
 
 
@@ -60,6 +60,7 @@ def check_conversion() -> None:
     assert "wrote model-half.gguf" in printed and "budget 0.50" in printed
     assert re.search(r"budget +0\.50", ran("allocmoe-inspect", "model-half.gguf"))
     ran("allocmoe-bench", "model-half.gguf", "--budgets", "0.5", "--prompt", "16", "--gen", "4", "--repeats", "1")
+    ran("allocmoe-chat", "model-half.gguf", "--max-tokens", "4")  # with nothing to answer
 
 
 def check_python_of_the_readme() -> None:
@@ -70,7 +71,7 @@ def check_python_of_the_readme() -> None:
 
 
 def check_missing_extras_are_named() -> None:
-    assert "allocmoe-edge[server]" in refused("python", "-m", "allocmoe_edge.server", "--model", "model-half.gguf")
+    assert "ALLOCMOE_SERVER=1 pip install ." in refused("allocmoe-server", "model-half.gguf")
     assert "allocmoe-edge[plot]" in refused("allocmoe-inspect", "model-half.gguf", "--plot", "plan.html")
     Path("folder").mkdir()
     assert "allocmoe-edge[hf]" in refused("allocmoe-convert", "folder", "--budget", "0.5", "-o", "x.gguf")

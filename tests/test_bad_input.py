@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+from allocmoe_edge import chat
 from allocmoe_edge.bench import cli as bench
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.inspect import cli as inspect
@@ -21,6 +22,7 @@ RUN = {
         inspect.main,
         ["--measure-curve", "TEXT", "--routing", "TEXT", "--tokens", "32", "--ctx-size", "16"],
     ),
+    "allocmoe-chat": (chat.main, []),
     "allocmoe-bench": (bench.main, ["--prompt", "4", "--gen", "1", "--repeats", "1", "--budgets", "0.5"]),
 }
 
@@ -124,25 +126,21 @@ _OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", RUN)
-@pytest.mark.parametrize("kind", [*_BYTES, *_OTHERS])
+@pytest.mark.parametrize(
+    "command, kind",
+    # a chat takes models without experts, too: tests/test_chat.py
+    [
+        (c, kind)
+        for c in RUN
+        for kind in (*_BYTES, *_OTHERS)
+        if c != "allocmoe-chat" or kind not in ("dense", "embedding")
+    ],
+)
 def test_files_that_are_no_model_to_run(command, kind, model, text, tmp_path, capfd):
     path = write(tmp_path, kind, model)
     options = [text if option == "TEXT" else option for option in RUN[command][1]]
     line = ends_in_a_line(capfd, command, path, *options)
     assert path.stem[:2] in line and str(path.parent) in line, line
-
-
-@pytest.mark.parametrize("kind", [*_BYTES, "folder", "missing", "second shard", "no layers", "a name for a number"])
-def test_server_of_such_files(kind, model, tmp_path):
-    pytest.importorskip("uvicorn", reason="the extra 'server' is not installed")
-    path = write(tmp_path, kind, model)
-    command = [sys.executable, "-m", "allocmoe_edge.server", "--model", path, "--n_ctx", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert last.startswith("python -m allocmoe_edge.server: error: ") and path.name in last
-    assert "should not happen" not in last
 
 
 NUMBERS = ["-1", "0", "1", "x", "", "nan", "1e3", "2147483648", "9" * 400, "0.5", "-0", "²"]

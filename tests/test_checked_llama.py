@@ -61,9 +61,6 @@ def test_arguments_that_there_are_not(path):
         Llama(path, **SIZES, budgt=0.5)
     with pytest.raises(TypeError, match="'n_gqa', which there is not$"):
         Llama(path, **SIZES, n_gqa=8)
-    with pytest.raises(ValueError, match="rpc_servers"):
-        Llama(path, **SIZES, rpc_servers="localhost:1234")
-    assert len(tokens(Llama(path, **SIZES, rpc_servers=None, mul_mat_q=True))) == 12  # as the server has them
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,16 @@ FOREIGN_OPTIONS = {
     "--target",
 }
 # of llama-server: tests/test_llama_server.py looks whether it has them
-LLAMA_SERVER_OPTIONS = {"--port", "--host", "--ctx-size", "--parallel", "--metrics", "--api-key", "--path"}
+LLAMA_SERVER_OPTIONS = {
+    "--port",
+    "--host",
+    "--ctx-size",
+    "--parallel",
+    "--metrics",
+    "--api-key",
+    "--path",
+    "--no-repack",
+}
 # folders of the repository: a path in backticks that starts with one has to exist
 TOP = ("allocmoe_edge", "bench", "convert", "docs", "native", "tests")
 
@@ -127,17 +136,9 @@ def test_options_are_the_commands(page, options):
             assert given <= options[program[1]] | {"--help", "--version"}, f"{command}: not an option"
         elif script:
             assert given <= _source_options(ROOT / script[1]), f"{command}: not an option"
-        elif "allocmoe_edge.server" in command:
-            assert given <= {"--n_cpu_moe", "--no_repack", *_server_options()}, f"{command}: not an option"
         else:
-            known = set().union(*options.values(), FOREIGN_OPTIONS, {"--n_cpu_moe", "--no_repack", "--n_gpu_layers"})
+            known = set().union(*options.values(), FOREIGN_OPTIONS)
             assert given <= known, f"{command}: {given - known} is no option of ours"
-
-
-def _server_options() -> set:
-    settings = pytest.importorskip("llama_cpp.server.settings")
-    fields = {**settings.ModelSettings.model_fields, **settings.ServerSettings.model_fields}
-    return {f"--{name}" for name in fields}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _code(page, "python")], ids=_name)

@@ -371,6 +371,17 @@ def test_models_without_a_choice(dense_path, testbed_path, tmp_path):
         assert done.returncode == 1 and reason in done.stderr
 
 
+def test_prefetch(planned_path, tmp_path):
+    """Where experts stay in the file's pages; by default not for a model that the memory has room for."""
+    wanted = None
+    for options, prefetched in ((["--prefetch", "on", "--no-repack"], True), (["--no-repack"], False)):
+        with serving(tmp_path, planned_path, "-c", "512", "-lv", "4", *options) as (url, log, _):
+            assert ("experts are prefetched" in log.read_text()) == prefetched
+            found = scored(url, n_predict=6)
+            wanted = wanted or found
+            check_same(found, wanted)
+
+
 def test_refused_options(planned_path, tmp_path):
     done = started(tmp_path, planned_path, "--budget", "7")
     assert done.returncode == 1 and "from 30 to 360" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterable, Iterator, Optional
 
 from .control_groups import group_folders
 
@@ -22,6 +22,12 @@ def available() -> Optional[int]:
         except (AttributeError, OSError, ValueError):  # Windows
             return None
     return min([found, *_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def is_beyond(files: Iterable[Path]) -> bool:
+    """Whether files are larger together than the memory that this process can still have."""
+    free = available()
+    return free is not None and sum(os.path.getsize(path) for path in files) > free
 
 
 def peak() -> Optional[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from . import expert_cache
 from .measure.cores import physical_cores
 
 # the native side's numbers are int32, its seeds uint32 of which the last means a random one
@@ -77,4 +78,20 @@ def add_n_cpu_moe(parser) -> None:
     parser.add_argument(
         "--n-cpu-moe", type=not_negative, default=0, metavar="N",
         help="keep the experts of the first N layers on the CPU, with --n-gpu-layers. Default: 0",
+    )  # fmt: skip
+
+
+def _cache_bytes(text: str) -> int:
+    try:
+        return expert_cache.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_expert_cache(parser) -> None:
+    """--expert-cache, to a parser or a group of one."""
+    parser.add_argument(
+        "--expert-cache", type=_cache_bytes, metavar="SIZE",
+        help="hold so much of the routed experts in memory (6GB) and read the others from the file when they are chosen; 0 "
+        "for none. Default: what the memory leaves, if the file is larger than it",
     )  # fmt: skip

@@ -13,9 +13,9 @@ import warnings
 
 import numpy as np
 
-from . import hub, overrides
+from . import expert_cache as cache_size, hub, overrides
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
-from .checked_llama import CheckedLlama
+from .checked_llama import CheckedLlama, GenerationError
 from .gguf_file import GGUFFile, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
@@ -84,8 +84,18 @@ class Llama(CheckedLlama):
         prefetch: where experts stay in the file's pages (see repack), ask the system for those that a layer has chosen all
             at once, before the first of them is used, and read nothing around them: reading waits for the disk as little
             as it can. None: if the file is larger than the memory that is available when it is loaded (or the limit of a
-            control group, if that is less); for a model that stays in memory it only costs time. Without effect where no
-            experts are in a mapped file, and on Windows.
+            control group, if that is less) and there is no expert_cache; for a model that stays in memory it only costs
+            time. Without effect where no experts are in a mapped file, and on Windows.
+        expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and read the
+            others from the file when a layer's router has chosen them; those used last are kept. The output is the same, bit
+            for bit, as that of a model in memory with repack=False. An expert that cannot be read ends the evaluation with a
+            `GenerationError`. None: where the file is larger than the memory that is available, what that leaves beside the
+            other weights, unless there is an n_gpu_layers or a prefetch. 0 for none. Not on Windows.
+        miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times the
+            time of one at hand, 1 to 1e6. Such an expert runs for a generated token only where it is estimated to be worth
+            that: sqrt(miss_price) times as large as one at hand has to be; its estimate stands in for it elsewhere. At 1
+            the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
+            last, as many experts as the cache holds of a layer: so equal text gives equal output.
         **kwargs: see `llama_cpp.Llama`. n_threads and n_threads_batch are by default the physical cores that this process
             may use. An override of the experts per token (kv_overrides) lowers a plan to it; above what the plan in the file
             was made for, only the full budget works, and plans by hand.
@@ -95,7 +105,8 @@ class Llama(CheckedLlama):
         PlanError: its plan does not fit the model, the budget cannot be met, an override does not fit the model, or a
             budget, a rule or a plan is given for a model without experts.
         ValueError: n_cpu_moe is not a number of layers, repack no bool, prefetch neither that nor
-            None, or anything that `llama_cpp.Llama` refuses.
+            None, expert_cache no size, more than the memory or less than one layer's experts, miss_price no number from 1
+            on, or anything that `llama_cpp.Llama` refuses.
         TypeError: an argument that there is not; `llama_cpp.Llama` takes any name and says nothing.
     """
 
@@ -120,6 +131,8 @@ class Llama(CheckedLlama):
         n_cpu_moe: int = 0,
         repack: bool = True,
         prefetch: Optional[bool] = None,
+        expert_cache: Union[int, str, None] = None,
+        miss_price: float = 1.0,
         **kwargs,
     ):
         _check_names(kwargs)
@@ -131,6 +144,7 @@ class Llama(CheckedLlama):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
         self._plan_path, self._prefetch = plan_path, False
+        self._asked_cache, self._miss_price = expert_cache, cache_size.price(miss_price)
         self._stored_whole: Optional[metadata.ModelPlan] = None
         self._by_hand: Optional[Plan] = None
         self._handed_over: Optional[Estimator] = None
@@ -158,10 +172,15 @@ class Llama(CheckedLlama):
         if plan_path is not None:
             self._stored = metadata.read_for(plan_path, self._stored, estimator=False)
         self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)
+        on_gpu = kwargs.get("n_gpu_layers", 0) != 0
+        n_bytes = cache_size.choose(model_path, expert_cache, by_default=prefetch is None and not on_gpu)
+        if n_bytes:
+            kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), cache_size.KEY: n_bytes}
         if prefetch is None:
-            prefetch = memory.is_beyond(model_paths(model_path))
+            prefetch = not n_bytes and memory.is_beyond(model_paths(model_path))
         super().__init__(model_path, **kwargs)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
+        libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price)
         if self._beyond_plan is not None:
             self.set_plan(None)
         elif plan_path is not None:
@@ -175,6 +194,9 @@ class Llama(CheckedLlama):
             print(f"allocmoe: {self.plan}", file=sys.stderr)
         if self.verbose and self._prefetch:
             print("allocmoe: experts are prefetched from the model's file", file=sys.stderr)
+        if self.verbose and n_bytes:
+            why = "" if expert_cache is not None else f", since the file is larger than the {free / 1e9:.1f} GB that are free"
+            print(f"allocmoe: {n_bytes / 1e9:.1f} GB of memory for the experts{why}", file=sys.stderr)
 
     def _check_overrides(self, model_path, kv_overrides: Optional[dict], budget: Optional[Budget]) -> None:
         """Refuses overrides that do not fit the model, and those that no plan of the file can serve."""
@@ -196,6 +218,28 @@ class Llama(CheckedLlama):
     def prefetch(self) -> bool:
         """Whether chosen experts are asked for ahead of their use (see the argument of that name)."""
         return self._prefetch
+
+    @property
+    @in_turn
+    def expert_cache(self) -> int:
+        """Bytes of memory for experts whose others stay in the file (see the argument of that name); 0 for none."""
+        return libllama.allocmoe_get_expert_cache(context_pointer(self), ffi.NULL, 0)
+
+    @property
+    def miss_price(self) -> float:
+        """What it may cost to read an expert (see the argument of that name). Setting it takes effect as `set_budget` does."""
+        return self._miss_price
+
+    @miss_price.setter
+    def miss_price(self, price: float) -> None:
+        with self._turn:
+            self._miss_price = cache_size.price(price)
+            if not self._check(libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price)):
+                return
+            if self._generation is None:
+                self.clear_cache()
+            else:
+                self._plan_of_tokens = _MIXED
 
     @property
     def model_params(self):
@@ -554,6 +598,7 @@ class Llama(CheckedLlama):
             evaluation overwrites.
 
         Raises:
+            GenerationError: an expert cannot be read (see expert_cache).
             RuntimeError: llama.cpp cannot evaluate them, for instance beyond the context's size.
         """
         if isinstance(n_past, bool) or not isinstance(n_past, (int, np.integer)) or not 0 <= n_past < self.n_ctx():
@@ -563,7 +608,8 @@ class Llama(CheckedLlama):
         self.rewind(n_past)
         self.n_tokens = 0
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)
-        self._ctx.decode(self._batch)
+        with self._reading_experts():
+            self._ctx.decode(self._batch)
         return np.ctypeslib.as_array(self._ctx.get_logits(), (len(tokens) if logits_all else 1, self.n_vocab()))
 
     def _warn_if_degraded(self, asked: str) -> None:
@@ -593,7 +639,10 @@ class Llama(CheckedLlama):
         Returns:
             {"prefill": stats, "decode": stats}, where stats has int64 arrays of length block_count: `activations`,
             and `tokens` that reached the layer's router (the last layer sees only tokens whose logits are
-            needed); and `mean`, float64, activations per token, 0 where no token came by.
+            needed); and `mean`, float64, activations per token, 0 where no token came by. With an expert cache also, int64
+            arrays: `hits`, experts that were in memory when they were chosen, `misses`, those that were not, and
+            `bytes_read` for them; of tokens that are evaluated together each expert counts once. And `absent`, activations
+            that miss_price has left out.
         """
         stats = {}
         for phase, number in _PHASES.items():
@@ -604,6 +653,8 @@ class Llama(CheckedLlama):
             activations, tokens = counts
             mean = activations / np.maximum(tokens, 1)
             stats[phase] = {"activations": activations, "tokens": tokens, "mean": mean}
+            if self.expert_cache:
+                stats[phase].update(self._cache_counts(number))
         if reset:
             libllama.allocmoe_reset_counts(context_pointer(self))
             self._drafted = np.zeros((2, 0), np.int64)
@@ -617,6 +668,27 @@ class Llama(CheckedLlama):
         libllama.allocmoe_get_counts(context_pointer(self), phase, *pointers, n_layer)
         return counts
 
+    def _cache_counts(self, phase: int) -> Dict[str, np.ndarray]:
+        n_layer = libllama.allocmoe_n_layer(context_pointer(self))
+        counts = {name: np.zeros(n_layer, np.int64) for name in ("hits", "misses", "bytes_read")}
+        pointers = [ffi.from_buffer("int64_t *", row) for row in counts.values()]
+        libllama.allocmoe_get_cache_counts(context_pointer(self), phase, *pointers, n_layer, ffi.new("int64_t *"))
+        counts["absent"] = np.zeros(n_layer, np.int64)
+        if phase == _PHASES["decode"]:
+            libllama.allocmoe_get_absent(context_pointer(self), ffi.from_buffer("int64_t *", counts["absent"]), n_layer)
+        return counts
+
+    @contextlib.contextmanager
+    def _reading_experts(self) -> Iterator[None]:
+        """Says why an evaluation failed, where experts stay in the file."""
+        try:
+            yield
+        except RuntimeError as error:
+            why = ffi.string(libllama.allocmoe_expert_cache_error(context_pointer(self))).decode(errors="replace")
+            if not why or not str(error).endswith("returned -3"):
+                raise
+            raise GenerationError(f"{self.model_path}: {why}") from error
+
     @in_turn
     def eval(self, tokens: Sequence[int]) -> None:
         drafted = self._generation is not None and self._generation.n_tokens > 0 and len(tokens) > 1
@@ -626,7 +698,8 @@ class Llama(CheckedLlama):
             self._plan_of_tokens = now
         elif self._plan_of_tokens != now:
             self._plan_of_tokens = _MIXED
-        super().eval(tokens)
+        with self._reading_experts():
+            super().eval(tokens)
         if before is not None:
             self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
 
@@ -672,6 +745,7 @@ class Llama(CheckedLlama):
                 stacklevel=2,
             )
         super().load_state(state)
+        libllama.allocmoe_forget_ran(context_pointer(self))
         self._plan_of_tokens, self._left = then, getattr(state, "left", None)
         self._put_left_over(self._left)
 
@@ -713,12 +787,17 @@ class Llama(CheckedLlama):
         return cls(model_path=hub.download(repo_id, filename, additional_files, local_dir, cache_dir), **kwargs)
 
     def __getstate__(self):
+        theirs = super().__getstate__()
+        given = {key: value for key, value in (theirs["kv_overrides"] or {}).items() if key != cache_size.KEY}
         return {
-            **super().__getstate__(),
+            **theirs,
+            "kv_overrides": given or None,
             "plan_path": self._plan_path,
             "n_cpu_moe": self._n_cpu_moe,
             "repack": self._repack,
             "prefetch": self._asked_prefetch,
+            "expert_cache": self._asked_cache,
+            "miss_price": self._miss_price,
             "budget": None if self._beyond_plan is None else 1.0,
             "plan": self._before.plan if self._before else self._plan_or_none(),
         }
@@ -760,7 +839,7 @@ def _signature() -> inspect.Signature:
     parameters = dict(inspect.signature(llama_cpp.Llama.__init__).parameters)
     extra = parameters.pop("kwargs")
     ours = inspect.signature(Llama.__init__).parameters
-    names = ("budget", "token_rule", "plan_path", "n_cpu_moe", "repack", "prefetch")
+    names = ("budget", "token_rule", "plan_path", "n_cpu_moe", "repack", "prefetch", "expert_cache", "miss_price")
     return inspect.Signature([*parameters.values(), *(ours[name] for name in names), extra])
 
 

@@ -20,7 +20,9 @@ import urllib.error
 import urllib.request
 
 from . import __version__
+from . import expert_cache
 from ._native import BUILD_DIR
+from .arguments import add_expert_cache
 from .command import CommandError, run_command
 from .gguf_file import model_paths
 from .measure import memory
@@ -51,8 +53,8 @@ def binary() -> Path:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="allocmoe-server",
-        usage="allocmoe-server MODEL [--budget B] [--adaptive-budget B] [--plan FILE] [--prefetch on] "
-        "[options of llama-server]",
+        usage="allocmoe-server MODEL [--budget B] [--adaptive-budget B] [--plan FILE] [--prefetch on] [--expert-cache SIZE] "
+        "[--miss-price X] [options of llama-server]",
         description=_DESCRIPTION,
         add_help=False,
         allow_abbrev=False,
@@ -70,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="B",
         help="requests that do not say get less while others wait, down to this budget",
     )
+    add_expert_cache(p)
+    p.add_argument(
+        "--miss-price", type=_price, metavar="X",
+        help="with --expert-cache and estimates: what reading an expert may cost, in times of one at hand. Default: 1, any",
+    )  # fmt: skip
     p.add_argument("--plan", metavar="FILE", help="a side file with the plans, as allocmoe-convert --plan-only writes")
     p.add_argument(
         "--prefetch", choices=("auto", "on", "off"), default="auto",
@@ -91,18 +98,49 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             _become([str(binary()), "--help"])
         if model is not None and not Path(model).is_file():
             raise CommandError(f"{model}: no such file")
+        cache = _cache_options(model, args)
         if args.prefetch == "auto":
-            args.prefetch = "on" if model is not None and memory.is_beyond(model_paths(model)) else "off"
+            args.prefetch = "on" if model is not None and not cache and memory.is_beyond(model_paths(model)) else "off"
         for name, variable in _VARIABLES.items():
             if getattr(args, name) is not None:
                 os.environ[variable] = getattr(args, name)
-        command = [str(binary()), *(["-m", model] if model is not None else []), *args.rest]
+        command = [str(binary()), *(["-m", model] if model is not None else []), *cache, *args.rest]
         address = _address(args.rest)
         if address is not None and hasattr(os, "fork"):
             _announce(address)
         _become(command)
 
     return run_command(options, serve, given, known_only=True)
+
+
+def _price(text: str) -> float:
+    try:
+        return expert_cache.price(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: want a number from 1 to 1e6") from None
+
+
+def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
+    """What llama-server is to be told of an expert cache. Raises CommandError for one that cannot be."""
+    n_bytes = args.expert_cache
+    if model is not None:
+        on_gpu = {"-ngl", "--gpu-layers", "--n-gpu-layers"} & set(args.rest)
+        try:
+            n_bytes = expert_cache.choose(model, n_bytes, by_default=args.prefetch == "auto" and not on_gpu)
+        except ValueError as error:
+            raise CommandError(str(error).replace("expert_cache:", "--expert-cache:", 1)) from None
+        if n_bytes and args.expert_cache is None:
+            print(
+                f"allocmoe-server: {n_bytes / 1e9:.1f} GB of memory for the experts, since the file is larger than what is free",
+                file=sys.stderr,
+                flush=True,
+            )
+    if not n_bytes:
+        return []
+    options = ["--override-kv", f"{expert_cache.KEY}=int:{n_bytes}"]
+    if args.miss_price is not None:
+        options += ["--override-kv", f"{expert_cache.PRICE_KEY}=float:{args.miss_price}"]
+    return options
 
 
 def _become(command: List[str]) -> None:

@@ -3,6 +3,7 @@
 
 #include "allocmoe.h"
 #include "allocmoe-context.h"
+#include "allocmoe-expert-cache.h"
 #include "allocmoe-file.h"
 #include "allocmoe-plan.h"
 
@@ -14,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <tuple>
@@ -252,6 +254,13 @@ void allocmoe_reset_counts(llama_context * ctx) {
         std::fill(phase.activations.begin(), phase.activations.end(), 0);
         std::fill(phase.tokens.begin(), phase.tokens.end(), 0);
     }
+    if (state.cache) {
+        for (auto & of_phase : state.cache->counts) {
+            std::fill(of_phase.begin(), of_phase.end(), allocmoe_cache_counts{});
+        }
+        state.cache->waited_us = 0;
+        std::fill(state.ran.n_absent.begin(), state.ran.n_absent.end(), 0);
+    }
     for (size_t il = 0; il < state.phases[0].tokens.size(); ++il) {
         auto & activations = state.spent.get()[il].activations;
         std::fill(std::begin(activations), std::end(activations), 0);
@@ -332,6 +341,71 @@ const char * allocmoe_expert_placement(const llama_context * ctx, int32_t il, in
 
 int64_t allocmoe_set_prefetch(llama_context * ctx, bool prefetch) {
     return allocmoe_access::set_prefetch(ctx, prefetch);
+}
+
+int64_t allocmoe_get_expert_cache(const llama_context * ctx, int32_t * n_slots, int32_t n_layer) {
+    const auto * cache = allocmoe_access::state(ctx).cache;
+    for (int32_t il = 0; il < n_layer; ++il) {
+        const auto * experts = cache ? cache->find(il) : nullptr;
+        n_slots[il]          = experts ? allocmoe_expert_cache::n_slots(*experts) : 0;
+    }
+    return cache ? cache->n_bytes() : 0;
+}
+
+int32_t allocmoe_get_cache_counts(const llama_context * ctx, int32_t phase, int64_t * hits, int64_t * misses, int64_t * n_bytes, int32_t n_layer, int64_t * waited_us) {
+    return allocmoe_guarded([&] {
+        if (n_layer != allocmoe_n_layer(ctx)) {
+            return wrong_n_layer(ctx, n_layer);
+        }
+        if (phase != ALLOCMOE_PHASE_PREFILL && phase != ALLOCMOE_PHASE_DECODE) {
+            return allocmoe_fail(ALLOCMOE_ERR_PHASE, "phase: found one that there is not");
+        }
+        llama_synchronize(const_cast<llama_context *>(ctx));
+        const auto * cache = allocmoe_access::state(ctx).cache;
+        for (int32_t il = 0; il < n_layer; ++il) {
+            const auto found = cache ? cache->counts[phase][il] : allocmoe_cache_counts{};
+            hits[il]         = found.hits;
+            misses[il]       = found.misses;
+            n_bytes[il]      = found.bytes;
+        }
+        *waited_us = cache ? cache->waited_us.load() : 0;
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
+int32_t allocmoe_set_miss_price(llama_context * ctx, double price) {
+    return allocmoe_guarded([&] {
+        if (!(price >= 1.0 && price <= 1e6)) {
+            throw allocmoe_error(format("the price of a miss: found %g, want 1 to 1e6", price));
+        }
+        llama_synchronize(ctx);
+        auto & handicap    = allocmoe_access::state(ctx).miss_handicap;
+        const float before = handicap;
+        handicap           = 0.5 * std::log(price);
+        return (int32_t) (handicap == before ? ALLOCMOE_OK : ALLOCMOE_CHANGED);
+    });
+}
+
+int32_t allocmoe_get_absent(const llama_context * ctx, int64_t * n_absent, int32_t n_layer) {
+    return allocmoe_guarded([&] {
+        if (n_layer != allocmoe_n_layer(ctx)) {
+            return wrong_n_layer(ctx, n_layer);
+        }
+        const auto & found = allocmoe_access::state(ctx).ran.n_absent;
+        std::fill_n(n_absent, n_layer, 0);
+        std::copy(found.begin(), found.end(), n_absent);
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
+void allocmoe_forget_ran(llama_context * ctx) {
+    llama_synchronize(ctx);
+    auto & entries = allocmoe_access::state(ctx).ran.entries;
+    std::fill(entries.begin(), entries.end(), (int16_t) ALLOCMOE_RAN_NOTHING);
+}
+
+const char * allocmoe_expert_cache_error(const llama_context * ctx) {
+    return allocmoe_access::state(ctx).cache_error.c_str();
 }
 
 void allocmoe_set_cpu_kernels(bool use) {

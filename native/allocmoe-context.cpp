@@ -1,6 +1,7 @@
 #include "allocmoe-context.h"
 
 #include "allocmoe.h"
+#include "allocmoe-expert-cache.h"
 #include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 #include "allocmoe-prefetch.h"
@@ -14,6 +15,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -143,6 +145,21 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     const uint32_t n_left = std::min<uint64_t>(cparams.n_ctx_seq, std::max<uint64_t>(std::max(1u, cparams.n_batch), 4ull * cparams.n_ctx / cparams.n_seq_max));
     allocate_spent(*state, model, n_left, cparams.n_seq_max);
     state->n_layer_main = model.hparams.n_layer();
+    state->cache        = model.hparams.no_alloc ? nullptr : model.allocmoe_cache.get();
+    if (state->cache) {
+        cparams.op_offload = false; // a GPU would copy experts that are in no memory
+        state->miss_handicap = 0.5 * std::log(state->cache->miss_price);
+        auto & ran         = state->ran;
+        uint32_t most      = 1;
+        for (uint32_t il = 0; il < n_layer; ++il) {
+            most = std::max(most, model.hparams.n_expert_used(il));
+        }
+        ran.n_left  = n_left;
+        ran.n_place = (int64_t) n_left * cparams.n_seq_max;
+        ran.n_entry = 1 + most;
+        ran.n_absent.resize(n_layer);
+        ran.entries.resize(n_layer * ran.n_place * ran.n_entry);
+    }
     state->records.layers.resize(n_layer);
     state->records.outputs.resize(n_layer);
     cparams.allocmoe = { settings, state };

@@ -9,9 +9,29 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 struct llama_context;
+class allocmoe_expert_cache;
+
+// Under ALLOCMOE_RULE_ESTIMATE: which experts the token at each position of each sequence has run. So what is at hand for a token
+// depends on the tokens before it in its sequence, whatever else the cache holds.
+struct allocmoe_ran {
+    std::vector<int16_t> entries;  // [block_count][n_seq_max][n_left][1 + most of a layer]: ALLOCMOE_RAN_*, ids by rank, -1 where they end
+    std::vector<int64_t> n_absent; // [block_count], skipped for being absent
+    int64_t n_place = 0;           // of a layer
+    int64_t n_entry = 0;
+    int32_t n_left  = 0;           // as allocmoe_spent has it
+
+    int16_t * at(int il, int32_t place) { return entries.data() + (il * n_place + place) * n_entry; }
+};
+
+enum {
+    ALLOCMOE_RAN_NOTHING = 0,
+    ALLOCMOE_RAN_TOKEN   = 1,
+    ALLOCMOE_RAN_FIRST   = 2, // with none before it
+};
 
 struct allocmoe_state {
     struct phase {
@@ -29,6 +49,11 @@ struct allocmoe_state {
     std::shared_ptr<const allocmoe_model> file;          // what budgets are served from: the model's or a side file; null for none
     std::shared_ptr<const allocmoe_estimates> estimates; // a caller's, in place of the file's
     allocmoe_records records;
+
+    allocmoe_expert_cache * cache = nullptr; // the model's, where its experts stay in the file
+    std::string cache_error;                 // why the last run was void, "" if it was not
+    allocmoe_ran ran;                        // where there is a cache
+    float miss_handicap = 0.0f;              // by so much an absent expert's log size has to be above the threshold
 };
 
 // A plan as the model can run it: with its estimates, and another token rule where the model cannot run the plan's, with a

@@ -2,6 +2,8 @@
 // ADD_ID nothing is added to that row.
 #pragma once
 
+#include "allocmoe-experts.h"
+
 #include "ggml.h"
 
 #include <stdint.h>

@@ -1,21 +1,81 @@
 // Token rule estimate in the graph: ids by estimated size, what stands in for the skipped, the sum of both.
+#include "allocmoe.h"
 #include "allocmoe-context.h"
+#include "allocmoe-expert-cache.h"
 #include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 
 #include "llama-graph.h"
+#include "llama-hparams.h"
 
 #include <algorithm>
+#include <vector>
+
+// What of token t's candidates is not among the n_slots different experts that its sequence ran last.
+static void find_absent(const allocmoe_estimate_args & args, allocmoe_ran & ran, int64_t n_slots, float handicap, int32_t t, allocmoe_absent * absent) {
+    std::vector<bool> recent(ran.n_entry > 0 ? LLAMA_MAX_EXPERTS : 0);
+    int64_t n     = 0;
+    int32_t place = args.places[t].before;
+    for (int32_t step = 0; place >= 0 && step < ran.n_left && n < n_slots; ++step) {
+        const int16_t * entry = ran.at(args.node.il, place);
+        int64_t r             = 1;
+        while (entry[0] != ALLOCMOE_RAN_NOTHING && r < ran.n_entry && entry[r] >= 0) {
+            ++r;
+        }
+        while (--r > 0 && n < n_slots) {
+            n += !recent[entry[r]];
+            recent[entry[r]] = true;
+        }
+        if (entry[0] != ALLOCMOE_RAN_TOKEN) {
+            break;
+        }
+        place = place % ran.n_left == 0 ? place + ran.n_left - 1 : place - 1;
+    }
+    for (int32_t r = 0; r < args.n_used; ++r) {
+        absent[r].handicap = recent[args.ids[t * args.stride_ids + r]] ? 0.0f : handicap;
+    }
+}
 
 // node: ids by rank, -1 where the estimated size is too small
-static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, void * /* userdata */) {
+static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
     allocmoe_node node;
     if (ith != 0 || !allocmoe_get_node(dst, node)) {
         return;
     }
+    auto args          = allocmoe_estimate_args_of(dst, node);
+    auto & state       = *((const allocmoe_graph::layer *) userdata)->state;
+    auto & ran         = state.ran;
+    const auto * cache = ran.n_place > 0 ? state.cache->find(node.il) : nullptr;
+    std::vector<allocmoe_absent> absent;
+    // a prompt reads what any of its tokens needs once, whoever else needs it
+    if (cache && state.miss_handicap > 0.0f && node.phase == ALLOCMOE_PHASE_DECODE) {
+        absent.resize(args.n_tokens * args.n_used);
+        for (int32_t t = 0; t < args.n_tokens; ++t) {
+            find_absent(args, ran, allocmoe_expert_cache::n_slots(*cache), state.miss_handicap, t, &absent[t * args.n_used]);
+        }
+        args.absent   = absent.data();
+        args.n_absent = &ran.n_absent[node.il];
+    }
     allocmoe_one_thread thread;
     allocmoe_estimate_shared shared;
-    allocmoe_route_by_size(thread, allocmoe_estimate_args_of(dst, node), shared);
+    allocmoe_route_by_size(thread, args, shared);
+    for (int32_t t = 0; cache && t < args.n_tokens; ++t) {
+        if (args.places[t].own < 0) {
+            continue;
+        }
+        int16_t * entry = ran.at(node.il, args.places[t].own);
+        int64_t n       = 0;
+        entry[n++]      = args.places[t].before < 0 ? ALLOCMOE_RAN_FIRST : ALLOCMOE_RAN_TOKEN;
+        for (int32_t r = 0; r < args.n_used && n < ran.n_entry; ++r) {
+            const int32_t id = args.routed[(int64_t) t * args.n_used + r];
+            if (id >= 0) {
+                entry[n++] = id;
+            }
+        }
+        if (n < ran.n_entry) {
+            entry[n] = -1;
+        }
+    }
 }
 
 // node: the estimate of what a token skips, in the rows of `up`
@@ -50,7 +110,7 @@ void allocmoe_build_estimate(ggml_context * ctx, llm_graph_result & res, int il,
     allocmoe_node node = {};
     node.kind          = ALLOCMOE_NODE_IDS_BY_SIZE;
     node.n_relu        = layer.plan->estimates->n_relu;
-    layer.routed       = allocmoe_build_routed(ctx, layer, node, { layer.selected, weights, layer.reduced, estimates.log_norm }, compute_routed_by_size);
+    layer.routed       = allocmoe_build_routed(ctx, layer, node, { layer.selected, weights, layer.reduced, estimates.log_norm }, compute_routed_by_size, &layer);
 
     if (estimates.up) {
         ggml_tensor * args[]  = { layer.selected, weights, layer.reduced, layer.routed, estimates.output };

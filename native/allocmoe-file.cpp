@@ -1,6 +1,7 @@
 #include "allocmoe-file.h"
 
 #include "allocmoe.h"
+#include "allocmoe-expert-cache.h"
 #include "allocmoe-hooks.h"
 
 #include "llama-arch.h"
@@ -276,6 +277,9 @@ std::unique_ptr<allocmoe_model> allocmoe_read_file(const gguf_context * meta, co
 std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & loader, const llama_hparams & hparams) {
     std::shared_ptr<allocmoe_model> file = allocmoe_read_file(loader.metadata, hparams);
     for (const auto & [key, value] : loader.kv_overrides) {
+        if (key == ALLOCMOE_KEY_EXPERT_CACHE || key == ALLOCMOE_KEY_MISS_PRICE) {
+            continue; // nothing of the file's
+        }
         if (key.rfind("allocmoe.", 0) == 0 && (!file || key != "allocmoe.budget_total")) {
             throw allocmoe_error(format("%s cannot be overridden: %s", key.c_str(), file ? "of our keys only allocmoe.budget_total can" : "the file has no plan"));
         }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "allocmoe-estimator.h"
+#include "allocmoe-expert-cache.h"
 #include "allocmoe-instrument.h"
 #include "allocmoe-plan.h"
 #include "allocmoe-token-rule.h"
@@ -61,6 +62,7 @@ struct allocmoe_graph {
     };
     std::deque<layer> layers; // nodes point into it
     std::deque<input> inputs;
+    std::deque<allocmoe_expert_cache::request> requests; // of experts that stay in the file
 
     std::shared_ptr<const allocmoe_settings> settings; // in force
     bool warmup;
@@ -77,7 +79,7 @@ struct allocmoe_graph {
 allocmoe_graph & allocmoe_graph_of(llm_graph_result & res, const llama_cparams & cparams);
 
 // The node that a layer's ids come from, from its sources but for the rule's values.
-ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute);
+ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute, void * userdata = nullptr);
 
 //
 // what the nodes' functions share

@@ -14,6 +14,7 @@ struct llama_hparams;
 struct llama_model;
 struct llama_model_loader;
 struct llama_ubatch;
+class allocmoe_expert_cache;
 
 struct allocmoe_model;    // what a model's file carries, allocmoe-file.h
 struct allocmoe_settings; // what a context's graphs are built for, allocmoe-plan.h; replaced as a whole, never changed
@@ -40,6 +41,16 @@ void allocmoe_try_vocab(const llama_model & model);
 
 // What the model's metadata has of allocmoe.*, null if that is nothing. Throws std::runtime_error if it is invalid.
 std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & loader, const llama_hparams & hparams);
+
+// Where the caller's overrides ask for an expert cache: has the loader leave routed experts in the file. Null elsewhere. Throws
+// std::runtime_error where that cannot be.
+std::shared_ptr<allocmoe_expert_cache> allocmoe_make_expert_cache(llama_model_loader & loader);
+
+// When the model's tensors are known, before they are loaded. cache: may be null. Throws std::runtime_error.
+void allocmoe_open_expert_cache(const std::shared_ptr<allocmoe_expert_cache> & cache, const llama_model_loader & loader, const llama_model & model);
+
+// Whether a tensor is not to be loaded.
+bool allocmoe_stays_in_file(const ggml_tensor * tensor);
 
 // Puts the model's plan into a new context and logs it. Throws std::runtime_error where that cannot be.
 void allocmoe_init_context(llama_cparams & cparams, const llama_model & model);
@@ -93,5 +104,5 @@ ggml_tensor * allocmoe_build_sum(
 // what the instrument asks for.
 void allocmoe_edit_graph(const llama_cparams & cparams, llm_graph_result & res, const llama_ubatch & ubatch, ggml_context * ctx, ggml_cgraph * gf);
 
-// Adds what one run of the graph activated.
-void allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res, const llama_ubatch & ubatch);
+// Adds what one run of the graph activated. Returns false, and logs why, where an expert could not be read: the run is void.
+bool allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res, const llama_ubatch & ubatch);

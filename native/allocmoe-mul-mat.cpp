@@ -406,12 +406,23 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
             }
         }
         slabs[0] = 0;
-        for (int64_t e = 0; e < n_expert; ++e) {
+        // experts that have to be waited for come last
+        const auto * experts = allocmoe_experts_of(dst);
+        std::vector<int64_t> late;
+        const auto add = [&](int64_t e) {
             for (int32_t i = first[e]; i < first[e + 1]; i += SLAB) {
                 owner[slabs[0]++] = e;
                 slabs[slabs[0]]   = i;
             }
+        };
+        for (int64_t e = 0; e < n_expert; ++e) {
+            if (experts && first[e] < first[e + 1] && !experts->ready(experts, e)) {
+                late.push_back(e);
+            } else {
+                add(e);
+            }
         }
+        std::for_each(late.begin(), late.end(), add);
     }
     if (ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, nth);
@@ -443,7 +454,7 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
             gathered = slab;
         }
         const auto multiply = n < PANEL_TOKENS ? run.multiply_rows_by_one : run.multiply_rows;
-        multiply(job, (const char *) src0->data + e * src0->nb[2], row0, row1, begin, n, ws);
+        multiply(job, allocmoe_expert(dst, e), row0, row1, begin, n, ws);
     }
     return true;
 #else

@@ -2,6 +2,7 @@
 
 #include "allocmoe.h"
 #include "allocmoe-context.h"
+#include "allocmoe-hooks.h"
 
 #include "llama-hparams.h"
 #include "llama-model.h"
@@ -93,7 +94,7 @@ const char * allocmoe_token_rule_obstacle(int32_t token_rule, const llama_model 
             }
             auto * type            = ggml_backend_buffer_get_type(tensor->buffer);
             const std::string name = ggml_backend_buft_name(type);
-            const bool cpu         = name == "CPU" || name == "CPU_Mapped" || name == "CPU_REPACK";
+            const bool cpu         = name == "CPU" || name == "CPU_Mapped" || name == "CPU_REPACK" || allocmoe_stays_in_file(tensor);
             if (!cpu && !allocmoe_runs_token_rules(ggml_backend_buft_get_device(type))) {
                 return "its experts are stored in a layout that cannot leave out single ones";
             }

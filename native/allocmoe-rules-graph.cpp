@@ -1,6 +1,7 @@
 // Experts per layer and token in the graph: planned counts, token rules that go by scores, and what all of them spend.
 #include "allocmoe.h"
 #include "allocmoe-context.h"
+#include "allocmoe-expert-cache.h"
 #include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 #include "allocmoe-prefetch.h"
@@ -9,6 +10,7 @@
 #include "llama-batch.h"
 #include "llama-cparams.h"
 #include "llama-graph.h"
+#include "llama-impl.h"
 
 #include <algorithm>
 #include <cmath>
@@ -217,9 +219,9 @@ static allocmoe_graph::input & values_of(ggml_context * ctx, allocmoe_graph & gr
 
 int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cparams, llm_graph_result & res, int il, int64_t n_expert_used, int64_t n_tokens) {
     auto & graph = allocmoe_graph_of(res, cparams);
-    // a warm-up run is there to touch every expert
+    // a warm-up run is there to touch every expert; those that stay in the file are not to be read in vain
     if (cparams.warmup || il < 0) {
-        return n_expert_used;
+        return cparams.warmup && cparams.allocmoe.state->cache ? 1 : n_expert_used;
     }
     const auto & settings = *cparams.allocmoe.settings;
     const auto & state    = cparams.allocmoe.state;
@@ -245,10 +247,10 @@ int64_t allocmoe_expert_used_count(ggml_context * ctx, const llama_cparams & cpa
     return rule.n_ranked;
 }
 
-ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute) {
+ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute, void * userdata) {
     args.push_back(layer.limits);
     args.push_back(layer.places);
-    ggml_tensor * routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args.data(), args.size(), compute, 1, nullptr);
+    ggml_tensor * routed = ggml_custom_4d(ctx, GGML_TYPE_I32, layer.selected->ne[0], layer.selected->ne[1], 1, 1, args.data(), args.size(), compute, 1, userdata);
     // behind the choice of the tokens whose output is wanted nothing is left over from token to token
     const bool alone = layer.il + 1 >= layer.state->n_layer_main;
     node.strict      = !layer.rule.strict ? 0 : alone ? ALLOCMOE_NODE_STRICT_ALONE
@@ -335,9 +337,20 @@ void allocmoe_edit_graph(const llama_cparams & cparams, llm_graph_result & res, 
         allocmoe_add_prefetch(ctx, gf);
     }
     allocmoe_edit_for_instrument(cparams.allocmoe.settings->instrument, cparams.allocmoe.state->records, graph, ctx, gf);
+    if (auto * cache = cparams.allocmoe.state->cache) {
+        cache->add_requests(ctx, gf, phase_of(ubatch), graph.requests);
+    }
 }
 
-void allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res, const llama_ubatch & ubatch) {
+bool allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res, const llama_ubatch & ubatch) {
+    if (auto * cache = cparams.allocmoe.state->cache) {
+        auto & error = cparams.allocmoe.state->cache_error;
+        error        = cache->take_error();
+        if (!error.empty()) {
+            LLAMA_LOG_ERROR("allocmoe: %s\n", error.c_str());
+            return false;
+        }
+    }
     auto & phase = cparams.allocmoe.state->phases[phase_of(ubatch)];
     for (const auto & layer : res.allocmoe->layers) {
         phase.activations[layer.il] += layer.activations;
@@ -353,6 +366,7 @@ void allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res,
             }
         }
     }
+    return true;
 }
 
 //

@@ -355,6 +355,12 @@ ALLOCMOE_FN void allocmoe_route(Block & block, const allocmoe_route_args & a, al
 // the rule that goes by estimates
 //
 
+// An expert that is not in memory has to be the larger for that.
+struct allocmoe_absent {
+    float handicap; // 0 for one at hand
+    int32_t key;    // of its size without
+};
+
 struct allocmoe_estimate_args {
     const int32_t * ids;           // [n_tokens][n_used], by falling score
     const float * weights;         // [n_tokens][n_used]
@@ -363,6 +369,8 @@ struct allocmoe_estimate_args {
     const allocmoe_limit * limits; // [n_tokens]
     const allocmoe_place * places; // [n_tokens]
     int32_t * routed;              // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
+    allocmoe_absent * absent;      // [n_tokens][n_used], or null where all are at hand
+    int64_t * n_absent;            // skipped for being absent: counted where `absent` is not null, which is by one thread
     float * skipped;               // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
     int64_t stride_ids;            // between tokens, in elements
     int64_t stride_weights;
@@ -429,7 +437,12 @@ ALLOCMOE_FN void allocmoe_to_size_keys(Block & block, const allocmoe_estimate_ar
         s.parts[block.rank()] = i < n ? allocmoe_size_part(a, i / a.n_used, i % a.n_used, lane, n_lanes) : 0.0f;
         block.sync();
         if (lane == 0 && i < n) {
-            a.routed[i] = allocmoe_size_key(allocmoe_size(a, i / a.n_used, i % a.n_used, s.parts + block.rank(), n_lanes));
+            const float size = allocmoe_size(a, i / a.n_used, i % a.n_used, s.parts + block.rank(), n_lanes);
+            a.routed[i]      = allocmoe_size_key(size);
+            if (a.absent && a.absent[i].handicap > 0.0f) {
+                a.absent[i].key = a.routed[i];
+                a.routed[i]     = allocmoe_size_key(ALLOCMOE_SUB(size, a.absent[i].handicap));
+            }
         }
         block.sync();
     }
@@ -460,6 +473,10 @@ ALLOCMOE_FN int32_t allocmoe_route_token_by_size(const allocmoe_estimate_args & 
     int32_t * out   = allocmoe_row_of(a.routed, t, a.n_used);
     const int32_t n = allocmoe_keep_by_size(out, a.n_used, a.node.k_base, at_least);
     for (int32_t r = 0; r < a.n_used; ++r) {
+        if (a.absent) {
+            const allocmoe_absent & absent = a.absent[(int64_t) t * a.n_used + r];
+            *a.n_absent += absent.handicap > 0.0f && (uint32_t) out[r] < allocmoe_key(at_least) && (uint32_t) absent.key >= allocmoe_key(at_least);
+        }
         out[r] = (uint32_t) out[r] >= allocmoe_key(at_least) ? a.ids[t * a.stride_ids + r] : -1;
     }
     allocmoe_note_kept(a.node, a.places, t, n);

@@ -145,6 +145,31 @@ LLAMA_API const char * allocmoe_expert_placement(const struct llama_context * ct
 // 0 where there are none or the system takes no such advice. Off in a new context.
 LLAMA_API int64_t allocmoe_set_prefetch(struct llama_context * ctx, bool prefetch);
 
+// The memory that holds experts of a model larger than memory, whose others stay in its file: asked for when the model is loaded,
+// by an override of the key allocmoe.expert_cache_bytes (an integer). Its contexts must not run at the same time. n_layer:
+// n_slots is the number of experts that it holds of each layer. Returns the bytes, 0 where there is none.
+LLAMA_API int64_t allocmoe_get_expert_cache(const struct llama_context * ctx, int32_t * n_slots, int32_t n_layer);
+
+// Since the model was loaded or the counts were reset, in each layer: experts that were in memory when they were chosen, those
+// that were not, and the bytes read for them; of a micro-batch, each expert once. waited_us: microseconds that computing threads
+// have waited for the file in both phases, added up.
+LLAMA_API int32_t allocmoe_get_cache_counts(const struct llama_context * ctx, int32_t phase, int64_t * hits, int64_t * misses, int64_t * n_bytes, int32_t n_layer, int64_t * waited_us);
+
+// Under ALLOCMOE_RULE_ESTIMATE, for single tokens: an expert that is not at hand counts as smaller by sqrt(price), so that running
+// it has to be worth the more the longer it takes. At hand are as many experts of a layer as it has slots, those that the
+// token's sequence has run last. price: how many times as long an expert takes that has to be read, at least 1, which is what a
+// context begins with. Without effect where there is no expert cache.
+LLAMA_API int32_t allocmoe_set_miss_price(struct llama_context * ctx, double price);
+
+// Activations that were left out since the counts were reset, and would not have been with the expert at hand: [n_layer].
+LLAMA_API int32_t allocmoe_get_absent(const struct llama_context * ctx, int64_t * n_absent, int32_t n_layer);
+
+// Forgets what sequences have run: what their next tokens find at hand begins anew. For memory that comes from elsewhere.
+LLAMA_API void allocmoe_forget_ran(struct llama_context * ctx);
+
+// Why the last decode failed, where that was the expert cache; "" where it was not.
+LLAMA_API const char * allocmoe_expert_cache_error(const struct llama_context * ctx);
+
 // Whether the CPU backend of this process may use our kernels (true at first) or llama.cpp's own alone: to compare the two.
 // Both skip what a plan leaves out. Not while a model runs.
 LLAMA_API void allocmoe_set_cpu_kernels(bool use);

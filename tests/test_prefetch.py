@@ -244,7 +244,7 @@ def test_by_default_where_the_file_is_larger_than_the_memory(path, monkeypatch):
     size = path.stat().st_size
     for available, wanted in ((size - 1, True), (size, False), (None, False)):
         monkeypatch.setattr(memory, "available", lambda: available)
-        llm = Llama(str(path), **SIZES)
+        llm = Llama(str(path), expert_cache=0, **SIZES)
         assert llm.prefetch == wanted
         llm.close()
 

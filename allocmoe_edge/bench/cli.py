@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import Llama, Plan, PlanError, __version__, output_file, parse_budget
 from .._native import llama_cpp
-from ..arguments import add_gpu, add_threads, n_tokens, positive, seed
+from ..arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
 from ..command import load_errors, printable, run_command
 from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         help="read the experts that a layer has chosen from the file ahead of their use, with --no-repack. "
         "Default: auto, if the file is larger than the memory",
     )  # fmt: skip
+    add_expert_cache(p)
     p.add_argument("--flash-attn", action="store_true", help="use flash attention")
     p.add_argument(
         "--noise-limit", type=float, default=0.03, metavar="X",
@@ -137,7 +138,8 @@ def bench(args: argparse.Namespace) -> None:
         llm = Llama(
             args.model, n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
             n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, n_cpu_moe=args.n_cpu_moe,
-            repack=not args.no_repack, prefetch=_PREFETCH[args.prefetch], flash_attn=args.flash_attn, verbose=False,
+            repack=not args.no_repack, prefetch=_PREFETCH[args.prefetch], expert_cache=args.expert_cache, flash_attn=args.flash_attn,
+            verbose=False,
         )  # fmt: skip
     load_seconds = time.perf_counter() - start
 
@@ -156,6 +158,7 @@ def bench(args: argparse.Namespace) -> None:
         "workload": {
             "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
             "n_cpu_moe": args.n_cpu_moe, "repack": not args.no_repack, "prefetch": llm.prefetch,
+            "expert_cache": llm.expert_cache,
             "flash_attn": args.flash_attn, "repeats": args.repeats,
             "tokens": str(args.text) if args.text else f"random, seed {args.seed}",
         },
@@ -255,6 +258,7 @@ def _head(head: dict) -> str:
         f"{', experts of the first ' + str(work['n_cpu_moe']) + ' on the CPU' if work['n_cpu_moe'] else ''}, "
         f"{'' if work['repack'] else 'weights not repacked, '}"
         f"{'experts prefetched, ' if work['prefetch'] else ''}"
+        f"{'expert cache ' + report.gigabytes(work['expert_cache']) + ', ' if work['expert_cache'] else ''}"
         f"flash attention {'on' if work['flash_attn'] else 'off'}, {work['repeats']} rounds, tokens: {work['tokens']}"
     )
 

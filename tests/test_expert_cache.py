@@ -1,0 +1,464 @@
+"""Llama(expert_cache=...): experts that stay in the file give the same bits, and what goes wrong with the file is an error."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+import os
+from pathlib import Path
+import pickle
+import shutil
+import subprocess
+import sys
+
+from allocmoe_edge import Llama, Plan
+from allocmoe_edge import expert_cache as cache_size
+from allocmoe_edge._native import context_pointer, ffi, libllama
+from allocmoe_edge.checked_llama import GenerationError
+from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.measure import memory
+from gguf_factory import random_estimator
+import numpy as np
+import pytest
+import random_gguf
+import shapes
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is none on Windows")
+
+N_LAYER, N_EXPERT, N_USED = 4, 16, 4
+SIZES = dict(n_ctx=64, logits_all=True, verbose=False, repack=False)
+
+
+def write(path: Path, file_type: str) -> Path:
+    """4 layers of 16 experts, 4 per token; an expert's matrices begin and end inside pages."""
+    shape = shapes.Shape(dict(
+        model_type="qwen3_moe", hidden_size=256, num_hidden_layers=N_LAYER, num_attention_heads=4, vocab_size=300,
+        num_key_value_heads=2, head_dim=64, moe_intermediate_size=288, num_experts=N_EXPERT, num_experts_per_tok=N_USED,
+    ))  # fmt: skip
+    random_gguf.write(path, "cache", shape, file_type, 0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    return {name: write(folder / f"{name}.gguf", name) for name in ("Q4_0", "Q4_K_M")}
+
+
+@pytest.fixture(scope="module")
+def path(paths):
+    return paths["Q4_0"]
+
+
+def size_for(path, n_slots: float) -> int:
+    """Bytes for about so many experts of every layer, beside room for the rest of one."""
+    return int(cache_size.least(path) * (1 + n_slots / N_EXPERT * (N_LAYER - 1)) * 1.05)
+
+
+def load(path, n_slots: float = 5, **kwargs) -> Llama:
+    return Llama(str(path), **{**SIZES, "expert_cache": size_for(path, n_slots), **kwargs})
+
+
+def slots(llm) -> list:
+    found = ffi.new("int32_t[]", N_LAYER)
+    libllama.allocmoe_get_expert_cache(context_pointer(llm), found, N_LAYER)
+    return list(found)
+
+
+def logits(llm) -> np.ndarray:
+    """Of a prompt and of four tokens after it."""
+    llm.clear_cache()
+    llm.eval(list(range(20, 40)))
+    for token in (5, 6, 7, 5):
+        llm.eval([token])
+    return llm.scores[:24].copy()
+
+
+@pytest.fixture(scope="module")
+def expected(path):
+    llm = Llama(str(path), **SIZES)
+    yield logits(llm)
+    llm.close()
+
+
+@pytest.mark.parametrize("file_type", ["Q4_0", "Q4_K_M"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_same_bits(paths, file_type, ours):
+    """As a model in memory, under several plans, with few experts of a layer in memory, and with our kernels or llama.cpp's."""
+    path = paths[file_type]
+    libllama.allocmoe_set_cpu_kernels(ours)
+    try:
+        found = []
+        for cache in (0, size_for(path, 5)):
+            llm = Llama(str(path), **SIZES, expert_cache=cache)
+            assert llm.expert_cache == cache and not llm.prefetch
+            assert all(4 <= n <= 7 for n in slots(llm)) if cache else not any(slots(llm))
+            runs = [logits(llm)]
+            for rule in ("off", "batch"):
+                llm.set_plan(Plan([2] * N_LAYER, [N_USED] * N_LAYER, token_rule=rule))
+                runs.append(logits(llm))
+            found.append(runs)
+            llm.close()
+    finally:
+        libllama.allocmoe_set_cpu_kernels(True)
+    assert all(np.array_equal(*pair) for pair in zip(*found))
+    assert not np.allclose(found[0][0], found[0][1], atol=0.01)
+
+
+def test_split_files_and_weights_without_kernels_of_ours(tiny_split):
+    found = []
+    for cache in (0, cache_size.least(tiny_split[0]) * 2 + 2**20):
+        llm = Llama(str(tiny_split[0]), n_ctx=64, logits_all=True, verbose=False, repack=False, expert_cache=cache)
+        llm.eval(list(range(1, 21)))
+        llm.eval([5])
+        found.append(llm.scores[:21].copy())
+        assert llm.expert_cache == cache
+        llm.close()
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("arguments", [dict(use_mmap=False), dict(repack=True), dict(n_ubatch=7)], ids=str)
+def test_however_it_is_loaded(path, expected, arguments):
+    """Dense weights repacked or not; with micro-batches of its own, the last of which has a single token."""
+    llm = load(path, **arguments)
+    found = logits(llm)
+    llm.close()
+    want = Llama(str(path), **{**SIZES, **arguments, "repack": False})
+    assert np.array_equal(found, logits(want)) if "repack" not in arguments else np.allclose(found, expected, atol=0.05)
+    want.close()
+
+
+def test_the_experts_used_last_are_kept(path):
+    """Single tokens: hits, misses and bytes are those of a list of recently used experts for each layer, and the same again."""
+    llm = load(path)
+    kept = slots(llm)
+    llm.apply_plan(Plan([N_USED] * N_LAYER, [N_USED] * N_LAYER), record=True)
+    recent = [OrderedDict() for _ in range(N_LAYER)]
+    hits, misses = np.zeros(N_LAYER, int), np.zeros(N_LAYER, int)
+    for token in np.random.default_rng(0).integers(1, 300, 40):
+        llm.eval([int(token)])
+        for il in range(N_LAYER):
+            ids = ffi.new("int32_t[]", N_USED)
+            assert libllama.allocmoe_take_experts(context_pointer(llm), il, ids, N_USED) == N_USED
+            hits[il] += sum(e in recent[il] for e in ids)
+            misses[il] += sum(e not in recent[il] for e in ids)
+            for e in ids:
+                recent[il][e] = True
+                recent[il].move_to_end(e)
+            while len(recent[il]) > kept[il]:
+                recent[il].popitem(last=False)
+    found = llm.expert_stats(reset=True)["decode"]
+    assert np.array_equal(found["hits"], hits) and np.array_equal(found["misses"], misses)
+    assert 0 < hits.sum() < misses.sum()
+    with GGUFFile(path) as file:
+        expert = sum(t.n_bytes for t in file.tensors if "blk.0.ffn" in t.name and "_exps" in t.name) / N_EXPERT
+    assert expert <= found["bytes_read"][0] / misses[0] <= expert + 3 * 2 * 4096
+    assert llm.expert_stats()["decode"]["hits"].sum() == 0
+    llm.close()
+
+
+def test_a_batch_reads_an_expert_once(path):
+    llm = load(path)
+    llm.eval(list(range(20, 60)))
+    found = llm.expert_stats()["prefill"]
+    assert found["misses"].max() <= N_EXPERT and found["misses"][0] > N_EXPERT // 2
+    llm.close()
+
+
+def test_all_of_them_stay_where_there_is_room(path, expected):
+    llm = load(path, N_EXPERT)
+    assert slots(llm) == [N_EXPERT] * N_LAYER
+    for _ in range(2):
+        assert np.array_equal(logits(llm), expected)
+    before = llm.expert_stats(reset=True)
+    assert before["prefill"]["misses"].sum() > 0
+    logits(llm)
+    assert all(stats["misses"].sum() == 0 for stats in llm.expert_stats().values())
+    llm.close()
+
+
+def test_two_of_one_file_in_turns(path, expected):
+    both = [load(path), load(path, 8)]
+    for llm in both:
+        llm.eval(list(range(20, 40)))
+    for token in (5, 6, 7, 5):
+        for llm in both:
+            llm.eval([token])
+    assert all(np.array_equal(llm.scores[:24], expected) for llm in both)
+    for llm in both:
+        llm.close()
+
+
+def test_another_process_on_the_file(path, expected, tmp_path):
+    """Killed while it reads: nothing of it is left, and this process goes on."""
+    script = (
+        "import sys; from allocmoe_edge import Llama; import numpy as np\n"
+        f"llm = Llama({str(path)!r}, n_ctx=64, verbose=False, repack=False, expert_cache={size_for(path, 5)})\n"
+        "print('ready', flush=True)\n"
+        "while True:\n    llm.clear_cache(); llm.eval(list(range(20, 60)))\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline().strip() == b"ready"
+        llm = load(path)
+        assert np.array_equal(logits(llm), expected)
+        other.kill()
+        other.wait()
+        assert np.array_equal(logits(llm), expected)
+        llm.close()
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+def test_child_of_a_fork(path, expected):
+    """Its threads that read are its own."""
+    llm = load(path)
+    logits(llm)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if np.array_equal(logits(llm), expected) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 if hasattr(os, "waitstatus_to_exitcode") else True
+    assert np.array_equal(logits(llm), expected)
+    llm.close()
+
+
+#
+# what a miss may cost
+#
+
+
+def by_estimates(strict: bool = True, seed: int = 0) -> Plan:
+    """Half of the activations, more or less."""
+    estimator = random_estimator(N_LAYER, N_EXPERT, 256, n_down=32, rank=32, seed=seed)
+    return Plan(
+        [2] * N_LAYER, [N_USED] * N_LAYER, token_rule="estimate", threshold=(-1.5,) * N_LAYER, strict=strict, estimator=estimator
+    )  # fmt: skip
+
+
+def one_by_one(llm, tokens) -> np.ndarray:
+    llm.clear_cache()
+    for token in tokens:
+        llm.eval([int(token)])
+    return llm.scores[: len(tokens)].copy()
+
+
+TEXT = np.random.default_rng(3).integers(1, 300, 40)
+
+
+def test_price_of_one_changes_nothing(path):
+    found = []
+    for cache in (0, size_for(path, 5)):
+        llm = Llama(str(path), **SIZES, expert_cache=cache)
+        llm.apply_plan(by_estimates())
+        found.append((logits(llm), one_by_one(llm, TEXT)))
+        llm.close()
+    assert np.array_equal(found[0][0], found[1][0]) and np.array_equal(found[0][1], found[1][1])
+
+
+def test_a_price_saves_reads_and_spends_the_budget_all_the_same(path):
+    llm = load(path)
+    llm.apply_plan(by_estimates())
+    misses, means, absent = [], [], []
+    for price in (1, 4, 1e6):
+        llm.miss_price = price
+        assert llm.miss_price == price
+        one_by_one(llm, TEXT)
+        stats = llm.expert_stats(reset=True)["decode"]
+        misses.append(stats["misses"].sum())
+        means.append(stats["mean"].mean())
+        absent.append(stats["absent"].sum())
+    assert misses[0] > 1.2 * misses[1] > 1.2 * misses[2] > 0
+    assert absent[0] == 0 < absent[1] < absent[2]
+    # those at hand take the places of those left out, as far as the threshold has moved by then
+    assert 0.5 * means[0] < means[2] <= means[0]
+    # at any price a token runs one expert
+    assert misses[2] <= N_LAYER * len(TEXT)
+    llm.close()
+
+
+def test_at_hand_is_what_the_own_text_has_run(path):
+    """Equal text gives equal output: whatever the cache holds, after another text, in another context, and taken back to a
+    place in the middle."""
+    llm = load(path, miss_price=50)
+    llm.apply_plan(by_estimates())
+    first = one_by_one(llm, TEXT)
+    one_by_one(llm, TEXT[::-1])
+    assert np.array_equal(one_by_one(llm, TEXT), first)
+    llm.n_tokens = 20
+    for token in TEXT[20:30]:
+        llm.eval([int(token)])
+    assert np.array_equal(llm.scores[:30], first[:30])
+    other = load(path, miss_price=50)
+    other.apply_plan(by_estimates())
+    assert np.array_equal(one_by_one(other, TEXT), first)
+    other.miss_price = 1
+    assert not np.array_equal(one_by_one(other, TEXT), first)
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.miss_price == 50
+    for each in (llm, other, copy):
+        each.close()
+
+
+def test_a_state_that_is_loaded_has_nothing_at_hand(path):
+    """So what follows depends on the state alone."""
+    llm = load(path, miss_price=50)
+    llm.apply_plan(by_estimates())
+    one_by_one(llm, TEXT[:20])
+    state, found = llm.save_state(), []
+    for before in (TEXT[:20], TEXT[::-1]):
+        one_by_one(llm, before)
+        llm.load_state(state)
+        for token in TEXT[20:30]:
+            llm.eval([int(token)])
+        found.append(llm.scores[20:30].copy())
+    assert np.array_equal(*found)
+    llm.close()
+
+
+def test_a_prompt_is_computed_without_the_price(path):
+    llm = load(path, miss_price=1e6)
+    llm.apply_plan(by_estimates())
+    llm.eval(TEXT)
+    dear = llm.scores[: len(TEXT)].copy()
+    llm.miss_price = 1
+    llm.eval(TEXT)
+    assert np.array_equal(dear, llm.scores[: len(TEXT)])
+    llm.close()
+
+
+@pytest.mark.parametrize("value", [0.5, "6", None, True, float("nan"), 1e7], ids=str)
+def test_what_is_no_price_is_refused(path, value):
+    with pytest.raises(ValueError, match="miss_price: found"):
+        Llama(str(path), **SIZES, miss_price=value)
+
+
+#
+# what goes wrong
+#
+
+
+def opened(path) -> list:
+    """File descriptors of this process on the file."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == str(path):
+                found.append(int(name))
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+def test_read_errors(path, expected):
+    """An evaluation that cannot read is an error that says so, and the next one that can is as if nothing had been."""
+    llm = load(path)
+    before = logits(llm)
+    (number,) = opened(path)
+    kept, unreadable = os.dup(number), os.open(path, os.O_WRONLY)
+    llm.clear_cache()
+    os.dup2(unreadable, number)
+    with pytest.raises(GenerationError, match=f"{path}: the model's file cannot be read: Bad file descriptor"):
+        llm.eval(list(range(100, 140)))
+    with pytest.raises(GenerationError, match="cannot be read"):
+        llm.create_completion([50, 51, 52], max_tokens=20, temperature=0)
+    os.dup2(kept, number)
+    os.close(kept)
+    os.close(unreadable)
+    assert np.array_equal(logits(llm), expected) and np.array_equal(before, expected)
+    llm.close()
+
+
+def test_file_cut_off_while_running(path, tmp_path):
+    copy = tmp_path / "model.gguf"
+    shutil.copyfile(path, copy)
+    llm = load(copy)
+    stream = llm.create_completion([50, 51, 52], max_tokens=40, temperature=0, stream=True)
+    next(stream)
+    os.truncate(copy, copy.stat().st_size * 2 // 3)
+    with pytest.raises(GenerationError, match="the model's file is shorter than when it was loaded"):
+        for _ in stream:
+            pass
+    with pytest.raises(GenerationError, match="shorter"):
+        logits(llm)
+    llm.close()
+
+
+def test_file_written_to_while_running(path, tmp_path):
+    copy = tmp_path / "model.gguf"
+    shutil.copyfile(path, copy)
+    llm = load(copy)
+    logits(llm)
+    with open(copy, "r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    os.utime(copy, (1, 1))
+    with pytest.raises(GenerationError, match="has been written to since it was loaded"):
+        llm.eval(list(range(100, 140)))
+    llm.close()
+
+
+@pytest.mark.parametrize("value", [True, -1, 1.5, "6 apples", "GB", "", "1e9", 2**63], ids=str)
+def test_what_is_no_size_is_refused(path, value):
+    with pytest.raises(ValueError, match="expert_cache: found .*want a size"):
+        Llama(str(path), **SIZES, expert_cache=value)
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), ("7", 7), (12, 12), ("0", 0), ("2K", 2000)],
+)
+def test_sizes(text, wanted):
+    assert cache_size.parse(text) == wanted
+
+
+def test_too_small_and_too_large(path, monkeypatch):
+    with pytest.raises(ValueError, match="expert_cache: found .* want at least .*, one layer's experts"):
+        Llama(str(path), **SIZES, expert_cache=cache_size.least(path) - 1)
+    monkeypatch.setattr(memory, "available", lambda: size_for(path, 5) - 1)
+    with pytest.raises(ValueError, match="expert_cache: found .* and there are .* of memory free"):
+        load(path)
+
+
+def test_dense_model(dense_path):
+    with pytest.raises(ValueError, match="has no routed experts"):
+        Llama(str(dense_path), verbose=False, expert_cache="1GB")
+
+
+def test_by_default_where_the_file_is_larger_than_the_memory(path, expected, monkeypatch, capfd):
+    size = path.stat().st_size
+    for free, wanted, prefetch in ((int(size * 0.9), True, False), (size // 4, False, True), (size, False, False)):
+        monkeypatch.setattr(memory, "available", lambda free=free: free)
+        llm = Llama(str(path), **SIZES)
+        assert (llm.expert_cache > 0) == wanted and llm.prefetch == prefetch
+        assert llm.expert_cache < free
+        llm.close()
+    monkeypatch.setattr(memory, "available", lambda: int(size * 0.9))
+    llm = Llama(str(path), **{**SIZES, "verbose": True})
+    assert "of memory for the experts, since the file is larger than the" in capfd.readouterr().err
+    assert np.array_equal(logits(llm), expected)
+    llm.close()
+    for arguments in (dict(prefetch=True), dict(prefetch=False), dict(expert_cache=0)):
+        llm = Llama(str(path), **SIZES, **arguments)
+        assert llm.expert_cache == 0
+        llm.close()
+
+
+def test_it_survives_pickling(path, expected):
+    llm = load(path)
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.expert_cache == llm.expert_cache > 0
+    assert np.array_equal(logits(copy), expected)
+    copy.close()
+    llm.close()
+
+
+def test_without_a_cache_nothing_is_said_of_it(path):
+    llm = Llama(str(path), **SIZES)
+    assert set(llm.expert_stats()["decode"]) == {"activations", "tokens", "mean"} and llm.expert_cache == 0
+    llm.close()

@@ -83,7 +83,9 @@ def asked(path: Union[str, os.PathLike], value: Union[int, str, None], free: Opt
     if not smallest:
         raise ValueError(f"expert_cache: {path} has no routed experts")
     if n_bytes < smallest:
-        raise ValueError(f"expert_cache: found {_gigabytes(n_bytes)}, want at least {_gigabytes(smallest)}, one layer's experts")
+        raise ValueError(
+            f"expert_cache: found {_gigabytes(n_bytes)}, want at least {_gigabytes(smallest)}, one layer's experts"
+        )
     if free is not None and n_bytes > free:
         raise ValueError(f"expert_cache: found {_gigabytes(n_bytes)}, and there are {_gigabytes(free)} of memory free")
     return n_bytes

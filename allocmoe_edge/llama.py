@@ -13,7 +13,8 @@ import warnings
 
 import numpy as np
 
-from . import expert_cache as cache_size, hub, overrides
+from . import expert_cache as cache_size
+from . import hub, overrides
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
 from .checked_llama import CheckedLlama, GenerationError
 from .gguf_file import GGUFFile, model_paths
@@ -195,7 +196,7 @@ class Llama(CheckedLlama):
         if self.verbose and self._prefetch:
             print("allocmoe: experts are prefetched from the model's file", file=sys.stderr)
         if self.verbose and n_bytes:
-            why = "" if expert_cache is not None else f", since the file is larger than the {free / 1e9:.1f} GB that are free"
+            why = "" if expert_cache is not None else ", since the file is larger than what is free"
             print(f"allocmoe: {n_bytes / 1e9:.1f} GB of memory for the experts{why}", file=sys.stderr)
 
     def _check_overrides(self, model_path, kv_overrides: Optional[dict], budget: Optional[Budget]) -> None:

@@ -19,8 +19,7 @@ from typing import List, Optional, Sequence
 import urllib.error
 import urllib.request
 
-from . import __version__
-from . import expert_cache
+from . import __version__, expert_cache
 from ._native import BUILD_DIR
 from .arguments import add_expert_cache
 from .command import CommandError, run_command

@@ -147,10 +147,10 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     state->n_layer_main = model.hparams.n_layer();
     state->cache        = model.hparams.no_alloc ? nullptr : model.allocmoe_cache.get();
     if (state->cache) {
-        cparams.op_offload = false; // a GPU would copy experts that are in no memory
+        cparams.op_offload   = false; // a GPU would copy experts that are in no memory
         state->miss_handicap = 0.5 * std::log(state->cache->miss_price);
-        auto & ran         = state->ran;
-        uint32_t most      = 1;
+        auto & ran           = state->ran;
+        uint32_t most        = 1;
         for (uint32_t il = 0; il < n_layer; ++il) {
             most = std::max(most, model.hparams.n_expert_used(il));
         }

@@ -22,7 +22,7 @@ struct allocmoe_ran {
     std::vector<int64_t> n_absent; // [block_count], skipped for being absent
     int64_t n_place = 0;           // of a layer
     int64_t n_entry = 0;
-    int32_t n_left  = 0;           // as allocmoe_spent has it
+    int32_t n_left  = 0; // as allocmoe_spent has it
 
     int16_t * at(int il, int32_t place) { return entries.data() + (il * n_place + place) * n_entry; }
 };

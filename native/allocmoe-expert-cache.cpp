@@ -72,9 +72,9 @@ struct allocmoe_expert_cache::group {
     char * base      = nullptr;
     int64_t clock    = 0;
 
-    std::vector<int32_t> slot_of;             // [n_expert], -1 for none; from n_slots on: staged
-    std::vector<int32_t> expert_in;           // [n_slots], -1 for none
-    std::vector<int64_t> last_use;            // [n_expert]
+    std::vector<int32_t> slot_of;              // [n_expert], -1 for none; from n_slots on: staged
+    std::vector<int32_t> expert_in;            // [n_slots], -1 for none
+    std::vector<int64_t> last_use;             // [n_expert]
     std::unique_ptr<std::atomic<bool>[]> here; // [n_expert][matrices]
 
     std::atomic<bool> & arrived(const matrix & m, int64_t expert) { return here[expert * matrices.size() + m.number]; }
@@ -662,7 +662,7 @@ void allocmoe_expert_cache::compute_request(ggml_tensor * dst, int ith, int /* n
 void allocmoe_expert_cache::add_requests(ggml_context * ctx, ggml_cgraph * gf, int phase, std::deque<request> & requests) {
     std::vector<ggml_tensor *> nodes;
     std::map<ggml_tensor *, request *> asked; // by the first product that it is for
-    request * last = nullptr;
+    request * last          = nullptr;
     const ggml_tensor * ids = nullptr;
     ggml_tensor * any_node  = nullptr;
     std::string obstacle;

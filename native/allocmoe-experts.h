@@ -31,7 +31,7 @@ struct allocmoe_experts_param {
     const struct allocmoe_experts * experts;
 };
 
-#define ALLOCMOE_EXPERTS_MAGIC  0x73747265707865ull
+#define ALLOCMOE_EXPERTS_MAGIC 0x73747265707865ull
 #define ALLOCMOE_EXPERTS_OFFSET (GGML_MAX_OP_PARAMS - sizeof(struct allocmoe_experts_param))
 
 static inline void allocmoe_set_experts(struct ggml_tensor * node, const struct allocmoe_experts * experts) {

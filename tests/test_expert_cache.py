@@ -247,7 +247,7 @@ def one_by_one(llm, tokens) -> np.ndarray:
     return llm.scores[: len(tokens)].copy()
 
 
-TEXT = np.random.default_rng(3).integers(1, 300, 40)
+TEXT = np.random.default_rng(3).integers(1, 300, 30)
 
 
 def test_price_of_one_changes_nothing(path):
@@ -290,9 +290,9 @@ def test_at_hand_is_what_the_own_text_has_run(path):
     one_by_one(llm, TEXT[::-1])
     assert np.array_equal(one_by_one(llm, TEXT), first)
     llm.n_tokens = 20
-    for token in TEXT[20:30]:
+    for token in TEXT[20:]:
         llm.eval([int(token)])
-    assert np.array_equal(llm.scores[:30], first[:30])
+    assert np.array_equal(llm.scores[:30], first)
     other = load(path, miss_price=50)
     other.apply_plan(by_estimates())
     assert np.array_equal(one_by_one(other, TEXT), first)
@@ -313,7 +313,7 @@ def test_a_state_that_is_loaded_has_nothing_at_hand(path):
     for before in (TEXT[:20], TEXT[::-1]):
         one_by_one(llm, before)
         llm.load_state(state)
-        for token in TEXT[20:30]:
+        for token in TEXT[20:]:
             llm.eval([int(token)])
         found.append(llm.scores[20:30].copy())
     assert np.array_equal(*found)
@@ -440,7 +440,7 @@ def test_by_default_where_the_file_is_larger_than_the_memory(path, expected, mon
         llm.close()
     monkeypatch.setattr(memory, "available", lambda: int(size * 0.9))
     llm = Llama(str(path), **{**SIZES, "verbose": True})
-    assert "of memory for the experts, since the file is larger than the" in capfd.readouterr().err
+    assert "of memory for the experts, since the file is larger than what is free" in capfd.readouterr().err
     assert np.array_equal(logits(llm), expected)
     llm.close()
     for arguments in (dict(prefetch=True), dict(prefetch=False), dict(expert_cache=0)):

@@ -284,7 +284,16 @@ def test_logger_of_somebody_else_stays(testbed_path):
 def test_signature_is_llama_cpps_and_ours():
     ours = inspect.signature(Llama.__init__).parameters
     theirs = inspect.signature(llama_cpp.Llama.__init__).parameters
-    assert set(ours) - set(theirs) == {"budget", "token_rule", "plan_path", "n_cpu_moe", "repack", "prefetch", "expert_cache", "miss_price"}
+    assert set(ours) - set(theirs) == {
+        "budget",
+        "token_rule",
+        "plan_path",
+        "n_cpu_moe",
+        "repack",
+        "prefetch",
+        "expert_cache",
+        "miss_price",
+    }
     assert set(theirs) <= set(ours)
     assert ours["budget"].default is None
 

@@ -74,7 +74,9 @@ def test_patch_that_does_not_apply_is_fatal(env, native):
 def test_patch_off_by_some_lines_is_fatal(env, native):
     """Zero fuzz: the right lines in the wrong place are the wrong lines."""
     patch = native / "patches" / "01-load-plan-with-model.patch"
-    patch.write_text(patch.read_text().replace("@@ -635,6 +635,8 @@", "@@ -600,6 +600,8 @@"))
+    moved = patch.read_text().replace("@@ -635,6 +635,", "@@ -600,6 +600,")
+    assert moved != patch.read_text()
+    patch.write_text(moved)
     assert prepare(native, **env).returncode != 0
 
 

@@ -87,6 +87,22 @@ def test_without_foresight_the_cache_is_lru():
     assert routing.segment_cache_hit_rate(routing.activations(experts, 6), 1, 3) == hits / 300
 
 
+def test_hit_rates_are_those_of_caches_of_every_size():
+    """Against one cache after the other, a list of the experts used last each."""
+    experts = random_experts(np.random.default_rng(5), 2, 60, 8, 3)
+    found = routing.hit_rates(experts, 8)
+    for size in range(3, 9):
+        recent, hits = [], 0
+        for token in experts.reshape(-1, 3).tolist():
+            hits += sum(e in recent for e in token)
+            for e in token:
+                recent = [x for x in recent if x != e] + [e]
+            recent = recent[-size:]
+        assert found[size] == hits / experts.size
+    assert found[0] == 0 and np.all(np.diff(found) >= 0)
+    assert found[8] == 1 - 8 / experts.size  # all but the first uses
+
+
 def test_the_two_ends():
     same = np.tile(np.array([[[4, 1]]], np.int32), (2, 20, 1))  # every token the same two experts
     found = routing.consistency([same], 8, segment_lengths=(4, 16, 64))
@@ -164,4 +180,6 @@ def test_routing_command(planned_path, tmp_path):
     assert found["segment_lengths"] == [4, 16] and len(found["layers"]) == 30
     assert found["mean"]["srp"] == found["mean"]["size_ratio"] == found["model_srp"] == [1, 1]
     assert np.all(np.array(found["mean"]["sch"]) == 1)
+    # twelve of twelve: nothing smaller has them all, and the first token has none
+    assert found["mean"]["hit_rate"][11] < found["mean"]["hit_rate"][12] == 63 / 64
     assert "Local routing consistency" in (tmp_path / "p.html").read_text()

@@ -114,6 +114,27 @@ def segment_cache_hit_rate(active: np.ndarray, m: int, cache_size: int) -> float
     return hits / max(int(active.sum()), 1)
 
 
+def hit_rates(experts: np.ndarray, n_expert: int) -> np.ndarray:
+    """What caches of every size would have at hand that keep the experts used last, as the runtime's expert cache does.
+
+    Args:
+        experts: int, [n_sequences, n_tokens, K], best first; the sequences one after the other, and nothing cached before.
+
+    Returns:
+        float64 [n_expert + 1], entry n: the share of the activations whose expert was among the n that were used last
+        when its token came. It grows with n; the rest at n_expert are first uses.
+    """
+    recent: list = []
+    found = np.zeros(n_expert + 1, np.int64)
+    rows = experts.reshape(-1, experts.shape[2]).tolist()
+    for ids in rows:
+        for e in ids:
+            if e in recent:
+                found[recent.index(e) + 1] += 1
+        recent = [*reversed(ids), *(e for e in recent if e not in ids)]
+    return np.cumsum(found) / max(1, experts.size)
+
+
 def record(llm, token_windows: np.ndarray, progress=None) -> Optional[list]:
     """The experts that a model chooses for each token of a text, at its own expert counts.
 
@@ -156,7 +177,7 @@ def consistency(
 
     Returns:
         segment_lengths, cache_ratios; layers: one dict per layer with experts, of layer, srp and size_ratio (one per
-        m) and sch (per m, one per ratio); mean: the same over the layers; model_srp: SRP of all layers' experts as
+        m), sch (per m, one per ratio) and hit_rate (of caches of 0, 1, ... experts, see `hit_rates`); mean: the same over the layers; model_srp: SRP of all layers' experts as
         one group (one per m), by which the paper ranks models.
     """
     n_tokens = next(ids for ids in experts if ids is not None).shape[1]
@@ -175,13 +196,15 @@ def consistency(
             row["size_ratio"].append(chosen / (len(ids) * (n_tokens - m + 1) * K))
             sizes = [min(max(round(ratio * K), K), n_expert) for ratio in cache_ratios]
             row["sch"].append([segment_cache_hit_rate(active, m, size) for size in sizes])
+        row["hit_rate"] = hit_rates(ids, n_expert).tolist()
         rows.append(row)
         if progress is not None:
             progress()
+    keys = ("srp", "size_ratio", "sch", "hit_rate")
     return {
         "segment_lengths": lengths,
         "cache_ratios": list(cache_ratios),
         "layers": rows,
-        "mean": {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in ("srp", "size_ratio", "sch")},
+        "mean": {key: np.mean([row[key] for row in rows], axis=0).tolist() for key in keys},
         "model_srp": [segment_routing_best_performance(histogram)[0] for histogram in sums],
     }

@@ -184,6 +184,9 @@ def _curve(report: dict) -> Iterator:
         yield f"  {point['budget']:>6.2f}  {point['budget_total']:>7}  {plan:>9}  {point['uniform']:>9.2f}"
 
 
+_HIT_RATES = (0.5, 0.75, 0.9, 0.95, 0.99)
+
+
 def _routing(report: dict) -> Iterator:
     routing = report["routing"]
     if not routing:
@@ -198,6 +201,19 @@ def _routing(report: dict) -> Iterator:
     yield ""
     yield "SRP", "how well one set of experts serves a segment of that many tokens (F1); size: that set's, in K"
     yield "SCH", "hit rate of a cache of 1, 1.5, ... times K experts that sees that many tokens ahead"
+    yield ""
+    yield "what an expert cache needs that keeps the experts used last (Llama(expert_cache=...)), on the same text"
+    yield f"  {'at hand':>7}  {'experts':>7}  {'memory':>8}"
+    model = report["model"]
+    n_bytes = sum(entry["bytes"] for entry in model["types"]["experts"].values())
+    for rate in _HIT_RATES:
+        n = next((n for n, found in enumerate(mean["hit_rate"]) if found >= rate), None)
+        if n is not None:
+            share = n / model["experts"]
+            # beside its slots, room for the rest of one layer
+            need = n_bytes * (share + (1 - share) / len(routing["layers"]))
+            yield f"  {rate:>7.0%}  {n:>7}  {_bytes(need):>8}"
+    yield "experts", "of each layer that it holds; what is not at hand is read from the file"
 
 
 def _count(n: int) -> str:

@@ -18,7 +18,7 @@ import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import __version__, output_file
-from .arguments import add_gpu, add_threads, n_tokens, positive, seed
+from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
 from .command import CommandError, load_errors, reason, run_command
 from .llama import Budget, Llama
 from .terminal import Terminal
@@ -385,6 +385,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=seed, metavar="N", help="the same replies every time")
     p.add_argument("--no-repack", action="store_true", help="leave the weights as the file has them: less memory")
+    add_expert_cache(p)
     add_threads(p)
     add_gpu(p)
     return p
@@ -416,6 +417,7 @@ def _chat(args: argparse.Namespace) -> None:
             n_gpu_layers=args.n_gpu_layers,
             n_cpu_moe=args.n_cpu_moe,
             repack=not args.no_repack,
+            expert_cache=args.expert_cache,
             verbose=False,
         )
     terminal = Terminal()
@@ -424,7 +426,8 @@ def _chat(args: argparse.Namespace) -> None:
     if args.load is not None:
         chat.load(args.load)
     plan = llm.plan
-    terminal.note(f"{Path(args.model).name}{f', {plan}' if plan else ''}. /help lists the commands.")
+    cache = f", {llm.expert_cache / 1e9:.1f} GB of memory for its experts" if llm.expert_cache else ""
+    terminal.note(f"{Path(args.model).name}{f', {plan}' if plan else ''}{cache}. /help lists the commands.")
     if not chat.run():
         raise SystemExit(1)
 

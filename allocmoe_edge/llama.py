@@ -146,6 +146,7 @@ class Llama(CheckedLlama):
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
         self._plan_path, self._prefetch = plan_path, False
         self._asked_cache, self._miss_price = expert_cache, cache_size.price(miss_price)
+        self._cache_bytes = 0
         self._stored_whole: Optional[metadata.ModelPlan] = None
         self._by_hand: Optional[Plan] = None
         self._handed_over: Optional[Estimator] = None
@@ -181,7 +182,9 @@ class Llama(CheckedLlama):
             prefetch = not n_bytes and memory.is_beyond(model_paths(model_path))
         super().__init__(model_path, **kwargs)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
-        libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price)
+        self._cache_bytes = n_bytes
+        if n_bytes:
+            self._check(libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price))
         if self._beyond_plan is not None:
             self.set_plan(None)
         elif plan_path is not None:
@@ -221,10 +224,9 @@ class Llama(CheckedLlama):
         return self._prefetch
 
     @property
-    @in_turn
     def expert_cache(self) -> int:
         """Bytes of memory for experts whose others stay in the file (see the argument of that name); 0 for none."""
-        return libllama.allocmoe_get_expert_cache(context_pointer(self), ffi.NULL, 0)
+        return self._cache_bytes
 
     @property
     def miss_price(self) -> float:
@@ -235,7 +237,9 @@ class Llama(CheckedLlama):
     def miss_price(self, price: float) -> None:
         with self._turn:
             self._miss_price = cache_size.price(price)
-            if not self._check(libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price)):
+            if not self._cache_bytes or not self._check(
+                libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price)
+            ):
                 return
             if self._generation is None:
                 self.clear_cache()
@@ -685,6 +689,8 @@ class Llama(CheckedLlama):
         try:
             yield
         except RuntimeError as error:
+            if not self._cache_bytes:
+                raise
             why = ffi.string(libllama.allocmoe_expert_cache_error(context_pointer(self))).decode(errors="replace")
             if not why or not str(error).endswith("returned -3"):
                 raise
@@ -746,7 +752,8 @@ class Llama(CheckedLlama):
                 stacklevel=2,
             )
         super().load_state(state)
-        libllama.allocmoe_forget_ran(context_pointer(self))
+        if self._cache_bytes:
+            libllama.allocmoe_forget_ran(context_pointer(self))
         self._plan_of_tokens, self._left = then, getattr(state, "left", None)
         self._put_left_over(self._left)
 

@@ -112,7 +112,9 @@ class Chat:
             except BrokenPipeError:  # nobody reads on
                 raise
             except Exception as error:
-                self._terminal.warn(f"error: {reason(error)}")
+                # a ValueError is what llama-cpp-python, or the model's template, has against these messages
+                expected = isinstance(error, ValueError)
+                self._terminal.warn(f"error: {reason(CommandError(error) if expected else error)}")
                 good = self._terminal.interactive
         return good
 

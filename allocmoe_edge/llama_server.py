@@ -39,13 +39,11 @@ _VARIABLES = {
 }
 
 
-def binary() -> Path:
-    """llama-server as this package built it. Raises CommandError, which says how to get it, where it was not built."""
-    path = BUILD_DIR / "lib" / ("llama-server.exe" if os.name == "nt" else "llama-server")
+def binary(name: str = "llama-server", how: str = "ALLOCMOE_SERVER=1 pip install .") -> Path:
+    """A program as this package built it. Raises CommandError, which says how to get it, where it was not built."""
+    path = BUILD_DIR / "lib" / (f"{name}.exe" if os.name == "nt" else name)
     if not path.is_file():
-        raise CommandError(
-            "the server is not built: install the package with it, from its source: ALLOCMOE_SERVER=1 pip install ."
-        )
+        raise CommandError(f"the server is not built: install the package with it, from its source: {how}")
     return path
 
 
@@ -140,6 +138,32 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
     if args.miss_price is not None:
         options += ["--override-kv", f"{expert_cache.PRICE_KEY}=float:{args.miss_price}"]
     return options
+
+
+def rpc_binary() -> Path:
+    """ggml's RPC server, in the same way."""
+    return binary("ggml-rpc-server", "CMAKE_ARGS=-DGGML_RPC=ON ALLOCMOE_SERVER=1 pip install .")
+
+
+def rpc_main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command allocmoe-rpc-server: ggml's, which lends this machine to an allocmoe-server on another one."""
+    p = argparse.ArgumentParser(
+        prog="allocmoe-rpc-server",
+        usage="allocmoe-rpc-server [options of ggml-rpc-server]",
+        description="Lends this machine to an allocmoe-server on another one, which is started with --rpc HOST:PORT. "
+        "Whoever reaches the port can use it: only in a network that you trust.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    p.add_argument("-h", "--help", action="store_true", help="ggml-rpc-server's options")
+    p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def serve(args: argparse.Namespace) -> None:
+        if args.help:
+            print(p.format_help(), flush=True)
+        _become([str(rpc_binary()), *(["--help"] if args.help else args.rest)])
+
+    return run_command(p, serve, argv, known_only=True)
 
 
 def _become(command: List[str]) -> None:

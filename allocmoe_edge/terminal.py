@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from typing import Iterator, List, Sequence
+import unicodedata
+
+from .command import CommandError
 
 _BOLD, _DIM = "1", "2"
 _BLOCK = '"""'
@@ -14,6 +17,8 @@ class Terminal:
     """Standard input and output."""
 
     def __init__(self) -> None:
+        if sys.stdin is None or sys.stdout is None:  # closed by whoever started this
+            raise CommandError("standard input and standard output have to be open")
         for stream in (sys.stdin, sys.stdout):
             if hasattr(stream, "reconfigure"):  # bytes that are no text in this locale are no error
                 stream.reconfigure(errors="replace")
@@ -96,7 +101,7 @@ class Terminal:
     def write(self, text: str) -> None:
         """A part of what the model says, at once. Control characters in it do not reach a terminal."""
         if self._to_terminal:
-            text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+            text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
         if text:
             sys.stdout.write(text)
             sys.stdout.flush()

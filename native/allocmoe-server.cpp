@@ -195,6 +195,15 @@ bool allocmoe_server_init(llama_context * ctx) {
         if (!budget.empty()) {
             check(allocmoe_set_budget(ctx, total_of(common_json(budget), *model), allocmoe_get_token_rule(ctx), -1), "budget");
         }
+        // a sequence's own budget leaves out single experts, which not every device can
+        if (model->obstacle.empty() && allocmoe_set_budget_seq(ctx, 0, model->least) < 0) {
+            model->obstacle = allocmoe_last_error();
+        } else {
+            allocmoe_set_budget_seq(ctx, 0, ALLOCMOE_TOTAL_OF_FILE);
+        }
+        if (!floor.empty() && !model->obstacle.empty()) {
+            throw std::invalid_argument(model->obstacle);
+        }
         if (!floor.empty()) {
             model->floor = total_of(common_json(floor), *model);
         }

@@ -9,7 +9,7 @@ with itself, at expert counts that the file or the model's own rules give.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
 import zlib
 
 import gguf
@@ -32,11 +32,14 @@ def random_matrix(name: str, *shape: int, scale: float) -> np.ndarray:
 class _Writer(gguf.GGUFWriter):
     """A GGUF file with seeded random weights and a vocabulary that stands for nothing."""
 
-    def __init__(self, path: Path, arch: str, head_dim: int, tokens: Optional[list] = None):
+    def __init__(
+        self, path: Path, arch: str, head_dim: int, tokens: Optional[list] = None, n_ctx: int = 256,
+        types: Optional[list] = None, merges: Sequence[str] = ("t 1",), pre: str = "gpt-2",
+    ):  # fmt: skip
         super().__init__(str(path), arch)
         tokens = tokens or [f"t{i}" for i in range(VOCAB_SIZE)]
         self.add_block_count(N_LAYER)
-        self.add_context_length(256)
+        self.add_context_length(n_ctx)
         self.add_embedding_length(N_EMBD)
         self.add_head_count(N_HEAD)
         self.add_key_length(head_dim)
@@ -47,10 +50,10 @@ class _Writer(gguf.GGUFWriter):
         self.add_expert_feed_forward_length(N_FF)
         self.add_vocab_size(len(tokens))
         self.add_tokenizer_model("gpt2")
-        self.add_tokenizer_pre("gpt-2")
+        self.add_tokenizer_pre(pre)
         self.add_token_list(tokens)
-        self.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-        self.add_token_merges(["t 1"])
+        self.add_token_types(types or [gguf.TokenType.NORMAL] * len(tokens))
+        self.add_token_merges(list(merges))
         self.matrix("token_embd.weight", len(tokens), N_EMBD, scale=8)  # unit size
         self.matrix("output.weight", len(tokens), N_EMBD)
         self.ones("output_norm.weight", N_EMBD)
@@ -82,6 +85,52 @@ def write_qwen3moe(path: Path) -> Path:
     _qwen3_layers(w)
     w.finish()
     return path
+
+
+class _Talker(_Writer):
+    def matrix(self, name: str, *shape: int, scale: float = 1.5) -> None:
+        values = random_matrix(name, *shape, scale=scale)
+        if name == "output.weight":
+            values[self.silent] = 0  # the others are up to three times their deviation above that
+        self.add_tensor(name, values)
+
+
+def write_talker(path: Path, vocabulary_of: Optional[Path] = None) -> Path:
+    """One that talks without end, in a context of some size: for a server's tests.
+
+    Args:
+        vocabulary_of: a GGUF file with a GPT-2 vocabulary, whose tokens and template are taken; None for single bytes.
+    """
+    if vocabulary_of is None:
+        tokens, _Talker.silent, extra = [*byte_tokens(), "<|endoftext|>"], [256], {}
+        eos = bos = 256
+    else:
+        fields = gguf.GGUFReader(vocabulary_of).fields
+        read = {
+            name.removeprefix("tokenizer."): field.contents()
+            for name, field in fields.items()
+            if name.startswith("tokenizer.")
+        }
+        tokens, eos, bos = read["ggml.tokens"], read["ggml.eos_token_id"], read["ggml.bos_token_id"]
+        _Talker.silent = [i for i, kind in enumerate(read["ggml.token_type"]) if kind != gguf.TokenType.NORMAL]
+        extra = dict(types=read["ggml.token_type"], merges=read["ggml.merges"], pre=read["ggml.pre"])
+    w = _Talker(path, "qwen3moe", _HEAD_DIM, tokens=tokens, n_ctx=4096, **extra)
+    if vocabulary_of is not None:
+        w.add_chat_template(read["chat_template"])
+    w.add_eos_token_id(eos)
+    w.add_bos_token_id(bos)
+    w.add_add_bos_token(False)
+    w.add_head_count_kv(N_HEAD)
+    _qwen3_layers(w)
+    w.finish()
+    return path
+
+
+def byte_tokens() -> list:
+    """GPT-2's names for the 256 bytes: printable ones as they are, the rest from 256 up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(rest)) for byte in range(256)]
 
 
 def write_grovemoe(path: Path) -> Path:

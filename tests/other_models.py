@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from odd_models import random_matrix
+from odd_models import byte_tokens, random_matrix
 
 N_EMBD, N_LAYER, N_HEAD, N_FF, N_CTX = 64, 2, 2, 96, 256
 D_INNER, D_STATE, D_CONV, DT_RANK = 2 * N_EMBD, 16, 4, 4
@@ -28,13 +28,9 @@ class _Writer(gguf.GGUFWriter):
         self.add_head_count(N_HEAD)
 
     def byte_vocabulary(self) -> None:
-        # GPT-2's names for bytes: printable ones as they are, the rest from 256 up
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        rest = iter(range(256, 512))
-        tokens = [chr(byte if byte in printable else next(rest)) for byte in range(256)]
         self.add_tokenizer_model("gpt2")
         self.add_tokenizer_pre("gpt-2")
-        self.add_token_list([*tokens, "<|endoftext|>"])
+        self.add_token_list([*byte_tokens(), "<|endoftext|>"])
         self.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL])
         self.add_token_merges(["ÿ ÿ"])
         self.add_bos_token_id(256)

@@ -280,6 +280,12 @@ def test_refused_arguments(tiny, tmp_path, arguments, code, message):
     assert done.returncode == code and message in done.stderr.splitlines()[-1]
 
 
+def test_closed_streams(tiny):
+    for closed in ("<&-", ">&-"):
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *COMMAND, tiny], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.endswith("have to be open\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_reader_that_goes_away(tiny):
     """head -1, say."""
@@ -309,7 +315,9 @@ def test_ctrl_c_in_a_pipe(tiny):
 
 def test_what_the_model_says_does_not_command_the_terminal():
     """Colours and titles are the program's to set."""
-    code = "from allocmoe_edge.terminal import Terminal; Terminal().write('a\\x1b]0;title\\x07b\\x9b31m\\n\\tc\\n')"
+    code = (
+        "from allocmoe_edge.terminal import Terminal; Terminal().write('a\\x1b]0;title\\x07b\\x9b31m\\n\\t\\u200dc\\n')"
+    )
     pid, fd = pty.fork()
     if pid == 0:
         os.execvp(sys.executable, [sys.executable, "-c", code])
@@ -318,4 +326,4 @@ def test_what_the_model_says_does_not_command_the_terminal():
         read += os.read(fd, 1000)
     os.waitpid(pid, 0)
     os.close(fd)
-    assert read.decode() == "a\ufffd]0;title\ufffdb\ufffd31m\r\n\tc\r\n"
+    assert read.decode() == "a\ufffd]0;title\ufffdb\ufffd31m\r\n\t\u200dc\r\n"

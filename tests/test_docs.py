@@ -48,6 +48,8 @@ LLAMA_SERVER_OPTIONS = {
     "--api-key",
     "--path",
     "--no-repack",
+    "--rpc",
+    "--n-gpu-layers",
 }
 # folders of the repository: a path in backticks that starts with one has to exist
 TOP = ("allocmoe_edge", "bench", "convert", "docs", "native", "tests")
@@ -101,7 +103,11 @@ def _source_options(path: Path) -> set:
 def options() -> dict:
     """The options of each of our commands, by its name."""
     server = set(re.findall(r"--[a-z][\w-]*", llama_server.parser().format_help())) | LLAMA_SERVER_OPTIONS
-    return {"allocmoe-server": server, **{name: _help_options(module) for name, module in COMMANDS.items()}}
+    return {
+        "allocmoe-server": server,
+        "allocmoe-rpc-server": {"--host", "--port"},
+        **{name: _help_options(module) for name, module in COMMANDS.items()},
+    }
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTES], ids=_name)
@@ -130,7 +136,7 @@ def test_paths_exist(page):
 def test_options_are_the_commands(page, options):
     for command in _commands(page):
         given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", command))
-        program = re.search(r"(?:^|\s)(allocmoe-\w+)\s", command)
+        program = re.search(r"(?:^|\s)(allocmoe-[\w-]+)\s", command)
         script = re.search(r"python ((?:bench|native|tests|docs)/[\w./]+)", command)
         if program:
             assert given <= options[program[1]] | {"--help", "--version"}, f"{command}: not an option"

@@ -1,6 +1,7 @@
 # make demo   set everything up, build the small real MoE model, convert it at half budget, chat, print the table
 # make test   set everything up and run every test
 #
+# make test-vulkan    build for Vulkan into build/vulkan and test that on Mesa's software device; needs packages, see docs/gpu.md
 # make test-install   what the README shows, in a second environment with the wheel and its base dependencies alone
 # make lint           ruff, mypy and clang-format; make format puts right what they can
 #
@@ -16,7 +17,7 @@ SOURCES := pyproject.toml $(wildcard allocmoe_edge/*.py allocmoe_edge/*/*.py con
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-install lint format clean
+.PHONY: demo test test-vulkan test-install lint format clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -41,6 +42,18 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
 $(VENV)/.installed-test: $(SOURCES) $(VENV)/.llama-cpp-python
 	$(PIP) install ".[test]"
 	@touch $@ $(VENV)/.installed
+
+VULKAN        := build/vulkan
+VULKAN_DRIVER := $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
+test-vulkan: $(VENV)/.installed-test
+ifneq ($(and $(VULKAN_DRIVER),$(shell command -v glslc)),)
+	cmake -S native -B $(VULKAN) -DGGML_VULKAN=ON -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python
+	cmake --build $(VULKAN) --target allocmoe --parallel $(shell nproc)
+	LLAMA_CPP_LIB_PATH=$(CURDIR)/$(VULKAN)/lib VK_ICD_FILENAMES=$(VULKAN_DRIVER) VK_DRIVER_FILES=$(VULKAN_DRIVER) GGML_VK_VISIBLE_DEVICES=0 \
+		MESA_SHADER_CACHE_DIR=$(CURDIR)/$(VULKAN)/shaders $(VENV)/bin/pytest -m vulkan tests/test_vulkan.py $(PYTEST_ARGS)
+else
+	@echo "skipped test-vulkan: no glslc or no software device. On Debian: apt install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers"
+endif
 
 FRESH := build/fresh
 test-install: $(VENV)/.installed

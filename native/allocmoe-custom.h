@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
-// What a backend registry answers by ggml_backend_reg_get_proc_address if it runs the nodes below and takes an expert id of
-// -1 in MUL_MAT_ID for a slot without work: bool (*)(const ggml_tensor *), whether it runs that node.
+// For which a backend registry has an address, by ggml_backend_reg_get_proc_address, if it runs the nodes below and takes an
+// expert id of -1 in MUL_MAT_ID for a slot without work. Which node runs where, ggml asks each device.
 #define ALLOCMOE_PROC_TOKEN_RULES "allocmoe_token_rules"
 
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)

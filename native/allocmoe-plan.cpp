@@ -81,7 +81,7 @@ const char * allocmoe_token_rule_obstacle(int32_t token_rule, const llama_model 
     }
     for (const auto & device : model.devices) {
         if (!allocmoe_runs_token_rules(device.dev)) {
-            return "only the CPU and CUDA backends can leave out single experts, and the model uses another device";
+            return "only the CPU, CUDA and Vulkan backends can leave out single experts, and the model uses another device";
         }
     }
     if (!model.devices.empty() && !state.spent_on_devices) {

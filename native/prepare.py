@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Gets the pinned upstream source, verifies it, unpacks it into a cache and applies our patches.
+"""Gets the pinned upstream source, verifies it, unpacks it into a cache, applies our patches and adds our shaders.
 
 CMake runs this at configure time and reads the last line it prints: the folder of llama.cpp. By hand:
 
@@ -32,6 +32,7 @@ NATIVE = Path(__file__).resolve().parent
 PIN = json.loads((NATIVE / "upstream.json").read_text())
 PIN_NAME = f"{PIN['name']}=={PIN['version']}"
 LLAMA_CPP = "vendor/llama.cpp"
+SHADERS = "ggml/src/ggml-vulkan/vulkan-shaders"
 
 
 def cache_dir() -> Path:
@@ -136,12 +137,26 @@ def apply_patches(archive: Path, llama_cpp: Path) -> None:
     state.write_text("\n".join(sorted(touched)))
 
 
+def add_shaders(llama_cpp: Path) -> None:
+    """Puts our shaders beside upstream's, where its generator compiles them and its shaders include them."""
+    ours = [path for pattern in ("allocmoe-*.comp", "allocmoe-*.glsl") for path in NATIVE.glob(pattern)]
+    folder = llama_cpp / SHADERS
+    for path in folder.glob("allocmoe-*"):
+        if not (NATIVE / path.name).is_file():
+            path.unlink()
+    for path in ours:
+        copy = folder / path.name
+        if not copy.is_file() or copy.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, copy)
+
+
 def main() -> None:
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     archive = obtain_archive(cache)
     llama_cpp = unpack(archive, cache)
     apply_patches(archive, llama_cpp)
+    add_shaders(llama_cpp)
     print(llama_cpp.as_posix())
 
 

@@ -34,6 +34,7 @@ struct ggml_tensor * ggml_new_tensor_3d(void * ctx, int type, int64_t ne0, int64
 struct ggml_tensor * ggml_mul_mat(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_mul_mat_id(void * ctx, struct ggml_tensor * as, struct ggml_tensor * b, struct ggml_tensor * ids);
 struct ggml_tensor * ggml_add_id(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b, struct ggml_tensor * ids);
+struct ggml_tensor * ggml_mul(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_swiglu_split(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_custom_4d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
     struct ggml_tensor ** args, int n_args, void * fun, int n_tasks, void * userdata);

@@ -1,0 +1,121 @@
+"""ggml's Vulkan backend with our hooks, on Mesa's software device: ids of -1, token rules on the device, models on it.
+
+`make test-vulkan` builds for Vulkan and runs this. Without such a build, or without a device, it is skipped.
+"""
+
+from __future__ import annotations
+
+from ggml_ffi import base, ffi, ggml
+import numpy as np
+from on_device import (  # noqa: F401
+    MAX_ERROR,
+    N_EXPERTS,
+    N_IN,
+    Graph,
+    Spent,
+    check_skipped_slots,
+    id_sets,
+    numbered,
+    plans,
+    run_rule,
+    set_node,
+    tensors,
+    test_a_full_plan_is_no_plan_on_the_gpu,
+    test_add_id_adds_nothing_for_a_skipped_slot,
+    test_custom_nodes_of_others_are_left_to_the_cpu,
+    test_estimates_on_the_device,
+    test_models_agree_with_the_cpu,
+    test_rules_of_sequences_that_take_turns,
+    test_rules_on_the_device,
+    test_weights_of_skipped_slots,
+    weights_of,
+)
+import pytest
+
+pytestmark = pytest.mark.vulkan
+
+
+@pytest.fixture(scope="module")
+def backend():
+    gpu = ggml.ggml_backend_init_by_type(1, ffi.NULL)
+    if not gpu or not ffi.string(base.ggml_backend_name(gpu)).startswith(b"Vulkan"):
+        pytest.skip("no Vulkan device, or a build without GGML_VULKAN=ON")
+    yield gpu
+    base.ggml_backend_free(gpu)
+
+
+# One shader for up to 8 tokens, a dispatch each, another for more of them; BF16 takes the second for any number. Every
+# shader is compiled on the CPU here, half a minute each at first, so there are few types: the simplest, a K-quant, one
+# with a table, and floats.
+@pytest.mark.parametrize("type_name", ["q4_0", "q4_K", "iq3_xxs", "mxfp4", "f16", "f32", "bf16"])
+def test_skipped_slots_are_zero_and_the_rest_is_right(backend, type_name):
+    check_skipped_slots(backend, type_name, 50, (1, 3, 8, 9, 40), (1, 4, 7))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("n_tokens", [1, 9])
+def test_fused_bias_and_weight_skip_too(backend, n_tokens, with_bias):
+    """MUL_MAT_ID, ADD_ID and MUL, which for one token run as one."""
+    rng = np.random.default_rng(3)
+    n_out, k = 50, 6
+    raw, dense = weights_of(rng, "q4_0", n_out)
+    bias = rng.standard_normal((N_EXPERTS, n_out), np.float32)
+    x = rng.standard_normal((n_tokens, 1, N_IN), np.float32)
+    weights = rng.standard_normal((n_tokens, k, 1), np.float32)
+
+    def build(context):
+        w, x, ids = tensors(context, "q4_0", n_out, 1, k, n_tokens)
+        b = base.ggml_new_tensor_2d(context, numbered("f32"), n_out, N_EXPERTS)
+        scale = base.ggml_new_tensor_3d(context, numbered("f32"), 1, k, n_tokens)
+        out = base.ggml_mul_mat_id(context, w, x, ids)
+        if with_bias:
+            out = base.ggml_add_id(context, out, b, ids)
+        return {"w": w, "x": x, "ids": ids, "b": b, "scale": scale}, base.ggml_mul(context, out, scale)
+
+    graph = Graph(backend, build)
+    for name, data in (("w", raw), ("x", x), ("scale", weights)) + ((("b", bias),) if with_bias else ()):
+        graph.set(name, data)
+    every = np.einsum("eoi,ti->teo", dense, x[:, 0].astype(np.float64)) + (bias if with_bias else 0)
+    for name, ids in id_sets(rng, n_tokens, k):
+        graph.set("ids", ids)
+        out = graph()[0]
+        assert np.isfinite(out).all() and not out[ids < 0].any(), name
+        t, slot = np.nonzero(ids >= 0)
+        error = np.abs(out[t, slot] - every[t, ids[t, slot]] * weights[t, slot])
+        assert error.max(initial=0) < 4 * MAX_ERROR * N_IN**0.5, name
+    graph.free()
+
+
+def test_odd_floats_in_the_rules(backend):
+    """Scores that a device may take for zero, or divide another way than the CPU: ids bit for bit all the same."""
+    rng = np.random.default_rng(11)
+    n_tokens, n_used = 600, 8
+    bits = rng.integers(0, 2**32, (n_tokens, n_used), np.uint32)
+    bits[:200] &= 0x007FFFFF  # denormal
+    bits[200:300] = np.where(rng.random((100, n_used)) < 0.5, bits[200:300] & 0xFF, bits[200:300] & 0x80FFFFFF)
+    scores = bits.view(np.float32)
+    scores[300:500] = rng.random((200, n_used), np.float32)  # what a router gives
+    scores[500:520] = np.float32([1, 1e-45, 0, -0.0, -1e-45, np.inf, -np.inf, np.nan])
+    with np.errstate(invalid="ignore"):
+        scores = np.sort(scores, axis=1)[:, ::-1]  # NaN first: then no value of the token is a number
+    for value in range(3):
+        values = value_of(value, scores)
+        for threshold in np.float32([0.0, 1e-40, 0.3, 0.9999, 1.0]):
+            routed = run_rule(backend, scores, rule=2, value=value, k_base=1, k=4, threshold=threshold)
+            reaches = values[:, 1:] >= threshold
+            n_kept = 1 + np.cumprod(reaches, axis=1).sum(1)
+            assert np.array_equal((routed >= 0).sum(1), n_kept), (value, threshold)
+
+
+def value_of(value, scores):
+    """By the definitions in float32, in which the CPU computes."""
+    with np.errstate(all="ignore"):
+        if value == 0:
+            return scores
+        best = scores[:, :1]
+        if value == 1:
+            return np.where(best > 0, scores / best, np.float32(0))
+        left = [np.ones(len(scores), np.float32)]
+        for column in scores.T[:-1]:
+            left.append(left[-1] - column)
+        return np.stack(left, axis=1)

@@ -403,17 +403,18 @@ def test_custom_nodes_of_others_are_left_to_the_cpu(backend):
 # models
 
 # Of the logits' standard deviation, for the median token's worst logit: CUDA multiplies F32 matrices in TF32 (10 bits
-# of mantissa), and sums in another order. A wrong expert is off by 1 and more. Not measured yet: no GPU has run this.
+# of mantissa), Vulkan in half precision, and both sum in another order. A wrong expert is off by 1 and more. On Mesa's
+# software device it is 0.01 for rules that go by scores, and 0.07 for estimates, where rounding moves a decision.
 MAX_LOGIT_ERROR = 0.1
 TOKENS = np.random.default_rng(5).integers(1, 300, 80).tolist()  # above 32 ggml copies the CPU's experts to the GPU
 
 
-def logits(llm, n_batch):
+def logits(llm, n_batch, n_tokens=len(TOKENS)):
     llm.clear_cache()
     llm.expert_stats(reset=True)
-    for start in range(0, len(TOKENS), n_batch):
-        llm.eval(TOKENS[start : start + n_batch])
-    found = llm.scores[: len(TOKENS)].copy()
+    for start in range(0, n_tokens, n_batch):
+        llm.eval(TOKENS[start : min(start + n_batch, n_tokens)])
+    found = llm.scores[:n_tokens].copy()
     assert np.isfinite(found).all()
     return found
 
@@ -451,9 +452,15 @@ def plans(tiny):
     }
 
 
+@pytest.fixture
+def batches():
+    """(tokens of a micro-batch, tokens in all) that models are compared at."""
+    return [(len(TOKENS), len(TOKENS)), (5, len(TOKENS)), (1, len(TOKENS))]
+
+
 @pytest.mark.parametrize("n_cpu_moe", [0, 2, 4], ids=["all on the GPU", "half the experts not", "experts not"])
-def test_models_agree_with_the_cpu(backend, tiny, plans, n_cpu_moe):
-    cpu = load(tiny.gguf_path)
+def test_models_agree_with_the_cpu(backend, tiny, plans, n_cpu_moe, batches):
+    cpu = load(tiny.gguf_path, op_offload=False)  # else ggml has the device compute a prompt for the CPU
     gpu = load(tiny.gguf_path, n_gpu_layers=-1, n_cpu_moe=n_cpu_moe)
     n_bytes = native_ffi.new("int64_t *")
     for il in range(4):
@@ -461,12 +468,12 @@ def test_models_agree_with_the_cpu(backend, tiny, plans, n_cpu_moe):
         place = b"CPU" if il < n_cpu_moe else ffi.string(base.ggml_backend_name(backend))
         assert buffer.startswith(place), (il, buffer)
     for name, plan in plans.items():
-        for n_batch in (len(TOKENS), 5, 1):
+        for n_batch, n_tokens in batches:
             found = []
             for llm in (cpu, gpu):
                 llm.set_plan(plan)
                 assert llm.plan == plan  # not degraded
-                found.append((logits(llm, n_batch), llm.expert_stats()))
+                found.append((logits(llm, n_batch, n_tokens), llm.expert_stats()))
             (expected, counts), (out, gpu_counts) = found
             error = np.median(np.abs(out - expected).max(1))
             assert error < MAX_LOGIT_ERROR * expected.std(), (name, n_batch, error)

@@ -13,6 +13,7 @@ import llama_cpp
 from llama_cpp._logger import llama_log_callback
 from on_device import (  # noqa: F401
     TOKENS,
+    batches,
     check_fused_gate_and_up,
     check_skipped_slots,
     load,

@@ -44,6 +44,12 @@ def backend():
     base.ggml_backend_free(gpu)
 
 
+@pytest.fixture
+def batches():
+    """Few tokens where each is a run of the graph."""
+    return [(80, 80), (7, 21), (1, 8)]
+
+
 # One shader for up to 8 tokens, a dispatch each, another for more of them; BF16 takes the second for any number. Every
 # shader is compiled on the CPU here, half a minute each at first, so there are few types: the simplest, a K-quant, one
 # with a table, and floats.

@@ -57,6 +57,8 @@ static void allocmoe_vk_create_pipelines(vk_device & device, const F & create) {
     create(device, pipelines[ALLOCMOE_VK_SKIPPED], "allocmoe_skipped", allocmoe_skipped_len, allocmoe_skipped_data, "main", 6, sizeof(allocmoe_vk_skipped_args), { 1, 1, 1 }, {}, 1);
 }
 
+using allocmoe_vk_bindings = std::initializer_list<vk::DescriptorBufferInfo>;
+
 // A tensor as a binding, which begins where the device can begin one, and where in it the tensor's elements begin.
 static vk_subbuffer allocmoe_vk_bind(const ggml_backend_vk_context * ctx, const ggml_tensor * tensor, uint32_t & offset) {
     offset += get_misalign_bytes(ctx, tensor) / ggml_type_size(tensor->type);
@@ -178,64 +180,64 @@ static void allocmoe_vk_compute(ggml_backend_vk_context * ctx, vk_context & subc
     GGML_ASSERT(allocmoe_get_node(node, params));
     ggml_tensor ** src = node->src;
     // a binding of a tensor, and of a place in allocmoe_spent
-    const auto of      = [ctx](const ggml_tensor * tensor, uint32_t & offset) { return allocmoe_vk_bind(ctx, tensor, offset); };
-    const auto pinned  = [ctx](const auto * address, uint32_t & offset) { return allocmoe_vk_bind(ctx, address, sizeof(*address), offset); };
-    const auto limits  = [ctx](const ggml_tensor * tensor, uint32_t & offset) {
+    const auto of     = [ctx](const ggml_tensor * tensor, uint32_t & offset) { return allocmoe_vk_bind(ctx, tensor, offset); };
+    const auto pinned = [ctx](const auto * address, uint32_t & offset) { return allocmoe_vk_bind(ctx, address, sizeof(*address), offset); };
+    const auto limits = [ctx](const ggml_tensor * tensor, uint32_t & offset) {
         uint32_t surplus   = 0;
         const auto binding = allocmoe_vk_bind(ctx, tensor, surplus);
         offset += surplus / 2; // the shaders read them in pairs
         return binding;
     };
-    auto & pipeline = ctx->device->pipeline_allocmoe[params.kind == ALLOCMOE_NODE_IDS ? ALLOCMOE_VK_ROUTE
-            : params.kind == ALLOCMOE_NODE_WEIGHTS                                    ? ALLOCMOE_VK_WEIGHTS
-            : params.kind == ALLOCMOE_NODE_IDS_BY_SIZE                                ? ALLOCMOE_VK_SIZES
-                                                                                      : ALLOCMOE_VK_SKIPPED];
+    auto & pipeline = ctx->device->pipeline_allocmoe[params.kind == ALLOCMOE_NODE_IDS           ? ALLOCMOE_VK_ROUTE
+                                                     : params.kind == ALLOCMOE_NODE_WEIGHTS     ? ALLOCMOE_VK_WEIGHTS
+                                                     : params.kind == ALLOCMOE_NODE_IDS_BY_SIZE ? ALLOCMOE_VK_SIZES
+                                                                                                : ALLOCMOE_VK_SKIPPED];
     ggml_pipeline_request_descriptor_sets(ctx, pipeline, 1);
 
     if (params.kind == ALLOCMOE_NODE_IDS) {
         allocmoe_vk_route_args args = {};
         allocmoe_vk_fill(args, node, params, src[2]);
-        args.scores_stride = allocmoe_vk_stride(src[1], 1);
-        args.rule          = params.rule;
-        args.value         = params.value;
-        const std::initializer_list<vk::DescriptorBufferInfo> bindings = { of(src[0], args.ids_offset), of(src[1], args.scores_offset), limits(src[2], args.limits_offset),
+        args.scores_stride                  = allocmoe_vk_stride(src[1], 1);
+        args.rule                           = params.rule;
+        args.value                          = params.value;
+        const allocmoe_vk_bindings bindings = { of(src[0], args.ids_offset), of(src[1], args.scores_offset), limits(src[2], args.limits_offset),
             limits(src[3], args.places_offset), of(node, args.routed_offset), pinned((const uint32_t *) params.spent->activations, args.activations_offset),
             pinned(params.spent->left, args.left_offset), pinned(params.spent->kept, args.kept_offset) };
         ggml_vk_dispatch_pipeline(ctx, subctx, pipeline, bindings, args, { 1, 1, 1 });
     } else if (params.kind == ALLOCMOE_NODE_WEIGHTS) {
-        allocmoe_vk_weights_args args = {};
-        args.n                        = ggml_nelements(node);
-        args.skipped                  = params.skipped;
-        const std::initializer_list<vk::DescriptorBufferInfo> bindings = { of(src[0], args.weights_offset), of(src[1], args.routed_offset), of(node, args.dst_offset) };
+        allocmoe_vk_weights_args args       = {};
+        args.n                              = ggml_nelements(node);
+        args.skipped                        = params.skipped;
+        const allocmoe_vk_bindings bindings = { of(src[0], args.weights_offset), of(src[1], args.routed_offset), of(node, args.dst_offset) };
         ggml_vk_dispatch_pipeline(ctx, subctx, pipeline, bindings, args, { args.n, 1, 1 });
     } else if (params.kind == ALLOCMOE_NODE_IDS_BY_SIZE) {
         allocmoe_vk_sizes_args args = {};
         allocmoe_vk_fill(args, node, params, src[4]);
-        args.weights_stride      = allocmoe_vk_stride(src[1], 2);
-        args.weights_stride_rank = allocmoe_vk_stride(src[1], 1);
-        args.reduced_stride      = allocmoe_vk_stride(src[2], 1);
-        args.table_stride        = allocmoe_vk_stride(src[3], 1);
-        args.n_down              = src[2]->ne[0];
-        args.n_relu              = params.n_relu;
-        const std::initializer_list<vk::DescriptorBufferInfo> bindings = { of(src[0], args.ids_offset), of(src[1], args.weights_offset), of(src[2], args.reduced_offset),
+        args.weights_stride                 = allocmoe_vk_stride(src[1], 2);
+        args.weights_stride_rank            = allocmoe_vk_stride(src[1], 1);
+        args.reduced_stride                 = allocmoe_vk_stride(src[2], 1);
+        args.table_stride                   = allocmoe_vk_stride(src[3], 1);
+        args.n_down                         = src[2]->ne[0];
+        args.n_relu                         = params.n_relu;
+        const allocmoe_vk_bindings bindings = { of(src[0], args.ids_offset), of(src[1], args.weights_offset), of(src[2], args.reduced_offset),
             of(src[3], args.table_offset), limits(src[4], args.limits_offset), limits(src[5], args.places_offset), of(node, args.routed_offset),
             pinned((const uint32_t *) params.spent->activations, args.activations_offset), pinned(params.spent->left, args.left_offset),
             pinned(params.spent->kept, args.kept_offset) };
         ggml_vk_dispatch_pipeline(ctx, subctx, pipeline, bindings, args, { 1, 1, 1 });
     } else {
-        allocmoe_vk_skipped_args args = {};
-        args.n_used                   = src[0]->ne[0];
-        args.n_tokens                 = node->ne[1];
-        args.ids_stride               = allocmoe_vk_stride(src[0], 1);
-        args.weights_stride           = allocmoe_vk_stride(src[1], 2);
-        args.weights_stride_rank      = allocmoe_vk_stride(src[1], 1);
-        args.reduced_stride           = allocmoe_vk_stride(src[2], 1);
-        args.table_stride             = allocmoe_vk_stride(src[4], 1);
-        args.n_columns                = node->ne[0];
-        args.n_rank                   = src[4]->ne[0];
-        const std::initializer_list<vk::DescriptorBufferInfo> bindings = { of(src[0], args.ids_offset), of(src[1], args.weights_offset), of(src[2], args.reduced_offset),
+        allocmoe_vk_skipped_args args       = {};
+        args.n_used                         = src[0]->ne[0];
+        args.n_tokens                       = node->ne[1];
+        args.ids_stride                     = allocmoe_vk_stride(src[0], 1);
+        args.weights_stride                 = allocmoe_vk_stride(src[1], 2);
+        args.weights_stride_rank            = allocmoe_vk_stride(src[1], 1);
+        args.reduced_stride                 = allocmoe_vk_stride(src[2], 1);
+        args.table_stride                   = allocmoe_vk_stride(src[4], 1);
+        args.n_columns                      = node->ne[0];
+        args.n_rank                         = src[4]->ne[0];
+        const allocmoe_vk_bindings bindings = { of(src[0], args.ids_offset), of(src[1], args.weights_offset), of(src[2], args.reduced_offset),
             of(src[3], args.routed_offset), of(src[4], args.table_offset), of(node, args.dst_offset) };
-        const uint32_t n_groups = std::min<uint32_t>(args.n_tokens, ctx->device->properties.limits.maxComputeWorkGroupCount[0]);
+        const uint32_t n_groups             = std::min<uint32_t>(args.n_tokens, ctx->device->properties.limits.maxComputeWorkGroupCount[0]);
         ggml_vk_dispatch_pipeline(ctx, subctx, pipeline, bindings, args, { n_groups, 1, 1 });
     }
 }

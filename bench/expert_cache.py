@@ -183,7 +183,10 @@ def drop_pages(path: Path) -> None:
 def measure_time(args: argparse.Namespace) -> None:
     size = args.model.stat().st_size
     chosen = args.methods.split(";") if args.methods else list(METHODS)
-    thresholds = find_thresholds(args.model) if any(METHODS[name][0] for name in chosen) else []
+    thresholds = json.loads(args.thresholds)
+    if not thresholds and any(METHODS[name][0] for name in chosen):
+        thresholds = find_thresholds(args.model)
+        print("thresholds of half budget:", json.dumps(thresholds), file=sys.stderr)
     results: list = []
     for share in map(float, args.memory.split(",")):
         for round_ in range(args.rounds):

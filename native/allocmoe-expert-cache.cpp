@@ -110,6 +110,13 @@ struct allocmoe_expert_cache::readers {
     }
 };
 
+// Keeps them for good: their threads are another process's, and cannot be ended here.
+void allocmoe_expert_cache::leave(const std::shared_ptr<readers> & pool) {
+    if (pool) {
+        new std::shared_ptr<readers>(pool);
+    }
+}
+
 //
 // the buffer type: addresses without memory, for ggml to tell tensors by
 //
@@ -202,6 +209,8 @@ allocmoe_expert_cache::~allocmoe_expert_cache() {
 #if defined(ALLOCMOE_EXPERT_CACHE)
     if (pool && pool->process == getpid()) {
         pool->end();
+    } else {
+        leave(pool);
     }
     if (arena) {
         munmap(arena, n_mapped);
@@ -506,9 +515,7 @@ std::string allocmoe_expert_cache::take_error() {
 void allocmoe_expert_cache::ask(request & what, const ggml_tensor * ids) {
 #if defined(ALLOCMOE_EXPERT_CACHE)
     if (!pool || pool->process != getpid()) {
-        if (pool) {
-            new std::shared_ptr<readers>(pool); // its threads are another process's: never to be ended
-        }
+        leave(pool);
         pool = std::make_shared<readers>();
         // signals are for the threads that there were before
         sigset_t all, before;

@@ -81,6 +81,7 @@ private:
     static void compute_request(ggml_tensor * dst, int ith, int nth, void * userdata);
     void ask(request & what, const ggml_tensor * ids);
     void drop(group & experts);
+    static void leave(const std::shared_ptr<readers> & pool);
     void fail(const std::string & what);
     std::string changed_file() const;
     const char * wait(const matrix & m, int64_t expert);

@@ -185,7 +185,7 @@ def _address(options: Sequence[str]) -> Optional[str]:
     secure = option("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE", "")
     if secure or host.endswith(".sock") or not port.isdigit() or port == "0":
         return None
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - where to ask, not what to listen on
     return f"http://{f'[{host}]' if host.count(':') > 1 and '[' not in host else host}:{port}{prefix}"
 
 
@@ -222,7 +222,7 @@ def _announce(address: str) -> None:
 def _healthy(address: str) -> Optional[bool]:
     """Whether the server there has its model; None where there is none."""
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
+        with urllib.request.urlopen(f"{address}/health", timeout=5):  # noqa: S310 - http, as _address() has made it
             return True
     except urllib.error.HTTPError:
         return False  # 503 while it loads

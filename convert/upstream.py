@@ -21,6 +21,7 @@ def main() -> None:
 
 def convert(pre_tokenizer: str, options: list) -> None:
     """Upstream's main(), in this process; upstream's folder is on sys.path. `options` begins with the model's folder."""
+    run_no_code_of_models()
     from conversion import TEXT_MODEL_MAP, ModelBase, ModelType, TextModel, get_model_architecture, get_model_class
     import convert_hf_to_gguf
 
@@ -38,6 +39,24 @@ def convert(pre_tokenizer: str, options: list) -> None:
         TextModel.get_vocab_base_pre = lambda self, tokenizer: pre_tokenizer
     sys.argv = [convert_hf_to_gguf.__file__, *options]
     convert_hf_to_gguf.main()
+
+
+def run_no_code_of_models() -> None:
+    """Upstream has some tokenizers' Python code run by transformers: what a model brings along, or names elsewhere."""
+    import transformers.dynamic_module_utils as dynamic
+
+    resolve = dynamic.resolve_trust_remote_code
+
+    def resolve_without(trust_remote_code, model, has_local_code, has_remote_code, *args, **kwargs) -> bool:
+        if trust_remote_code is not False and has_remote_code and not has_local_code:
+            sys.exit(
+                "its tokenizer is Python code of its own, which is never run here; read that code, convert the model "
+                "with llama.cpp's convert_hf_to_gguf.py, which runs it, and give the GGUF file"
+            )
+        return resolve(False, model, has_local_code, has_remote_code, *args, **kwargs)
+
+    # the modules that call it take it from there when they are imported
+    dynamic.resolve_trust_remote_code = resolve_without
 
 
 def moe_architectures() -> list:

@@ -12,7 +12,7 @@ import sys
 import time
 
 from allocmoe_edge import Llama
-from allocmoe_edge.convert import child, cli, huggingface, output, source
+from allocmoe_edge.convert import ConvertError, child, cli, huggingface, output, source
 from allocmoe_edge.convert.settings import Settings
 from allocmoe_edge.plan import metadata
 from fake_hub import serve
@@ -185,6 +185,28 @@ def test_architecture_is_not_supported(folder, out):
     edit_config(folder, architectures=["NoSuchMoeForCausalLM"], model_type="no_such")
     error = refused(folder, "-o", out / "m.gguf", expect="NoSuchMoeForCausalLM is not supported")
     assert "Qwen3MoeForCausalLM" in error and "MixtralForCausalLM" in error and "BertModel" not in error
+
+
+def test_code_of_the_model_is_not_run(folder, out, tmp_path):
+    """Though upstream's converter has transformers run it, for some architectures."""
+    ran = tmp_path / "ran"
+    (folder / "tokenization_own.py").write_text(f"open({str(ran)!r}, 'w')\nclass OwnTokenizer: ...\n")
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    edit_config(folder, model_type="own")
+    with pytest.raises(ConvertError, match="Python code of its own, which is never run"):
+        huggingface.convert(folder, out / "m.gguf", "f32", 1 << 20, "gpt-2", None)
+    as_upstream = f"from transformers import AutoTokenizer\nAutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+    for first, runs in (("from upstream import run_no_code_of_models\nrun_no_code_of_models()\n", False), ("", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", first + as_upstream],
+            env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(Path(source.__file__).parent)},
+            capture_output=True,
+            text=True,
+        )
+        assert ran.exists() == runs, done.stderr  # the second time: the test itself would see it
+        assert runs or "Python code of its own" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])

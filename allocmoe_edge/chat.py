@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 import random
 import signal
@@ -294,7 +295,7 @@ class Chat:
             say(f"experts per generated token, layer by layer: {bars}")
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         output_file.check(path)
         if path.is_file() and path.stat().st_size:
             read_chat(path)  # another file than a chat is not written over
@@ -303,7 +304,7 @@ class Chat:
         self._terminal.note(f"({len(self._messages)} messages saved)")
 
     def load(self, name: str) -> None:
-        messages = read_chat(Path(name).expanduser())
+        messages = read_chat(Path(os.path.expanduser(name)))
         n_head = int(bool(messages) and messages[0]["role"] == "system")
         self._head, self._messages = messages[:n_head], messages[n_head:]
         self._last = None

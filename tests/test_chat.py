@@ -190,6 +190,8 @@ def test_what_cannot_be_done_in_a_pipe(tiny, tmp_path):
     other.write_text('{"a": 1}')
     files = {
         "missing": "missing: No such file or directory",
+        "~nobody-here/a.json": "No such file or directory",
+        "/dev/zero": "is no file",
         ".": "is no file",
         "other.json": 'want an object with "messages"',
         "list.json": 'want an object with "messages"',

@@ -5,7 +5,8 @@ place of those that they download.
     python tests/upstream_server.py [--server build/baseline/bin/llama-server] [unit/test_completion.py ...]
 
 Needs the packages of upstream's tools/server/tests/requirements.txt in the Python that runs it. The one that talks is random, a MoE
-with a plan for half budget and the vocabulary of a real model: a test that knows another model's words fails on any server.
+with a plan for half budget and the vocabulary of a real model: where a test looks for another model's words any will do, and a
+test that counts another model's tokens fails on any server.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ FOREIGN_OPTIONS = {
     "--version",
     "--build",
     "--target",
+    # the evaluation harness's
+    "--model",
+    "--model_args",
+    "--tasks",
+    "--limit",
 }
 # of llama-server: tests/test_llama_server.py looks whether it has them
 LLAMA_SERVER_OPTIONS = {

@@ -16,11 +16,17 @@ import collections
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree
 
+_CACHED = {
+    "tinygemma3-GGUF": "tinygemma3-Q8_0.gguf",
+    "test-model-stories260K": "stories260K-F32.gguf",
+    "test-model-stories260K-infill": "stories260K-infill-F32.gguf",
+}
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("aiohttp", "filelock", "numpy", "openai", "prometheus_client", "requests", "wget")
 
@@ -43,6 +49,13 @@ def write_models(folder: Path) -> None:
         source = odd_models.write_talker(folder / "source.gguf", vocabulary)
     plan_from_made_up_profile(source, folder / "talker.gguf")
     other_models.write_bert(folder / "bert.gguf")
+    # in llama.cpp's cache, as what the router's tests name; they have it downloaded before
+    for name, file in _CACHED.items():
+        repository, commit = folder / f"models--ggml-org--{name}", "1" * 40
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / file).symlink_to(folder / "talker.gguf")
 
 
 def run(server: Path, tests: Path, models: Path, arguments: list, timeout: float) -> dict:
@@ -54,6 +67,11 @@ def run(server: Path, tests: Path, models: Path, arguments: list, timeout: float
         timeout: seconds for all.
     """
     report = models / "report.xml"
+    # a copy, since they write into their folder; they name templates by a path from it
+    here = models / "upstream" / "tools" / "server" / "tests"
+    shutil.copytree(tests, here)
+    (here / "tmp").mkdir()
+    (models / "upstream" / "models").symlink_to(tests.parents[2] / "models")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "upstream_server_plugin", "-p", "no:cacheprovider"]
     command += ["-m", "not slow", "-o", "addopts=", f"--junitxml={report}", *(arguments or ["unit"])]
     environment = {
@@ -62,7 +80,7 @@ def run(server: Path, tests: Path, models: Path, arguments: list, timeout: float
         "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     with open(models / "log.txt", "w") as log:
-        subprocess.run(command, cwd=tests, env=environment, stdout=log, stderr=log, timeout=timeout)
+        subprocess.run(command, cwd=here, env=environment, stdout=log, stderr=log, timeout=timeout)
     if not report.is_file():
         sys.exit((models / "log.txt").read_text()[-3000:])
     found = {}

@@ -1,0 +1,110 @@
+"""The harness's model, on tasks in local files."""
+
+import json
+import os
+import subprocess
+import sys
+
+from allocmoe_edge import PlanError
+from conftest import plan_from_made_up_profile
+import numpy as np
+import odd_models
+import pytest
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("lm_eval", reason="pip install lm_eval")
+
+TASKS = {
+    "local_choice": {
+        "output_type": "multiple_choice", "doc_to_text": "Q: {{q}}\nA:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "local_text": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "local_answer": {
+        "output_type": "generate_until", "doc_to_text": "Q: {{q}}\nA:", "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm_eval")
+    return plan_from_made_up_profile(odd_models.write_talker(folder / "source.gguf"), folder / "talker.gguf")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    documents = [
+        {"q": "What is red?", "choices": [" blood", " grass", " snow"], "answer": 0, "text": "Blood is red. " * 200},
+        {"q": "What is green?", "choices": [" blood", " grass", " snow"], "answer": 1, "text": "Grass is green."},
+    ]
+    (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    for name, task in TASKS.items():
+        whole = {
+            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "documents.jsonl")}},
+            "test_split": "test", **task,
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(json.dumps(whole))  # JSON is YAML
+    return folder
+
+
+def evaluated(model, tasks, tmp_path, arguments) -> dict:
+    command = [sys.executable, "-m", "allocmoe_edge.lm_eval", "--model", "allocmoe", "--include_path", str(tasks)]
+    command += [
+        "--model_args",
+        f"model={model},n_ctx=256{arguments}",
+        "--tasks",
+        ",".join(TASKS),
+        "--output_path",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = tmp_path.rglob("results*.json")
+    return json.loads(found.read_text())["results"]
+
+
+def test_tasks(model, tasks, tmp_path):
+    """The harness's own command, at two budgets: figures for each task, and other ones at another budget."""
+    perplexities = []
+    for budget in ("", ",budget=full"):
+        (tmp_path / f"out{budget}").mkdir()
+        found = evaluated(model, tasks, tmp_path / f"out{budget}", budget)
+        assert 0 <= found["local_choice"]["acc,none"] <= 1 and found["local_answer"]["exact_match,none"] == 0
+        perplexities.append(found["local_text"]["word_perplexity,none"])
+    assert perplexities[0] != perplexities[1] and min(perplexities) > 1
+
+
+def test_scores(model):
+    """Log probabilities are those of the logits, also of texts in several batches and beyond the context."""
+    from allocmoe_edge.lm_eval import AllocmoeLM
+
+    lm = AllocmoeLM(str(model), n_ctx=256, n_batch=32)
+    context, continuation = list(range(40, 140)), list(range(60, 100))
+    (found,) = lm._loglikelihood_tokens([(None, context, continuation)])
+    tokens = context + continuation
+    rows = []
+    for begin in range(0, len(tokens), 32):
+        rows.append(lm.llm.decode(tokens[begin : begin + 32], begin, logits_all=True).copy())
+    rows = np.concatenate(rows).astype(np.float64)[len(context) - 1 : -1]
+    wanted = sum(row[token] - np.logaddexp.reduce(row) for row, token in zip(rows, continuation))
+    assert found[0] == pytest.approx(wanted, rel=1e-5) and found[1] == (rows.argmax(1) == continuation).all()
+    (cut,) = lm._loglikelihood_tokens([(None, list(range(30, 200)) * 3, continuation)])
+    (same,) = lm._loglikelihood_tokens([(None, (list(range(30, 200)) * 3)[-(257 - 40) :], continuation)])
+    assert cut == same
+
+
+def test_wrong_arguments(model):
+    from allocmoe_edge.lm_eval import AllocmoeLM
+
+    with pytest.raises(PlanError, match="budget: found 9.5"):
+        AllocmoeLM(str(model), budget=9.5)
+    with pytest.raises(TypeError, match="did you mean budget"):
+        AllocmoeLM(str(model), budgt=0.5)

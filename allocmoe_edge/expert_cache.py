@@ -17,7 +17,7 @@ KEY = "allocmoe.expert_cache_bytes"
 PRICE_KEY = "allocmoe.miss_price"
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-# of the memory that is free: for the context, and for what else the machine does
+# of the memory that is free: for this program, and for what else the machine does
 _LEFT_FREE = 0.15
 # an expert is read in whole blocks
 _AROUND = 2 * 4096
@@ -55,17 +55,20 @@ def least(path: Union[str, os.PathLike]) -> int:
     return max(layers.values(), default=0)
 
 
-def choose(path: Union[str, os.PathLike], value: Union[int, str, None], by_default: bool) -> int:
+def choose(
+    path: Union[str, os.PathLike], value: Union[int, str, None], by_default: bool, n_ctx: int = 0, n_ubatch: int = 512
+) -> int:
     """Bytes of the cache for a model that is about to be loaded; 0 for none. Raises ValueError, GGUFError.
 
     Args:
         value: what a user asks for, None where that is nothing.
         by_default: whether None may become a cache, if the file is larger than the memory.
+        n_ctx, n_ubatch: of the context that there will be, 0 for the length that the file says it was trained for.
     """
     free = memory.available()
     if value is not None or not by_default or free is None:
         return asked(path, value, free)
-    return default(path, free) if memory.is_beyond(model_paths(path)) else 0
+    return default(path, free - context_bytes(path, n_ctx, n_ubatch)) if memory.is_beyond(model_paths(path)) else 0
 
 
 def asked(path: Union[str, os.PathLike], value: Union[int, str, None], free: Optional[int]) -> int:
@@ -91,13 +94,38 @@ def asked(path: Union[str, os.PathLike], value: Union[int, str, None], free: Opt
     return n_bytes
 
 
+def context_bytes(path: Union[str, os.PathLike], n_ctx: int, n_ubatch: int) -> int:
+    """About what a context takes beside the weights: keys and values in 16 bits, and what one micro-batch computes."""
+    with GGUFFile(path) as file:
+        arch = file.get("general.architecture")
+
+        def number(key: str, otherwise: int) -> int:
+            found = file.get(f"{arch}.{key}", otherwise)
+            if isinstance(found, (list, np.ndarray)):  # one for each layer
+                found = max(found, default=otherwise)
+            return int(found) if isinstance(found, (int, float, np.number)) else otherwise
+
+        n_embd, n_head = number("embedding_length", 4096), max(1, number("attention.head_count", 1))
+        latent = number("attention.kv_lora_rank", 0)
+        if latent:
+            per_token = 2 * latent + number("rope.dimension_count", 64)
+        else:
+            length = number("attention.key_length", n_embd // n_head)
+            per_token = number("attention.head_count_kv", n_head) * (length + number("attention.value_length", length))
+        n_vocab = next((t.n_elements // max(1, n_embd) for t in file.tensors if t.name == "token_embd.weight"), 0)
+        n_ff = number("expert_feed_forward_length", number("feed_forward_length", n_embd))
+        experts = number("expert_used_count", 0) * (3 * n_ff + 2 * n_embd)
+        n_ctx = n_ctx or number("context_length", 4096)
+        return 2 * n_ctx * number("block_count", 0) * per_token + 4 * n_ubatch * (n_vocab + 32 * n_embd + experts)
+
+
 def default(path: Union[str, os.PathLike], free: int) -> int:
     """What `free` bytes of memory leave for experts beside the other weights; 0 where that is less than a cache needs."""
     in_files = sum(n_bytes for _, n_bytes in _experts(path))
     others = sum(os.path.getsize(each) for each in model_paths(path)) - in_files
     n_bytes = min(int(free * (1 - _LEFT_FREE)) - others, in_files)
-    # one layer's experts beside those that are kept: below twice that nothing is
-    return n_bytes if os.name != "nt" and 0 < 2 * least(path) <= n_bytes else 0
+    # room for one layer's experts goes off before any is kept
+    return n_bytes if os.name != "nt" and 0 < 1.2 * least(path) <= n_bytes else 0
 
 
 def _experts(path: Union[str, os.PathLike]) -> Iterator[tuple]:

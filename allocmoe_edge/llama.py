@@ -175,7 +175,10 @@ class Llama(CheckedLlama):
             self._stored = metadata.read_for(plan_path, self._stored, estimator=False)
         self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)
         on_gpu = kwargs.get("n_gpu_layers", 0) != 0
-        n_bytes = cache_size.choose(model_path, expert_cache, by_default=prefetch is None and not on_gpu)
+        n_ubatch = min(kwargs.get("n_batch", 512), kwargs.get("n_ubatch", 512))
+        n_bytes = cache_size.choose(
+            model_path, expert_cache, prefetch is None and not on_gpu, kwargs.get("n_ctx", 512), n_ubatch
+        )
         if n_bytes:
             kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), cache_size.KEY: n_bytes}
         if prefetch is None:

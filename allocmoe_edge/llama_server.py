@@ -123,7 +123,9 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
     if model is not None:
         on_gpu = {"-ngl", "--gpu-layers", "--n-gpu-layers"} & set(args.rest)
         try:
-            n_bytes = expert_cache.choose(model, n_bytes, by_default=args.prefetch == "auto" and not on_gpu)
+            n_bytes = expert_cache.choose(
+                model, n_bytes, args.prefetch == "auto" and not on_gpu, _context_size(args.rest)
+            )
         except ValueError as error:
             raise CommandError(str(error).replace("expert_cache:", "--expert-cache:", 1)) from None
         if n_bytes and args.expert_cache is None:
@@ -164,6 +166,12 @@ def rpc_main(argv: Optional[Sequence[str]] = None) -> int:
         _become([str(rpc_binary()), *(["--help"] if args.help else args.rest)])
 
     return run_command(p, serve, argv, known_only=True)
+
+
+def _context_size(options: Sequence[str]) -> int:
+    """Of --ctx-size; 0 for the model's own."""
+    given = [value for name, value in zip(options, options[1:]) if name in ("-c", "--ctx-size")]
+    return int(given[-1]) if given and given[-1].isdecimal() and len(given[-1]) < 10 else 0
 
 
 def _become(command: List[str]) -> None:

@@ -106,7 +106,7 @@ def run_one(args: argparse.Namespace) -> None:
     libllama.allocmoe_set_cpu_kernels(not stock)
     start = time.perf_counter()
     llm = Llama(
-        args.model, n_ctx=1024, n_batch=args.prompt or 1, n_ubatch=args.prompt or 1, repack=False, verbose=False, n_threads=args.threads,
+        args.model, n_ctx=args.prompt + WARM + args.gen, n_batch=args.prompt or 1, n_ubatch=args.prompt or 1, repack=False, verbose=False, n_threads=args.threads,
         n_threads_batch=args.threads, **arguments,
     )  # fmt: skip
     loaded = time.perf_counter() - start

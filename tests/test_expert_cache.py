@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import sys
 
-from allocmoe_edge import Llama, Plan
+from allocmoe_edge import Llama, Plan, llama_server
 from allocmoe_edge import expert_cache as cache_size
 from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.checked_llama import GenerationError
+from allocmoe_edge.command import CommandError
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.measure import memory
 from gguf_factory import random_estimator
@@ -434,6 +435,10 @@ def test_dense_model(dense_path):
 
 def test_by_default_where_the_file_is_larger_than_the_memory(path, expected, monkeypatch, capfd):
     size = path.stat().st_size
+    others = cache_size.context_bytes(path, 256, 512)
+    assert others > 4 * N_LAYER * 256 * 128  # keys and values alone
+    # what the context takes is no place for experts
+    monkeypatch.setattr(cache_size, "context_bytes", lambda *_: 0)
     for free, wanted, prefetch in ((int(size * 0.9), True, False), (size // 4, False, True), (size, False, False)):
         monkeypatch.setattr(memory, "available", lambda free=free: free)
         llm = Llama(str(path), **SIZES)
@@ -445,10 +450,36 @@ def test_by_default_where_the_file_is_larger_than_the_memory(path, expected, mon
     assert "of memory for the experts, since the file is larger than what is free" in capfd.readouterr().err
     assert np.array_equal(logits(llm), expected)
     llm.close()
+    monkeypatch.setattr(cache_size, "context_bytes", lambda *_: size)
+    assert cache_size.choose(path, None, True) == 0
     for arguments in (dict(prefetch=True), dict(prefetch=False), dict(expert_cache=0)):
         llm = Llama(str(path), **SIZES, **arguments)
         assert llm.expert_cache == 0
         llm.close()
+
+
+def test_options_of_the_server(path, monkeypatch, capsys):
+    """They become overrides that llama-server takes, and the library reads."""
+
+    def options(*given):
+        args, args.rest = llama_server.parser().parse_known_args(given)
+        return llama_server._cache_options(str(path), args)
+
+    key, price = cache_size.KEY, cache_size.PRICE_KEY
+    wanted = ["--override-kv", f"{key}=int:6000000", "--override-kv", f"{price}=float:4.0"]
+    assert options("--expert-cache", "6MB", "--miss-price", "4") == wanted
+    assert options() == options("--expert-cache", "0") == options("--miss-price", "4") == []
+    with pytest.raises(CommandError, match="^--expert-cache: found .* want at least"):
+        options("--expert-cache", "1kB")
+    monkeypatch.setattr(memory, "available", lambda: int(path.stat().st_size * 0.9))
+    monkeypatch.setattr(cache_size, "context_bytes", lambda _, n_ctx, n_ubatch: n_ctx)
+    assert options("-c", "99999999") == []
+    (_, found) = options()
+    assert found.startswith(f"{key}=int:") and "GB of memory for the experts" in capsys.readouterr().err
+    assert options("--prefetch", "on") == options("--expert-cache", "0") == []
+    for wrong in (["--expert-cache", "much"], ["--miss-price", "0.5"]):
+        with pytest.raises(SystemExit):
+            options(*wrong)
 
 
 def test_it_survives_pickling(path, expected):

@@ -5,16 +5,24 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+from allocmoe_edge import Plan
 from ggml_ffi import base, ffi, ggml
 import numpy as np
 from on_device import (  # noqa: F401
     MAX_ERROR,
+    MAX_LOGIT_ERROR,
     N_EXPERTS,
     N_IN,
     Graph,
-    Spent,
     check_skipped_slots,
     id_sets,
+    load,
+    logits,
     numbered,
     plans,
     run_rule,
@@ -125,3 +133,68 @@ def value_of(value, scores):
         for column in scores.T[:-1]:
             left.append(left[-1] - column)
         return np.stack(left, axis=1)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "llama4"])
+def test_biases_of_experts_and_weights_before_them(backend, name, tmp_path):
+    """Architectures whose graphs differ: ADD_ID behind every product, weights that act on the experts' input."""
+    pytest.importorskip("transformers", reason="the tiny models are made and converted with it")
+    import tiny_models
+
+    path = tiny_models.build(tmp_path, [tiny_models.TINY_MODELS[name]])[name].gguf_path
+    cpu, gpu = load(path, op_offload=False), load(path, n_gpu_layers=-1)
+    full = gpu.plan.expert_used_count_full
+    half = [k and max(2, k // 2) for k in full]
+    for plan in (
+        Plan(half, full, token_rule="batch"),
+        Plan(half, full, token_rule="threshold", threshold=[np.inf] * len(full)),  # one expert for every token
+    ):
+        for n_batch, n_tokens in ((40, 40), (1, 5)):
+            found = []
+            for llm in (cpu, gpu):
+                llm.set_plan(plan)
+                assert llm.plan == plan
+                found.append((logits(llm, n_batch, n_tokens), llm.expert_stats()))
+            (expected, counts), (out, gpu_counts) = found
+            assert np.median(np.abs(out - expected).max(1)) < MAX_LOGIT_ERROR * expected.std(), (plan, n_batch)
+            for phase in counts:
+                assert np.array_equal(gpu_counts[phase]["activations"], counts[phase]["activations"])
+    cpu.close()
+    gpu.close()
+
+
+LAYER = "VK_LAYER_KHRONOS_validation"
+CHECKS = {  # whole models take hours with their shaders instrumented, so those of ours and those with ids alone
+    "SYNCHRONIZATION_VALIDATION": "rules_on_the_device and (33 or 1025) or turns or estimates or weights_of or add_id or fused",
+    "GPU_ASSISTED": "rules_on_the_device and 33 or turns and 300 or estimates and 7 or weights_of or add_id",
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_validation_layers_report_nothing(backend, check, tmp_path):
+    if not list(Path("/usr/share/vulkan/explicit_layer.d").glob("*khronos_validation*")):
+        pytest.skip("no validation layers. On Debian: apt install vulkan-validationlayers")
+    log, settings = tmp_path / "log.txt", tmp_path / "settings.txt"
+    lines = {"debug_action": "VK_DBG_LAYER_ACTION_LOG_MSG", "report_flags": "error,warn,info", "log_filename": log}
+    settings.write_text("".join(f"khronos_validation.{name} = {value}\n" for name, value in lines.items()))
+    env = {
+        **os.environ,
+        "VK_INSTANCE_LAYERS": LAYER,
+        "VK_LAYER_SETTINGS_PATH": str(settings),
+        "VK_LAYER_ENABLES": f"VK_VALIDATION_FEATURE_ENABLE_{check}_EXT",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "vulkan", "-k", CHECKS[check], __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+    messages = [line for line in log.read_text().splitlines() if line.startswith(("VUID", "SYNC", "UNASSIGNED"))]
+    started = [line for line in messages if "(INFO" in line]
+    assert any("Validation Layer Active" in line for line in started) and check in log.read_text()
+    assert messages == started
+
+
+def test_without_half_precision(backend):
+    """The shaders for devices that have none."""
+    wanted = "odd_floats or estimates and 7 or add_id or fused or skipped_slots and (q4_0 or f32)"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "vulkan", "-k", wanted, __file__]
+    done = subprocess.run(command, env={**os.environ, "GGML_VK_DISABLE_F16": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout

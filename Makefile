@@ -47,11 +47,11 @@ VULKAN        := build/vulkan
 VULKAN_DRIVER := $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
 test-vulkan: $(VENV)/.installed-test
 ifneq ($(and $(VULKAN_DRIVER),$(shell command -v glslc)),)
-	cmake -S native -B $(VULKAN) -DGGML_VULKAN=ON -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python
+	cmake -S native -B $(VULKAN) -DGGML_VULKAN=ON -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python
 	cmake --build $(VULKAN) --target allocmoe --parallel $(shell nproc)
 	cc -shared -fPIC -O1 tests/native/keep_vulkan_buffers.c -o $(VULKAN)/keep_vulkan_buffers.so -ldl
-	LD_PRELOAD=$(CURDIR)/$(VULKAN)/keep_vulkan_buffers.so LLAMA_CPP_LIB_PATH=$(CURDIR)/$(VULKAN)/lib VK_ICD_FILENAMES=$(VULKAN_DRIVER) VK_DRIVER_FILES=$(VULKAN_DRIVER) GGML_VK_VISIBLE_DEVICES=0 \
-		MESA_SHADER_CACHE_DIR=$(CURDIR)/$(VULKAN)/shaders $(VENV)/bin/pytest -m vulkan tests/test_vulkan.py $(PYTEST_ARGS)
+	LD_PRELOAD=$(abspath $(VULKAN))/keep_vulkan_buffers.so LLAMA_CPP_LIB_PATH=$(abspath $(VULKAN))/lib VK_ICD_FILENAMES=$(VULKAN_DRIVER) VK_DRIVER_FILES=$(VULKAN_DRIVER) GGML_VK_VISIBLE_DEVICES=0 \
+		MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/shaders $(VENV)/bin/pytest -m "vulkan and not slow" tests/test_vulkan.py $(PYTEST_ARGS)
 else
 	@echo "skipped test-vulkan: no glslc or no software device. On Debian: apt install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers"
 endif

@@ -10,7 +10,7 @@ from pathlib import Path
 import subprocess
 import sys
 
-from allocmoe_edge import Plan
+from allocmoe_edge import Llama, Plan
 from ggml_ffi import base, ffi, ggml
 import numpy as np
 from on_device import (  # noqa: F401
@@ -159,6 +159,32 @@ def test_biases_of_experts_and_weights_before_them(backend, name, tmp_path):
             assert np.median(np.abs(out - expected).max(1)) < MAX_LOGIT_ERROR * expected.std(), (plan, n_batch)
             for phase in counts:
                 assert np.array_equal(gpu_counts[phase]["activations"], counts[phase]["activations"])
+    cpu.close()
+    gpu.close()
+
+
+@pytest.mark.slow
+def test_the_small_real_model(backend, smolmoe_path):
+    """A prompt and two tokens of 30 layers in Q4_1. The CPU rounds activations to 8 bits, which the device does not."""
+    sizes = dict(n_ctx=64, n_batch=64, n_ubatch=64, logits_all=True, verbose=False)
+    cpu = Llama(str(smolmoe_path), op_offload=False, **sizes)
+    gpu = Llama(str(smolmoe_path), n_gpu_layers=-1, **sizes)
+    tokens = cpu.tokenize(b"The history of the world begins with the first writing, and it is the history of people.")
+    full = cpu.plan.expert_used_count_full
+    for plan in (None, Plan([k // 2 for k in full], full, token_rule="batch")):
+        found = []
+        for llm in (cpu, gpu):
+            llm.set_plan(plan)
+            llm.reset()
+            llm.expert_stats(reset=True)
+            llm.eval(tokens[:-2])
+            llm.eval(tokens[-2:-1])
+            llm.eval(tokens[-1:])
+            found.append((llm.scores[: len(tokens)].copy(), llm.expert_stats()))
+        (expected, counts), (out, gpu_counts) = found
+        assert np.square(out - expected).mean() ** 0.5 < 0.2 * expected.std()
+        for phase in counts:
+            assert np.array_equal(gpu_counts[phase]["activations"], counts[phase]["activations"])
     cpu.close()
     gpu.close()
 

@@ -76,23 +76,29 @@ def half_plan(llm, thresholds) -> Plan:
     )  # fmt: skip
 
 
-def find_thresholds(path: Path) -> list:
-    """For half of the activations in every layer of a prompt, by halving intervals."""
-    llm = Llama(path, n_ctx=128, n_batch=64, repack=False, expert_cache=0, prefetch=False, verbose=False)
-    n_layer = len(llm.expert_used_count_full)
+def spending(llm, plan: Plan, text) -> Plan:
+    """The plan with thresholds that spend its counts in every layer of a prompt, by halving intervals."""
+    n_layer = len(plan.expert_used_count)
     low, high = np.full(n_layer, -12.0), np.full(n_layer, 4.0)
-    text = tokens(64, llm.n_vocab(), 0.0)
     for _ in range(9):
         middle = (low + high) / 2
-        plan = replace(half_plan(llm, middle), strict=False)
-        llm.apply_plan(plan)
+        llm.apply_plan(replace(plan, threshold=tuple(middle), strict=False))
         llm.clear_cache()
         llm.expert_stats(reset=True)
         llm.eval(text)
         more = llm.expert_stats()["prefill"]["mean"] > plan.expert_used_count
         low, high = np.where(more, middle, low), np.where(more, high, middle)
+    llm.clear_cache()
+    return replace(plan, threshold=tuple(map(float, (low + high) / 2)))
+
+
+def find_thresholds(path: Path) -> list:
+    """For half of the activations of a model of random weights."""
+    llm = Llama(path, n_ctx=128, n_batch=64, repack=False, expert_cache=0, prefetch=False, verbose=False)
+    plan = half_plan(llm, np.zeros(len(llm.expert_used_count_full)))
+    found = spending(llm, plan, tokens(64, llm.n_vocab(), 0.0)).threshold
     llm.close()
-    return list(map(float, (low + high) / 2))
+    return list(found)
 
 
 def read_so_far() -> int:
@@ -266,24 +272,20 @@ def measure_quality(args: argparse.Namespace) -> None:
         llm.set_budget(budget, token_rule="off")
         llm.miss_price = 1
         row(budget, "top-k, no estimates", 1, *run())
-        for name in ("estimate", "drop"):
+        for name in args.rules.split(","):
             llm.set_budget(budget, token_rule="estimate")
             if name == "drop":
-                llm.set_plan(without_estimates(llm))
+                llm.set_plan(without_estimates(llm, ids[: args.prompt]))
             for price in map(float, args.prices.split(",")):
                 llm.miss_price = price
                 row(budget, name, price, *run())
 
 
-def without_estimates(llm) -> Plan:
+def without_estimates(llm, text) -> Plan:
     """The plan in force by weight alone, with nothing in place of what is left out."""
-    plan, own = llm.plan, llm.stored.estimator
+    plan, own = llm.plan, llm.stored.profile.estimator
     nothing = {name: np.zeros_like(getattr(own, name)) for name in ("log_norm", "output", "up")}
-    return replace(
-        plan,
-        estimator=replace(own, **nothing),
-        threshold=(float(np.log(0.5 / max(plan.expert_used_count))),) * plan.n_layer,
-    )
+    return spending(llm, replace(plan, estimator=replace(own, **nothing)), text)
 
 
 def cache_for(path: Path, share: float) -> int:
@@ -310,6 +312,7 @@ def main() -> None:
     p.add_argument("--text", type=Path)
     p.add_argument("--share", type=float, default=0.5, help="quality: experts that the cache holds")
     p.add_argument("--budgets", default="0.5")
+    p.add_argument("--rules", default="estimate,drop")
     p.add_argument("--prices", default="1,2,4,8,16,64")
     args = p.parse_args()
     {"time": measure_time, "quality": measure_quality, "one": run_one}[args.what](args)

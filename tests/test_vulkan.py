@@ -11,6 +11,8 @@ import subprocess
 import sys
 
 from allocmoe_edge import Llama, Plan
+from allocmoe_edge._native import LIB_DIR
+from conftest import ROOT
 from ggml_ffi import base, ffi, ggml
 import numpy as np
 from on_device import (  # noqa: F401
@@ -187,6 +189,20 @@ def test_the_small_real_model(backend, smolmoe_path):
             assert np.array_equal(gpu_counts[phase]["activations"], counts[phase]["activations"])
     cpu.close()
     gpu.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["MUL_MAT_ID", "ADD_ID"])
+def test_cases_of_upstream(backend, op, tmp_path):
+    """llama.cpp's own test of the operations that we touch, on our shaders."""
+    done = subprocess.run([sys.executable, str(ROOT / "native" / "prepare.py")], capture_output=True, text=True)
+    tree, program = Path(done.stdout.split()[-1]), tmp_path / "test-backend-ops"
+    source, headers = tree / "tests" / "test-backend-ops.cpp", tree / "ggml" / "include"
+    command = ["c++", "-std=c++17", "-O0", f"-I{headers}", str(source), "-o", str(program), f"-L{LIB_DIR}"]
+    command += [f"-Wl,-rpath,{LIB_DIR}", "-Wl,--allow-shlib-undefined", "-lggml", "-lggml-base", "-pthread"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program, "test", "-b", "Vulkan0", "-o", op], capture_output=True, text=True)
+    assert done.returncode == 0 and "OK" in done.stdout, done.stdout[-2000:]
 
 
 LAYER = "VK_LAYER_KHRONOS_validation"

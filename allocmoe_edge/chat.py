@@ -275,6 +275,8 @@ class Chat:
             self._options = {**options, "seed": random.randrange(2**31)}  # the budget is to be the only difference
         try:
             for budget in budgets:
+                # a prompt out of the cache is computed in other batches, whose rounding can end in other words
+                self._llm.clear_cache()
                 self._terminal.print(f"at budget {budget}:")
                 _, reply = self._answer(self._messages[: asked[-1] + 1], budget)
                 if reply.ended == "stopped":

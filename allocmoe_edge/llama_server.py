@@ -181,7 +181,11 @@ def _become(command: List[str]) -> None:
 
 
 def _address(options: Sequence[str]) -> Optional[str]:
-    """Where the server will be, by its options and variables; None where that cannot be told."""
+    """Where the server will be, by its options and variables; None where that cannot be told.
+
+    Raises:
+        CommandError: no port has that number.
+    """
 
     def option(name: str, variable: str, default: str) -> str:
         at = [i for i, word in enumerate(options[:-1]) if word == name]
@@ -191,6 +195,8 @@ def _address(options: Sequence[str]) -> Optional[str]:
     port = option("--port", "LLAMA_ARG_PORT", "8080")
     prefix = option("--api-prefix", "LLAMA_ARG_API_PREFIX", "")
     secure = option("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE", "")
+    if port.isdigit() and int(port) > 65535:  # llama-server takes its last 16 bits
+        raise CommandError(f"--port {port}: want a number from 0 to 65535")
     if secure or host.endswith(".sock") or not port.isdigit() or port == "0":
         return None
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - where to ask, not what to listen on

@@ -172,6 +172,12 @@ def test_ctrl_c_while_the_prompt_is_read(model, tmp_path):
     assert chat.end() == 0
 
 
+def test_compared_replies_differ_by_their_budget_alone(model):
+    done = piped("Hello\n/compare 0.5 1.0 0.5\n", model, "--max-tokens", 6)
+    replies = re.split("at budget .*:\n", done.stdout)[1:]
+    assert done.returncode == 0 and len(replies) == 3 and replies[0] == replies[2]
+
+
 @pytest.mark.slow
 def test_in_a_pipe(model, tmp_path):
     """Replies go to stdout, and nothing else; the same seed gives the same."""

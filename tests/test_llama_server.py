@@ -391,6 +391,8 @@ def test_refused_options(planned_path, tmp_path):
     assert done.returncode == 1 and "none.gguf" in done.stderr
     done = started(tmp_path, tmp_path / "missing.gguf")
     assert done.returncode == 1 and done.stderr.strip().endswith("missing.gguf: no such file")
+    done = started(tmp_path, planned_path, "--port", "99999")
+    assert done.returncode == 1 and "want a number from 0 to 65535" in done.stderr
     done = started(tmp_path, planned_path, "--no-such-option")
     assert done.returncode == 1 and "--no-such-option" in done.stderr
 

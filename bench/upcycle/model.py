@@ -78,35 +78,32 @@ def dense_ffn(x: torch.Tensor, layer: dict) -> torch.Tensor:
     return F.linear(F.silu(F.linear(x, layer["ffn_gate"])) * F.linear(x, layer["ffn_up"]), layer["ffn_down"])
 
 
-def expert_weights(logits: torch.Tensor, n_used: int | torch.Tensor) -> torch.Tensor:
-    """Weights [..., n_expert]: of the n_used largest n_expert times the softmax over all experts, 0 elsewhere.
+def expert_weights(logits: torch.Tensor, n_used: int) -> torch.Tensor:
+    """Weights [n, n_expert]: of the chosen n_expert times the softmax over all experts, 0 elsewhere.
 
-    n_used: one for all tokens, or [..., 1] int64, one for each. Backwards none is 0, so that a router also learns from
-    experts that it did not choose (DenseMixer, Yao et al. 2025): their outputs are at hand.
+    Backwards none is 0, so that a router also learns from experts that it did not choose (DenseMixer, Yao et al. 2025):
+    their outputs are at hand.
     """
     every = logits.softmax(-1) * logits.shape[-1]
-    rank = logits.argsort(-1, descending=True).argsort(-1)
-    return ((rank < n_used) * every).detach() + (every - every.detach())
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(n_used, -1).indices, 1.0)
+    return (chosen * every).detach() + (every - every.detach())
 
 
-def balance_loss(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def balance_loss(logits: torch.Tensor, weights: torch.Tensor, n_used: int) -> torch.Tensor:
     """1 where all experts of a layer are chosen alike (Switch's loss: shares chosen times mean probability)."""
     n_expert = logits.shape[-1]
-    chosen = (weights > 0).float().flatten(0, -2).mean(0)
-    share = chosen / chosen.sum()
+    share = (weights > 0).float().flatten(0, -2).mean(0) / n_used
     return n_expert * (share * logits.softmax(-1).flatten(0, -2).mean(0)).sum()
 
 
-def moe_ffn(
-    x: torch.Tensor, layer: dict, sizes: Sizes, n_used: int | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moe_ffn(x: torch.Tensor, layer: dict, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, load-balancing loss) for x, the normed input."""
     logits = F.linear(x, layer["router"].to(x.dtype)).float()
-    weights = expert_weights(logits, n_used)
+    weights = expert_weights(logits, sizes.n_used)
     inner = F.silu(F.linear(x, layer["ffn_gate"])) * F.linear(x, layer["ffn_up"])
     routed = inner[..., sizes.n_shared :].unflatten(-1, (sizes.n_expert, -1)) * weights.to(x.dtype).unsqueeze(-1)
     inner = torch.cat([inner[..., : sizes.n_shared], routed.flatten(-2)], -1)
-    return F.linear(inner, layer["ffn_down"]), balance_loss(logits, weights)
+    return F.linear(inner, layer["ffn_down"]), balance_loss(logits, weights, sizes.n_used)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype) -> torch.Tensor:
@@ -126,13 +123,11 @@ def dense_layer(x: torch.Tensor, layer: dict, dense: Dense) -> torch.Tensor:
     return x + dense_ffn(norm(x, layer["ffn_norm"], dense.eps, dtype), layer)
 
 
-def moe_layer(
-    x: torch.Tensor, base: dict, own: dict, dense: Dense, sizes: Sizes, n_used: int | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moe_layer(x: torch.Tensor, base: dict, own: dict, dense: Dense, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
     """(x after a layer of the student, load-balancing loss). base: the teacher's matrices; own: what is trained."""
     layer, dtype = own | merged(base, own), base["ffn_up"].dtype
     x = x + attention(norm(x, layer["attn_norm"], dense.eps, dtype), layer, dense)
-    out, uneven = moe_ffn(norm(x, layer["ffn_norm"], dense.eps, dtype), layer, sizes, n_used)
+    out, uneven = moe_ffn(norm(x, layer["ffn_norm"], dense.eps, dtype), layer, sizes)
     return x + out, uneven
 
 
@@ -204,19 +199,12 @@ class Student(torch.nn.Module):
         changes = [f"{name}_{side}" for name in FFN + ATTENTION for side in "ab"]
         return {name: self.params[f"{il}_{name}"] for name in (*changes, *NORMS, "router")}
 
-    def forward(
-        self, tokens: torch.Tensor, n_used: torch.Tensor | None = None
-    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """(residual stream after each layer, what the output matrix reads, mean load-balancing loss)
-
-        n_used [batch, time, n_layer] int64: experts of each token. Default: the model's own number.
-        """
-        if n_used is None:
-            n_used = torch.full((*tokens.shape, self.dense.n_layer), self.sizes.n_used)
+    def forward(self, tokens: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """(residual stream after each layer, what the output matrix reads, mean load-balancing loss)"""
         teacher = self.teacher_[0]
         x, streams, balance = teacher.embedding[tokens].float(), [], 0.0
         for il, base in enumerate(self.base):
-            x, uneven = self.run_layer(x, base, self.own(il), self.dense, self.sizes, n_used[..., il, None])
+            x, uneven = self.run_layer(x, base, self.own(il), self.dense, self.sizes)
             balance = balance + uneven / self.dense.n_layer
             streams.append(x)
         return (streams, norm(x, self.params["output_norm"], self.dense.eps, teacher.dtype), balance)

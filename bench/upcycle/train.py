@@ -41,8 +41,7 @@ EVERY = 3  # layers of whose streams one is compared
 OWN = "chats"  # files of this name are the dense model's own text
 WARM_UP, FALL = 20, 0.25  # steps; share of the steps in which the learning rate falls
 AVERAGE = 10  # what is stored and measured is a running average, its window a tenth of the steps so far
-FEWEST = 2  # experts of a token in a layer, half of the windows: as many as a draw from FEWEST to all says
-ROUTERS = 0.3  # learning rate of routers and norms over that of the low-rank changes
+ROUTERS = 0.1  # learning rate of routers and norms over that of the low-rank changes
 SIZES = Sizes(n_shared=1024, n_expert=16, n_used=8, rank_ffn=56, rank_attn=16)
 
 
@@ -63,14 +62,6 @@ def windows(texts: list[np.ndarray], step: int, options: Options) -> tuple[np.nd
     return np.stack([texts[i][at : at + options.ctx + 1] for i, at in zip(source, starts)]).astype(np.int64), source
 
 
-def experts_used(step: int, options: Options, sizes: Sizes, n_layer: int) -> np.ndarray:
-    """Experts of each token in each layer of a step, [windows, ctx, n_layer] int64: every second window drawn."""
-    rng = np.random.default_rng([options.seed, step, 1])
-    n_used = rng.integers(FEWEST, sizes.n_used + 1, (options.windows, options.ctx, n_layer))
-    n_used[::2] = sizes.n_used
-    return n_used
-
-
 def output_gradient(ours, theirs, embedding, targets, own) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(mean divergence, mean negative log-likelihood of the texts, gradient of their mixture's mean by `ours`).
 
@@ -86,18 +77,14 @@ def output_gradient(ours, theirs, embedding, targets, own) -> tuple[torch.Tensor
 
 
 def gradients(
-    student: Student,
-    tokens: torch.Tensor,
-    own: torch.Tensor,
-    n_used: torch.Tensor | None = None,
-    output=output_gradient,
+    student: Student, tokens: torch.Tensor, own: torch.Tensor, output=output_gradient
 ) -> tuple[list[torch.Tensor], np.ndarray]:
     """(gradients in the parameters' order; divergence, text, hidden and balance losses) of windows [n, ctx + 1]."""
     teacher = student.teacher_[0]
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
     theirs = teacher.forward(inputs)
     final = teacher.final(theirs[-1])
-    streams, ours, balance = student(inputs, n_used)
+    streams, ours, balance = student(inputs)
     errors = [
         ((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in zip(streams[::-EVERY], theirs[::-EVERY])
     ]
@@ -146,11 +133,10 @@ class Run:
 
     def train_step(self, n_steps: int) -> np.ndarray:
         tokens, source = windows(self.texts, self.step, self.options)
-        n_used = experts_used(self.step, self.options, self.student.sizes, self.student.dense.n_layer)
-        parts = zip(*(torch.from_numpy(x).chunk(self.workers) for x in (tokens, self.own[source], n_used)))
+        parts = zip(*(torch.from_numpy(x).chunk(self.workers) for x in (tokens, self.own[source])))
 
         def some_gradients(part):
-            return gradients(self.student, *part, output=self.output)
+            return gradients(self.student, *part, self.output)
 
         found = self.each(some_gradients, parts)
         for i, p in enumerate(self.student.parameters()):
@@ -200,15 +186,14 @@ class Run:
             yield
             torch._foreach_copy_(list(self.student.parameters()), last)
 
-    def perplexity(self, tokens: np.ndarray, n_used: int) -> float:
-        """With n_used experts a token, of windows of CTX tokens, each from its first token on."""
+    def perplexity(self, tokens: np.ndarray) -> float:
+        """Of windows of CTX tokens, each from its first token on."""
         rows = torch.from_numpy(tokens[: len(tokens) // CTX * CTX].astype(np.int64)).view(-1, CTX)
         embedding = self.student.teacher_[0].embedding
-        used = torch.full((1, CTX, self.student.dense.n_layer), n_used)
 
         def some_nll(row: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():  # which every thread has its own of
-                return nll(self.student(row[None], used)[1][0, :-1], embedding, row[1:])
+                return nll(self.student(row[None])[1][0, :-1], embedding, row[1:])
 
         with self.averaged():
             return float(torch.cat(self.each(some_nll, rows)).mean().exp())
@@ -231,9 +216,7 @@ def train(run: Run, args: argparse.Namespace) -> bool:
             run.save(args.output / "state.pt")
             saved = time.monotonic()
         if text is not None and not asked and (at_end or time.monotonic() - measured > 60 * args.measure_minutes):
-            k = run.student.sizes.n_used
-            full, half = (round(run.perplexity(text, n), 3) for n in (k, k // 2))
-            note(perplexity=full, at_half=half, time=time.strftime("%H:%M"))
+            note(perplexity=round(run.perplexity(text), 3), time=time.strftime("%H:%M"))
             measured = time.monotonic()
         if at_end:
             break

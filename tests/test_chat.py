@@ -38,6 +38,7 @@ class Session:
         environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment}
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in a shell's background
             os.execvpe(COMMAND[0], [*COMMAND, *map(str, arguments)], environment)
         self.all = ""
 
@@ -120,7 +121,7 @@ def test_a_chat_in_a_terminal(model, tmp_path):
     assert "10 messages" in chat.until(PROMPT)
     chat.send("half a mess")
     chat.until("half a mess$")
-    time.sleep(0.2)  # Python's readline misses a signal that comes just before it waits for a key
+    time.sleep(0.2)  # a signal that comes just before Python's readline waits for a key is missed until the next key
     chat.send("\x03")
     assert "Ctrl-D or /quit ends the chat" in chat.until(PROMPT)
     chat.send("/budget\r")

@@ -21,32 +21,31 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
-from typing import Iterator, List
+from typing import Iterator, List, Tuple
 import urllib.request
 
 import numpy as np
 
 
 @contextlib.contextmanager
-def serving(model: Path, slots: int, threads: int, *options: str) -> Iterator[str]:
+def serving(model: Path, slots: int, threads: int, *options: str) -> Iterator[Tuple[str, subprocess.Popen]]:
+    """(address, process) of a server that is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "allocmoe_edge.llama_server", str(model), "--port", url.rsplit(":", 1)[1]]
-    command += ["-np", str(slots), "-c", str(512 * slots), "-t", str(threads), "--cache-ram", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "allocmoe_edge.llama_server", str(model), "--port", port]
+    command += ["-np", str(slots), "-c", str(512 * slots), "-t", str(threads), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
-        for line in process.stderr:
-            if "ready at" in line:
-                break
-        else:
+        if not any("ready at" in line for line in process.stderr):
             raise SystemExit("the server did not start")
         # its log is read, so that it never waits for a reader
-        with ThreadPoolExecutor(1) as reader:
-            reader.submit(lambda: [None for _ in process.stderr])
-            yield url
-            process.terminate()
+        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
+        yield f"http://127.0.0.1:{port}", process
+        if process.poll() is not None:
+            raise SystemExit(f"the server has ended: {process.returncode}")
     finally:
         process.terminate()
         process.wait()
@@ -116,11 +115,11 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="default: the CPU's")
     args = p.parse_args()
     servers = {
-        "full": ("--budget", "full"),
-        "half": ("--budget", "0.5"),
-        "adaptive": ("--budget", "full", "--adaptive-budget", args.floor),
+        "full": ("--cache-ram", "0", "--budget", "full"),
+        "half": ("--cache-ram", "0", "--budget", "0.5"),
+        "adaptive": ("--cache-ram", "0", "--budget", "full", "--adaptive-budget", args.floor),
     }
-    with serving(args.model, args.slots, args.threads, *servers["full"]) as url:
+    with serving(args.model, args.slots, args.threads, *servers["full"]) as (url, _):
         rate = args.load * capacity(url, args.slots, args)
     print(f"{args.model.name}: {60 * rate:.1f} requests a minute arrive, {args.load} times what the full model serves")
     clock, arrivals = random.Random(7), [0.0]
@@ -129,7 +128,7 @@ def main() -> None:
     runs: dict = {name: [] for name in servers}
     for _ in range(args.rounds):
         for name, options in servers.items():
-            with serving(args.model, args.slots, args.threads, *options) as url:
+            with serving(args.model, args.slots, args.threads, *options) as (url, _):
                 runs[name].append(under_load(url, arrivals, args))
     print("                first token, s    token, ms       requests a minute        budget, mean")
     print("server       n     p50     p95      p50    p95")

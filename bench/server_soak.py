@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, defaultdict
-import contextlib
 import http.client
 import itertools
 import json
 import os
 from pathlib import Path
 import random
-import socket
-import subprocess
 import sys
 import threading
 import time
-from typing import Iterator, List, Tuple
+from typing import List, Tuple
+from urllib.parse import urlsplit
+
+from server_load import serving
 
 BUDGETS = (0.25, "fast", "balanced", 0.75, "full", None)
 PROMPTS = (
@@ -48,28 +48,6 @@ def requests(n_gen: int) -> List[Tuple[str, dict]]:
             chat = [{"role": "user", "content": prompt}]
             found.append(("/v1/chat/completions", {**body, "messages": chat, "stream": stream}))
     return found
-
-
-@contextlib.contextmanager
-def serving(model: Path, slots: int, threads: int) -> Iterator[Tuple[int, int]]:
-    """(port, process id) of a server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "allocmoe_edge.llama_server", str(model), "--port", str(port), "--metrics"]
-    command += ["-np", str(slots), "-c", str(512 * slots), "-t", str(threads), "-tb", str(threads), "--cache-ram", "64"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-    try:
-        if not any("ready at" in line for line in process.stderr):
-            raise SystemExit("the server did not start")
-        reader = threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True)
-        reader.start()  # so that it never waits for one
-        yield port, process.pid
-        if process.poll() is not None:
-            raise SystemExit(f"the server has ended: {process.returncode}")
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def answer(port: int, path: str, body: dict, break_off: bool) -> str:
@@ -143,8 +121,8 @@ def main() -> int:
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="default: the CPU's")
     args = p.parse_args()
     samples = []
-    with serving(args.model, args.slots, args.threads) as (port, pid):
-        soak = Soak(port, requests(args.gen))
+    with serving(args.model, args.slots, args.threads, "--metrics", "--cache-ram", "64") as (url, process):
+        soak = Soak(urlsplit(url).port, requests(args.gen))
         begin = time.monotonic()
         soak.end = begin + 60 * args.minutes
         clients = [threading.Thread(target=soak.client, args=(i,)) for i in range(args.clients)]
@@ -152,7 +130,7 @@ def main() -> int:
             client.start()
         while time.monotonic() < soak.end:
             time.sleep(min(5.0, max(0.0, soak.end - time.monotonic())))
-            samples.append(sample(pid))
+            samples.append(sample(process.pid))
         for client in clients:
             client.join()
         took = time.monotonic() - begin

@@ -10,7 +10,7 @@ import struct
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import context_pointer, libllama
 from allocmoe_edge._native import ffi as native_ffi
-from ggml_ffi import base, ffi
+from ggml_ffi import base, ffi, ggml
 import gguf
 from gguf_factory import random_estimator
 import numpy as np
@@ -20,6 +20,15 @@ from test_mul_mat_id import MAX_ERROR, numbered
 from test_token_rule import reference_threshold
 
 N_EXPERTS, N_IN = 20, 256
+
+
+def device(name: str):
+    """For fixtures: yields the backend of the first GPU, and frees it. Skips where that is none of ggml's `name`."""
+    gpu = ggml.ggml_backend_init_by_type(1, ffi.NULL)
+    if not gpu or not ffi.string(base.ggml_backend_name(gpu)).startswith(name.encode()):
+        pytest.skip(f"no {name} device, or a build without GGML_{name.upper()}=ON")
+    yield gpu
+    base.ggml_backend_free(gpu)
 
 
 class Graph:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 
-from ggml_ffi import base, ffi, ggml
 import llama_cpp
 from llama_cpp._logger import llama_log_callback
 from on_device import (  # noqa: F401
@@ -16,6 +15,7 @@ from on_device import (  # noqa: F401
     batches,
     check_fused_gate_and_up,
     check_skipped_slots,
+    device,
     load,
     logits,
     plans,
@@ -37,11 +37,7 @@ PATHS += [("f32", 48), ("f16", 48), ("bf16", 48), ("q4_0", 48)]
 
 @pytest.fixture(scope="module")
 def backend():
-    gpu = ggml.ggml_backend_init_by_type(1, ffi.NULL)
-    if not gpu or not ffi.string(base.ggml_backend_name(gpu)).startswith(b"CUDA"):
-        pytest.skip("no CUDA device, or a build without GGML_CUDA=ON")
-    yield gpu
-    base.ggml_backend_free(gpu)
+    yield from device("CUDA")
 
 
 @pytest.mark.parametrize("type_name, n_out", PATHS)

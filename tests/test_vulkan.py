@@ -13,7 +13,7 @@ import sys
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import LIB_DIR
 from conftest import ROOT
-from ggml_ffi import base, ffi, ggml
+from ggml_ffi import base
 import numpy as np
 from on_device import (  # noqa: F401
     MAX_ERROR,
@@ -22,6 +22,7 @@ from on_device import (  # noqa: F401
     N_IN,
     Graph,
     check_skipped_slots,
+    device,
     id_sets,
     load,
     logits,
@@ -47,11 +48,7 @@ pytestmark = pytest.mark.vulkan
 
 @pytest.fixture(scope="module")
 def backend():
-    gpu = ggml.ggml_backend_init_by_type(1, ffi.NULL)
-    if not gpu or not ffi.string(base.ggml_backend_name(gpu)).startswith(b"Vulkan"):
-        pytest.skip("no Vulkan device, or a build without GGML_VULKAN=ON")
-    yield gpu
-    base.ggml_backend_free(gpu)
+    yield from device("Vulkan")
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ Importing this package makes llama_cpp load our build of llama.cpp, so import it
 
 from . import _native  # noqa: F401  first: it decides which libllama the process runs
 from .checked_llama import GenerationError
+from .draft import DraftModel
 from .gguf_file import GGUFError
 from .llama import Llama
 from .plan import Plan, PlanError, allocate, parse_budget
 
 __version__ = "0.1.0"
-__all__ = ["GGUFError", "GenerationError", "Llama", "Plan", "PlanError", "allocate", "parse_budget"]
+__all__ = ["DraftModel", "GGUFError", "GenerationError", "Llama", "Plan", "PlanError", "allocate", "parse_budget"]

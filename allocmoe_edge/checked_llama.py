@@ -53,10 +53,14 @@ _FREED = {"_model": ("model", "vocab"), "_ctx": ("ctx", "memory"), "_batch": ("b
 
 
 class _Generation:
-    """A generation in progress. n_tokens: read so far. ended_by: the call after which it cannot go on."""
+    """A generation in progress.
+
+    n_tokens: read so far. n_verified: cached tokens up to that after which the last one was sampled. ended_by: the call after
+    which it cannot go on.
+    """
 
     def __init__(self) -> None:
-        self.n_tokens = 0
+        self.n_tokens = self.n_verified = 0
         self.ended_by: Optional[str] = None
 
 
@@ -105,6 +109,7 @@ class CheckedLlama(llama_cpp.Llama):
 
     n_tokens: int
     tokenizer_: Any
+    draft_model: Any
     _turn: Any  # a lock: held by the thread that works with the context
     _lora_adapter: Any
     _stack = contextlib.ExitStack()  # what __del__ closes, also where __init__ raises before it has its own
@@ -126,6 +131,9 @@ class CheckedLlama(llama_cpp.Llama):
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
         with _loading:
             super().__init__(os.fsdecode(model_path), **kwargs)
+        # with a draft model llama-cpp-python computes and keeps the logits of prompts, too, and has no place for those of texts
+        # longer than a batch
+        self._logits_all = bool(kwargs.get("logits_all"))
         # for the vocabulary alone: no thread waits there while another generates
         self._model.vocab_in_use = threading.RLock()
         if type(self.tokenizer_) is llama_cpp.LlamaTokenizer:
@@ -135,6 +143,16 @@ class CheckedLlama(llama_cpp.Llama):
             self._lora_adapter = None
             self.close()
             raise ValueError(f"lora_path: llama.cpp cannot use {kwargs['lora_path']} with this model")
+        if self.draft_model is not None and not self.forgets:
+            self.close()
+            raise ValueError(
+                f"draft_model: {self.model_path} cannot forget tokens, as a recurrent model cannot: it takes none"
+            )
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the model's memory can forget the last tokens, as it has to for those that a draft model proposes in vain."""
+        return not (self._is_recurrent or self._is_hybrid)
 
     # generation
 
@@ -155,7 +173,7 @@ class CheckedLlama(llama_cpp.Llama):
         if not tokens and (reset or not self.n_tokens):
             raise ValueError("the prompt has no tokens: there is nothing to go on from")
         if options.get("logits_processor"):
-            options["logits_processor"] = [self._callback(process) for process in options["logits_processor"]]
+            options["logits_processor"] = [self._processor(process) for process in options["logits_processor"]]
         if options.get("stopping_criteria"):
             options["stopping_criteria"] = self._callback(options["stopping_criteria"])
         self._tokens_change("another generation")
@@ -176,15 +194,27 @@ class CheckedLlama(llama_cpp.Llama):
                     raise GenerationError(
                         f"{generation.ended_by} since the last token was read: this generation cannot go on, start it again"
                     )
-                if self.n_tokens >= self.n_ctx():
+                if generation.n_verified >= self.n_ctx():
                     return  # no place for the token to be read at: llama.cpp would say no more than "returned 1"
         finally:
             inner.close()
             if self._generation is generation:
                 self._generation = None
+                if self.draft_model is not None and 0 < generation.n_verified < self.n_tokens:
+                    self.n_tokens, self._requires_eval = generation.n_verified, True  # the rest was proposed alone
 
     def _before_generation(self, reset: bool) -> None:
         """Called before a generation looks for a part of its prompt among the cached tokens."""
+
+    def _processor(self, function: Callable) -> Callable:
+        """A user's logits processor: it sees the text up to the token that is wanted, and nothing that a draft model proposes."""
+        guarded = self._callback(function)
+
+        def process(input_ids, logits):
+            n_tokens = len(input_ids) if self._generation is None else self._generation.n_verified
+            return guarded(input_ids[:n_tokens], logits)
+
+        return process
 
     def _callback(self, function: Callable) -> Callable:
         """A user's function that runs inside a generation: it may not change what that goes on from."""
@@ -249,7 +279,33 @@ class CheckedLlama(llama_cpp.Llama):
         if self._ctx.memory is None:
             raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
         self._tokens_change("eval()")
-        super().eval(tokens)
+        if not self._is_drafted(tokens):
+            super().eval(tokens)
+        elif not self.verifies:
+            super().eval(tokens[:1])
+        elif self._logits_all:
+            super().eval(tokens[: self.n_batch])
+        else:
+            self._verify(tokens[: self.n_batch])
+
+    @property
+    def verifies(self) -> bool:
+        """Whether tokens that are evaluated together are computed as one after the other, but for rounding."""
+        return True
+
+    def _is_drafted(self, tokens: Sequence[int]) -> bool:
+        """Whether these are what a draft model has proposed, after the last token of the text."""
+        generation = self._generation
+        return self.draft_model is not None and generation is not None and generation.n_tokens > 0 and len(tokens) > 1
+
+    def _verify(self, tokens: Sequence[int]) -> None:
+        """`eval` of a few tokens with the logits of each, which are not kept."""
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
+        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
+        self._ctx.decode(self._batch)
+        self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
+        self.n_tokens += len(tokens)
+        self._requires_eval = False
 
     @in_turn
     def reset(self) -> None:
@@ -273,6 +329,8 @@ class CheckedLlama(llama_cpp.Llama):
         at = -1 if idx is None else idx - self.n_tokens
         if not self.n_tokens or not llama_cpp.llama_get_logits_ith(self.ctx, at):
             raise RuntimeError("no logits to sample from: evaluate a token first")
+        if self._generation is not None and self._inside == "a step" and idx is not None:
+            self._generation.n_verified = idx + 1
         return super().sample(*args, **kwargs)
 
     def _init_sampler(self, *args: Any, **kwargs: Any):
@@ -363,6 +421,7 @@ class CheckedLlama(llama_cpp.Llama):
         for stack in (self._stack, *(part._exit_stack for part in (self._model, self._ctx, self._batch))):
             stack.pop_all()  # nothing is freed: it is the parent's thread that was at it, or the parent's device
         self._replace_freed(_LOST_IN_FORK)
+        getattr(self.draft_model, "forked", lambda: None)()
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)

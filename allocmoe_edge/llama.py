@@ -8,7 +8,8 @@ import difflib
 import inspect
 import os
 import sys
-from typing import ContextManager, Dict, Generator, Iterator, NamedTuple, Optional, Sequence, Union
+import time
+from typing import Any, ContextManager, Dict, Generator, Iterator, NamedTuple, Optional, Sequence, Union
 import warnings
 
 import numpy as np
@@ -17,12 +18,14 @@ from . import expert_cache as cache_size
 from . import hub, overrides
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
 from .checked_llama import CheckedLlama, GenerationError
+from .draft import DraftModel
 from .gguf_file import GGUFFile, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget, shown
 from .plan.estimator import Estimator
 from .prompt_cache import CacheOfOnePlan
+from .second_context import SecondContext
 from .sharing import in_turn, turns
 
 Budget = Union[float, int, str]
@@ -196,6 +199,12 @@ class Llama(CheckedLlama):
             self._warn_if_degraded(self._stored.plan.token_rule)
         if budget is not None or token_rule is not None:
             self.set_budget(budget, token_rule=token_rule)
+        if isinstance(self.draft_model, DraftModel):
+            try:
+                self.draft_model.open(self)
+            except Exception:
+                self.close()
+                raise
         if self.verbose and asked:
             # the plan in the model's file has been logged by the native side
             print(f"allocmoe: {self.plan}", file=sys.stderr)
@@ -400,6 +409,8 @@ class Llama(CheckedLlama):
             self.clear_cache()
 
     def _before_generation(self, reset: bool) -> None:
+        if isinstance(self.draft_model, DraftModel):
+            self.draft_model.begin()
         if reset and self.n_tokens and self._plan_of_tokens != self._named_plan():
             self.clear_cache()
 
@@ -503,6 +514,43 @@ class Llama(CheckedLlama):
             plan = self.plan
             self._plan_in_force = plan if plan is None or plan.estimator is None else replace(plan, estimator=None)
         return self._plan_in_force
+
+    @in_turn
+    def second_context(self, budget: Budget, n_threads: Optional[int] = None) -> SecondContext:
+        """For drafts: another context of this model, at a budget of its own and under the token rule of the file.
+
+        Args:
+            budget: as in the constructor.
+            n_threads: None for as many as this one has.
+
+        Raises:
+            PlanError: as `set_budget`.
+            ValueError: llama.cpp cannot make it.
+        """
+        total = self._total(budget, None)
+        if self._beyond_plan is not None and total != sum(self._full_of_experts()):
+            raise PlanError(f"{self.model_path}: {self._beyond_plan}")
+        second = SecondContext(self, n_threads)
+        try:
+            if self._plan_path is not None:
+                path = os.fsencode(self._plan_path)
+                self._check(libllama.allocmoe_load_plan_file(context_pointer(second), path), self._plan_path)
+            self._check(libllama.allocmoe_set_budget(context_pointer(second), total, -1, -1))
+        except PlanError:
+            second.close()
+            raise
+        return second
+
+    @in_turn
+    def draft_stats(self, reset: bool = False) -> Dict[str, Any]:
+        """What the draft model has proposed, what became of it, and how long that took: see `DraftModel.stats`.
+
+        Raises:
+            ValueError: draft_model is no `DraftModel`.
+        """
+        if not isinstance(self.draft_model, DraftModel):
+            raise ValueError(f"draft_stats: found a draft_model {self.draft_model!r}, want a DraftModel")
+        return self.draft_model.stats(reset)
 
     @in_turn
     def apply_plan(
@@ -701,17 +749,32 @@ class Llama(CheckedLlama):
 
     @in_turn
     def eval(self, tokens: Sequence[int]) -> None:
-        drafted = self._generation is not None and self._generation.n_tokens > 0 and len(tokens) > 1
+        drafted = self._is_drafted(tokens)
         before = self._counts(_PHASES["prefill"]) if drafted else None
         now = self._named_plan()
         if not self.n_tokens:
             self._plan_of_tokens = now
         elif self._plan_of_tokens != now:
             self._plan_of_tokens = _MIXED
+        started = time.perf_counter()
         with self._reading_experts():
             super().eval(tokens)
+        if isinstance(self.draft_model, DraftModel) and self._generation is not None:
+            llama_cpp.llama_synchronize(self.ctx)  # a GPU may be at it yet
+            prompt = not self._generation.n_tokens
+            self.draft_model.evaluated(len(tokens), time.perf_counter() - started, prompt)
         if before is not None:
             self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether tokens that are evaluated together are computed as one after the other, but for rounding.
+
+        Not under token rule "batch", where they share their experts, nor with a miss_price, which is for single tokens: what a
+        draft model proposes is passed over there.
+        """
+        rule = libllama.allocmoe_get_token_rule(context_pointer(self))
+        return rule != libllama.ALLOCMOE_RULE_BATCH and not (self._cache_bytes and self._miss_price > 1)
 
     @in_turn
     def save_state(self):
@@ -796,6 +859,14 @@ class Llama(CheckedLlama):
             OSError: huggingface_hub's errors, where the repository is missing, private, or cannot be reached.
         """
         return cls(model_path=hub.download(repo_id, filename, additional_files, local_dir, cache_dir), **kwargs)
+
+    @in_turn
+    def close(self) -> None:
+        draft = self.__dict__.get("draft_model")
+        if isinstance(draft, DraftModel):
+            self._tokens_change("close()")
+            draft.close(self)  # before the model, which it may share
+        super().close()
 
     def __getstate__(self):
         theirs = super().__getstate__()

@@ -115,3 +115,23 @@ def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank
         quantiles=np.zeros((n_layer, N_QUANTILES)),
         n_relu=n_relu,
     )
+
+
+def changed_token(source: Path, target: Path, token: int, text: str) -> Path:
+    """Writes a model again with another text for one token of its vocabulary."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(str(target), reader.get_field("general.architecture").contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value, (value_type, *sub_type) = field.contents(), field.types
+        if name == "tokenizer.ggml.tokens":
+            value[token] = text
+        writer.add_key_value(name, value, value_type, sub_type=sub_type[-1] if sub_type else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

@@ -1,0 +1,348 @@
+"""`DraftModel`: a cheaper model that proposes tokens, which the model then verifies several at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+import os
+import time
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
+import weakref
+
+from llama_cpp.llama_speculative import LlamaDraftModel
+import numpy as np
+
+from ._native import llama_cpp
+from .draft_length import DraftLength
+
+if TYPE_CHECKING:
+    from .llama import Llama
+    from .second_context import SecondContext
+
+# tokens of the text that a draft begins after where reading all of it would not pay
+_LATE = 32
+# what vocabularies of one family differ by: places at their end that no token has
+_PADDING = 128
+
+
+class DraftModel(LlamaDraftModel):
+    """Proposes the tokens that come next, for `Llama(draft_model=...)`: a smaller model, the same one at a lower budget, or a
+    proposer like `llama_cpp.llama_speculative.LlamaPromptLookupDecoding`.
+
+    The model evaluates the proposed tokens in one batch and samples at each place as it would without them; the first one
+    that it samples differently ends the step. So the text is that of plain decoding at the same plan, up to the rounding of
+    a batch: equal under greedy decoding and at equal seeds. How many tokens are proposed follows what drafting and
+    verifying cost and how many are accepted, and is none where that does not pay.
+
+    It belongs to one `Llama`, from which it gets its context size, and which closes it.
+
+    Args:
+        model: the draft's GGUF file, with the vocabulary of the model; or any LlamaDraftModel.
+        n_draft: tokens to propose each time; None to let that follow from what is measured.
+        most: with n_draft=None, tokens to propose at most.
+        **kwargs: of a file: as in `Llama`, for instance n_gpu_layers, n_threads, budget.
+
+    Raises:
+        ValueError: n_draft or most is no number from 1 on. What `Llama(draft_model=...)` raises for it: ValueError where the
+            vocabularies differ, where model or draft cannot forget tokens (recurrent ones), or where it belongs to another
+            `Llama`; and what `Llama` raises for the file.
+        TypeError: arguments of a `Llama` for a draft that has none.
+    """
+
+    def __init__(
+        self,
+        model: Union[str, os.PathLike, LlamaDraftModel],
+        *,
+        n_draft: Optional[int] = None,
+        most: int = 16,
+        **kwargs: Any,
+    ):
+        self._arguments: Tuple = (model, n_draft, most, kwargs)
+        for name, value in (("n_draft", n_draft), ("most", most)):
+            if value is None and name == "n_draft":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name}: found {value!r}, want a number of tokens from 1 on")
+        if isinstance(model, LlamaDraftModel) and kwargs:
+            raise TypeError(f"DraftModel: {', '.join(kwargs)}: for a draft from a file, not for {type(model).__name__}")
+        self._model, self._n_draft, self._kwargs = model, n_draft, kwargs
+        self._most = int(n_draft or most)
+        self._owner: Optional[weakref.ref] = None
+        self._proposer: Optional[_Proposer] = None
+        self._length = DraftLength(self._most)
+        # (length of the text, what was proposed after it) and the seconds of the step so far; tokens of the text
+        self._proposed: Optional[Tuple[int, List[int]]] = None
+        self._step, self._n_written = 0.0, 0
+        self._reset_counts()
+
+    @classmethod
+    def same(
+        cls,
+        budget: Union[float, int, str] = 0.25,
+        *,
+        n_threads: Optional[int] = None,
+        n_draft: Optional[int] = None,
+        most: int = 16,
+    ) -> DraftModel:
+        """The model itself at a lower budget: its weights are shared, only the draft's cache is memory of its own.
+
+        Args:
+            budget: as in `Llama`.
+            n_threads: of the draft; None for as many as the model has.
+            n_draft, most: as above.
+        """
+        return cls(_Same(budget, n_threads), n_draft=n_draft, most=most)
+
+    # what Llama calls; none of these is for anybody else
+
+    def open(self, llm: Llama) -> None:
+        # loads the draft of this model
+        if self._owner is not None and self._owner() is not None:
+            raise ValueError("draft_model: belongs to another Llama, which is open; every Llama needs its own")
+        if isinstance(self._model, _Same):
+            follower: Any = llm.second_context(self._model.budget, self._model.n_threads)
+        elif isinstance(self._model, LlamaDraftModel):
+            follower = None
+        else:
+            follower = _load(self._model, self._kwargs, llm)
+        self._proposer = None if follower is None else _Proposer(follower, llm.n_vocab())
+        self._owner = weakref.ref(llm)
+        self._length = DraftLength(self._most)
+        self._n_written = 0
+        self.begin()
+        self._reset_counts()
+
+    def close(self, llm: Llama) -> None:
+        # frees the draft, if it is that of this model
+        if self._owner is None or self._owner() is not llm:
+            return
+        if self._proposer is not None:
+            self._proposer.close()
+        self._owner = self._proposer = None
+
+    def forked(self) -> None:
+        # in the child of a fork that cannot use its parent's memory
+        if self._proposer is not None:
+            self._proposer.forked()
+
+    def begin(self) -> None:
+        # a text begins
+        if self._n_written:
+            self._length.wrote(self._n_written)
+        self._n_written, self._proposed, self._step = 0, None, 0.0
+
+    def evaluated(self, n_tokens: int, seconds: float, prompt: bool) -> None:
+        # so many tokens at once, of a prompt or the last one and what was proposed after it
+        if prompt:
+            self._length.prompt(n_tokens, seconds)
+            return
+        self._length.verified(n_tokens, seconds)
+        self._seconds["plain" if n_tokens == 1 else "verification"] += seconds
+        self._step += seconds
+
+    def __call__(self, input_ids: np.ndarray, /, **kwargs: Any) -> np.ndarray:
+        """The tokens that may come after input_ids, int [at most n_draft or most]; none where that does not pay."""
+        self._judge(input_ids)
+        owner = self._owner() if self._owner is not None else None
+        if owner is None:
+            raise RuntimeError("this DraftModel belongs to no Llama: pass it as draft_model")
+        # the model needs a place for each, and for the token before them
+        room = min(owner.n_ctx() - len(input_ids), owner.n_batch - 1)
+        n, whole = self._choose(input_ids, room if owner.verifies else 0)
+        proposed = self._propose(input_ids, n, whole) if n > 0 else []
+        self._lengths[len(proposed)] += 1
+        self._proposed = (len(input_ids), proposed)
+        return np.asarray(proposed, np.intc)
+
+    # steps
+
+    def _judge(self, text: np.ndarray) -> None:
+        """What has become of the last proposal."""
+        before, self._proposed = self._proposed, None
+        if before is None:
+            self._n_written += 1
+            return
+        begin, proposed = before
+        n_new = len(text) - begin
+        self._n_written += n_new
+        if proposed:
+            self._length.judged(len(proposed), n_new - 1)
+            self._counts["accepted"] += n_new - 1
+            self._counts["proposed"] += len(proposed)
+        self._counts["steps"] += 1
+        self._counts["tokens"] += n_new
+        self._length.stepped(len(proposed), n_new, self._step)
+        self._step = 0.0
+
+    def _choose(self, text: np.ndarray, room: int) -> Tuple[int, bool]:
+        whole, late = (0, 0) if self._proposer is None else self._proposer.behind(text)
+        if self._proposer is not None:
+            room = min(room, self._proposer.n_ctx - len(text))
+        if self._n_draft is not None:
+            return min(self._n_draft, room), True
+        return self._length.choose(whole, late, room)
+
+    def _propose(self, text: np.ndarray, n: int, whole: bool) -> List[int]:
+        started = time.perf_counter()
+        if self._proposer is None:
+            proposed = [int(token) for token in self._model(text)[:n]]  # type: ignore[operator]
+            read = 0.0
+        else:
+            n_read, read = self._proposer.read(text, whole)
+            if n_read > 2:
+                self._length.read(n_read, read)
+            else:  # the last tokens, which every step has: as much a part of it as the others
+                read = 0.0
+            proposed = self._proposer.go_on(n)
+        seconds = time.perf_counter() - started
+        self._seconds["reading"] += read
+        self._seconds["drafting"] += seconds - read
+        self._step += seconds
+        if proposed:
+            self._length.drafted(len(proposed), seconds - read)
+        return proposed
+
+    # what it has done
+
+    def stats(self, reset: bool = False) -> Dict[str, Any]:
+        """What was proposed, what became of it, and how long that took.
+
+        Args:
+            reset: start counting anew afterwards; what is known of costs and acceptance stays.
+
+        Returns:
+            `steps`, evaluations of the model after its prompts; `tokens` that they have yielded and `tokens_per_step`;
+            `proposed` and `accepted` tokens, and `acceptance`, their quotient; `lengths`, how often so many were proposed, by
+            number; `seconds` by part: "reading" (the draft reads text), "drafting", "verification" and "plain", the
+            evaluations without a draft. And medians of late: `seconds_of_draft`, for one token, and
+            `seconds_of_verification` by the number of tokens evaluated at once, 1 being plain decoding.
+        """
+        counts = self._counts
+        found = {
+            **{name: counts[name] for name in ("steps", "tokens", "proposed", "accepted")},
+            "tokens_per_step": counts["tokens"] / max(1, counts["steps"]),
+            "acceptance": counts["accepted"] / max(1, counts["proposed"]),
+            "lengths": dict(sorted(self._lengths.items())),
+            "seconds": dict(self._seconds),
+            "seconds_of_draft": self._length.draft_seconds if self._length.measured() else 0.0,
+            "seconds_of_verification": self._length.measured(),
+        }
+        if reset:
+            self._reset_counts()
+        return found
+
+    def _reset_counts(self) -> None:
+        self._counts: Counter = Counter()
+        self._lengths: Counter = Counter()
+        self._seconds = dict.fromkeys(("reading", "drafting", "verification", "plain"), 0.0)
+
+    def __reduce__(self):
+        model, n_draft, most, kwargs = self._arguments
+        return _make, (model, n_draft, most, kwargs)
+
+
+def _make(model, n_draft, most, kwargs) -> DraftModel:
+    return DraftModel(model, n_draft=n_draft, most=most, **kwargs)
+
+
+class _Same:
+    """In place of a file: the model itself."""
+
+    def __init__(self, budget: Union[float, int, str], n_threads: Optional[int]):
+        self.budget, self.n_threads = budget, n_threads
+
+
+class _Proposer:
+    """Goes on from a text by the likeliest tokens. Its cache follows the text by what both begin with.
+
+    Args:
+        follower: a `Llama` or a `SecondContext`.
+        n_vocab: tokens below this are proposed.
+    """
+
+    def __init__(self, follower: Union[Llama, SecondContext], n_vocab: int):
+        self._follower, self._n_vocab = follower, n_vocab
+        self.n_ctx, self._n_batch = follower.n_ctx(), follower.n_batch
+        self._begin = 0  # of the part of the text that is cached
+        self._cached: List[int] = []
+        self._likeliest = 0
+
+    def behind(self, text: np.ndarray) -> Tuple[int, int]:
+        """Tokens to be read before it can go on from all of the text, and from its last part."""
+        begin, common = self._common(text)
+        return len(text) - (common if begin == 0 else 0), min(len(text) - begin - common, _LATE)
+
+    def _common(self, text: np.ndarray) -> Tuple[int, int]:
+        """(begin of the cached part, its tokens that are the text's); the last token is always read anew, for its logits."""
+        if self._begin >= len(text):
+            return 0, 0
+        part = text[self._begin : -1][: len(self._cached)]
+        differ = np.flatnonzero(part != self._cached[: len(part)])
+        return self._begin, int(differ[0]) if len(differ) else len(part)
+
+    def read(self, text: np.ndarray, whole: bool) -> Tuple[int, float]:
+        """Reads what it has not seen of the text, or of its last part; returns how many tokens, and the seconds."""
+        started = time.perf_counter()
+        begin, common = self._common(text)
+        if whole and begin > 0:
+            begin, common = 0, 0
+        elif not whole and len(text) - begin - common > _LATE:
+            begin, common = max(0, len(text) - _LATE), 0
+        self._begin = begin
+        del self._cached[common:]
+        new = text[begin + common :].tolist()
+        for i in range(0, len(new), self._n_batch):
+            self._evaluate(new[i : i + self._n_batch])
+        return len(new), time.perf_counter() - started
+
+    def go_on(self, n: int) -> List[int]:
+        """The n likeliest tokens, one after the other."""
+        proposed = [self._likeliest]
+        while len(proposed) < n:
+            self._evaluate(proposed[-1:])
+            proposed.append(self._likeliest)
+        return proposed
+
+    def _evaluate(self, tokens: List[int]) -> None:
+        logits = self._follower.decode(tokens, len(self._cached))
+        self._cached += tokens
+        self._likeliest = int(logits[-1, : self._n_vocab].argmax())
+
+    def close(self) -> None:
+        self._follower.close()
+
+    def forked(self) -> None:
+        self._follower.forked()
+
+
+def _load(path: Union[str, os.PathLike], kwargs: Dict[str, Any], llm: Llama) -> Llama:
+    from .llama import Llama
+
+    draft = Llama(path, **{"n_ctx": llm.n_ctx(), "verbose": llm.verbose, **kwargs})
+    try:
+        if not draft.forgets:
+            raise ValueError(f"draft_model: {draft.model_path} cannot forget tokens, as a recurrent model cannot")
+        _check_vocabulary(draft, llm)
+    except ValueError:
+        draft.close()
+        raise
+    return draft
+
+
+def _check_vocabulary(draft: Llama, llm: Llama) -> None:
+    """Raises ValueError where a token of one is not the same text in the other."""
+    vocabs = [llama_cpp.llama_model_get_vocab(each.model) for each in (draft, llm)]
+    where = f"draft_model: {draft.model_path}: its vocabulary is not that of {llm.model_path}"
+    types = [llama_cpp.llama_vocab_type(vocab) for vocab in vocabs]
+    if types[0] != types[1]:
+        raise ValueError(f"{where}: its type is {types[0]}, want {types[1]}")
+    sizes = draft.n_vocab(), llm.n_vocab()
+    if abs(sizes[0] - sizes[1]) > _PADDING:
+        raise ValueError(f"{where}: it has {sizes[0]} tokens, want {sizes[1]}")
+    for token in range(min(sizes)):
+        found, wanted = (llama_cpp.llama_vocab_get_text(vocab, token) for vocab in vocabs)
+        if found != wanted:
+            raise ValueError(f"{where}: token {token} is {_shown(found)}, want {_shown(wanted)}")
+
+
+def _shown(text: Optional[bytes]) -> str:
+    return repr((text or b"").decode(errors="replace")[:40])

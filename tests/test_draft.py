@@ -1,0 +1,242 @@
+"""Drafts: the text is that of plain decoding, whoever proposes, and as if nobody had."""
+
+from __future__ import annotations
+
+from collections import Counter
+import itertools
+import pickle
+
+from allocmoe_edge import DraftModel, Llama, PlanError
+from conftest import plan_from_made_up_profile
+import llama_cpp
+from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
+import numpy as np
+import pytest
+
+SIZES = dict(n_ctx=256, n_batch=32, flash_attn=True, n_threads=1, verbose=False)
+PROMPT = b"the quick brown fox jumps over the lazy dog "
+
+
+@pytest.fixture(scope="module")
+def path(tiny_planned):
+    return tiny_planned
+
+
+@pytest.fixture(scope="module")
+def plain(path):
+    return Llama(path, **SIZES)
+
+
+def tokens(llm, n=60, prompt=PROMPT, **options) -> list:
+    return list(itertools.islice(llm.generate(llm.tokenize(prompt), **{"temp": 0.0, **options}), n))
+
+
+class Recorded(LlamaDraftModel):
+    """Proposes what the model is known to go on with, each token spoilt with some probability."""
+
+    def __init__(self, text, acceptance=1.0, n=16):
+        self.text, self.acceptance, self.n = np.asarray(text, np.intc), acceptance, n
+        self.rng, self.seen = np.random.default_rng(0), []
+
+    def __call__(self, input_ids, /, **kwargs):
+        self.seen.append(len(input_ids))
+        proposed = self.text[len(input_ids) :][: self.n].copy()
+        spoilt = self.rng.random(len(proposed)) >= self.acceptance
+        proposed[spoilt] ^= 1
+        return proposed
+
+
+def recorded(llm, acceptance=1.0, n_tokens=200) -> Recorded:
+    return Recorded(llm.tokenize(PROMPT) + tokens(llm, n_tokens), acceptance)
+
+
+# float32 weights, and flash attention: tokens that are evaluated together are computed as alone, to the last bits of a float
+DRAFTS = {
+    "half": lambda path, plain: DraftModel.same(budget=0.5, n_draft=3),
+    "full": lambda path, plain: DraftModel.same(budget=1.0, n_draft=4),
+    "adaptive": lambda path, plain: DraftModel.same(budget=0.5),
+    "file": lambda path, plain: DraftModel(path, budget=0.25, n_draft=2, n_threads=1),
+    "lookup": lambda path, plain: DraftModel(LlamaPromptLookupDecoding(), n_draft=5),
+    "recorded": lambda path, plain: DraftModel(recorded(plain, 0.7)),
+    "llama-cpp-python's": lambda path, plain: LlamaPromptLookupDecoding(num_pred_tokens=3),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_the_text_is_that_of_plain_decoding(path, plain, name):
+    llm = Llama(path, **SIZES, draft_model=DRAFTS[name](path, plain))
+    expected = tokens(plain)
+    assert tokens(llm) == expected
+    # the next one goes on from the same prompt, after a text that was not read to its end
+    assert tokens(llm, 40) == expected[:40]
+    assert llm.n_tokens == len(llm.tokenize(PROMPT)) + 39
+    for seed in (1, 2):
+        for each in (plain, llm):
+            each.set_seed(seed)
+        assert tokens(llm, 30, temp=1.0) == tokens(plain, 30, temp=1.0) != expected[:30]
+    if isinstance(llm.draft_model, DraftModel) and llm.draft_model._n_draft:
+        found = llm.draft_stats()
+        assert found["proposed"] > found["accepted"] > 0
+        assert 1 < found["tokens_per_step"] == found["tokens"] / found["steps"]
+        assert found["acceptance"] == found["accepted"] / found["proposed"]
+        assert sum(found["lengths"].values()) >= found["steps"]
+        assert found["seconds"]["verification"] > 0 and found["seconds"]["drafting"] > 0
+        assert set(found["seconds_of_verification"]) <= set(range(1, 18))
+        assert llm.draft_stats(reset=True) == found and llm.draft_stats()["tokens"] == 0
+
+
+@pytest.mark.slow
+def test_distribution_of_sampled_text(path, plain):
+    """Two samples of pairs of tokens, with other seeds: chi-square of their counts."""
+    llm = Llama(path, **SIZES, draft_model=DraftModel.same(budget=0.25, n_draft=2))
+    counts = [Counter(), Counter()]
+    n_texts = 400
+    for i, each in enumerate((plain, llm)):
+        for text in range(n_texts):
+            each.set_seed(1000 + 10_000 * i + text)
+            counts[i][tuple(tokens(each, 5, temp=0.7, top_k=3)[1:3])] += 1
+    assert llm.draft_stats()["accepted"] > 100  # else the test would say nothing
+    pairs = [pair for pair in counts[0] | counts[1] if counts[0][pair] + counts[1][pair] >= 10]
+    table = np.array([[count[pair] for pair in pairs] for count in counts], float)
+    table = np.hstack([table, n_texts - table.sum(1, keepdims=True)])
+    table = table[:, table.sum(0) > 0]
+    expected = table.sum(0) / 2
+    chi_square, freedom = ((table - expected) ** 2 / expected).sum(), table.shape[1] - 1
+    assert freedom >= 4
+    # mean and standard deviation of the distribution; beyond 4 of them once in some 10,000 runs, and seeds are fixed
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_the_draft_reads_what_is_new(path, plain):
+    """Its cache is kept in step with the text, over steps and from text to text."""
+    llm = Llama(path, **SIZES, draft_model=DraftModel.same(budget=0.5, n_draft=4))
+    follower = llm.draft_model._proposer._follower
+    read, decode = [], follower.decode
+    follower.decode = lambda new, n_past: read.append((n_past, len(new))) or decode(new, n_past)
+    prompt = len(llm.tokenize(PROMPT))
+    tokens(llm, 21)
+    # the first token comes of the prompt alone; then the draft is right every time, and has not read its own last token
+    assert read[:5] == [(0, prompt + 1), *((prompt + 1 + i, 1) for i in range(3)), (prompt + 4, 2)]
+    assert sum(n for _, n in read) == prompt + 20 - 1
+    read.clear()
+    tokens(llm, 3, prompt=PROMPT + b"and ")
+    assert read[0][0] >= prompt - 1
+
+
+def test_texts_longer_than_a_batch(path, plain):
+    """llama-cpp-python has no place for the logits of drafted tokens after as many as a batch."""
+    expected = tokens(plain, 1000)  # up to the end of the context
+    for draft in (LlamaPromptLookupDecoding(num_pred_tokens=4), recorded(plain, n_tokens=1000)):
+        draft.n = 100
+        llm = Llama(path, **SIZES, draft_model=draft)
+        assert tokens(llm, 1000) == expected and llm.n_tokens == llm.n_ctx()
+
+
+def test_prompts_need_no_logits(path, plain):
+    """Only the last token's are computed, as without a draft model: with those of all, prompts would take longer."""
+    llm = Llama(path, **SIZES, draft_model=recorded(plain))
+    prompt = llm.tokenize(PROMPT)
+    next(llm.generate(prompt, temp=0.0))
+    assert llm.expert_stats()["prefill"]["tokens"][-1] == 1 < len(prompt)
+    with pytest.raises(ValueError, match="logits_all"):
+        llm(PROMPT.decode(), logprobs=2)
+    llm = Llama(path, **SIZES, draft_model=recorded(plain), logits_all=True)
+    found = llm(PROMPT.decode(), max_tokens=8, temperature=0.0, logprobs=2)["choices"][0]["logprobs"]
+    plain_one = Llama(path, **SIZES, logits_all=True)
+    wanted = plain_one(PROMPT.decode(), max_tokens=8, temperature=0.0, logprobs=2)["choices"][0]["logprobs"]
+    assert found["tokens"] == wanted["tokens"]
+    assert np.allclose(found["token_logprobs"], wanted["token_logprobs"], atol=1e-3)  # the cache is float16
+
+
+def test_callbacks_see_the_text_alone(path, plain):
+    """Not what is proposed after it, which llama-cpp-python shows to logits processors."""
+    seen = []
+
+    def processor(input_ids, logits):
+        seen.append(input_ids.tolist())
+        return logits
+
+    llm = Llama(path, **SIZES, draft_model=recorded(plain))
+    text = llm.tokenize(PROMPT) + tokens(plain, 30)
+    tokens(llm, 30, logits_processor=llama_cpp.LogitsProcessorList([processor]))
+    assert seen == [text[:n] for n in range(len(text) - 30, len(text))]
+    seen.clear()
+    stop = llama_cpp.StoppingCriteriaList([lambda input_ids, logits: seen.append(input_ids.tolist()) or len(seen) == 9])
+    assert tokens(llm, 30, stopping_criteria=stop) == tokens(plain, 8)
+    assert seen == [text[: len(text) - 30 + n] for n in range(9)]
+
+
+def test_budgets_change_while_a_draft_proposes(path, plain):
+    llm = Llama(path, **SIZES, draft_model=DraftModel.same(budget=0.25, n_draft=3))
+    for budget in (1.0, 0.4, None):
+        for each in (llm, plain):
+            each.set_budget(budget)
+        assert tokens(llm, 30) == tokens(plain, 30)
+    assert llm(PROMPT.decode(), max_tokens=8, temperature=0.0, budget=0.7) is not None
+
+
+def test_rules_under_which_tokens_are_not_alone(path, plain):
+    """Under "batch" those of one verification would share their experts."""
+    draft = recorded(plain)
+    llm = Llama(path, **SIZES, draft_model=draft, token_rule="batch")
+    plain.set_budget(None, token_rule="batch")
+    try:
+        assert tokens(llm, 30) == tokens(plain, 30)
+    finally:
+        plain.set_budget(None)
+    assert len(draft.seen) == 29 and not llm.verifies
+    llm = Llama(path, **SIZES, draft_model=DraftModel.same(n_draft=3), token_rule="batch")
+    tokens(llm, 10)
+    assert llm.draft_stats()["proposed"] == 0
+
+
+def test_one_draft_for_one_model(path):
+    draft = DraftModel.same(n_draft=2)
+    with pytest.raises(RuntimeError, match="belongs to no Llama"):
+        draft(np.zeros(3, np.intc))
+    llm = Llama(path, **SIZES, draft_model=draft)
+    with pytest.raises(ValueError, match="belongs to another Llama"):
+        Llama(path, **SIZES, draft_model=draft)
+    expected = tokens(llm, 10)
+    again = pickle.loads(pickle.dumps(llm))
+    assert tokens(again, 10) == expected and again.draft_stats()["proposed"] > 0
+    llm.close()
+    llm.close()
+    assert tokens(Llama(path, **SIZES, draft_model=draft), 10) == expected
+
+
+def test_what_cannot_be_a_draft(path, tiny, dense_path, tmp_path):
+    for wrong in (0, -1, True, 1.5, "2"):
+        with pytest.raises(ValueError, match="n_draft: found .* want a number of tokens"):
+            DraftModel(path, n_draft=wrong)
+        with pytest.raises(ValueError, match="most: found .* want a number of tokens"):
+            DraftModel.same(most=wrong)
+    with pytest.raises(TypeError, match="n_threads: for a draft from a file"):
+        DraftModel(LlamaPromptLookupDecoding(), n_threads=2)
+    for draft, error, message in (
+        (DraftModel(dense_path), ValueError, "its vocabulary is not that of"),
+        (DraftModel(tmp_path / "none.gguf"), ValueError, "none.gguf"),
+        (DraftModel(path, n_treads=1), TypeError, "n_treads"),
+        (DraftModel.same(budget=7.5), PlanError, "budget"),
+        (DraftModel.same(budget="slow"), PlanError, "slow"),
+    ):
+        with pytest.raises(error, match=message):
+            Llama(path, **SIZES, draft_model=draft)
+    with pytest.raises(PlanError, match="convert it first"):
+        Llama(tiny.gguf_path, **SIZES, draft_model=DraftModel.same(budget=0.5))
+    with pytest.raises(ValueError, match="want a DraftModel"):
+        Llama(path, **SIZES).draft_stats()
+
+
+def test_a_vocabulary_that_differs_by_one_token(path, tmp_path):
+    from gguf_factory import changed_token
+
+    with pytest.raises(ValueError, match="token 300 is 'another', want"):
+        Llama(path, **SIZES, draft_model=DraftModel(changed_token(path, tmp_path / "other.gguf", 300, "another")))
+
+
+def test_plans_from_a_side_file(tiny, tmp_path):
+    """The draft takes its plans from there, too."""
+    planned = plan_from_made_up_profile(tiny.gguf_path, tmp_path / "planned.gguf")
+    llm = Llama(tiny.gguf_path, **SIZES, plan_path=planned, draft_model=DraftModel.same(budget=0.5, n_draft=3))
+    assert tokens(llm, 20) == tokens(Llama(planned, **SIZES), 20)

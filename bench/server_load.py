@@ -60,13 +60,13 @@ def request(url: str, n_prompt: int, n_gen: int, seed: int) -> dict:
     start = time.monotonic()
     posted = urllib.request.Request(f"{url}/completion", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(posted, timeout=600) as found:
-        timings = json.load(found)["timings"]
-    end = time.monotonic()
+        answer = json.load(found)
+    end, timings = time.monotonic(), answer["timings"]
     return {
         "end": end,
         "first": end - start - timings["predicted_ms"] / 1e3,
         "token": timings["predicted_per_token_ms"] / 1e3,
-        "total": timings["budget"]["total"],
+        "total": answer["budget"]["total"],
     }
 
 

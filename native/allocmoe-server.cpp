@@ -19,6 +19,7 @@
 // What the loaded model can serve. Made when it is loaded, and never changed: requests are read in several threads.
 struct allocmoe_served {
     int32_t n_layer = 0;
+    int32_t n_moe_layers = 0;
     std::vector<int32_t> full; // [n_layer], the model's own experts per token
     int64_t total_full    = 0; // 0: a model without experts
     int64_t total_default = 0; // what requests have that do not say
@@ -43,22 +44,27 @@ static std::shared_ptr<const allocmoe_served> served() {
 // budgets
 //
 
-// "0.5", "50%" (shares) or "96" (a total); NaN for anything else.
-static double number_of(const std::string & text, bool & is_share) {
-    const size_t first = text.find_first_not_of(' ');
-    size_t end         = text.find_last_not_of(' ') + 1;
-    const bool percent = end > 0 && text[end - 1] == '%';
-    end -= percent;
-    const size_t begin = first == std::string::npos ? 0 : first;
-    const auto digits  = text.substr(begin, end > begin ? end - begin : 0);
-    const bool plain   = digits.size() <= 18 && digits.find_first_not_of("0123456789.") == std::string::npos &&
-                         digits.find_first_of("0123456789") != std::string::npos && std::count(digits.begin(), digits.end(), '.') <= 1;
-    is_share           = percent || digits.find('.') != std::string::npos;
+static std::string trimmed(const std::string & text) {
+    static const char * const blanks = " \t\n\r\f\v";
+    const size_t first               = text.find_first_not_of(blanks);
+    return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(blanks) + 1 - first);
+}
+
+// "0.5", "50%" (shares) or "96" (a total), as parse_budget in Python reads them; NaN for anything else.
+static double number_of(std::string text, bool & is_share) {
+    const bool percent = !text.empty() && text.back() == '%';
+    if (percent) {
+        text = trimmed(text.substr(0, text.size() - 1));
+    }
+    const size_t point = text.find('.');
+    const bool plain   = text.find_first_not_of("0123456789.") == std::string::npos && std::count(text.begin(), text.end(), '.') <= 1 &&
+                       text.find_first_of("0123456789") != std::string::npos && std::min(point, text.size()) <= 18;
+    is_share           = percent || point != std::string::npos;
     if (!plain) {
         return NAN;
     }
     // by the exponent and not by / 100: "29.3%" and "0.293" are the same number
-    std::istringstream stream(percent ? digits + "e-2" : digits);
+    std::istringstream stream(percent ? text + "e-2" : text);
     stream.imbue(std::locale::classic());
     double number = NAN;
     stream >> number;
@@ -78,17 +84,18 @@ static int64_t total_of(const common_json & budget, const allocmoe_served & mode
     double number = NAN;
     bool is_share = false;
     if (budget.is_string()) {
-        const auto text = budget.get<std::string>();
+        const auto text = trimmed(budget.get<std::string>());
         if (text == "fast" || text == "balanced" || text == "full") {
             return text == "fast" ? model.fast : text == "balanced" ? model.of_file
                                                                     : model.total_full;
         }
         number = number_of(text, is_share);
     } else if (budget.is_number()) {
-        number = budget.get<double>();
-        // JavaScript writes 1.0 as 1
-        is_share = !budget.is_number_integer() || number == 1;
+        number   = budget.get<double>();
+        is_share = !budget.is_number_integer();
     }
+    // JavaScript writes 1.0 as 1; a single activation is enough for a model with one layer alone
+    is_share = is_share || (number == 1 && model.n_moe_layers > 1);
     if (is_share && !(number > 0 && number <= 1)) {
         throw refuse(number > 1 ? "; a total is written without a decimal point" : "");
     }
@@ -158,12 +165,47 @@ static std::string setting(const char * name) {
     return value ? value : "";
 }
 
+//
+// the start
+//
+
+// what ends the process while it starts: in words of ours, else the first error that llama.cpp has logged
+static std::mutex reason_mutex;
+static std::string reason;
+
+static void keep_first_error(ggml_log_level level, const char * text, void * /*user_data*/) {
+    if (level == GGML_LOG_LEVEL_ERROR) {
+        std::lock_guard<std::mutex> lock(reason_mutex);
+        reason = reason.empty() ? trimmed(text) : reason;
+    }
+    common_log_default_callback(level, text, nullptr);
+}
+
+static bool refuse_to_start(const std::string & why) {
+    LOG_ERR("allocmoe: %s\n", why.c_str());
+    std::lock_guard<std::mutex> lock(reason_mutex);
+    reason = why;
+    return false;
+}
+
+void allocmoe_server_listen() {
+    llama_log_set(keep_first_error, nullptr);
+}
+
+void allocmoe_server_ended(int status) {
+    std::lock_guard<std::mutex> lock(reason_mutex);
+    if (status != 0 && !reason.empty()) {
+        fprintf(stderr, "allocmoe-server: error: %s\n", reason.c_str());
+    }
+}
+
 bool allocmoe_server_init(llama_context * ctx) {
     auto model     = std::make_shared<allocmoe_served>();
     model->n_layer = allocmoe_n_layer(ctx);
     model->full.resize(model->n_layer);
     allocmoe_get_full(ctx, model->full.data(), model->n_layer);
-    model->total_full = sum_of(model->full);
+    model->total_full   = sum_of(model->full);
+    model->n_moe_layers = std::count_if(model->full.begin(), model->full.end(), [](int32_t k) { return k > 0; });
 
     const auto plan_file = setting("ALLOCMOE_SERVER_PLAN");
     const auto budget    = setting("ALLOCMOE_SERVER_BUDGET");
@@ -208,8 +250,7 @@ bool allocmoe_server_init(llama_context * ctx) {
             model->floor = total_of(common_json(floor), *model);
         }
     } catch (const std::exception & error) {
-        LOG_ERR("allocmoe: %s\n", error.what());
-        return false;
+        return refuse_to_start(error.what());
     }
 
     if (setting("ALLOCMOE_SERVER_PREFETCH") == "on" && allocmoe_set_prefetch(ctx, true) > 0) {
@@ -219,8 +260,8 @@ bool allocmoe_server_init(llama_context * ctx) {
     allocmoe_get_plan(ctx, plan.data(), model->n_layer);
     model->total_default = sum_of(plan);
     if (model->floor > model->total_default) {
-        LOG_ERR("allocmoe: the adaptive budget's floor, %lld activations per token, is above the server's budget, %lld\n", (long long) model->floor, (long long) model->total_default);
-        return false;
+        return refuse_to_start("the adaptive budget's floor, " + std::to_string(model->floor) + " activations per token, is above the server's budget, " +
+                               std::to_string(model->total_default));
     }
 
     static const char * const rules[] = { "off", "batch", "threshold", "estimate" };
@@ -410,7 +451,7 @@ static common_json to_json(const allocmoe_spending::part & part, bool per_layer)
     return json;
 }
 
-void allocmoe_spending::add_to(common_json & timings) const {
+void allocmoe_spending::add_to(common_json & answer) const {
     const auto model = served();
     if (model->total_full == 0) {
         return;
@@ -426,7 +467,7 @@ void allocmoe_spending::add_to(common_json & timings) const {
     if (request.per_layer) {
         json["last"] = last;
     }
-    timings["budget"] = json;
+    answer["budget"] = json;
 }
 
 common_json allocmoe_server_props() {

@@ -37,7 +37,8 @@ struct allocmoe_spending {
     part predicted;
     std::vector<int64_t> last; // [n_layer], of the last tokens that were computed
 
-    void add_to(common_json & timings) const;
+    // As the member "budget" of an answer, or a part of one; not for a model without experts.
+    void add_to(common_json & answer) const;
 };
 
 // Member of server_prompt: how its tokens were computed.
@@ -66,6 +67,11 @@ struct allocmoe_run {
     int32_t last;
     bool is_prompt;
 };
+
+// What ends a server that is starting comes again as the last line on stderr, after all that is logged: keeps the first error
+// from now on, and prints it where the exit status is one of an error.
+void allocmoe_server_listen();
+void allocmoe_server_ended(int status);
 
 // Puts the server's own budget in force. False, with the reason in the log, where that cannot be.
 bool allocmoe_server_init(llama_context * ctx);

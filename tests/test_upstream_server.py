@@ -27,10 +27,6 @@ KNOWN = {
     r"test_kv_keep_only_active|test_n_probs_post_backend_sampling": "reads random text as UTF-8, or compares it: by chance",
     r"test_mcp_proxy|test_router_download_model": "needs a network",
 }
-# and what fails on ours alone
-OURS = {
-    r"test_metrics_timings_(are_finite|on_prompt_progress)": "timings have an object, `budget`, beside the numbers",
-}
 
 
 @pytest.mark.slow
@@ -40,7 +36,7 @@ def test_upstreams_tests_pass(tmp_path):
         pytest.skip(f"upstream's tests need {', '.join(lacking)}")
     upstream_server.write_models(tmp_path)
     found = upstream_server.run(llama_server.binary(), upstream_server.upstream_tests(), tmp_path, [], 3600)
-    known = re.compile("|".join([*KNOWN, *OURS]))
+    known = re.compile("|".join(KNOWN))
     failed = {name: why for name, (outcome, why) in found.items() if outcome == "failed" and not known.search(name)}
     assert not failed
     counts = collections.Counter(outcome for outcome, _ in found.values())

@@ -13,7 +13,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-SOURCES := pyproject.toml $(wildcard allocmoe_edge/*.py allocmoe_edge/*/*.py convert/*.py native/* native/patches/*)
+SOURCES := pyproject.toml $(wildcard allocmoe_commands/*.py allocmoe_edge/*.py allocmoe_edge/*/*.py convert/*.py native/* native/patches/*)
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 

@@ -68,6 +68,7 @@ class Reply(NamedTuple):
     tokens_per_second: float
     budget: Optional[str]
     activations: List[float]  # a generated token's, per layer; empty for a model without experts
+    n_context: int  # tokens of the context that it came to
 
 
 def _without_oldest(messages: Messages) -> Messages:
@@ -196,7 +197,7 @@ class Chat:
             activations = list((after["activations"] - before["activations"]) / tokens.clip(1))
         rate = n_computed / seconds if seconds else 0.0
         shown = self._budget() if budget is None else str(budget)
-        reply = Reply(text, ended, n_tokens, first - begin, rate, shown, activations)
+        reply = Reply(text, ended, n_tokens, first - begin, rate, shown, activations, llm.n_tokens)
         self._terminal.note(f"({summary(reply)})")
         return reply
 
@@ -270,6 +271,8 @@ class Chat:
             raise CommandError("/compare answers the last message: there is none yet")
         if not budgets:
             raise CommandError("/compare wants budgets, for example: /compare 0.5 1.0")
+        for budget in budgets:  # all of them, before the first is answered
+            self._llm.budget_total(budget)
         options = self._options
         if self._options.get("seed") is None:
             self._options = {**options, "seed": random.randrange(2**31)}  # the budget is to be the only difference
@@ -289,7 +292,7 @@ class Chat:
             raise CommandError("/stats is about the last reply: there is none yet")
         reply, plan, say = self._last, self._llm.plan, self._terminal.print
         say(summary(reply))
-        used = f"{self._llm.n_tokens} of {self._llm.n_ctx()} tokens of context used"
+        used = f"{reply.n_context} of {self._llm.n_ctx()} tokens of context used"
         say(f"first token after {reply.seconds_to_first:.2f} s; {used}")
         if plan is not None:
             bars = self._terminal.bars(reply.activations, plan.expert_used_count_full)

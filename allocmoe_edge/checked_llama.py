@@ -64,6 +64,14 @@ class _Generation:
         self.ended_by: Optional[str] = None
 
 
+class _Processors(llama_cpp.LogitsProcessorList):
+    """llama-cpp-python adds one for a logit_bias, and goes on with what `extend` returns."""
+
+    def extend(self, more):
+        super().extend(more)
+        return self
+
+
 class _GrammarSampler(internals.LlamaSampler):  # type: ignore[name-defined]
     """A chain of samplers with a grammar, which is not told of a token that it does not allow: it would end the process."""
 
@@ -114,6 +122,8 @@ class CheckedLlama(llama_cpp.Llama):
     _lora_adapter: Any
     _stack = contextlib.ExitStack()  # what __del__ closes, also where __init__ raises before it has its own
     _generation: Optional[_Generation] = None
+    # what a logits processor has raised, until llama.cpp's call that ran it has returned
+    _raised: Optional[BaseException] = None
     # "a step" of a generation, in which our methods are called by llama-cpp-python, or "a callback" of the user's in it
     _inside: Optional[str] = None
 
@@ -241,10 +251,13 @@ class CheckedLlama(llama_cpp.Llama):
             self._generation.ended_by, self._generation = by, None
 
     def _create_completion(self, *args: Any, **kwargs: Any):
-        options = _COMPLETE.bind(self, *args, **kwargs).arguments
+        call = _COMPLETE.bind(self, *args, **kwargs)
+        options = call.arguments
         if options.get("logit_bias") is not None:
             _check_bias(options["logit_bias"], self.n_vocab())
-        parts = super()._create_completion(*args, **kwargs)
+            if options.get("logits_processor") is not None:
+                options["logits_processor"] = _Processors(options["logits_processor"])
+        parts = super()._create_completion(*call.args[1:], **call.kwargs)
         return turns(self._turn, self._complete(parts, bool(options.get("stream")), self._request()))
 
     def _complete(self, parts: Generator, stream: bool, request: ContextManager) -> Generator[Any, Any, None]:
@@ -324,6 +337,7 @@ class CheckedLlama(llama_cpp.Llama):
         Raises:
             RuntimeError: there are no logits to sample from.
             ValueError: a grammar that llama.cpp cannot use.
+            Exception: whatever a logits processor has raised.
         """
         idx = _SAMPLE.bind(self, *args, **kwargs).arguments.get("idx")
         at = -1 if idx is None else idx - self.n_tokens
@@ -331,16 +345,35 @@ class CheckedLlama(llama_cpp.Llama):
             raise RuntimeError("no logits to sample from: evaluate a token first")
         if self._generation is not None and self._inside == "a step" and idx is not None:
             self._generation.n_verified = idx + 1
-        return super().sample(*args, **kwargs)
+        self._raised = None
+        try:
+            return super().sample(*args, **kwargs)
+        finally:
+            error, self._raised = self._raised, None
+            if error is not None:
+                raise error
 
     def _init_sampler(self, *args: Any, **kwargs: Any):
         grammar = kwargs.get("grammar")
         if grammar is not None:
             self.check_grammar(grammar)
         sampler = super()._init_sampler(*args, **kwargs)
+        for _, custom in sampler.custom_samplers:
+            custom.apply_func = self._keeping_error(custom.apply_func)
         if grammar is not None:
             sampler.__class__ = _GrammarSampler
         return sampler
+
+    def _keeping_error(self, function: Callable) -> Callable:
+        """A function that llama.cpp calls, through which no exception can pass: `sample` raises it."""
+
+        def guarded(*args):
+            try:
+                function(*args)
+            except BaseException as error:
+                self._raised = error
+
+        return guarded
 
     def check_grammar(self, grammar: Union[str, llama_cpp.LlamaGrammar]) -> None:
         """Raises ValueError for a grammar (GBNF, or `LlamaGrammar`) that llama.cpp cannot use."""

@@ -53,8 +53,8 @@ def run_command(
         known_only: arguments that the parser does not know are no error but a list, `rest`.
 
     Returns:
-        The exit code: 0; 1 for an error; 2 for arguments that are refused; 130 after Ctrl-C. 0, too, where the reader of
-        the output stopped reading.
+        The exit code: 0; 1 for an error; 2 for arguments that are refused; 130 after Ctrl-C; 141 where the reader
+        of the output stopped reading, as of a program that the system ends for it.
     """
     program = parser.prog
     parser.add_argument("--debug", action="store_true", help="print where an error comes from")
@@ -80,7 +80,7 @@ def run_command(
         return 130
     except BrokenPipeError:  # the reader of our output, head or less, has seen enough
         _discard(sys.stdout)
-        return 0
+        return 128 + 13  # SIGPIPE, which Python ignores
     except Exception as error:
         if args.debug:
             _complain(traceback.format_exc().rstrip())

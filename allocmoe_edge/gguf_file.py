@@ -44,6 +44,15 @@ class GGUFError(ValueError):
     """The file is no GGUF file, is damaged, or lacks what is needed from it."""
 
 
+def _why_no_file(path: Path) -> str:
+    if not path.is_dir():
+        return "not a file" if path.exists() else "no such file"
+    inside = sorted(path.glob("*.gguf"))
+    if inside:
+        return f"a folder; name the file in it, such as {inside[0].name}"
+    return "a folder; of a model in Hugging Face's format allocmoe-convert makes a file"
+
+
 class Tensor(NamedTuple):
     name: str
     offset: int  # bytes from the start of the tensor data
@@ -63,7 +72,7 @@ class GGUFFile:
         self.path = Path(path)
         self._ctx = None
         if not self.path.is_file():
-            raise GGUFError(f"{self.path}: no such file")
+            raise GGUFError(f"{self.path}: {_why_no_file(self.path)}")
         with open(self.path, "rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":

@@ -32,6 +32,9 @@ Budget = Union[float, int, str]
 
 _DENSE = "a dense model: it has no experts to budget"
 
+# around a budget that is written as text, as the library has it
+_BLANKS = " \t\n\r\f\v"
+
 _PHASES = {"prefill": libllama.ALLOCMOE_PHASE_PREFILL, "decode": libllama.ALLOCMOE_PHASE_DECODE}
 
 # llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h) for one layer
@@ -346,6 +349,31 @@ class Llama(CheckedLlama):
         assert found is not None  # a model without experts has been refused above
         return found
 
+    @in_turn
+    def budget_total(self, budget: Budget) -> int:
+        """Expert activations per token that a budget is, over all layers; nothing changes.
+
+        Args:
+            budget: as in the constructor.
+
+        Raises:
+            PlanError: as `set_budget`: the model, or its file under the token rule in force, cannot serve it.
+        """
+        total, full = self._total(budget, None), sum(self._full_of_experts())
+        if total == full:
+            return total
+        if self._beyond_plan is not None:
+            raise PlanError(f"{self.model_path}: {self._beyond_plan}")
+        least, of_file, most = (ffi.new("int64_t *") for _ in range(3))
+        self._check(libllama.allocmoe_budget_range(context_pointer(self), least, of_file, most))
+        if total < least[0]:
+            rule = TOKEN_RULES[libllama.allocmoe_get_token_rule(context_pointer(self))]
+            raise PlanError(
+                f"{self.model_path}: budget: found {shown(budget)} (= {total} activations), want {least[0]} to {full} under "
+                f"token rule {rule}"
+            )
+        return total
+
     def _total(self, budget: Optional[Budget], token_rule: Optional[str]) -> int:
         """Expert activations per token that a budget is. Raises PlanError."""
         full = self._full_of_experts()
@@ -356,7 +384,7 @@ class Llama(CheckedLlama):
         if not _is_name(budget):
             return parse_budget(budget, sum(full), sum(k > 0 for k in full))
         total = ffi.new("int64_t *")
-        name = str(budget).strip().encode()
+        name = str(budget).strip(_BLANKS).encode()
         self._check(libllama.allocmoe_preset(context_pointer(self), name, _number_of(token_rule), total))
         return total[0]
 
@@ -899,7 +927,7 @@ class Llama(CheckedLlama):
 
 def _is_name(budget: Optional[Budget]) -> bool:
     """Whether a budget is written as a word, which the library knows or refuses."""
-    return isinstance(budget, str) and budget.strip().isalpha()
+    return isinstance(budget, str) and budget.strip(_BLANKS).isalpha()
 
 
 def _number_of(token_rule: Optional[str]) -> int:

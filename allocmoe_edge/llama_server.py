@@ -9,10 +9,12 @@ is loaded, and prints the address.
 from __future__ import annotations
 
 import argparse
+import errno
 import http.client
 import os
 from pathlib import Path
 import select
+import socket
 import subprocess
 import sys
 from typing import List, Optional, Sequence
@@ -25,6 +27,7 @@ from .arguments import add_expert_cache
 from .command import CommandError, run_command
 from .gguf_file import model_paths
 from .measure import memory
+from .plan import PlanError, metadata
 
 _DESCRIPTION = """\
 llama.cpp's server, with an activation budget for each request ("budget": 0.5). It takes llama-server's options, listed
@@ -36,6 +39,16 @@ _VARIABLES = {
     "adaptive_budget": "ALLOCMOE_SERVER_ADAPTIVE",
     "plan": "ALLOCMOE_SERVER_PLAN",
     "prefetch": "ALLOCMOE_SERVER_PREFETCH",
+}
+
+
+# by which llama-server is told of models, or of something else to do
+_MODEL_OPTIONS = {
+    "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo", "--models-dir",
+    "--models-preset", "-cl", "--cache-list", "--list-devices", "--license", "--completion-bash",
+}  # fmt: skip
+_MODEL_VARIABLES = {
+    f"LLAMA_ARG_{name}" for name in ("MODEL", "MODEL_URL", "DOCKER_REPO", "HF_REPO", "MODELS_DIR", "MODELS_PRESET")
 }
 
 
@@ -93,8 +106,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.help:
             print(options.format_help(), flush=True)
             _become([str(binary()), "--help"])
-        if model is not None and not Path(model).is_file():
-            raise CommandError(f"{model}: no such file")
+        if model is None and not _names_models(args.rest):
+            raise CommandError("which model? allocmoe-server MODEL, or --models-dir FOLDER for several; see --help")
+        if model is not None:
+            _check_files(model, args.plan)
         cache = _cache_options(model, args)
         if args.prefetch == "auto":
             args.prefetch = "on" if model is not None and not cache and memory.is_beyond(model_paths(model)) else "off"
@@ -108,6 +123,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _become(command)
 
     return run_command(options, serve, given, known_only=True)
+
+
+def _names_models(options: Sequence[str]) -> bool:
+    """Whether llama-server is told of a model, or of several, in its own ways; or of something that needs none."""
+    names = {word.partition("=")[0] for word in options}
+    return bool(names & _MODEL_OPTIONS or _MODEL_VARIABLES & os.environ.keys()) or any(
+        name.startswith("--") and name.endswith("-default") for name in names
+    )
+
+
+def _check_files(model: str, plan: Optional[str]) -> None:
+    """Says at once what is wrong with them, and not in the middle of a log. Raises GGUFError or PlanError."""
+    stored = metadata.read(model, estimator=False)
+    if stored.side_file:
+        raise PlanError(f"{model}: has a plan and no model: pass it as --plan, beside the model's own file")
+    if plan is not None:
+        metadata.read_for(plan, stored, estimator=False)
 
 
 def _price(text: str) -> float:
@@ -184,7 +216,7 @@ def _address(options: Sequence[str]) -> Optional[str]:
     """Where the server will be, by its options and variables; None where that cannot be told.
 
     Raises:
-        CommandError: no port has that number.
+        CommandError: no port has that number, or nothing can listen there.
     """
 
     def option(name: str, variable: str, default: str) -> str:
@@ -197,19 +229,34 @@ def _address(options: Sequence[str]) -> Optional[str]:
     secure = option("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE", "")
     if port.isdigit() and int(port) > 65535:  # llama-server takes its last 16 bits
         raise CommandError(f"--port {port}: want a number from 0 to 65535")
-    if secure or host.endswith(".sock") or not port.isdigit() or port == "0":
+    if host.endswith(".sock") or not port.isdigit() or port == "0":
         return None
+    host = next((each for each in host.split(",") if not each.endswith(".sock")), host)
+    _check_free(host, int(port))
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - where to ask, not what to listen on
+    if secure:
+        return None
     return f"http://{f'[{host}]' if host.count(':') > 1 and '[' not in host else host}:{port}{prefix}"
 
 
-def _announce(address: str) -> None:
-    """A process beside the server, nobody's child: prints the address when the model is loaded, or ends with the server.
+def _check_free(host: str, port: int) -> None:
+    """Raises CommandError where the server could not listen."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, where = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":  # what an ended server has left behind keeps nobody out
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen(1)
+    except OSError as error:
+        in_use = error.errno == errno.EADDRINUSE
+        why = "another program listens there; --port takes another port" if in_use else error.strerror or error
+        raise CommandError(f"{host}:{port}: {why}") from None
 
-    Raises CommandError where somebody else is there already, whose answers would pass for the server's.
-    """
-    if _healthy(address) is not None:
-        raise CommandError(f"{address}: another program listens there; --port takes another port")
+
+def _announce(address: str) -> None:
+    """A process beside the server, nobody's child: prints the address when the model is loaded, or ends with the server."""
     sys.stdout.flush()
     end_here, end_of_server = os.pipe()
     os.set_inheritable(end_of_server, True)  # open as long as the server runs

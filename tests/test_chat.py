@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 import re
 import select
 import signal
@@ -99,6 +100,13 @@ def test_a_chat_in_a_terminal(model, tmp_path):
     chat.send("/stats\r")
     found = chat.until(PROMPT)
     assert "first token after" in found and re.search("layer by layer: [▁-█]{30}", found)
+    assert re.search(r"[1-9]\d* of 4096 tokens of context", found)
+    chat.send("/budget 0.3\r")
+    chat.until(PROMPT)
+    chat.send("/stats\r")  # of the last reply, whatever is cached now
+    assert re.search(r"[1-9]\d* of 4096 tokens of context", chat.until(PROMPT))
+    chat.send("/budget 0.4\r")
+    chat.until(PROMPT)
     chat.send("/compare 0.5 1.0\r")
     found = chat.until(PROMPT)
     assert re.search(r"at budget 0.5:(.|\n)*120.0 activations(.|\n)*at budget 1.0:(.|\n)*240.0 activations", found)
@@ -222,20 +230,32 @@ def test_what_cannot_be_done_in_a_pipe(tiny, tmp_path):
     )
     (tmp_path / "number.json").write_text('{"messages": [{"role": "user", "content": 5}]}')
     lines = {
+        "Hello": "", "/compare 0.5 nan": 'found "nan"', "/compare 1.0 fast 0.1": "(= 2 activations)", "/reset": "",
         "/compare 0.5": "there is none yet", "/stats": "there is none yet", "/nothing": "no such command",
         "/budget 1.5": "budget: found '1.5'", "/budget nan": 'found "nan"', "/budget 0.5 0.6": "takes one budget",
         "/save": "wants the name of a file", "/save other.json": 'want an object with "messages"',
         "/save none/a.json": "no such folder", "/save .": "is a folder", "/help me": "takes nothing more",
         **{f"/load {name}": want for name, want in files.items()},
     }  # fmt: skip
-    done = piped("\n".join(lines) + "\n/budget\n", tiny, cwd=tmp_path)
-    assert done.returncode == 1
+    done = piped("\n".join(lines) + "\n/budget\n", tiny, "--max-tokens", 2, cwd=tmp_path)
+    assert done.returncode == 1 and "at budget" not in done.stdout
+    lines = {line: want for line, want in lines.items() if want}
     errors = done.stderr.splitlines()
     for line, error, want in zip(lines, errors, lines.values()):
         assert error.startswith("error: ") and want in error, line
     assert len(errors) == len(lines)
     assert "8 of 16" in done.stdout
     assert json.loads(other.read_text()) == {"a": 1}
+
+
+def test_the_file_on_the_page(tiny, tmp_path):
+    """docs/chat.md shows one: it can be loaded, and what is saved reads like it."""
+    page = (Path(__file__).parent.parent / "docs" / "chat.md").read_text()
+    text = re.search(r"```json\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "a.json").write_text(text)
+    done = piped("/load a.json\n/save b.json\n", tiny, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "b.json").read_text()) == json.loads(text)
 
 
 def test_odd_text_in_a_pipe(tiny, tmp_path):
@@ -283,6 +303,7 @@ def test_models_without_a_choice(tmp_path):
         (["MODEL", "--ctx-size", "-1"], 2, "want a whole number"),
         (["MODEL", "--load", "none.json"], 1, "none.json"),
         (["MODEL", "--plan", "none.gguf"], 1, "none.gguf"),
+        (["."], 1, ".: a folder; of a model in Hugging Face's format allocmoe-convert makes a file"),
         ([], 2, "MODEL"),
     ],
     ids=str,
@@ -309,7 +330,7 @@ def test_reader_that_goes_away(tiny):
         process.stdout.read(1)
         process.stdout.close()
         process.stdin.close()
-        assert process.stderr.read() == b"" and process.wait(60) == 0
+        assert process.stderr.read() == b"" and process.wait(60) == 141
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def test_embed_ends_it(path):
 
 
 def test_callbacks_may_not_end_it(llm, capfd):
-    """In a stopping criterion an error; in a logits processor too, which llama-cpp-python prints and passes over."""
+    """An error, in a stopping criterion and in a logits processor, which may go on after it."""
     expected = tokens(llm)
 
     def criterion(ids, logits):
@@ -302,6 +302,47 @@ def test_callbacks_may_not_end_it(llm, capfd):
     options = dict(temp=0.0, logits_processor=LogitsProcessorList([processor]))
     assert list(itertools.islice(llm.generate(llm.tokenize(PROMPT.encode()), **options), 12)) == expected
     assert len(refused) == 12
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("in it"), KeyboardInterrupt("in it"), ValueError("another shape")], ids=repr
+)
+def test_error_of_a_logits_processor(llm, error, capfd):
+    """It is raised; llama-cpp-python prints it and goes on. After it the model is as before."""
+    expected = tokens(llm)
+
+    def processor(ids, logits):
+        if len(ids) < 8:
+            return logits
+        if str(error) == "another shape":
+            return logits[:3]
+        raise error
+
+    ids = llm.tokenize(PROMPT.encode())
+    options = dict(temperature=0.0, max_tokens=12, logits_processor=LogitsProcessorList([processor]))
+    for call in (
+        lambda: llm(PROMPT, **options),
+        lambda: list(llm(PROMPT, stream=True, **options)),
+        lambda: list(llm.generate(ids, temp=0.0, logits_processor=options["logits_processor"])),
+        lambda: llm.create_chat_completion([{"role": "user", "content": PROMPT}], **options),
+    ):
+        with pytest.raises(type(error), match="could not broadcast" if "shape" in str(error) else str(error)):
+            call()
+    llm.reset()
+    llm.eval([*ids, *ids])
+    with pytest.raises(type(error)):
+        llm.sample(logits_processor=options["logits_processor"])
+    assert capfd.readouterr().err == "" and tokens(llm) == expected
+
+
+def test_a_processor_and_a_bias(llm):
+    """llama-cpp-python forgets both where a completion has both."""
+    called, first = [], tokens(llm, 1)[0]
+    processors = LogitsProcessorList([lambda ids, logits: called.append(True) or logits])
+    llm.reset()
+    options = dict(temperature=0.0, max_tokens=2, logits_processor=processors)
+    found = llm(PROMPT, logit_bias={str(first): -1000.0}, **options)["choices"][0]["text"]
+    assert called and len(processors) == 1 and found != llm(PROMPT, **options)["choices"][0]["text"]
 
 
 def test_tokens_can_be_sent_into_it(path, llm):

@@ -3,8 +3,10 @@
 import argparse
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
+import time
 
 from allocmoe_edge import GGUFError, PlanError, arguments, output_file
 from allocmoe_edge.command import CommandError, run_command
@@ -104,9 +106,31 @@ def test_full_device_behind_the_output(length):
 
 
 def test_reader_that_stops_reading():
-    command = f"{sys.executable} -c '{SCRIPT}' 1000000 | head -c 1"
+    """The status is that of a program which the system ends for this, as cat."""
+    command = f"(trap '' PIPE; {sys.executable} -c '{SCRIPT}' 1000000; echo $? >&2) | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("x", "")
+    assert (done.stdout, done.stderr) == ("x", "141\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.parametrize(
+    "command, seconds",
+    [(name, 0.1) for name in ("bench", "convert", "inspect", "rpc_server", "server")]
+    + [("chat", seconds) for seconds in (0.02, 0.1, 0.25)],
+)
+def test_interrupt_while_a_command_begins(command, seconds):
+    """As the installed script calls it: most of this time goes into imports."""
+    script = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport allocmoe_commands\nprint(flush=True)\nraise SystemExit(allocmoe_commands.{command}())"
+    command = [sys.executable, "-c", script, "none.gguf"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    # on a fast machine it had the time to refuse its arguments
+    assert process.returncode in (-signal.SIGINT, 130, 1, 2) and "Traceback" not in errors, errors
 
 
 def test_closed_output():

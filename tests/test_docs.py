@@ -57,7 +57,7 @@ LLAMA_SERVER_OPTIONS = {
     "--n-gpu-layers",
 }
 # folders of the repository: a path in backticks that starts with one has to exist
-TOP = ("allocmoe_edge", "bench", "convert", "docs", "native", "tests")
+TOP = ("allocmoe_commands", "allocmoe_edge", "bench", "convert", "docs", "native", "tests")
 
 
 def _name(path: Path) -> str:

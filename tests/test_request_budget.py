@@ -5,7 +5,10 @@ On a tiny random model, whose texts differ at any two budgets."""
 from dataclasses import replace
 import gc
 import itertools
+from pathlib import Path
 import pickle
+import re
+import textwrap
 import threading
 
 from allocmoe_edge import Llama, Plan, PlanError
@@ -103,6 +106,17 @@ def test_every_call_spends_its_budget(llm, name, stream):
         assert llm.expert_stats()["prefill"]["mean"].sum() == PLANNED
 
 
+def test_the_page_of_budgets(path, tmp_path, monkeypatch, capsys):
+    """The Python of docs/budget.md, as it stands there."""
+    page = (Path(__file__).parent.parent / "docs" / "budget.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model-half.gguf").symlink_to(path)
+    names: dict = {}
+    for block in re.findall(r"^ *```python\n(.*?)^ *```", page, re.M | re.S):
+        exec(textwrap.dedent(block), names)
+    assert names["llm"].plan.expert_used_count == (2, 2, 2, 2)
+
+
 def test_text_is_that_of_the_budget(llm):
     alone = {budget: at(llm, budget) for budget in (0.375, 1.0, None)}
     assert len({alone[0.375], alone[1.0]}) == 2
@@ -144,7 +158,7 @@ def test_dense_model(tmp_path):
     assert llm(PROMPT, max_tokens=1, budget=None)["usage"]["completion_tokens"] == 1
 
 
-@pytest.mark.parametrize("budget", [0.0, 1.5, -1, 3, 17, float("nan"), True, "half", "", [], 1, 10**30], ids=str)
+@pytest.mark.parametrize("budget", [0.0, 1.5, -1, 3, 17, float("nan"), True, "half", "", [], 2, 10**30], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_refused(llm, name, budget):
     """At once, also of a stream."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+from allocmoe_edge import Llama, PlanError
 from conftest import plan_from_made_up_profile
 import odd_models
 import pytest
@@ -30,6 +31,32 @@ def server(model):
 
 
 MESSAGES = [{"role": "user", "content": "Say hello."}]
+
+
+BLANKS = "\t 50 %\r\n"
+WRITTEN = ["0.5", ".5", "5.", "1", "1.0", "1.", "100%", "100.0 %", "35 %", " 35%", BLANKS, "0.124", "0.2500000000000000001", "25.e0", "8", " 8 ",
+    "08", "16", "17", "3", "4", "0", "0.0", "%", ".", "", " ", "..5", "+8", "-8", "1e0", "0x8", "inf", "nan", "8 8", "8,0", "50%%", "% 50",
+    "000000000000000008", "0000000000000000008", "0.5" + "0" * 500, "\u0665\u0660%", "\u20038", "fast", "fast ", "\tfull\n", "Fast", "full!",
+    "balanced", "half", "true", "null"]  # fmt: skip
+# of JSON and of Python
+NUMBERS = [0, 1, 3, 4, 16, 17, -1, 10**30, 0.0, 0.25, 0.03, 1.0, 1.0000001, 8.0, True, False, [], {}]
+
+
+def test_a_budget_is_the_same_in_python(server, model):
+    """Each is taken, for the same total, or refused by both: Python and the server read them in different languages."""
+    llm = Llama(model, n_ctx=256, verbose=False)
+    taken = 0
+    for budget in [*WRITTEN, *NUMBERS]:
+        found = ask(server[0], budget=budget, n_predict=1)
+        try:
+            wanted = llm.budget_total(budget)
+        except PlanError:
+            wanted = None
+        assert (spent(found.json())["total"] if found.status_code == 200 else None) == wanted, repr(budget)
+        assert found.status_code in (200, 400)
+        taken += wanted is not None
+    assert 20 < taken < len(WRITTEN)
+    assert llm.budget_total("fast ") == llm.budget_total("fast") == 5 and llm.budget_total("35 %") == 6
 
 
 @pytest.mark.slow

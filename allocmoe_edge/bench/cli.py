@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
         "--budgets",
         type=_names,
         metavar="LIST",
-        help="budgets to compare with full budget, each a share (0.5, 50%%) or a total of activations per token. "
+        help="budgets to compare with full budget, each a share (0.5, 50%%), a total of activations per token, or fast or "
+        "balanced. "
         "Default: the plan in the file, or 0.5 if it has none",
     )
     p.add_argument("--token-rule", choices=TOKEN_RULES, help="for the budgets. Default: the file's")
@@ -213,7 +214,9 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
     if budgets is None and stored.plan is not None:
         plans[f"{stored.plan.budget:.2f} (file)"] = llm.set_budget(None, token_rule=token_rule)
     for budget in budgets if budgets is not None else () if stored.plan else ("0.5",):
-        total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
+        total = (
+            llm.budget_total(budget) if budget.isalpha() else parse_budget(budget, sum(full), sum(k > 0 for k in full))
+        )
         if total == sum(full):
             continue
         if stored.profile is not None:

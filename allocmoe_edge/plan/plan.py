@@ -7,6 +7,7 @@ need not check again. `parse_budget` turns what a user typed into the plan's tot
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 import math
 from numbers import Integral, Real
@@ -273,8 +274,8 @@ def parse_budget(budget, budget_full, n_moe_layers):
     """The total of expert activations per token, B, that `budget` asks for.
 
     budget: a float f in (0, 1] is a share of the model's own activations, B = floor(f *
-        budget_full + 0.5); an int is B itself. As a string: "0.5" and "50%" are shares, digits
-        alone are B. So 1.0 is the full model and 1 is a single activation.
+        budget_full + 0.5), as are a Fraction and a Decimal; an int is B itself. As a string: "0.5" and "50%" are shares,
+        digits alone are B. 1 is the full model, as 1.0, where no single activation will do: with several such layers.
     budget_full: sum of K_l. n_moe_layers: layers with routed experts; each needs one activation.
 
     Returns an int from n_moe_layers to budget_full. Raises PlanError with the allowed range.
@@ -296,10 +297,8 @@ def parse_budget(budget, budget_full, n_moe_layers):
     if isinstance(value, bool) or not isinstance(value, Real):
         raise PlanError(f"budget: found {shown(budget)}, {want}")
     if isinstance(value, Integral):
-        total = int(value)
-        if total == 1 < n_moe_layers:
-            want += "; for the full model write 1.0 or 100%, a whole 1 means one activation in all"
-        elif 1 < total <= 100:
+        total = int(budget_full if value == 1 < n_moe_layers else value)
+        if 1 < total <= 100:
             want += f'; {total} per cent are written "{total}%" or {total / 100:g}'
     else:
         share = _float(value)
@@ -314,12 +313,14 @@ def parse_budget(budget, budget_full, n_moe_layers):
 
 
 def _number(budget):
-    """A string as int or float, None where it is neither; anything else unchanged."""
+    """A string as int or float, None where it is neither, a Decimal as float; anything else unchanged."""
+    if isinstance(budget, Decimal):
+        return math.nan if budget.is_nan() else float(budget)
     if not isinstance(budget, str):
         return budget
     # Our own grammar: int() and float() also take "1_0", "nan", and digits of other scripts. A
     # limit on whole digits, because int() refuses thousands of them with an error of its own.
-    match = re.fullmatch(r"\s*([0-9]{1,18})?(\.[0-9]*)?\s*(%)?\s*", budget)
+    match = re.fullmatch(r"\s*([0-9]{1,18})?(\.[0-9]*)?\s*(%)?\s*", budget, re.ASCII)
     if not match or not re.search("[0-9]", budget):
         return None
     whole, decimals, percent = match.groups()

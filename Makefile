@@ -2,6 +2,7 @@
 # make test   set everything up and run every test
 #
 # make test-vulkan    build for Vulkan into build/vulkan and test that on Mesa's software device; needs packages, see docs/gpu.md
+# make sanitize       our native code under the address, undefined-behaviour and thread sanitizers, and the tests that run it
 # make test-install   what the README shows, in a second environment with the wheel and its base dependencies alone
 # make lint           ruff, mypy and clang-format; make format puts right what they can
 #
@@ -17,7 +18,7 @@ SOURCES := pyproject.toml $(wildcard allocmoe_commands/*.py allocmoe_edge/*.py a
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-vulkan test-install lint format clean
+.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread test-install lint format clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -55,6 +56,32 @@ ifneq ($(and $(VULKAN_DRIVER),$(shell command -v glslc)),)
 else
 	@echo "skipped test-vulkan: no glslc or no software device. On Debian: apt install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers"
 endif
+
+# Python is not instrumented, so the sanitizer's runtime is loaded before it. What is found in a child of a test, whose output
+# nobody reads, stands in build/asan.log.* or build/tsan.log.*.
+SANITIZED_PYTEST = LD_PRELOAD="$$(c++ -print-file-name=$(1).so) $$(c++ -print-file-name=libstdc++.so)" \
+	LLAMA_CPP_LIB_PATH=$(CURDIR)/$(2)/lib $(VENV)/bin/pytest -x --capture=sys \
+	$(or $(PYTEST_ARGS),$(foreach test,$(3),tests/test_$(test).py)) || { cat $(2).log.* 2>/dev/null; exit 1; }
+
+sanitize: sanitize-address sanitize-thread
+
+ASAN := build/asan
+sanitize-address: $(VENV)/.installed-test
+	cmake -S native -B $(ASAN) -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DALLOCMOE_SANITIZE=address,undefined
+	cmake --build $(ASAN) --target llama --parallel $(shell nproc)
+	rm -f $(ASAN).log.*
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16:log_path=$(CURDIR)/$(ASAN).log \
+	UBSAN_OPTIONS=print_stacktrace=1 $(call SANITIZED_PYTEST,libasan,$(ASAN),mul_mat mul_mat_id transpose cache_product \
+	token_rule model_rules estimate estimator llama_estimate metadata budget request_budget sequences expert_cache prefetch \
+	hostile_files)
+
+TSAN := build/tsan
+sanitize-thread: $(VENV)/.installed-test
+	cmake -S native -B $(TSAN) -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DALLOCMOE_SANITIZE=thread -DGGML_OPENMP=OFF
+	cmake --build $(TSAN) --target llama --parallel $(shell nproc)
+	rm -f $(TSAN).log.*
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(CURDIR)/$(TSAN).log \
+	$(call SANITIZED_PYTEST,libtsan,$(TSAN),device_code expert_cache sharing)
 
 FRESH := build/fresh
 test-install: $(VENV)/.installed

@@ -240,3 +240,27 @@ def test_plans_from_a_side_file(tiny, tmp_path):
     planned = plan_from_made_up_profile(tiny.gguf_path, tmp_path / "planned.gguf")
     llm = Llama(tiny.gguf_path, **SIZES, plan_path=planned, draft_model=DraftModel.same(budget=0.5, n_draft=3))
     assert tokens(llm, 20) == tokens(Llama(planned, **SIZES), 20)
+
+
+@pytest.mark.parametrize("rule", ["off", "threshold", "estimate"])
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_tokens_are_verified_with_the_numbers_of_plain_decoding(testbed_path, tmp_path, rule, flash_attn):
+    """Bit for bit, in a quantised model on the CPU, under every rule that goes by single tokens."""
+    from conftest import plan_under_rule
+    from llama_cpp import llama_print_system_info
+
+    if b"AVX512_VNNI = 1" not in llama_print_system_info():
+        pytest.skip("elsewhere 2 and 3 tokens together go through llama.cpp's kernels, which round otherwise")
+    llm = Llama(
+        plan_under_rule(testbed_path, tmp_path / "planned.gguf", rule), n_ctx=256, flash_attn=flash_attn, verbose=False
+    )
+    text = llm.tokenize(
+        b"The capital of France is a city that was founded by people who wanted to live on an island in it"
+    )
+    prompt = text[:12]
+    llm.decode(prompt)
+    alone = [llm.decode([token], len(prompt) + i)[0].copy() for i, token in enumerate(text[12:])]
+    for n in (2, 3, 6, len(text) - 12):
+        llm.decode(prompt)
+        together = llm.decode(text[12 : 12 + n], len(prompt), logits_all=True)
+        assert all(np.array_equal(found, wanted) for found, wanted in zip(together, alone))

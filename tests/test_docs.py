@@ -55,6 +55,9 @@ LLAMA_SERVER_OPTIONS = {
     "--no-repack",
     "--rpc",
     "--n-gpu-layers",
+    "--no-cache-prompt",
+    "--models-dir",
+    "--models-preset",
 }
 # folders of the repository: a path in backticks that starts with one has to exist
 TOP = ("allocmoe_commands", "allocmoe_edge", "bench", "convert", "docs", "native", "tests")

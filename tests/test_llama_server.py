@@ -339,7 +339,8 @@ def test_a_budget_that_follows_the_load(planned_path, tmp_path):
 
 def test_what_is_left_over_does_not_matter_to_the_next_request(planned, tmp_path):
     """The same request again and again in one slot, with others of other budgets between them."""
-    with serving(tmp_path, planned, "-c", "512", "-np", "1", "--cache-ram", "0") as (url, _, _):
+    with serving(tmp_path, planned, "-c", "512", "-np", "1", "--no-cache-prompt") as (url, _, _):
+        assert [cached(answer(url, n_predict=2, budget=100)) for _ in range(2)] == [0, 0]
         wanted = scored(url, budget=100)
         for between in (30, FULL, PLANNED):
             scored(url, budget=between)
@@ -417,6 +418,23 @@ def test_what_keeps_it_from_starting(planned_path, testbed_path, tmp_path):
             assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
             last = done.stderr.splitlines()[-1]
             assert "error: " in last and message in last, done.stderr[-3000:]
+
+
+def test_several_models(planned_path, dense_path, tmp_path):
+    """Each is loaded when it is asked for, in a server of its own, and has budgets by its own file."""
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "planned.gguf").symlink_to(planned_path)
+    (models / "dense.gguf").symlink_to(dense_path)
+    with serving(tmp_path, "--models-dir", models, "-c", "512", "-np", "1", "--metrics") as (url, _, _):
+        assert spent(answer(url, model="planned", budget=0.25, n_predict=4))["total"] == 90
+        assert spent(answer(url, model="planned", n_predict=4))["total"] == PLANNED
+        assert httpx.get(f"{url}/props?model=planned").json()["budget"]["presets"]["fast"] == 120
+        assert "allocmoe:requests_total 2" in httpx.get(f"{url}/metrics?model=planned").text
+        assert "budget" not in answer(url, model="dense", n_predict=4)
+        refused = ask(url, model="dense", budget=0.5)
+        assert refused.status_code == 400 and "a dense model" in refused.json()["error"]["message"]
+        assert ask(url, model="planned", budget=7).status_code == 400
 
 
 def test_rule_batch_is_not_served(testbed_path, tmp_path):

@@ -175,6 +175,26 @@ def test_a_model_without_experts(browser, dense_path, tmp_path):
         assert not errors(browser)
 
 
+def test_several_models_to_choose_from(browser, testbed_path, dense_path, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    plan_under_rule(testbed_path, models / "planned.gguf", "off")
+    (models / "dense.gguf").symlink_to(dense_path)
+    with serving(tmp_path, "--models-dir", models, "-c", "512", "-np", "1", "-n", "4") as (url, _, _):
+        browser.open(f"{url}/budget")
+        assert browser.run("[...$('models').options].map(x => x.value)") == ["", "dense", "planned"]
+        send(browser, "Hello")  # no model yet: nothing happens
+        assert browser.run("document.querySelectorAll('.talk div').length") == 0
+        for name, heard in (("planned", "activations per token of 180 asked"), ("dense", "tokens/s")):
+            browser.run(f"$('models').value = '{name}'; $('models').onchange()")
+            browser.wait(f"chosen === '{name}'")
+            send(browser, "Hello")
+            assert heard in browser.run("document.querySelector('#one .stats').innerText")
+            browser.picture(tmp_path / f"{name}.png")
+        assert "there is nothing to choose" in browser.run("document.body.innerText")
+        assert not errors(browser)
+
+
 def test_a_server_that_wants_a_key(browser, url, testbed_path, tmp_path):
     with serving(tmp_path, testbed_path, "-c", "512", "-n", "4", "--api-key", "secret") as (url, _, _):
         browser.call("Page.addScriptToEvaluateOnNewDocument", source="window.prompt = () => 'secret'")

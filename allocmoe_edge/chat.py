@@ -12,6 +12,7 @@ import math
 import os
 from pathlib import Path
 import random
+import re
 import signal
 import sys
 import threading
@@ -227,7 +228,7 @@ class Chat:
 
     def _command(self, text: str) -> bool:
         """Whether it ends the chat."""
-        name, *arguments = text.split()
+        name, *arguments = re.sub(r"\s+%", "%", text).split()
         if name in ("/quit", "/exit"):
             return True
         command = self.commands().get(name)

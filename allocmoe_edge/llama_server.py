@@ -42,11 +42,12 @@ _VARIABLES = {
 }
 
 
-# by which llama-server is told of models, or of something else to do
+# by which llama-server is told of models
 _MODEL_OPTIONS = {
-    "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo", "--models-dir",
-    "--models-preset", "-cl", "--cache-list", "--list-devices", "--license", "--completion-bash",
+    "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo", "--models-dir", "--models-preset",
 }  # fmt: skip
+# by which it prints something, and serves nothing
+_PRINTING_OPTIONS = {"-cl", "--cache-list", "--list-devices", "--license", "--completion-bash"}
 _MODEL_VARIABLES = {
     f"LLAMA_ARG_{name}" for name in ("MODEL", "MODEL_URL", "DOCKER_REPO", "HF_REPO", "MODELS_DIR", "MODELS_PRESET")
 }
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
-    p.add_argument("-h", "--help", action="store_true", help="these options, and llama-server's")
+    p.add_argument("--help", action="store_true", help="these options, and llama-server's")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     p.add_argument(
         "--budget",
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = _with_long_help(sys.argv[1:] if argv is None else argv)
     # llama-server's options take values, so that the model can only be told from them where it comes first
     model = given.pop(0) if given and not given[0].startswith("-") else None
     options = parser()
@@ -106,6 +107,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.help:
             print(options.format_help(), flush=True)
             _become([str(binary()), "--help"])
+        if _PRINTING_OPTIONS & set(args.rest):
+            _become([str(binary()), *args.rest])
         if model is None and not _names_models(args.rest):
             raise CommandError("which model? allocmoe-server MODEL, or --models-dir FOLDER for several; see --help")
         if model is not None:
@@ -114,8 +117,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.prefetch == "auto":
             args.prefetch = "on" if model is not None and not cache and memory.is_beyond(model_paths(model)) else "off"
         for name, variable in _VARIABLES.items():
-            if getattr(args, name) is not None:
-                os.environ[variable] = getattr(args, name)
+            value = getattr(args, name)
+            if value is not None:
+                if not value.strip():
+                    raise CommandError(f"--{name.replace('_', '-')}: found nothing, want a value")
+                os.environ[variable] = value
         command = [str(binary()), *(["-m", model] if model is not None else []), *cache, *args.rest]
         address = _address(args.rest)
         if address is not None and hasattr(os, "fork"):
@@ -126,7 +132,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _names_models(options: Sequence[str]) -> bool:
-    """Whether llama-server is told of a model, or of several, in its own ways; or of something that needs none."""
+    """Whether llama-server is told of a model, or of several, in its own ways."""
     names = {word.partition("=")[0] for word in options}
     return bool(names & _MODEL_OPTIONS or _MODEL_VARIABLES & os.environ.keys()) or any(
         name.startswith("--") and name.endswith("-default") for name in names
@@ -189,7 +195,7 @@ def rpc_main(argv: Optional[Sequence[str]] = None) -> int:
         add_help=False,
         allow_abbrev=False,
     )
-    p.add_argument("-h", "--help", action="store_true", help="ggml-rpc-server's options")
+    p.add_argument("--help", action="store_true", help="ggml-rpc-server's options")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def serve(args: argparse.Namespace) -> None:
@@ -197,7 +203,12 @@ def rpc_main(argv: Optional[Sequence[str]] = None) -> int:
             print(p.format_help(), flush=True)
         _become([str(rpc_binary()), *(["--help"] if args.help else args.rest)])
 
-    return run_command(p, serve, argv, known_only=True)
+    return run_command(p, serve, _with_long_help(sys.argv[1:] if argv is None else argv), known_only=True)
+
+
+def _with_long_help(arguments: Sequence[str]) -> List[str]:
+    """With --help for -h, which argparse would find in -hf too."""
+    return ["--help" if argument == "-h" else argument for argument in arguments]
 
 
 def _context_size(options: Sequence[str]) -> int:
@@ -207,6 +218,11 @@ def _context_size(options: Sequence[str]) -> int:
 
 
 def _become(command: List[str]) -> None:
+    for number in range(3):  # one that is closed would be the number of the first file that the program opens
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if os.name == "nt":  # exec there leaves the terminal to the caller
         raise SystemExit(subprocess.call(command))
     os.execv(command[0], command)
@@ -227,9 +243,9 @@ def _address(options: Sequence[str]) -> Optional[str]:
     port = option("--port", "LLAMA_ARG_PORT", "8080")
     prefix = option("--api-prefix", "LLAMA_ARG_API_PREFIX", "")
     secure = option("--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE", "")
-    if port.isdigit() and int(port) > 65535:  # llama-server takes its last 16 bits
+    if not port.isdecimal() or int(port) > 65535:  # llama-server takes its last 16 bits
         raise CommandError(f"--port {port}: want a number from 0 to 65535")
-    if host.endswith(".sock") or not port.isdigit() or port == "0":
+    if host.endswith(".sock") or port == "0":
         return None
     host = next((each for each in host.split(",") if not each.endswith(".sock")), host)
     _check_free(host, int(port))
@@ -257,7 +273,8 @@ def _check_free(host: str, port: int) -> None:
 
 def _announce(address: str) -> None:
     """A process beside the server, nobody's child: prints the address when the model is loaded, or ends with the server."""
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by whoever started this
+        sys.stdout.flush()
     end_here, end_of_server = os.pipe()
     os.set_inheritable(end_of_server, True)  # open as long as the server runs
     child = os.fork()

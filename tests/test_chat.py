@@ -182,7 +182,7 @@ def test_ctrl_c_while_the_prompt_is_read(model, tmp_path):
 
 
 def test_compared_replies_differ_by_their_budget_alone(model):
-    done = piped("Hello\n/compare 0.5 1.0 0.5\n", model, "--max-tokens", 6)
+    done = piped("Hello\n/compare 0.5 1.0 50 %\n", model, "--max-tokens", 6)
     replies = re.split("at budget .*:\n", done.stdout)[1:]
     assert done.returncode == 0 and len(replies) == 3 and replies[0] == replies[2]
 

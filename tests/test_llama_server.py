@@ -407,6 +407,9 @@ def test_what_keeps_it_from_starting(planned_path, testbed_path, tmp_path):
                 f"127.0.0.1:{taken}: another program listens there; --port takes another",
             ),
             ([planned_path, "--port", 99999], "want a number from 0 to 65535"),
+            ([planned_path, "--port", -1], "want a number from 0 to 65535"),
+            ([planned_path, "--budget", ""], "--budget: found nothing, want a value"),
+            (["-hf", "none/none", "--offline"], "llama_model_load_from_file_impl"),
             ([planned_path, "--host", "192.0.2.1"], "192.0.2.1:8080: Cannot assign requested address"),
             ([planned_path, "--budget", 7], "from 30 to 360"),
             ([planned_path, "--budget", 0.4, "--adaptive-budget", 0.6], "is above the server's budget"),
@@ -451,6 +454,28 @@ def test_a_signal_ends_it(planned_path, tmp_path, sent):
         assert process.wait(30) == 0, log.read_text()
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
+
+
+def test_closed_streams(planned_path, tmp_path):
+    """Whoever starts it may have closed all three."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = (
+        f"{sys.executable} -m allocmoe_edge.llama_server {planned_path} -c 512 --port {port} --log-file {tmp_path}/log"
+    )
+    process = subprocess.Popen(["sh", "-c", f"exec {command} <&- >&- 2>&-"])
+    try:
+        for _ in range(300):
+            if (tmp_path / "log").is_file() and "listening on" in (tmp_path / "log").read_text():
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        else:
+            raise AssertionError("it does not start")
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def test_help_has_both():

@@ -71,7 +71,10 @@ def test_openai(server):
     chunks = list(client.chat.completions.create(model="any", messages=MESSAGES, max_tokens=8, stream=True, **budget))
     assert len(chunks) > 5 and chunks[-1].model_extra["budget"]["total"] == 6
     assert client.completions.create(model="any", prompt=PROMPT, max_tokens=4, n=2, **budget).choices[1].text
-    assert client.responses.create(model="any", input="Say hello.", max_output_tokens=8, **budget).output
+    asked = dict(model="any", input="Say hello.", max_output_tokens=8, **budget)
+    *_, last = client.responses.create(**asked, stream=True)
+    for answered in (client.responses.create(**asked), last.response):
+        assert answered.output and answered.model_extra["budget"]["total"] == 6
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     called = client.chat.completions.create(model="any", messages=MESSAGES, tools=tools, max_tokens=8, **budget)
     assert called.choices[0].finish_reason == "length"  # a random model calls nothing

@@ -409,6 +409,7 @@ def test_what_keeps_it_from_starting(planned_path, testbed_path, tmp_path):
             ([planned_path, "--port", 99999], "want a number from 0 to 65535"),
             ([planned_path, "--port", -1], "want a number from 0 to 65535"),
             ([planned_path, "--budget", ""], "--budget: found nothing, want a value"),
+            (["-c", "512", planned_path], f"{planned_path}: the model comes first: allocmoe-server {planned_path} ..."),
             (["-hf", "none/none", "--offline"], "llama_model_load_from_file_impl"),
             ([planned_path, "--host", "192.0.2.1"], "192.0.2.1:8080: Cannot assign requested address"),
             ([planned_path, "--budget", 7], "from 30 to 360"),

@@ -1,4 +1,5 @@
-// A budget for each request of llama.cpp's server: what it may be, when cached text may be used for it, what it has spent.
+// A budget for each request of llama.cpp's server: what it may be, and when it is put in force.
+#include "allocmoe-served.h"
 #include "allocmoe-server.h"
 
 #include "allocmoe.h"
@@ -9,33 +10,16 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <locale>
 #include <mutex>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
 
-// What the loaded model can serve. Made when it is loaded, and never changed: requests are read in several threads.
-struct allocmoe_served {
-    int32_t n_layer = 0;
-    int32_t n_moe_layers = 0;
-    std::vector<int32_t> full; // [n_layer], the model's own experts per token
-    int64_t total_full    = 0; // 0: a model without experts
-    int64_t total_default = 0; // what requests have that do not say
-    std::string rule;
-    bool strict = false;
-    std::string obstacle; // why there is no choice, "" if there is one
-    int64_t least   = 0;
-    int64_t fast    = 0;
-    int64_t of_file = 0;
-    int64_t floor   = 0; // of the budget that the load decides; 0 where it does not
-};
-
 static std::mutex served_mutex;
 static std::shared_ptr<const allocmoe_served> served_now = std::make_shared<allocmoe_served>();
 
-static std::shared_ptr<const allocmoe_served> served() {
+std::shared_ptr<const allocmoe_served> allocmoe_served::now() {
     std::lock_guard<std::mutex> lock(served_mutex);
     return served_now;
 }
@@ -58,7 +42,7 @@ static double number_of(std::string text, bool & is_share) {
     }
     const size_t point = text.find('.');
     const bool plain   = text.find_first_not_of("0123456789.") == std::string::npos && std::count(text.begin(), text.end(), '.') <= 1 &&
-                       text.find_first_of("0123456789") != std::string::npos && std::min(point, text.size()) <= 18;
+                         text.find_first_of("0123456789") != std::string::npos && std::min(point, text.size()) <= 18;
     is_share           = percent || point != std::string::npos;
     if (!plain) {
         return NAN;
@@ -133,7 +117,7 @@ void allocmoe_server_check(const std::string & body) {
 }
 
 void allocmoe_server_parse(const common_json & body, allocmoe_request & request) {
-    const auto model = served();
+    const auto model = allocmoe_served::now();
     const auto flag  = [&](const char * name, bool otherwise) {
         if (!body.contains(name) || body.at(name).is_null()) {
             return otherwise;
@@ -282,7 +266,7 @@ bool allocmoe_server_init(llama_context * ctx) {
 }
 
 std::string allocmoe_server_launch(llama_context * ctx, int32_t seq_id, allocmoe_request & request, allocmoe_spending & spending, allocmoe_totals & totals, size_t n_waiting, size_t n_slots) {
-    const auto model = served();
+    const auto model = allocmoe_served::now();
     if (model->obstacle.empty()) {
         if (request.total == 0) {
             request.total = model->total_default; // no completion
@@ -303,222 +287,4 @@ std::string allocmoe_server_launch(llama_context * ctx, int32_t seq_id, allocmoe
     totals.budget_now = request.total > 0 ? request.total : model->total_default;
     totals.budgets += totals.budget_now;
     return "";
-}
-
-//
-// cached text
-//
-
-bool allocmoe_server_reusable(const allocmoe_origin & origin, const allocmoe_request & request) {
-    return request.any_cache || origin.total == request.total;
-}
-
-void allocmoe_server_begin(allocmoe_origin & origin, const allocmoe_request & request, int32_t n_cached) {
-    origin.total = n_cached == 0 || origin.total == request.total ? request.total : allocmoe_origin::MIXED;
-}
-
-void allocmoe_server_take(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin) {
-    const auto model = served();
-    origin.left.clear();
-    if (model->strict && n_tokens > 0) {
-        origin.left.resize((size_t) model->n_layer * n_tokens);
-        allocmoe_get_left_seq(ctx, seq_id, origin.left.data(), n_tokens);
-    }
-}
-
-void allocmoe_server_put(llama_context * ctx, int32_t seq_id, allocmoe_origin & origin) {
-    const auto model = served();
-    if (model->strict && !origin.left.empty()) {
-        allocmoe_set_left_seq(ctx, seq_id, origin.left.data(), origin.left.size() / model->n_layer);
-    }
-    origin.left = {};
-}
-
-void allocmoe_server_copy(llama_context * ctx, int32_t from, int32_t to, int32_t n_tokens) {
-    allocmoe_origin origin;
-    allocmoe_server_take(ctx, from, n_tokens, origin);
-    allocmoe_server_put(ctx, to, origin);
-}
-
-void allocmoe_server_shift(llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int32_t by) {
-    allocmoe_origin origin;
-    const int32_t n_tokens = std::max(last, last + by);
-    allocmoe_server_take(ctx, seq_id, n_tokens, origin);
-    for (size_t row = 0; row < origin.left.size(); row += n_tokens) {
-        const std::vector<float> moved(origin.left.begin() + row + first, origin.left.begin() + row + last);
-        std::copy(moved.begin(), moved.end(), origin.left.begin() + row + first + by);
-    }
-    allocmoe_server_put(ctx, seq_id, origin);
-}
-
-// What stands beside a file with a slot's memory.
-struct allocmoe_slot_header {
-    char magic[8];
-    int64_t total;
-    int64_t n_left;
-};
-static constexpr char SLOT_MAGIC[8] = { 'a', 'l', 'l', 'o', 'c', 'm', 'o', '1' };
-
-static std::string beside(const std::string & path) {
-    return path + ".budget";
-}
-
-void allocmoe_server_write(llama_context * ctx, int32_t seq_id, int32_t n_tokens, const allocmoe_origin & origin, const std::string & path) {
-    if (!served()->obstacle.empty()) {
-        return;
-    }
-    allocmoe_origin copy = origin;
-    allocmoe_server_take(ctx, seq_id, n_tokens, copy);
-    allocmoe_slot_header header = { {}, copy.total, (int64_t) copy.left.size() };
-    std::copy_n(SLOT_MAGIC, sizeof(SLOT_MAGIC), header.magic);
-    std::ofstream file(beside(path), std::ios::binary);
-    file.write((const char *) &header, sizeof(header));
-    file.write((const char *) copy.left.data(), copy.left.size() * sizeof(float));
-    if (!file.flush()) {
-        LOG_WRN("allocmoe: %s: cannot write it; at another time this slot's text counts as computed at an unknown budget\n", beside(path).c_str());
-    }
-}
-
-void allocmoe_server_read(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin, const std::string & path) {
-    const auto model = served();
-    origin           = {};
-    if (!model->obstacle.empty()) {
-        return;
-    }
-    origin.total = allocmoe_origin::MIXED;
-    allocmoe_slot_header header;
-    std::ifstream file(beside(path), std::ios::binary);
-    const int64_t n_left = model->strict ? (int64_t) model->n_layer * n_tokens : 0;
-    if (!file.read((char *) &header, sizeof(header)) || !std::equal(SLOT_MAGIC, SLOT_MAGIC + sizeof(SLOT_MAGIC), header.magic) || header.n_left != n_left) {
-        return;
-    }
-    origin.left.resize(n_left);
-    if (file.read((char *) origin.left.data(), n_left * sizeof(float))) {
-        origin.total = header.total;
-        allocmoe_server_put(ctx, seq_id, origin);
-    }
-    origin.left = {};
-}
-
-//
-// what is spent
-//
-
-void allocmoe_spending::part::add(int64_t n, const std::vector<int64_t> & more_activations, const std::vector<int64_t> & more_tokens) {
-    n_tokens += n;
-    activations.resize(more_activations.size());
-    tokens.resize(more_tokens.size());
-    for (size_t il = 0; il < activations.size(); ++il) {
-        activations[il] += more_activations[il];
-        tokens[il] += more_tokens[il];
-    }
-}
-
-double allocmoe_spending::part::mean() const {
-    double sum = 0;
-    for (size_t il = 0; il < activations.size(); ++il) {
-        sum += tokens[il] > 0 ? (double) activations[il] / tokens[il] : 0;
-    }
-    return sum;
-}
-
-void allocmoe_server_count(llama_context * ctx, const allocmoe_run & run, allocmoe_spending & spending, allocmoe_totals & totals) {
-    const auto model = served();
-    if (model->total_full == 0) {
-        return;
-    }
-    std::vector<int64_t> activations(model->n_layer), tokens(model->n_layer);
-    if (allocmoe_get_spent(ctx, run.seq_id, run.first, run.last, activations.data(), tokens.data(), model->n_layer) < 0) {
-        return;
-    }
-    (run.is_prompt ? spending.prompt : spending.predicted).add(run.last - run.first, activations, tokens);
-    (run.is_prompt ? totals.prompt : totals.predicted).add(run.last - run.first, activations, tokens);
-    if (spending.request.per_layer) {
-        spending.last.assign(model->n_layer, 0);
-        allocmoe_get_spent(ctx, run.seq_id, run.last - 1, run.last, spending.last.data(), tokens.data(), model->n_layer);
-    }
-}
-
-static common_json to_json(const allocmoe_spending::part & part, bool per_layer) {
-    common_json json = { { "tokens", part.n_tokens }, { "activations_per_token", part.mean() } };
-    if (per_layer) {
-        std::vector<double> layers(part.activations.size());
-        for (size_t il = 0; il < layers.size(); ++il) {
-            layers[il] = part.tokens[il] > 0 ? (double) part.activations[il] / part.tokens[il] : 0;
-        }
-        json["layers"] = layers;
-    }
-    return json;
-}
-
-void allocmoe_spending::add_to(common_json & answer) const {
-    const auto model = served();
-    if (model->total_full == 0) {
-        return;
-    }
-    const int64_t total = request.total > 0 ? request.total : model->total_default;
-    common_json json    = {
-        { "asked", request.asked.empty() ? common_json(nullptr) : common_json::parse(request.asked) },
-        { "total", total },
-        { "share", (double) total / model->total_full },
-        { "prompt", to_json(prompt, request.per_layer) },
-        { "predicted", to_json(predicted, request.per_layer) },
-    };
-    if (request.per_layer) {
-        json["last"] = last;
-    }
-    answer["budget"] = json;
-}
-
-common_json allocmoe_server_props() {
-    const auto model = served();
-    if (model->total_full == 0) {
-        return nullptr;
-    }
-    common_json json = {
-        { "full", model->total_full },
-        { "default", model->total_default },
-        { "token_rule", model->rule },
-        { "expert_used_count_full", model->full },
-    };
-    if (!model->obstacle.empty()) {
-        json["obstacle"] = model->obstacle;
-        return json;
-    }
-    json["least"]   = model->least;
-    json["presets"] = common_json({ { "fast", model->fast }, { "balanced", model->of_file }, { "full", model->total_full } });
-    if (model->floor > 0) {
-        json["adaptive_floor"] = model->floor;
-    }
-    return json;
-}
-
-std::string allocmoe_totals::to_prometheus() const {
-    const auto model = served();
-    std::ostringstream out;
-    if (model->total_full == 0) {
-        return "";
-    }
-    const auto head = [&](const char * name, const char * type, const char * help) {
-        out << "# HELP allocmoe:" << name << " " << help << "\n# TYPE allocmoe:" << name << " " << type << "\n";
-    };
-    const auto of_part = [](const allocmoe_spending::part & part) {
-        return std::accumulate(part.activations.begin(), part.activations.end(), (int64_t) 0);
-    };
-    head("activations_total", "counter", "Expert activations, over all layers");
-    out << "allocmoe:activations_total{phase=\"prompt\"} " << of_part(prompt) << "\n"
-        << "allocmoe:activations_total{phase=\"predicted\"} " << of_part(predicted) << "\n";
-    head("tokens_total", "counter", "Tokens that these were for");
-    out << "allocmoe:tokens_total{phase=\"prompt\"} " << prompt.n_tokens << "\n"
-        << "allocmoe:tokens_total{phase=\"predicted\"} " << predicted.n_tokens << "\n";
-    const auto number = [&](const char * name, const char * type, const char * help, int64_t value) {
-        head(name, type, help);
-        out << "allocmoe:" << name << " " << value << "\n";
-    };
-    number("requests_total", "counter", "Requests that have begun", n_requests);
-    number("request_budgets_total", "counter", "Sum of their budgets, in activations per token", budgets);
-    number("budget_now", "gauge", "Budget of the request that began last", budget_now);
-    number("budget_default", "gauge", "Budget of requests that do not say", model->total_default);
-    number("budget_full", "gauge", "The model's own", model->total_full);
-    return out.str();
 }

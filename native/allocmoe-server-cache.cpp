@@ -1,0 +1,101 @@
+// The text that llama.cpp's server keeps: which request may go on from it, and what goes with it where it is moved.
+#include "allocmoe-served.h"
+#include "allocmoe-server.h"
+
+#include "allocmoe.h"
+
+#include "log.h"
+
+#include <algorithm>
+#include <fstream>
+
+bool allocmoe_server_reusable(const allocmoe_origin & origin, const allocmoe_request & request) {
+    return request.any_cache || origin.total == request.total;
+}
+
+void allocmoe_server_begin(allocmoe_origin & origin, const allocmoe_request & request, int32_t n_cached) {
+    origin.total = n_cached == 0 || origin.total == request.total ? request.total : allocmoe_origin::MIXED;
+}
+
+void allocmoe_server_take(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin) {
+    const auto model = allocmoe_served::now();
+    origin.left.clear();
+    if (model->strict && n_tokens > 0) {
+        origin.left.resize((size_t) model->n_layer * n_tokens);
+        allocmoe_get_left_seq(ctx, seq_id, origin.left.data(), n_tokens);
+    }
+}
+
+void allocmoe_server_put(llama_context * ctx, int32_t seq_id, allocmoe_origin & origin) {
+    const auto model = allocmoe_served::now();
+    if (model->strict && !origin.left.empty()) {
+        allocmoe_set_left_seq(ctx, seq_id, origin.left.data(), origin.left.size() / model->n_layer);
+    }
+    origin.left = {};
+}
+
+void allocmoe_server_copy(llama_context * ctx, int32_t from, int32_t to, int32_t n_tokens) {
+    allocmoe_origin origin;
+    allocmoe_server_take(ctx, from, n_tokens, origin);
+    allocmoe_server_put(ctx, to, origin);
+}
+
+void allocmoe_server_shift(llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int32_t by) {
+    allocmoe_origin origin;
+    const int32_t n_tokens = std::max(last, last + by);
+    allocmoe_server_take(ctx, seq_id, n_tokens, origin);
+    for (size_t row = 0; row < origin.left.size(); row += n_tokens) {
+        const std::vector<float> moved(origin.left.begin() + row + first, origin.left.begin() + row + last);
+        std::copy(moved.begin(), moved.end(), origin.left.begin() + row + first + by);
+    }
+    allocmoe_server_put(ctx, seq_id, origin);
+}
+
+// What stands beside a file with a slot's memory.
+struct allocmoe_slot_header {
+    char magic[8];
+    int64_t total;
+    int64_t n_left;
+};
+static constexpr char SLOT_MAGIC[8] = { 'a', 'l', 'l', 'o', 'c', 'm', 'o', '1' };
+
+static std::string beside(const std::string & path) {
+    return path + ".budget";
+}
+
+void allocmoe_server_write(llama_context * ctx, int32_t seq_id, int32_t n_tokens, const allocmoe_origin & origin, const std::string & path) {
+    if (!allocmoe_served::now()->obstacle.empty()) {
+        return;
+    }
+    allocmoe_origin copy = origin;
+    allocmoe_server_take(ctx, seq_id, n_tokens, copy);
+    allocmoe_slot_header header = { {}, copy.total, (int64_t) copy.left.size() };
+    std::copy_n(SLOT_MAGIC, sizeof(SLOT_MAGIC), header.magic);
+    std::ofstream file(beside(path), std::ios::binary);
+    file.write((const char *) &header, sizeof(header));
+    file.write((const char *) copy.left.data(), copy.left.size() * sizeof(float));
+    if (!file.flush()) {
+        LOG_WRN("allocmoe: %s: cannot write it; at another time this slot's text counts as computed at an unknown budget\n", beside(path).c_str());
+    }
+}
+
+void allocmoe_server_read(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin, const std::string & path) {
+    const auto model = allocmoe_served::now();
+    origin           = {};
+    if (!model->obstacle.empty()) {
+        return;
+    }
+    origin.total = allocmoe_origin::MIXED;
+    allocmoe_slot_header header;
+    std::ifstream file(beside(path), std::ios::binary);
+    const int64_t n_left = model->strict ? (int64_t) model->n_layer * n_tokens : 0;
+    if (!file.read((char *) &header, sizeof(header)) || !std::equal(SLOT_MAGIC, SLOT_MAGIC + sizeof(SLOT_MAGIC), header.magic) || header.n_left != n_left) {
+        return;
+    }
+    origin.left.resize(n_left);
+    if (file.read((char *) origin.left.data(), n_left * sizeof(float))) {
+        origin.total = header.total;
+        allocmoe_server_put(ctx, seq_id, origin);
+    }
+    origin.left = {};
+}

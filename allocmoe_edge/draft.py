@@ -39,12 +39,16 @@ class DraftModel(LlamaDraftModel):
         model: the draft's GGUF file, with the vocabulary of the model; or any LlamaDraftModel.
         n_draft: tokens to propose each time; None to let that follow from what is measured.
         most: with n_draft=None, tokens to propose at most.
+        verification_budget: of the experts that any of the tokens of one verification would run in a layer, the share that
+            runs, above 0 and below 1: those of the largest estimated value for all of the tokens; estimates stand in for the
+            others. The text is then no longer that of plain decoding. None for all. Needs a plan under token rule
+            "estimate", on the CPU; layers that run all experts of a token have no estimates, and no limit.
         **kwargs: of a file: as in `Llama`, for instance n_gpu_layers, n_threads, budget.
 
     Raises:
-        ValueError: n_draft or most is no number from 1 on. What `Llama(draft_model=...)` raises for it: ValueError where the
+        ValueError: n_draft or most is no number from 1 on, verification_budget no share. What `Llama(draft_model=...)` raises for it: ValueError where the
             vocabularies differ, where model or draft cannot forget tokens (recurrent ones), or where it belongs to another
-            `Llama`; and what `Llama` raises for the file.
+            `Llama`; PlanError where a verification_budget cannot be had; and what `Llama` raises for the file.
         TypeError: arguments of a `Llama` for a draft that has none.
     """
 
@@ -54,14 +58,20 @@ class DraftModel(LlamaDraftModel):
         *,
         n_draft: Optional[int] = None,
         most: int = 16,
+        verification_budget: Optional[float] = None,
         **kwargs: Any,
     ):
-        self._arguments: Tuple = (model, n_draft, most, kwargs)
+        self._arguments = dict(kwargs, n_draft=n_draft, most=most, verification_budget=verification_budget)
         for name, value in (("n_draft", n_draft), ("most", most)):
             if value is None and name == "n_draft":
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name}: found {value!r}, want a number of tokens from 1 on")
+        if verification_budget is not None and not (
+            isinstance(verification_budget, (int, float, np.number)) and 0 < verification_budget < 1
+        ):
+            raise ValueError(f"verification_budget: found {verification_budget!r}, want a share above 0 and below 1")
+        self.verification_budget = verification_budget
         if isinstance(model, LlamaDraftModel) and kwargs:
             raise TypeError(f"DraftModel: {', '.join(kwargs)}: for a draft from a file, not for {type(model).__name__}")
         self._model, self._n_draft, self._kwargs = model, n_draft, kwargs
@@ -82,20 +92,25 @@ class DraftModel(LlamaDraftModel):
         n_threads: Optional[int] = None,
         n_draft: Optional[int] = None,
         most: int = 16,
+        verification_budget: Optional[float] = None,
     ) -> DraftModel:
         """The model itself at a lower budget: its weights are shared, only the draft's cache is memory of its own.
 
         Args:
             budget: as in `Llama`.
             n_threads: of the draft; None for as many as the model has.
-            n_draft, most: as above.
+            n_draft, most, verification_budget: as above.
         """
-        return cls(_Same(budget, n_threads), n_draft=n_draft, most=most)
+        same = _Same(budget, n_threads)
+        return cls(same, n_draft=n_draft, most=most, verification_budget=verification_budget)
 
     # what Llama calls; none of these is for anybody else
 
     def open(self, llm: Llama) -> None:
         # loads the draft of this model
+        if self.verification_budget is not None:
+            with llm.limited_union(self.verification_budget):
+                pass  # or an error
         if self._owner is not None and self._owner() is not None:
             raise ValueError("draft_model: belongs to another Llama, which is open; every Llama needs its own")
         if isinstance(self._model, _Same):
@@ -236,12 +251,11 @@ class DraftModel(LlamaDraftModel):
         self._seconds = dict.fromkeys(("reading", "drafting", "verification", "plain"), 0.0)
 
     def __reduce__(self):
-        model, n_draft, most, kwargs = self._arguments
-        return _make, (model, n_draft, most, kwargs)
+        return _make, (self._model, self._arguments)
 
 
-def _make(model, n_draft, most, kwargs) -> DraftModel:
-    return DraftModel(model, n_draft=n_draft, most=most, **kwargs)
+def _make(model, arguments) -> DraftModel:
+    return DraftModel(model, **arguments)
 
 
 class _Same:

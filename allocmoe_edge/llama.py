@@ -784,15 +784,33 @@ class Llama(CheckedLlama):
             self._plan_of_tokens = now
         elif self._plan_of_tokens != now:
             self._plan_of_tokens = _MIXED
+        draft = self.draft_model if isinstance(self.draft_model, DraftModel) else None
+        limit = draft.verification_budget if draft is not None and drafted else None
         started = time.perf_counter()
-        with self._reading_experts():
+        with self._reading_experts(), self.limited_union(limit):
             super().eval(tokens)
-        if isinstance(self.draft_model, DraftModel) and self._generation is not None:
+        if draft is not None and self._generation is not None:
             llama_cpp.llama_synchronize(self.ctx)  # a GPU may be at it yet
             prompt = not self._generation.n_tokens
-            self.draft_model.evaluated(len(tokens), time.perf_counter() - started, prompt)
+            draft.evaluated(len(tokens), time.perf_counter() - started, prompt)
         if before is not None:
             self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
+
+    @contextlib.contextmanager
+    def limited_union(self, share: Optional[float]) -> Iterator[None]:
+        """Tokens that are evaluated together inside run this share of their experts together, see `DraftModel`; None for all.
+
+        Raises:
+            PlanError: the token rule is not "estimate", or does not run on the CPU.
+        """
+        if share is None:
+            yield
+            return
+        self._check(libllama.allocmoe_set_union_share(context_pointer(self), share))
+        try:
+            yield
+        finally:
+            libllama.allocmoe_set_union_share(context_pointer(self), 1.0)
 
     @property
     def verifies(self) -> bool:

@@ -20,7 +20,7 @@ from . import server_address as address
 from ._native import BUILD_DIR
 from .arguments import add_expert_cache
 from .command import CommandError, run_command
-from .gguf_file import model_paths
+from .gguf_file import GGUFFile, model_paths
 from .measure import memory
 from .plan import PlanError, metadata
 
@@ -120,7 +120,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 if not value.strip():
                     raise CommandError(f"--{name.replace('_', '-')}: found nothing, want a value")
                 os.environ[variable] = value
-        command = [str(binary()), *(["-m", model] if model is not None else []), *cache, *args.rest]
+        command = [
+            str(binary()),
+            *(["-m", model] if model is not None else []),
+            *cache,
+            *args.rest,
+            *_draft_options(args.rest),
+        ]
         found = address.of(args.rest)
         if found is not None and hasattr(os, "fork"):
             address.announce(found)
@@ -176,6 +182,22 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
     if args.miss_price is not None:
         options += ["--override-kv", f"{expert_cache.PRICE_KEY}=float:{args.miss_price}"]
     return options
+
+
+def _draft_options(options: Sequence[str]) -> List[str]:
+    """What makes llama-server use a draft model: it loads one that is no head of the model, and leaves it unused.
+
+    Raises CommandError or GGUFError for a file that is none.
+    """
+    names = ("--model-draft", "-md", "--spec-draft-model")
+    given = [value for name, value in zip(options, options[1:]) if name in names]
+    if not given or "--spec-type" in options or {"LLAMA_ARG_SPEC_TYPE"} & os.environ.keys():
+        return []
+    with GGUFFile(given[-1]) as file:
+        arch = file.get("general.architecture")
+        # these it knows by themselves
+        is_head = arch in ("dflash", "eagle3") or file.get(f"{arch}.nextn_predict_layers", 0)
+    return [] if is_head else ["--spec-type", "draft-simple"]
 
 
 def rpc_binary() -> Path:

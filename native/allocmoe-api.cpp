@@ -386,6 +386,22 @@ int32_t allocmoe_set_miss_price(llama_context * ctx, double price) {
     });
 }
 
+int32_t allocmoe_set_union_share(llama_context * ctx, double share) {
+    return allocmoe_guarded([&] {
+        if (!(share > 0.0 && share <= 1.0)) {
+            throw allocmoe_error(format("the share of the experts of several tokens: found %g, want above 0, up to 1", share));
+        }
+        auto & state = allocmoe_access::state(ctx);
+        if (share < 1.0 && (allocmoe_get_token_rule(ctx) != ALLOCMOE_RULE_ESTIMATE || state.spent_on_devices)) {
+            throw allocmoe_error("the experts of several tokens can be limited under token rule \"estimate\" alone, on the CPU", ALLOCMOE_ERR_RULE);
+        }
+        llama_synchronize(ctx);
+        const double before = state.union_share;
+        state.union_share   = share;
+        return (int32_t) (share == before ? ALLOCMOE_OK : ALLOCMOE_CHANGED);
+    });
+}
+
 int32_t allocmoe_get_absent(const llama_context * ctx, int64_t * n_absent, int32_t n_layer) {
     return allocmoe_guarded([&] {
         if (n_layer != allocmoe_n_layer(ctx)) {

@@ -53,6 +53,7 @@ struct allocmoe_state {
     allocmoe_expert_cache * cache = nullptr; // the model's, where its experts stay in the file
     std::string cache_error;                 // why the last run was void, "" if it was not
     allocmoe_ran ran;                        // where there is a cache
+    double union_share  = 1.0;               // of the experts of several tokens, what runs
     float miss_handicap = 0.0f;              // by so much an absent expert's log size has to be above the threshold
 };
 

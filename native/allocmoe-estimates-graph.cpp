@@ -4,6 +4,8 @@
 #include "allocmoe-expert-cache.h"
 #include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
+#include "allocmoe-testing.h"
+#include "allocmoe-union.h"
 
 #include "llama-graph.h"
 #include "llama-hparams.h"
@@ -36,6 +38,28 @@ static void find_absent(const allocmoe_estimate_args & args, allocmoe_ran & ran,
     }
 }
 
+// Leaves a share of the experts that these tokens run together, and takes the others out of what they have spent.
+static void limit_union(const allocmoe_estimate_args & args, int32_t n_expert, double share) {
+    const int64_t n = (int64_t) args.n_tokens * args.n_used;
+    std::vector<float> sizes(n);
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t t = i / args.n_used, r = i % args.n_used;
+        if (args.routed[i] >= 0) {
+            const float part = allocmoe_size_part(args, t, r, 0, 1);
+            sizes[i]         = allocmoe_size(args, t, r, &part, 1);
+        }
+    }
+    std::vector<int32_t> n_dropped(args.n_tokens);
+    allocmoe_limit_union(sizes.data(), args.n_used, args.n_tokens, n_expert, share, args.routed, n_dropped.data());
+    const auto & spent = *args.node.spent;
+    for (int32_t t = 0; t < args.n_tokens; ++t) {
+        args.node.spent->activations[args.node.phase] -= n_dropped[t];
+        if (args.places[t].own >= 0) {
+            spent.kept[args.places[t].own] -= n_dropped[t];
+        }
+    }
+}
+
 // node: ids by rank, -1 where the estimated size is too small
 static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, void * userdata) {
     allocmoe_node node;
@@ -59,6 +83,9 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     allocmoe_one_thread thread;
     allocmoe_estimate_shared shared;
     allocmoe_route_by_size(thread, args, shared);
+    if (state.union_share < 1.0 && args.n_tokens > 1) {
+        limit_union(args, dst->src[3]->ne[1], state.union_share);
+    }
     for (int32_t t = 0; cache && t < args.n_tokens; ++t) {
         if (args.places[t].own < 0) {
             continue;
@@ -184,4 +211,12 @@ ggml_tensor * allocmoe_build_sum(ggml_context * ctx, llm_graph_result & res, int
     const int n_args     = layer.estimate ? 4 : weights ? 3
                                                         : 2;
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);
+}
+
+//
+// for tests
+//
+
+void allocmoe_select_union(const float * sizes, int32_t n_used, int32_t n_tokens, int32_t n_expert, double share, int32_t * routed, int32_t * n_dropped) {
+    allocmoe_limit_union(sizes, n_used, n_tokens, n_expert, share, routed, n_dropped);
 }

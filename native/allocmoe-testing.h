@@ -20,6 +20,9 @@ LLAMA_API void allocmoe_build_as_for_devices(struct llama_context * ctx, bool on
 // go by none. expert_used_count: NULL to end that.
 LLAMA_API void allocmoe_set_plan_seq(struct llama_context * ctx, int32_t seq_id, const int32_t * expert_used_count, const float * threshold);
 
+// The limit on the experts of a verification by itself, see allocmoe-union.h.
+LLAMA_API void allocmoe_select_union(const float * sizes, int32_t n_used, int32_t n_tokens, int32_t n_expert, double share, int32_t * routed, int32_t * n_dropped);
+
 // [cffi end]
 
 #ifdef __cplusplus

@@ -161,6 +161,13 @@ LLAMA_API int32_t allocmoe_get_cache_counts(const struct llama_context * ctx, in
 // context begins with. Without effect where there is no expert cache.
 LLAMA_API int32_t allocmoe_set_miss_price(struct llama_context * ctx, double price);
 
+// Under ALLOCMOE_RULE_ESTIMATE, for micro-batches of several tokens from the next decode on, such as those that verify a draft:
+// of the experts that any of the tokens would run in a layer, a share runs, those of the largest estimated value for all of them
+// together; estimates stand in for the others. Every token keeps the expert that is worth most to it. share: above 0, up to 1,
+// which is what a context begins with. In layers that run all of a token's experts there are no estimates, and so no limit.
+// ALLOCMOE_ERR_RULE where a share below 1 cannot be had: under another rule, or where the rule runs on a device.
+LLAMA_API int32_t allocmoe_set_union_share(struct llama_context * ctx, double share);
+
 // Activations that were left out since the counts were reset, and would not have been with the expert at hand: [n_layer].
 LLAMA_API int32_t allocmoe_get_absent(const struct llama_context * ctx, int64_t * n_absent, int32_t n_layer);
 

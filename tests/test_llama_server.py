@@ -486,3 +486,42 @@ def test_help_has_both():
     assert done.returncode == 0 and "--adaptive-budget" in done.stdout
     for option in LLAMA_SERVER_OPTIONS:
         assert re.search(rf"{option}\b", done.stdout), f"{option}: the pages name it"
+
+
+def test_a_draft_model(server, planned, dense_path, tmp_path):
+    """The text is that without one, at every request's own budget. Tokens that are drafted in vain are spent, too."""
+    if planned_rule(server) != "estimate":
+        pytest.skip("a server more for every rule: the one that depends on most is enough")
+    body = dict(n_predict=32, ignore_eos=True, return_tokens=True, cache_prompt=False)
+    budgets = (0.3, None, 1.0)
+    wanted = [answer(server, budget=budget, **body) for budget in budgets]
+    draft = ["--model-draft", dense_path, "--spec-draft-n-max", "4"]
+    devices = ["--threads-draft", "1", "--gpu-layers-draft", "0"]
+    with serving(tmp_path, planned, "-c", "512", "-np", "1", *draft, *devices) as (url, _, _):
+        found = [answer(url, budget=budget, **body) for budget in budgets]
+    for with_draft, without in zip(found, wanted):
+        assert with_draft["tokens"] == without["tokens"]
+        timings = with_draft["timings"]
+        assert timings["draft_n"] >= timings["draft_n_accepted"]
+        assert spent(with_draft)["total"] == spent(without)["total"]
+        n_tokens = spent(with_draft)["predicted"]["tokens"]
+        assert (
+            31 <= n_tokens <= 31 + timings["draft_n"] - timings["draft_n_accepted"] + 4
+        )  # the last step may go beyond
+    assert sum(each["timings"]["draft_n_accepted"] for each in found) > 10
+
+
+def test_a_draft_model_is_used(dense_path, tmp_path, monkeypatch):
+    """llama-server leaves one unused that is no head of the model, unless it is told to use it."""
+    used = ["--spec-type", "draft-simple"]
+    for name in ("--model-draft", "-md", "--spec-draft-model"):
+        assert llama_server._draft_options(["--port", "1", name, str(dense_path)]) == used
+    assert llama_server._draft_options(["--model-draft", str(dense_path), "--spec-type", "ngram-simple"]) == []
+    assert llama_server._draft_options(["--port", "1"]) == llama_server._draft_options(["--model-draft"]) == []
+    done = subprocess.run(
+        [sys.executable, "-m", "allocmoe_edge.llama_server", dense_path, "--model-draft", tmp_path / "none.gguf"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "none.gguf" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setenv("LLAMA_ARG_SPEC_TYPE", "none")
+    assert llama_server._draft_options(["--model-draft", str(dense_path)]) == []

@@ -5,6 +5,7 @@
 # make sanitize       our native code under the address, undefined-behaviour and thread sanitizers, and the tests that run it
 # make test-install   what the README shows, in a second environment with the wheel and its base dependencies alone
 # make lint           ruff, mypy and clang-format; make format puts right what they can
+# make tidy           clang-tidy over our native code: a minute or two, and it needs llama.cpp's source as a build does
 #
 # VENV=...        where the virtual environment goes (.venv)
 # PYTHON=...      the Python to make it from (python3)
@@ -18,7 +19,7 @@ SOURCES := pyproject.toml $(wildcard allocmoe_commands/*.py allocmoe_edge/*.py a
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread test-install lint format clean
+.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread test-install lint format tidy clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -109,6 +110,17 @@ format: $(LINT)/ruff
 	$(LINT)/ruff check --fix .
 	$(LINT)/ruff format .
 	$(LINT)/clang-format -i $(NATIVE_CODE)
+
+# what .clang-tidy names. Without the server, whose own headers are another few minutes.
+TIDY       := build/tidy
+TIDY_FILES := $(filter-out native/allocmoe-server%,$(wildcard native/allocmoe-*.cpp))
+$(LINT)/clang-tidy: $(LINT)/ruff
+	$(LINT)/pip install --quiet --disable-pip-version-check 'clang-tidy==23.*'
+	@touch $@
+
+tidy: $(LINT)/clang-tidy $(VENV)/.installed
+	cmake -S native -B $(TIDY) -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	printf '%s\n' $(TIDY_FILES) | xargs -P $(shell nproc) -n 1 $(LINT)/clang-tidy --quiet -p $(TIDY)
 
 clean:
 	rm -rf build $(VENV)

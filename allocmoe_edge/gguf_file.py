@@ -39,6 +39,9 @@ _DIVISORS = {
     "rwkv6qwen2": ("wkv.head_size",), "rwkv7": ("wkv.head_size",), "arwkv7": ("wkv.head_size",),
 }  # fmt: skip
 
+# types that nothing multiplies by: a model's file may have them, and no matrix of it
+_NO_WEIGHTS = ("F64", "I8", "I16", "I64")
+
 
 class GGUFError(ValueError):
     """The file is no GGUF file, is damaged, or lacks what is needed from it."""
@@ -204,6 +207,7 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
             another one of a split model than the first.
     """
     n_split = _n_split(file)
+    _check_types(file)
     arch = file.need("general.architecture")
     if not isinstance(arch, str):
         raise GGUFError(f"{file.path}: general.architecture is {arch!r}, wanted a string")
@@ -236,6 +240,7 @@ def expert_used_count_full(file: GGUFFile) -> Optional[tuple]:
     names: Set[str] = set()
     for part in split_paths(file.path, n_split) if n_split > 1 else [file.path]:
         with contextlib.nullcontext(file) if part == file.path else GGUFFile(part) as each:
+            _check_types(each)
             names.update(tensor.name for tensor in each.tensors)
             for tensor in each.tensors:
                 if tensor.name.endswith(".ffn_gate_tid2eid.weight") and tensor.type_name == "I32":
@@ -266,6 +271,16 @@ def _check_numbers(file: GGUFFile, arch: str) -> None:
             value = file.get(key)
             if isinstance(value, float) and not 0 <= value < math.inf:
                 raise GGUFError(f"{file.path}: {key} is {value}, wanted at least 0")
+
+
+def _check_types(file: GGUFFile) -> None:
+    """What else a tensor cannot be, such as a norm in float16, is refused by the library (native/allocmoe-types.cpp)."""
+    for tensor in file.tensors:
+        if tensor.type_name in _NO_WEIGHTS:
+            raise GGUFError(
+                f"{file.path}: {tensor.name} is stored as {tensor.type_name}, which llama.cpp cannot compute with: "
+                "wanted a floating-point type of 32 bits or less, or a quantised one"
+            )
 
 
 def _check_table(file: GGUFFile, tensor: Tensor, n_expert: int) -> None:

@@ -10,7 +10,7 @@ from typing import IO, Iterator, Optional
 
 from allocmoe_edge.output_file import followed
 
-from . import ConvertError
+from . import ConvertError, output as output_files
 
 try:
     import fcntl
@@ -21,7 +21,7 @@ except ImportError:  # on Windows, where nothing is kept
 @contextlib.contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Keeps `output` for this run: another one to the same file is refused meanwhile. Temporary files that an earlier run has
-    left, because it was killed, are removed.
+    left, because it was killed, are removed, and files that it had moved away are put back.
 
     By a lock on a file beside it, which ends with the process, whatever ends that. Where there are no such locks, and where
     nothing can be written, nothing is kept.
@@ -70,8 +70,12 @@ def _lock(path: Path, output: Path) -> Optional[IO]:
 
 def _remove_left(folder: Path, stem: str) -> None:
     made = r"\.\d+\.(partial|converted|quantized)"
-    name = rf"\.{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?(\.gguf)?{made}"
+    part = r"-\d{5}-of-\d{5}"
+    name = rf"\.{re.escape(stem)}({part})?(\.gguf)?{made}"
     pattern = re.compile(rf"{name}|\.{name}\.\d+\.header")
+    moved = re.compile(rf"\.{re.escape(stem)}{part}\.gguf\.\d+\.old")
+    with contextlib.suppress(OSError):
+        output_files.put_back([path for path in folder.iterdir() if moved.fullmatch(path.name) and path.is_file()])
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.is_file():
             with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+import re
 import shutil
 from typing import Iterable, Iterator, Optional
 
@@ -214,22 +215,45 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _rename_all(partial: list, targets: list) -> None:
-    """Renames all or none; files that had the names before are kept until all have succeeded. The first comes last."""
-    if len(targets) == 1:
-        os.replace(partial[0], targets[0])
+    """Puts the files in their places, or none of them; a single file in one step.
+
+    Of a split model the first file, which names the others, goes away first and comes last: no moment shows files of two
+    models as one. What was there before is kept until then. If the process is killed meanwhile, the next run to this output
+    puts that back or removes it (`put_back`).
+    """
+    if all(target.exists() and path.samefile(target) for path, target in zip(partial[1:], targets[1:])):
+        os.replace(partial[0], targets[0])  # the others are the links that they are to be
         return
-    renames = [(path, target, hidden(target, "old")) for path, target in zip(partial, targets)][::-1]
+    olds = [hidden(target, "old") for target in targets]
     try:
-        for path, target, old in renames:
+        for target, old in zip(targets, olds):
             if target.exists():
                 os.replace(target, old)
+        for path, target in reversed(list(zip(partial, targets))):
             os.replace(path, target)
     except BaseException:
-        for path, target, old in renames:
+        for path, target, old in zip(partial, targets, olds):
             if old.exists():
                 os.replace(old, target)
             elif not path.exists():
                 target.unlink(missing_ok=True)
         raise
-    for _, _, old in renames:
+    for old in olds:
         old.unlink(missing_ok=True)
+
+
+def put_back(left: list) -> None:
+    """After a run was killed: the files that it had moved out of the way go back to where they were, or away if it had done its
+    work, which is so when the first of the split model is not among them.
+
+    Args:
+        left: paths as `_rename_all` names them, .TARGET.PROCESS.old.
+    """
+    names = {path: re.sub(r"^\.|\.\d+\.old$", "", path.name) for path in left}
+    unfinished = any(re.search(r"-00001-of-\d{5}\.gguf$", name) for name in names.values())
+    # the first one last: until then the next run, too, sees that there is work
+    for path in sorted(left, key=lambda path: names[path], reverse=True):
+        if unfinished:
+            os.replace(path, path.with_name(names[path]))
+        else:
+            path.unlink()

@@ -28,7 +28,7 @@ const char * allocmoe_last_error(void) {
 }
 
 int32_t allocmoe_fail(int32_t status, const char * what) noexcept {
-    snprintf(last_error, sizeof(last_error), "%s", what);
+    (void) snprintf(last_error, sizeof(last_error), "%s", what);
     return status;
 }
 
@@ -438,6 +438,6 @@ void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/)
         error = level == GGML_LOG_LEVEL_ERROR;
     }
     if (error) {
-        fputs(text, stderr);
+        (void) fputs(text, stderr);
     }
 }

@@ -32,6 +32,10 @@ bool allocmoe_mul_mat_cache(const struct ggml_compute_params * params, struct gg
 // has been done then.
 bool allocmoe_transpose(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+// Whether there is a kernel for the types of a node's operands. Where there is none, whatever loads the model or builds a
+// graph refuses it; true for operations that are not looked at.
+bool allocmoe_has_kernel(const struct ggml_tensor * op);
+
 #ifdef __cplusplus
 }
 #endif

@@ -293,6 +293,7 @@ void allocmoe_expert_cache::open(const llama_model_loader & loader, const llama_
         const ggml_tensor * tensor = named.second;
         const auto * weight        = cache_of(tensor) == this ? loader.get_weight(named.first.c_str()) : nullptr;
         int il                     = -1;
+        // NOLINTNEXTLINE(cert-err34-c,bugprone-unchecked-string-to-number-conversion): llama.cpp made the name, of a layer that there is
         if (!weight || sscanf(named.first.c_str(), "blk.%d.", &il) != 1) {
             continue;
         }

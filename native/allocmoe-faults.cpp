@@ -1,6 +1,7 @@
 // For files of strangers: what ggml ends the process for while a model is loaded is an error like any other.
 #include "allocmoe-hooks.h"
 
+#include "llama-impl.h"
 #include "llama-model.h"
 #include "llama-vocab.h"
 
@@ -27,7 +28,7 @@ static void on_abort(const char * message) {
     if (before) {
         before(message);
     } else {
-        fprintf(stderr, "%s\n", message);
+        (void) fprintf(stderr, "%s\n", message);
     }
 }
 
@@ -42,6 +43,18 @@ allocmoe_catch_faults::~allocmoe_catch_faults() {
     const std::lock_guard<std::mutex> lock(mutex);
     if (--caught == 0 && --n_threads == 0) {
         ggml_set_abort_callback(before);
+    }
+}
+
+void allocmoe_check_adapter(const ggml_tensor & weight, const ggml_tensor & a, const ggml_tensor & b) {
+    for (const auto * part : { &a, &b }) {
+        if (part->ne[2] != weight.ne[2] || part->ne[3] != weight.ne[3]) {
+            throw std::runtime_error(format("LoRA tensor '%s' is for %lld experts, and the model has %lld",
+                part->name, (long long) part->ne[2], (long long) weight.ne[2]));
+        }
+        if (part->type != GGML_TYPE_F32 && !ggml_get_type_traits(part->type)->to_float) {
+            throw std::runtime_error(format("LoRA tensor '%s' has the type %s, which no kernel multiplies", part->name, ggml_type_name(part->type)));
+        }
     }
 }
 

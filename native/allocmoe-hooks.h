@@ -39,6 +39,10 @@ struct allocmoe_catch_faults {
 // Tries text, and every token, with a model's vocabulary. Throws, under allocmoe_catch_faults, what would end the process later.
 void allocmoe_try_vocab(const llama_model & model);
 
+// Throws std::runtime_error where a LoRA adapter's pair of matrices does not fit the weight that it is for: another number of
+// experts than the routed ids go up to, or a type that nothing multiplies.
+void allocmoe_check_adapter(const ggml_tensor & weight, const ggml_tensor & a, const ggml_tensor & b);
+
 // What the model's metadata has of allocmoe.*, null if that is nothing. Throws std::runtime_error if it is invalid.
 std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & loader, const llama_hparams & hparams);
 

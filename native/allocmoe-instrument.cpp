@@ -200,7 +200,8 @@ static void compute_kept(ggml_tensor * dst, int ith, int /* nth */, void * userd
 
 // The layer that a node is the output of, -1 if it is none. Nearly every architecture names it so.
 static int layer_of_output(const ggml_tensor * node) {
-    int il           = -1;
+    int il = -1;
+    // NOLINTNEXTLINE(cert-err34-c,bugprone-unchecked-string-to-number-conversion): llama.cpp made the name, of a layer that there is
     const bool named = sscanf(node->name, "l_out-%d", &il) == 1;
     return named && node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) ? il : -1;
 }

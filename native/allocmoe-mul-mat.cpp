@@ -80,6 +80,7 @@ static void multiply(int n, const panel & p, int n_sub, const tile & x, float * 
         case 6: return multiply<F, 6>(p, n_sub, x, acc);
         case 7: return multiply<F, 7>(p, n_sub, x, acc);
         case 8: return multiply<F, 8>(p, n_sub, x, acc);
+        default: break; // a tile has no more
     }
 }
 static_assert(TILE == 8, "the cases above");
@@ -315,8 +316,8 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
                 default: return {};
             }
 #endif
+        default: return {};
     }
-    return {};
 }
 
 #endif // ALLOCMOE_KERNEL

@@ -335,7 +335,7 @@ using format_q8_0 = with_scale<codes_q8_0>;
 // the values of the types whose 4-bit codes stand for unevenly spaced numbers, with the offset added
 struct value_table {
     uint8_t values[16];
-    value_table(const int8_t * from, int offset) {
+    value_table(const int8_t * from, int offset) noexcept {
         for (int i = 0; i < 16; ++i) {
             values[i] = (uint8_t) (from[i] + offset);
         }

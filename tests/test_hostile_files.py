@@ -8,9 +8,10 @@ import struct
 import subprocess
 import sys
 
-from allocmoe_edge import Llama, PlanError
+from allocmoe_edge import GGUFError, Llama, PlanError
 from allocmoe_edge.gguf_file import GGUFFile
 import fuzz_gguf
+import gguf
 from gguf_factory import plan_keys, write_gguf
 import numpy as np
 import odd_models
@@ -107,6 +108,26 @@ CASES = {
     + ARCH
     + key(b"general.alignment", 5, b"\x20\0\0\0"),
     "llama.cpp 26318, a size that wraps round": header(1, 1) + ARCH + tensor(b"t", (2**61 - 1, 2), 0, 0) + bytes(64),
+    "llama.cpp 26978, a size that wraps round once it is padded": header(2, 1)
+    + ARCH
+    + tensor(b"t", (64,), 0, 0)
+    + tensor(b"u", (4, 2**30 - 1, 2**30 + 1), 0, 256)
+    + bytes(400),
+    "ggml 1516, a string of 1 GiB that is not there": header(0, 2)
+    + ARCH
+    + key(b"a", 8, struct.pack("<Q", 2**30 - 1) + b"x"),
+    "ggml 1516, an array of 1 GiB that is not there": header(0, 2)
+    + ARCH
+    + key(b"a", 9, struct.pack("<IQ", 10, 2**30) + b"x"),
+    "ggml 1516, an array of as many strings": header(0, 2)
+    + ARCH
+    + key(b"a", 9, struct.pack("<IQ", 8, 2**30) + b"x"),
+    "ggml 1516, an alignment of 1 GiB": header(2, 2)
+    + ARCH
+    + key(b"general.alignment", 4, struct.pack("<I", 2**30))
+    + tensor(b"t", (32,), 0, 0)
+    + tensor(b"u", (32,), 0, 2**30)
+    + bytes(400),
     "llama.cpp 15711, more tensors than memory has": header(2**60, 0),
     "llama.cpp 18674, a stride that wraps round": header(1, 1)
     + ARCH
@@ -162,7 +183,8 @@ def strings(*texts: bytes) -> tuple:
 
 TOKENS = [f"t{i}".encode() for i in range(256)]
 VOCABULARIES = {
-    "llama.cpp 24888, token types of one byte each": dict(tokenizer__ggml__token_type=array(0, b"\1" * 257, 257)),
+    "llama.cpp 24888 and 26690, token types of one byte each": dict(tokenizer__ggml__token_type=array(0, b"\1" * 257, 257)),
+    "llama.cpp 24888, tokens to suppress of one byte each": dict(tokenizer__ggml__suppress_tokens=array(0, b"\1" * 257, 257)),
     "llama.cpp 24888, scores of one byte each": dict(tokenizer__ggml__scores=array(1, b"\1" * 257, 257)),
     "llama.cpp 20735, fewer token types than tokens": dict(tokenizer__ggml__token_type=array(5, b"\1\0\0\0", 1)),
     "llama.cpp 25508, special tokens beyond a small vocabulary": dict(tokenizer__ggml__tokens=strings(b"a"),
@@ -178,7 +200,7 @@ VOCABULARIES = {
         tokenizer__ggml__tokens=strings(*(b"<0xZZ>" + token for token in TOKENS), b"<0xZZ>"),
         tokenizer__ggml__token_type=array(5, struct.pack("<i", 6) * 257, 257),
         tokenizer__ggml__scores=array(6, struct.pack("<f", 0) * 257, 257)),
-    "llama.cpp 27226, a byte below zero": dict(
+    "llama.cpp 27226, LM Studio 2289: a byte below zero": dict(
         tokenizer__ggml__model=(8, struct.pack("<Q", 6) + b"plamo2"), tokenizer__ggml__pre=None,
         tokenizer__ggml__tokens=strings(*(f"<0x{i:02X}>".encode() for i in range(256)), b"<0x-1>"),
         tokenizer__ggml__token_type=array(5, struct.pack("<i", 6) * 257, 257),
@@ -187,6 +209,10 @@ VOCABULARIES = {
         tokenizer__ggml__model=(8, struct.pack("<Q", 2) + b"t5"), tokenizer__ggml__pre=None,
         tokenizer__ggml__scores=array(6, struct.pack("<f", 0) * 257, 257),
         tokenizer__ggml__precompiled_charsmap=array(0, b"\1\0", 2)),
+    "llama.cpp 24885, a beginning of text that is wanted and not there": dict(
+        tokenizer__ggml__model=(8, struct.pack("<Q", 2) + b"t5"), tokenizer__ggml__pre=None,
+        tokenizer__ggml__scores=array(6, struct.pack("<f", 0) * 257, 257),
+        tokenizer__ggml__add_bos_token=(7, b"\1"), tokenizer__ggml__bos_token_id=None),
     "a map of characters that points out of itself": dict(
         tokenizer__ggml__model=(8, struct.pack("<Q", 2) + b"t5"), tokenizer__ggml__pre=None,
         tokenizer__ggml__scores=array(6, struct.pack("<f", 0) * 257, 257),
@@ -203,6 +229,7 @@ def test_vocabularies_that_have_broken_loaders(tmp_path, case):
 
 SIZES = {
     "no layers": dict(qwen3moe__block_count=u32(0)),
+    "llama.cpp 25821, one layer more than llama.cpp has places for": dict(qwen3moe__block_count=u32(513)),
     "absurdly many layers": dict(qwen3moe__block_count=u32(2**31 - 1)),
     "no heads": dict(qwen3moe__attention__head_count=u32(0)),
     "no heads of keys": dict(qwen3moe__attention__head_count_kv=u32(0)),
@@ -228,6 +255,113 @@ def test_sizes_that_contradict_the_tensors(tmp_path, case):
     path = changed(fuzz_gguf.write_bases(tmp_path)[0], **SIZES[case])
     result = fuzz_gguf.outcome(path)
     assert fuzz_gguf.is_fine(result), result
+
+
+def retyped(path: Path, name: str, kind: gguf.GGMLQuantizationType) -> Path:
+    """With zeros of another type in the tensors that are called so in any layer."""
+    file = fuzz_gguf.parse(path.read_bytes())
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data, tensors, n_changed = b"", [], 0
+    for entry in file.tensors:
+        n = int(np.prod(entry.dims))
+        raw = file.data[entry.offset :][: 4 * n]
+        if entry.name.decode().endswith(name):
+            assert entry.dims[0] % block == 0
+            entry, raw, n_changed = entry._replace(type=kind), bytes(n // block * size), n_changed + 1
+        data += bytes(-len(data) % 32)
+        tensors.append(entry._replace(offset=len(data)))
+        data += raw
+    assert n_changed
+    path.write_bytes(fuzz_gguf.written(file._replace(tensors=tensors, data=data)))
+    return path
+
+
+TYPES = gguf.GGMLQuantizationType
+NO_WEIGHTS = (TYPES.F64, TYPES.I8, TYPES.I16, TYPES.I64)
+BY_NATIVE_CODE = (TYPES.I32, TYPES.F16, TYPES.BF16)
+WEIGHTS = {
+    # of which model, and in which other types it can be: in all others it is refused
+    "token_embd.weight": (other_models.write_dense, (TYPES.F16, TYPES.BF16, TYPES.Q8_0, TYPES.IQ4_NL)),
+    "attn_q.weight": (other_models.write_dense, (TYPES.F16, TYPES.BF16, TYPES.Q8_0, TYPES.Q4_1, TYPES.MXFP4)),
+    "attn_norm.weight": (other_models.write_dense, ()),
+    "ffn_down_exps.weight": (odd_models.write_qwen3moe, (TYPES.F16, TYPES.BF16, TYPES.Q4_0, TYPES.Q5_1)),
+    "ffn_gate_inp.weight": (odd_models.write_qwen3moe, (TYPES.F16, TYPES.BF16, TYPES.Q8_0)),
+    "ssm_conv1d.weight": (other_models.write_mamba, ()),
+    "ssm_a": (other_models.write_mamba, ()),
+    "ssm_dt.bias": (other_models.write_mamba, ()),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_any_type(tmp_path, name):
+    """llama.cpp runs a graph with what its kernels do not take, and ends the process in the midst of it: weights in float64 by
+    a null pointer, norms in float16 by an abort."""
+    write, fit = WEIGHTS[name]
+    path = write(tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    for kind in (*fit, *NO_WEIGHTS, *BY_NATIVE_CODE):
+        path.write_bytes(whole)
+        result = fuzz_gguf.outcome(retyped(path, name, kind))
+        wanted = "works" if kind in fit else "GGUFError" if kind in NO_WEIGHTS else "refused"
+        assert result == wanted, (kind.name, result)
+
+
+def test_what_a_weight_of_a_wrong_type_is_called(tmp_path):
+    path = retyped(other_models.write_dense(tmp_path / "m.gguf"), "attn_q.weight", TYPES.F64)
+    with pytest.raises(GGUFError, match=r"m.gguf: blk.0.attn_q.weight is stored as F64, .* wanted a floating-point type"):
+        Llama(path)
+
+
+def test_experts_of_a_type_in_an_expert_cache(tmp_path):
+    """Where they are left in the file, llama.cpp does not look at what they are."""
+    path = retyped(odd_models.write_qwen3moe(tmp_path / "m.gguf"), "ffn_down_exps.weight", TYPES.I32)
+    with pytest.raises((ValueError, RuntimeError), match="Failed to"):
+        Llama(path, n_ctx=64, verbose=False, repack=False, expert_cache="16MB")
+
+
+def write_adapter(path: Path, model: Path, n_expert: int, dtype=np.float32, **strings) -> Path:
+    """A LoRA adapter of rank 2 for the experts' last matrices in the first layer."""
+    with GGUFFile(model) as file:
+        n_embd, n_ff = (file.get(f"qwen3moe.{key}") for key in ("embedding_length", "expert_feed_forward_length"))
+    writer = gguf.GGUFWriter(str(path), "qwen3moe")
+    for key, value in {"general.type": "adapter", "adapter.type": "lora", **strings}.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32)
+    writer.add_float32("adapter.lora.alpha", 2.0)
+    rng = np.random.default_rng(0)
+    for end, shape in (("a", (n_expert, 2, n_ff)), ("b", (n_expert, n_embd, 2))):
+        writer.add_tensor(f"blk.0.ffn_down_exps.weight.lora_{end}", rng.standard_normal(shape).astype(dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_adapters(tmp_path):
+    """llama.cpp 29128: an adapter for fewer experts than the model has, of which those beyond would be read and written."""
+    model = odd_models.write_qwen3moe(tmp_path / "m.gguf")
+    sizes = dict(n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
+    n_expert = 8
+
+    def logits(**kwargs):
+        llm = Llama(model, **sizes, **kwargs)
+        llm.eval([1, 2, 3])
+        found = llm.scores[:3].copy()
+        llm.close()
+        return found
+
+    right = write_adapter(tmp_path / "right.gguf", model, n_expert)
+    assert not np.allclose(logits(), logits(lora_path=right))
+    wrong = [
+        write_adapter(tmp_path / "fewer.gguf", model, n_expert - 1),
+        write_adapter(tmp_path / "one.gguf", model, 1),
+        write_adapter(tmp_path / "more.gguf", model, n_expert + 1),
+        write_adapter(tmp_path / "f64.gguf", model, n_expert, np.float64),
+        write_adapter(tmp_path / "key.gguf", model, n_expert, **{"adapter.type": 1}),
+    ]
+    for path in wrong:
+        with pytest.raises(ValueError, match="lora_path: llama.cpp cannot use"):
+            Llama(model, **sizes, lora_path=path)
 
 
 PLANS = {

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -199,6 +200,70 @@ def test_split_disk_full(tiny_split, out):
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
     refused(tiny_split[0], "-o", out / "m.gguf", expect="could not be written", preexec_fn=limit)
     assert list(out.iterdir()) == []
+
+
+def killed(moment: int, source: Path, target: Path) -> bool:
+    """Writes in a child that gets SIGKILL before the given one of the steps in which files are put into their places. Whether
+    it came to that."""
+    pid = os.fork()
+    if pid == 0:
+        left, rename_all = [moment], output._rename_all
+
+        def step(function, *args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        def from_here_on(*args):
+            os.replace = functools.partial(step, os.replace)
+            Path.unlink = functools.partialmethod(lambda *args, **kw: step(unlink, *args, **kw))
+            rename_all(*args)
+
+        unlink, output._rename_all, code = Path.unlink, from_here_on, 1
+        try:
+            model = metadata.read(source)
+            output.write_planned(source, target, model.plan, model.profile)
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def test_split_is_replaced_by_a_run_that_is_killed(tiny_split, out):
+    """At whatever step: the old model or the new one as a whole, or none by that name until the next run, which leaves nothing."""
+    targets = output.target_paths(out / "m.gguf", 3)
+    old = {path.name: f"precious {path.name}" for path in targets}
+    seen = set()
+    for moment in range(20):
+        for path in out.iterdir():
+            path.unlink()
+        for path in targets:
+            path.write_text(old[path.name])
+        if not killed(moment, tiny_split[0], out / "m.gguf"):
+            break
+        first = targets[0].read_bytes() if targets[0].exists() else None
+        assert first in (None, old[targets[0].name].encode()) or b"precious" not in b"".join(map(Path.read_bytes, targets))
+        with claim.claimed(out / "m.gguf"):
+            pass
+        found = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert found.keys() == old.keys()
+        kept = all(found[name] == text.encode() for name, text in old.items())
+        assert kept or (metadata.read(targets[0]).plan and b"precious" not in b"".join(found.values()))
+        seen.add(kept)
+    assert moment > 8 and seen == {True, False}
+
+
+def test_replanned_in_one_step(tiny_split, out, monkeypatch):
+    """What differs is the first file alone, so that no moment is without an output."""
+    run(tiny_split[0], "--budget", "0.5", "-o", out / "m.gguf")
+    model, calls, rename = metadata.read(tiny_split[0]), [], os.replace
+    monkeypatch.setattr(output.os, "replace", lambda *args: (calls.append(args), rename(*args)))
+    output.write_planned(tiny_split[0], out / "m.gguf", model.plan, model.profile)
+    assert [target.name for _, target in calls] == ["m-00001-of-00003.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("failing", range(6))

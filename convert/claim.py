@@ -10,7 +10,8 @@ from typing import IO, Iterator, Optional
 
 from allocmoe_edge.output_file import followed
 
-from . import ConvertError, output as output_files
+from . import ConvertError
+from . import output as output_files
 
 try:
     import fcntl

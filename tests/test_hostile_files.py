@@ -119,9 +119,7 @@ CASES = {
     "ggml 1516, an array of 1 GiB that is not there": header(0, 2)
     + ARCH
     + key(b"a", 9, struct.pack("<IQ", 10, 2**30) + b"x"),
-    "ggml 1516, an array of as many strings": header(0, 2)
-    + ARCH
-    + key(b"a", 9, struct.pack("<IQ", 8, 2**30) + b"x"),
+    "ggml 1516, an array of as many strings": header(0, 2) + ARCH + key(b"a", 9, struct.pack("<IQ", 8, 2**30) + b"x"),
     "ggml 1516, an alignment of 1 GiB": header(2, 2)
     + ARCH
     + key(b"general.alignment", 4, struct.pack("<I", 2**30))
@@ -308,7 +306,9 @@ def test_weights_of_any_type(tmp_path, name):
 
 def test_what_a_weight_of_a_wrong_type_is_called(tmp_path):
     path = retyped(other_models.write_dense(tmp_path / "m.gguf"), "attn_q.weight", TYPES.F64)
-    with pytest.raises(GGUFError, match=r"m.gguf: blk.0.attn_q.weight is stored as F64, .* wanted a floating-point type"):
+    with pytest.raises(
+        GGUFError, match=r"m.gguf: blk.0.attn_q.weight is stored as F64, .* wanted a floating-point type"
+    ):
         Llama(path)
 
 
@@ -325,7 +325,9 @@ def write_adapter(path: Path, model: Path, n_expert: int, dtype=np.float32, **st
         n_embd, n_ff = (file.get(f"qwen3moe.{key}") for key in ("embedding_length", "expert_feed_forward_length"))
     writer = gguf.GGUFWriter(str(path), "qwen3moe")
     for key, value in {"general.type": "adapter", "adapter.type": "lora", **strings}.items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32)
+        writer.add_key_value(
+            key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32
+        )
     writer.add_float32("adapter.lora.alpha", 2.0)
     rng = np.random.default_rng(0)
     for end, shape in (("a", (n_expert, 2, n_ff)), ("b", (n_expert, n_embd, 2))):

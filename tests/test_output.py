@@ -245,7 +245,9 @@ def test_split_is_replaced_by_a_run_that_is_killed(tiny_split, out):
         if not killed(moment, tiny_split[0], out / "m.gguf"):
             break
         first = targets[0].read_bytes() if targets[0].exists() else None
-        assert first in (None, old[targets[0].name].encode()) or b"precious" not in b"".join(map(Path.read_bytes, targets))
+        assert first in (None, old[targets[0].name].encode()) or b"precious" not in b"".join(
+            map(Path.read_bytes, targets)
+        )
         with claim.claimed(out / "m.gguf"):
             pass
         found = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -3,6 +3,8 @@
 #
 # make test-vulkan    build for Vulkan into build/vulkan and test that on Mesa's software device; needs packages, see docs/gpu.md
 # make sanitize       our native code under the address, undefined-behaviour and thread sanitizers, and the tests that run it
+# make fuzz           coverage-guided fuzzing of what we read, in C++ and, with Atheris installed, in Python; needs clang++
+#                     (FUZZ_CXX=clang++-16), FUZZ_SECONDS=... for each
 # make test-install   what the README shows, in a second environment with the wheel and its base dependencies alone
 # make lint           ruff, mypy and clang-format; make format puts right what they can
 # make tidy           clang-tidy over our native code: a minute or two, and it needs llama.cpp's source as a build does
@@ -19,7 +21,7 @@ SOURCES := pyproject.toml $(wildcard allocmoe_commands/*.py allocmoe_edge/*.py a
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread test-install lint format tidy clean
+.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread fuzz test-install lint format tidy clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -83,6 +85,25 @@ sanitize-thread: $(VENV)/.installed-test
 	rm -f $(TSAN).log.*
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(CURDIR)/$(TSAN).log \
 	$(call SANITIZED_PYTEST,libtsan,$(TSAN),device_code expert_cache sharing)
+
+# Our readers and ggml's GGUF reader are compiled into the program, for coverage; the rest is the package's. An enum that a file
+# has out of its range is checked by upstream after it was read, hence -fno-sanitize=enum.
+FUZZ      := build/fuzz
+FUZZ_CXX  ?= clang++
+FUZZ_SECONDS ?= 600
+FUZZ_ARGS := $(FUZZ)/seeds -max_total_time=$(FUZZ_SECONDS) -max_len=20000 -print_final_stats=1
+fuzz: $(VENV)/.installed
+	mkdir -p $(FUZZ)/native $(FUZZ)/python
+	$(VENV)/bin/python tests/fuzz/seeds.py $(FUZZ)
+	llama_cpp=$$($(VENV)/bin/python native/prepare.py | tail -1) && lib=$$($(VENV)/bin/python -c "import allocmoe_edge._native as n; print(n.LIB_DIR)") && \
+	$(FUZZ_CXX) -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize=enum -fno-sanitize-recover=all -Inative \
+		$$(printf -- "-I$$llama_cpp/%s " src include ggml/include ggml/src) tests/fuzz/native_fuzz.cpp \
+		$(addprefix native/allocmoe-,file.cpp budget.cpp plan.cpp estimator.cpp) $$llama_cpp/ggml/src/gguf.cpp \
+		$$lib/libllama.so $$lib/libggml.so $$lib/libggml-base.so -Wl,-rpath,$$lib -o $(FUZZ)/native_fuzz
+	ALLOCMOE_FUZZ_MODEL=$(FUZZ)/planned.gguf ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		$(FUZZ)/native_fuzz $(FUZZ)/native $(FUZZ_ARGS) -artifact_prefix=$(FUZZ)/native-
+	! $(VENV)/bin/python -c "import atheris" 2>/dev/null || ALLOCMOE_FUZZ_MODEL=$(FUZZ)/planned.gguf \
+		$(VENV)/bin/python tests/fuzz/python_fuzz.py $(FUZZ)/python $(FUZZ_ARGS) -artifact_prefix=$(FUZZ)/python-
 
 FRESH := build/fresh
 test-install: $(VENV)/.installed

@@ -64,7 +64,7 @@ class Llama(CheckedLlama):
     - `save_state`, `expert_stats`, `tokenize` and the like change nothing.
     - `reset`, `load_state`, `eval`, `embed`, `close` and another completion end it: they do what they do, and reading on
       raises a `GenerationError`. From a callback of the completion (a logits processor, a stopping criterion) they are
-          refused with that error.
+          refused with that error. What such a callback raises ends the completion, and is raised by it.
 
     Several threads may share one: a call waits until that of another thread has ended, a completion that is not streamed as a
     whole. A stream is a call for each part of it, so all that is said above holds between its parts for other threads, too. Only

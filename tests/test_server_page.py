@@ -173,6 +173,13 @@ def test_a_model_without_experts(browser, dense_path, tmp_path):
         send(browser, "Hello")
         assert browser.run("document.querySelector('.assistant').textContent")
         assert not errors(browser)
+        # a message that is refused is no part of the talk, which goes on
+        send(browser, "word " * 3000)
+        assert "exceeds the available context" in browser.run("document.querySelector('.error').textContent")
+        send(browser, "Hello again")
+        talk = browser.run("[...document.querySelectorAll('#one .talk div')].map(x => x.className)")
+        assert talk == ["user", "assistant", "user", "error", "user", "assistant"]
+        assert browser.run("columns[0].messages.length") == 4
 
 
 def test_several_models_to_choose_from(browser, testbed_path, dense_path, tmp_path):

@@ -109,7 +109,7 @@ def browser(tmp_path):
 def url(testbed_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     path = plan_under_rule(testbed_path, folder / "planned.gguf", "off")
-    with serving(folder, path, "-c", "2048", "-np", "2", "-n", "24") as (url, _, _):
+    with serving(folder, path, "-c", "2048", "-np", "2", "-n", "24", "--ignore-eos") as (url, _, _):
         yield url
 
 

@@ -52,9 +52,9 @@ def check(model: Path, before: bytes, out: Path, expected: bytes) -> None:
 def test_killed_at_random_moments(model, whole, out):
     expected, seconds = whole
     before, rng, reached = model.read_bytes(), random.Random(0), set()
-    for i in range(20):
+    for i in range(50):
         process = subprocess.Popen(command(model, out / "o.gguf"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        time.sleep(seconds * (i + rng.random()) / 20)
+        time.sleep(seconds * (i + rng.random()) / 50)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         check(model, before, out, expected)

@@ -105,7 +105,7 @@ def test_missing_file(tmp_path):
 
 
 def test_folder_instead_of_file(tmp_path):
-    with pytest.raises(GGUFError, match="no such file"):
+    with pytest.raises(GGUFError, match="a folder; of a model"):
         metadata.read(tmp_path)
 
 

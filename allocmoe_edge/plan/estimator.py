@@ -235,7 +235,8 @@ def from_blocks(blocks: np.ndarray, n: int) -> np.ndarray:
     of_block = blocks.reshape(*blocks.shape[:-1], n_blocks, _BLOCK_BYTES)
     scale = np.ascontiguousarray(of_block[..., :2]).view("<f2").astype(np.float32)
     nibbles = np.concatenate([of_block[..., 2:] & 15, of_block[..., 2:] >> 4], axis=-1)
-    values = scale * (nibbles.astype(np.float32) - 8)
+    with np.errstate(invalid="ignore"):  # an infinite scale of a damaged file, which is refused with the values
+        values = scale * (nibbles.astype(np.float32) - 8)
     return np.ascontiguousarray(values.reshape(*blocks.shape[:-1], n_blocks * BLOCK)[..., :n])
 
 

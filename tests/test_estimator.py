@@ -320,7 +320,10 @@ def changed(path, target, **keys):
         (dict(estimator__down=np.zeros(14)), "estimator.down: found float64 array, want an array of uint64"),
         (dict(estimator__down=np.zeros(13, np.uint64)), "estimator.down: found 13 entries, want 14"),
         (dict(estimator__up=np.full(144, 2**64 - 1, np.uint64)), "estimator.up: found NaN or infinity"),
-        (dict(estimator__up=np.frombuffer((b"\0\x7c" + b"\x88" * 16) * 64, np.uint64)), "estimator.up: found NaN or infinity"),
+        (
+            dict(estimator__up=np.frombuffer((b"\0\x7c" + b"\x88" * 16) * 64, np.uint64)),
+            "estimator.up: found NaN or infinity",
+        ),
         (dict(estimator__output=np.full(8, 2**64 - 1, np.uint64)), "estimator.output: found NaN or infinity"),
         (dict(estimator__n_relu=None), "estimator.n_relu: found None"),
         (dict(table__expert_used_count=np.zeros(20, np.uint8)), "table.expert_used_count: found 20 entries, want 21"),

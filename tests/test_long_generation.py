@@ -104,7 +104,9 @@ def test_counts_do_not_drift(tmp_path, rule):
             assert (stats["tokens"] == part).all()
             spent.append(float(stats["mean"].sum()))
             shares.append(distinct(text))
-        print(f"{rule} {budget}: {plan.budget_total} planned, {min(spent):.3f} to {max(spent):.3f} spent, {min(shares):.3f} distinct")
+        print(
+            f"{rule} {budget}: {plan.budget_total} planned, {min(spent):.3f} to {max(spent):.3f} spent, {min(shares):.3f} distinct"
+        )
         if rule in ("off", "batch"):
             assert spent == [plan.budget_total] * 8
         elif plan.strict:

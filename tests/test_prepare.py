@@ -1,8 +1,10 @@
 """native/prepare.py: the pin, and patches that apply exactly or not at all."""
 
+from importlib import metadata
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -91,3 +93,25 @@ def test_missing_local_archive_is_named(env, tmp_path):
     done = prepare(NATIVE, **{**env, "ALLOCMOE_UPSTREAM_ARCHIVE": str(tmp_path / "none.tar.gz")})
     assert done.returncode != 0
     assert "ALLOCMOE_UPSTREAM_ARCHIVE: no such file" in done.stderr
+
+
+def test_bill_of_materials(env):
+    """Names what is installed, the pinned archive, and all that it carries."""
+    tree = Path(prepare(NATIVE, **env).stdout.split()[-1])
+    done = subprocess.run(
+        [sys.executable, NATIVE / "sbom.py"], capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr
+    bill = json.loads(done.stdout)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    found = {each["name"]: each for each in bill["components"]}
+    assert found["llama.cpp"]["hashes"] == [{"alg": "SHA-256", "content": PIN["sha256"]}]
+    for name in ("llama-cpp-python", "numpy", "cffi", "gguf", "tqdm", "jinja2"):
+        assert found[name]["version"] == metadata.version(name)
+    carried = found["llama.cpp"]["components"]
+    assert all(each["licenses"] for each in carried)
+    versions = {each["name"]: each.get("version", "1") for each in carried}
+    assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in versions.values()), versions
+    named = set(re.findall(r'"((?:hash/)?[\w-]+)/[\w.-]+\.h(?:pp)?"', (NATIVE / "sbom.py").read_text()))
+    folders = {path for path in (*(tree / "vendor").iterdir(), *(tree / "vendor" / "hash").iterdir()) if path.is_dir()}
+    assert named == {path.relative_to(tree / "vendor").as_posix() for path in folders} - {"hash"}

@@ -547,6 +547,8 @@ class Llama(CheckedLlama):
     def second_context(self, budget: Budget, n_threads: Optional[int] = None) -> SecondContext:
         """For drafts: another context of this model, at a budget of its own and under the token rule of the file.
 
+        Another thread may compute with it while one computes with this `Llama`, unless there is an expert cache.
+
         Args:
             budget: as in the constructor.
             n_threads: None for as many as this one has.

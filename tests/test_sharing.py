@@ -199,6 +199,25 @@ def test_two_models_with_different_plans(planned):
     """)  # fmt: skip
 
 
+def test_two_contexts_of_one_model(planned):
+    """Each at its own budget, by its own thread, at the same time."""
+    run(planned, """
+        import numpy as np
+        llm.set_budget(1.0)
+        second = llm.second_context(0.4)
+        def steps(context):
+            return np.concatenate([context.decode([token], n).copy() for n, token in enumerate(range(10, 30))])
+        alone = steps(llm), steps(second)
+        assert not np.allclose(*alone)
+        def work(context, wanted):
+            for _ in range(10):
+                assert np.array_equal(steps(context), wanted)
+        at_once(lambda: work(llm, alone[0]), lambda: work(second, alone[1]))
+        second.close()
+        assert np.array_equal(steps(llm), alone[0])
+    """)  # fmt: skip
+
+
 def test_budget_that_another_thread_changes_while_a_stream_runs(planned):
     """Between two tokens; what comes afterwards is of the budget that was set last."""
     run(planned, """

@@ -94,6 +94,7 @@ class Chat:
     ):
         self._llm, self._terminal, self._options, self._max_tokens = llm, terminal, options, max_tokens
         self._head: Messages = [{"role": "system", "content": system}] if system else []
+        self._own_head = self._head
         self._messages: Messages = []
         self._last: Optional[Reply] = None
         self._stopping = self._reading = False
@@ -312,7 +313,9 @@ class Chat:
     def load(self, name: str) -> None:
         messages = read_chat(Path(os.path.expanduser(name)))
         n_head = int(bool(messages) and messages[0]["role"] == "system")
-        self._head, self._messages = messages[:n_head], messages[n_head:]
+        if n_head and self._own_head and messages[:1] != self._own_head:
+            self._terminal.warn("(the system message in the file takes the place of --system)")
+        self._head, self._messages = messages[:n_head] or self._own_head, messages[n_head:]
         self._last = None
         self._terminal.note(f"({len(self._messages)} messages)")
 

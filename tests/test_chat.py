@@ -258,6 +258,19 @@ def test_the_file_on_the_page(tiny, tmp_path):
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads(text)
 
 
+def test_whose_system_message(tiny, tmp_path):
+    """A file's own, else that of --system."""
+    user = {"role": "user", "content": "Hello"}
+    for name, messages in (("none", [user]), ("own", [{"role": "system", "content": "Own"}, user])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"messages": messages}))
+    lines = "/save a.json\n/load own.json\n/save b.json\n/load none.json\n/save c.json\n"
+    done = piped(lines, tiny, "--system", "Given", "--load", "none.json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "(the system message in the file takes the place of --system)\n"
+    heads = [json.loads((tmp_path / f"{name}.json").read_text())["messages"][0]["content"] for name in "abc"]
+    assert heads == ["Given", "Own", "Given"]
+
+
 def test_odd_text_in_a_pipe(tiny, tmp_path):
     """Bytes that are no text, a NUL, a surrogate from a file; in a locale that knows ASCII only."""
     (tmp_path / "a.json").write_text('{"messages": [{"role": "user", "content": "\\ud800"}]}')

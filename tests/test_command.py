@@ -112,6 +112,19 @@ def test_reader_that_stops_reading():
     assert (done.stdout, done.stderr) == ("x", "141\n")
 
 
+# a command that says when its imports begin: before that, it is Python itself that begins
+BEGINS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import allocmoe_commands
+real = allocmoe_commands.importlib.import_module
+def import_module(name):
+    print(flush=True)
+    return real(name)
+allocmoe_commands.importlib.import_module = import_module
+"""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
 @pytest.mark.parametrize(
     "command, seconds",
@@ -120,7 +133,7 @@ def test_reader_that_stops_reading():
 )
 def test_interrupt_while_a_command_begins(command, seconds):
     """As the installed script calls it: most of this time goes into imports."""
-    script = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nimport allocmoe_commands\nprint(flush=True)\nraise SystemExit(allocmoe_commands.{command}())"
+    script = BEGINS + f"raise SystemExit(allocmoe_commands.{command}())"
     command = [sys.executable, "-c", script, "none.gguf"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -11,9 +11,14 @@ _KEPT = 31
 # plain steps that are timed before anything is drafted
 _FIRST = 4
 # the share of the time that trials may cost, and what they may cost before that, in plain steps
-_SHARE, _AT_ONCE = 0.01, 16
+_SHARE, _AT_ONCE = 0.01, 6
+# drafts after which it is known whether they pay, and what may be saved up for trials from then on, unless one takes more
+_LEARNT, _SAVED = 6, 2
+# what is taken for granted before it is measured: of a plain step, each further token of a verification, and a drafted one; of a
+# token of the prompt, one that the draft reads
+_FURTHER, _DRAFTED, _READ = 0.5, 0.3, 0.5
 # losses after which nothing is drafted until the share has made up for them, in plain steps
-_AT_MOST = 16
+_AT_MOST = 8
 # drafting has to be so much faster than plain steps
 _MARGIN = 0.02
 # tokens of a trial; of the text that is to be written, where none has been; of a prompt that tells how fast prompts are read
@@ -29,7 +34,7 @@ class DraftLength:
 
     With a share `a` of drafted tokens accepted, n drafted ones yield (1 - a**(n + 1)) / (1 - a) tokens a step (Leviathan et al.,
     2023, eq. 1). What a step takes is measured: medians of the last values, for verifying each number of tokens and for
-    drafting one. Where it does not pay, a draft is tried now and then: trials may lose the time of 16 plain steps, once, and 1%
+    drafting one. Where it does not pay, a draft is tried now and then: trials may lose the time of 6 plain steps at first, and 1%
     of the time spent.
 
     Args:
@@ -45,8 +50,10 @@ class DraftLength:
         self._prompt: Optional[float] = None
         self._texts: Deque[int] = deque(maxlen=_KEPT)
         self._accepted, self._judged = 1.5, 2.0
+        # what trials may lose now, and at most
         self._credit: Optional[float] = None
-        self._since_plain = 0
+        self._saved = 0.0
+        self._since_plain = self._n_judged = 0
 
     # what was measured, in seconds
 
@@ -71,6 +78,7 @@ class DraftLength:
 
     def judged(self, n_drafted: int, n_accepted: int) -> None:
         """The model has accepted so many of the drafted tokens, which are the first ones."""
+        self._n_judged += 1
         self._accepted = _FADING * self._accepted + n_accepted
         self._judged = _FADING * self._judged + n_accepted + (n_accepted < n_drafted)
 
@@ -79,7 +87,7 @@ class DraftLength:
         if self._credit is not None:
             # a plain one is none, however long it took
             loss = seconds - n_tokens * self.verification_seconds(1) if n_drafted else 0.0
-            self._credit = min(self._credit + _SHARE * seconds - loss, _AT_ONCE * self.verification_seconds(1))
+            self._credit = min(self._credit + _SHARE * seconds - loss, self._saved)
 
     def wrote(self, n_tokens: int) -> None:
         """A text has ended that had so many tokens."""
@@ -94,8 +102,8 @@ class DraftLength:
 
     @property
     def draft_seconds(self) -> float:
-        """Of one drafted token; of a plain step where none has been drafted."""
-        return statistics.median(self._drafting) if self._drafting else self.verification_seconds(1)
+        """Of one drafted token; a guess where none has been drafted."""
+        return statistics.median(self._drafting) if self._drafting else _DRAFTED * self.verification_seconds(1)
 
     def verification_seconds(self, n_tokens: int) -> float:
         """Of so many tokens at once: on a straight line between the numbers that were measured, and beyond them."""
@@ -104,7 +112,7 @@ class DraftLength:
             return times[n_tokens]
         known = sorted(times)
         if len(known) == 1:
-            return times[known[0]] * n_tokens / known[0]
+            return times[known[0]] * (1 + _FURTHER * (n_tokens - 1)) / (1 + _FURTHER * (known[0] - 1))
         at = max(1, next((i for i, n in enumerate(known) if n > n_tokens), len(known) - 1))
         low, high = known[at - 1], known[at]
         slope = max(0.0, (times[high] - times[low]) / (high - low))
@@ -131,7 +139,7 @@ class DraftLength:
             return 0, False
         plain = self.verification_seconds(1)
         if self._credit is None:
-            self._credit = _AT_ONCE * plain
+            self._credit = self._saved = _AT_ONCE * plain
         if self._credit < -_AT_MOST * plain or self._since_plain >= _PLAIN_EVERY:
             return 0, False
         if self._drafting and len(self._verifying) > 1:
@@ -148,9 +156,11 @@ class DraftLength:
                     return best, whole
         n = min(_TRIAL, most)
         loss = self._seconds_to_read(n_late) + n * self.draft_seconds + self.verification_seconds(n + 1) - plain
+        self._saved = max((_AT_ONCE if self._n_judged < _LEARNT else _SAVED) * plain, loss)
+        self._credit = min(self._credit, self._saved)
         return (n if loss <= self._credit else 0), False
 
     def _seconds_to_read(self, n_tokens: int) -> float:
         if self._reading:
             return n_tokens * statistics.median(self._reading)
-        return n_tokens * (self.verification_seconds(1) if self._prompt is None else self._prompt)
+        return n_tokens * _READ * (self.verification_seconds(1) if self._prompt is None else self._prompt)

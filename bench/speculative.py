@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Measures drafts: what verifying costs at a model's true shape, what drafts gain at which acceptance, and real drafts on real text.
 
-    python bench/speculative.py replay olmoe.gguf [--budget 0.5]               # random weights will do
+    python bench/speculative.py replay olmoe.gguf [--experts 4]                # random weights will do
     python bench/speculative.py real model-half.gguf --prompts prompts.txt     # one prompt a line
+    python bench/speculative.py limit model-half.gguf --text prose.txt         # token by token
+    python bench/speculative.py limit olmoe.gguf                               # its time alone: random weights and estimates
 
 replay: the model writes a text, by sampling with a seed; then drafts replay it, each token spoilt with a set probability, so that
 the share that is accepted is known. They cost nothing themselves; what a draft may cost follows from what verifying takes. The
@@ -10,8 +12,11 @@ text is the same every time, bit for bit, so all runs compute the same tokens.
 
 real: the drafts themselves, greedy, on each prompt.
 
-Methods take turns in one process, on one loaded model: none, each draft, none, each draft. Every line is the median of the
-turns' quotients of times; behind it the least and the largest.
+limit: verifications of 5 tokens of a text, all of them accepted, under a verification_budget: each token's divergence from the
+same without a limit, and what it takes. Without --text the estimates are random ones, with thresholds that spend half.
+
+With and without drafts takes turns, 16 tokens and 16 tokens, in one text. Every line is the median of the neighbours' quotients of
+times; behind it the quartiles.
 """
 
 from __future__ import annotations
@@ -23,11 +28,14 @@ import time
 from typing import Dict, List
 
 from allocmoe_edge import DraftModel, Llama
+import expert_cache
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 import numpy as np
 
 SAMPLING = dict(temp=1.0, top_k=0, top_p=1.0, min_p=0.0)  # random weights have no likeliest token
+SEGMENT = 16
 LENGTHS = (2, 4, 8)
+N_VERIFIED = 5
 COSTS = (0.0, 0.05, 0.1, 0.25, 0.5)
 
 
@@ -43,42 +51,56 @@ class Replay(LlamaDraftModel):
         return np.where(self.right[here], self.text[here], (self.text[here] + 1) % self.n_vocab)
 
 
-def write(llm: Llama, prompt: List[int], n_tokens: int, **options):
-    """(tokens, seconds of all but the first, which comes with the prompt)."""
+class InTurns(DraftModel):
+    """Drafts for SEGMENT tokens and more, up to the end of a step, then for as many does not, and notes how long each took."""
+
+    def __call__(self, input_ids, /, **kwargs):
+        now, n_tokens = time.perf_counter(), len(input_ids)
+        begin = getattr(self, "segment", None)
+        if begin is None or n_tokens < begin[1]:
+            self.segments, begin = [], (now, n_tokens, False)
+        elif n_tokens - begin[1] >= SEGMENT:
+            self.segments.append((begin[2], (now - begin[0]) / (n_tokens - begin[1])))
+            begin = (now, n_tokens, not begin[2])
+        self.segment = begin
+        if begin[2]:
+            return super().__call__(input_ids)
+        self._judge(input_ids)
+        self._proposed = (n_tokens, [])
+        return np.zeros(0, np.intc)
+
+    def quotients(self) -> List[float]:
+        """Of the seconds a token of each segment without drafts, and of the one with drafts after it."""
+        return [a / b for (_, a), (drafts, b) in itertools.pairwise(self.segments) if drafts]
+
+
+def write(llm: Llama, prompt: List[int], n_tokens: int, **options) -> List[int]:
     llm.clear_cache()  # what of a prompt is computed together decides its last bits
     llm.set_seed(1)
-    steps = llm.generate(prompt, **options)
-    out = [next(steps)]
-    begin = time.perf_counter()
-    out += itertools.islice(steps, n_tokens - 1)
-    return out, time.perf_counter() - begin
+    return list(itertools.islice(llm.generate(prompt, **options), n_tokens))
 
 
-def in_turns(llm: Llama, prompt: List[int], n_tokens: int, drafts: Dict[str, object], n_turns: int, **options) -> None:
+def measure(llm: Llama, prompt: List[int], n_tokens: int, drafts: Dict[str, InTurns], **options) -> None:
     """Prints for every draft how many times as fast it is as none, and whether its text is the same."""
-    wanted, quotients, equal = None, {name: [] for name in drafts}, dict.fromkeys(drafts, True)
-    for _ in range(n_turns):
-        llm.draft_model = None
-        text, plain = write(llm, prompt, n_tokens, **options)
-        wanted = wanted or text
-        assert text == wanted
-        for name, draft in drafts.items():
-            llm.draft_model = draft
-            text, seconds = write(llm, prompt, n_tokens, **options)
-            quotients[name].append(plain / seconds)
-            equal[name] &= text == wanted
-    llm.draft_model = None
+    wanted = write(llm, prompt, n_tokens, **options)
     for name, draft in drafts.items():
-        found, all_ = draft.stats(), sorted(quotients[name])
-        lengths = sum(n * times for n, times in found["lengths"].items()) / max(1, sum(found["lengths"].values()))
+        draft.open(llm)
+        llm.draft_model = draft
+        text = write(llm, prompt, n_tokens, **options)
+        llm.draft_model = None
+        found, all_ = draft.stats(), sorted(draft.quotients())
+        draft.close(llm)
+        drafted = sum(times for n, times in found["lengths"].items() if n)
+        lengths = sum(n * times for n, times in found["lengths"].items()) / max(1, drafted)
+        quarter = len(all_) // 4
         print(
-            f"| {name} | {statistics.median(all_):.2f} ({all_[0]:.2f} to {all_[-1]:.2f}) | {found['acceptance']:.2f} | "
-            f"{found['tokens_per_step']:.2f} | {lengths:.1f} | {'the same' if equal[name] else 'another'} |",
+            f"| {name} | {statistics.median(all_):.2f} ({all_[quarter]:.2f} to {all_[-1 - quarter]:.2f}) | "
+            f"{found['acceptance']:.2f} | {lengths:.1f} in {drafted} steps | {'the same' if text == wanted else 'another'} |",
             flush=True,
         )
 
 
-HEAD = "| draft | times as fast | accepted | tokens a step | drafted a step | text |\n| --- | ---: | ---: | ---: | ---: | --- |"
+HEAD = "| draft | times as fast | accepted | drafted | text |\n| --- | ---: | ---: | ---: | --- |"
 
 
 def verification(llm: Llama, text: List[int], n_turns: int) -> Dict[int, float]:
@@ -106,8 +128,8 @@ def replay(args: argparse.Namespace) -> None:
     llm = load(args)
     rng = np.random.default_rng(0)
     prompt = rng.integers(256, llm.n_vocab() - 256, 64).tolist()
-    text = prompt + write(llm, prompt, args.tokens + 17, **SAMPLING)[0]
-    times = verification(llm, text, 3 * args.turns)
+    text = prompt + write(llm, prompt, args.tokens + 17, **SAMPLING)
+    times = verification(llm, text, args.turns)
     print("\ntokens at once, in times of one: " + ", ".join(f"{n}: {t:.2f}" for n, t in times.items()))
     print("\nacceptance from which drafts pay, by what a drafted token costs in plain ones:")
     print(", ".join(f"{cost:g}: {break_even(times, cost):.2f}" for cost in COSTS))
@@ -115,34 +137,78 @@ def replay(args: argparse.Namespace) -> None:
     for acceptance in args.acceptance:
         drafts = {}
         for n in (*LENGTHS, None):
-            draft = DraftModel(Replay(text, acceptance, llm.n_vocab()), n_draft=n)
-            draft.open(llm)
+            draft = InTurns(Replay(text, acceptance, llm.n_vocab()), n_draft=n)
             drafts[f"{acceptance:g}, {'adaptive' if n is None else n}"] = draft
-        in_turns(llm, prompt, args.tokens, drafts, args.turns, **SAMPLING)
+        measure(llm, prompt, args.tokens, drafts, **SAMPLING)
 
 
 def real(args: argparse.Namespace) -> None:
     llm = load(args)
     drafts = {
-        "lookup": DraftModel(LlamaPromptLookupDecoding()),
-        "lookup, always 4": DraftModel(LlamaPromptLookupDecoding(), n_draft=4),
-        **{f"same at {budget:g}": DraftModel.same(budget) for budget in args.same},
-        **{f"same at {budget:g}, always 3": DraftModel.same(budget, n_draft=3) for budget in args.same},
-        **{path: DraftModel(path) for path in args.draft},
+        "lookup": InTurns(LlamaPromptLookupDecoding()),
+        "lookup, always 4": InTurns(LlamaPromptLookupDecoding(), n_draft=4),
+        **{f"same at {budget:g}": InTurns.same(budget) for budget in args.same},
+        **{f"same at {budget:g}, always 3": InTurns.same(budget, n_draft=3) for budget in args.same},
+        **{path: InTurns(path) for path in args.draft},
     }
-    for draft in drafts.values():
-        draft.open(llm)
     with open(args.prompts, encoding="utf-8") as file:
         prompts = [line.rstrip("\n").replace("\\n", "\n") for line in file if line.strip()]
     for text in prompts:
         print(f"\n{text[:60]!r}\n{HEAD}")
-        in_turns(llm, llm.tokenize(text.encode()), args.tokens, drafts, args.turns, temp=0.0)
-        for draft in drafts.values():
-            draft.stats(reset=True)
+        measure(llm, llm.tokenize(text.encode()), args.tokens, drafts, temp=0.0)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def limit(args: argparse.Namespace) -> None:
+    llm = load(args)
+    if args.text:
+        with open(args.text, encoding="utf-8") as file:
+            text = llm.tokenize(file.read().encode())[: args.tokens]
+    else:
+        text = expert_cache.tokens(args.tokens, llm.n_vocab(), 0.0).tolist()
+        plan = expert_cache.half_plan(llm, np.zeros(len(llm.expert_used_count_full)))
+        llm.set_plan(expert_cache.spending(llm, plan, text[:64]))
+    shares = [None, *args.shares]
+    seconds: Dict[object, List[float]] = {share: [] for share in shares}
+    spent: Dict[object, int] = dict.fromkeys(shares, 0)
+    divergences: Dict[object, List[float]] = {share: [] for share in shares}
+    others: Dict[object, int] = dict.fromkeys(shares, 0)
+    found: Dict[object, np.ndarray] = {}
+    llm.decode(text[:32])
+    llm.expert_stats(reset=True)
+    for at in range(32, len(text) - N_VERIFIED, N_VERIFIED):
+        for share in (*shares[1:], None):  # the last one's cache is what the next tokens see
+            begin = time.perf_counter()
+            with llm.limited_union(share):
+                logits = llm.decode(text[at : at + N_VERIFIED], at, logits_all=True)
+            seconds[share].append(time.perf_counter() - begin)
+            spent[share] += llm.expert_stats(reset=True)["prefill"]["activations"].sum()
+            if share is None:
+                free = log_softmax(logits)
+            else:
+                found[share] = log_softmax(logits)
+        for share in shares[1:]:
+            divergences[share] += (np.exp(free) * (free - found[share])).sum(axis=1).tolist()
+            others[share] += (free.argmax(axis=1) != found[share].argmax(axis=1)).sum()
+    print("\n| share of the union | time | activations | divergence | another likeliest token |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for share in shares[1:]:
+        quotient = statistics.median(a / b for a, b in zip(seconds[share], seconds[None]))
+        n = len(divergences[share])
+        print(
+            f"| {share:g} | {quotient:.2f} | {spent[share] / spent[None]:.2f} | {np.mean(divergences[share]):.4f} | "
+            f"{others[share] / n:.3f} of {n} |"
+        )
 
 
 def load(args: argparse.Namespace) -> Llama:
     llm = Llama(args.model, n_ctx=2048, budget=args.budget, verbose=False)
+    if args.experts:
+        llm.set_plan([min(k, args.experts) for k in llm.expert_used_count_full])
     print(f"{args.model}: {llm.plan}; {llm.n_threads} threads", flush=True)
     return llm
 
@@ -151,15 +217,21 @@ def main() -> None:
     numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for command, tokens in ((replay, 128), (real, 200)):
+    for command, tokens in ((replay, 200), (real, 200), (limit, 400)):
         p = commands.add_parser(command.__name__)
         p.set_defaults(command=command)
         p.add_argument("model")
         p.add_argument("--budget")
+        p.add_argument(
+            "--experts", type=int, metavar="K", help="the same number in every layer, where the file has no plan"
+        )
         p.add_argument("--tokens", type=int, default=tokens)
-        p.add_argument("--turns", type=int, default=3)
         if command is replay:
+            p.add_argument("--turns", type=int, default=15, help="of the verifications of each size")
             p.add_argument("--acceptance", type=numbers, default=[0.5, 0.7, 0.85, 0.95])
+        elif command is limit:
+            p.add_argument("--text")
+            p.add_argument("--shares", type=numbers, default=[0.9, 0.75, 0.6, 0.5])
         else:
             p.add_argument("--prompts", required=True)
             p.add_argument("--same", type=numbers, default=[], help="budgets of drafts by the model itself")

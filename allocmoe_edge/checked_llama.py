@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import threading
-from typing import Any, Callable, ContextManager, Generator, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, ContextManager, Generator, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -118,6 +118,9 @@ class CheckedLlama(llama_cpp.Llama):
     n_tokens: int
     tokenizer_: Any
     draft_model: Any
+    # (begin, end) of the cached places that are no tokens, and the end of what eval() has evaluated
+    _pictures: List[Tuple[int, int]] = []
+    _end_of_text = 0
     _turn: Any  # a lock: held by the thread that works with the context
     _lora_adapter: Any
     _stack = contextlib.ExitStack()  # what __del__ closes, also where __init__ raises before it has its own
@@ -139,6 +142,7 @@ class CheckedLlama(llama_cpp.Llama):
         _check_arguments(kwargs)
         # else llama-cpp-python keeps tokens for fewer places than the context has, and fails where a text goes beyond
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
+        self._pictures = []
         with _loading:
             super().__init__(os.fsdecode(model_path), **kwargs)
         # with a draft model llama-cpp-python computes and keeps the logits of prompts, too, and has no place for those of texts
@@ -292,6 +296,7 @@ class CheckedLlama(llama_cpp.Llama):
         if self._ctx.memory is None:
             raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
         self._tokens_change("eval()")
+        self._look_for_pictures()
         if not self._is_drafted(tokens):
             super().eval(tokens)
         elif not self.verifies:
@@ -300,6 +305,20 @@ class CheckedLlama(llama_cpp.Llama):
             super().eval(tokens[: self.n_batch])
         else:
             self._verify(tokens[: self.n_batch])
+        self._end_of_text = self.n_tokens
+
+    def _look_for_pictures(self) -> None:
+        """Notes the places that a chat handler has filled with the embeddings of a picture since the last tokens."""
+        if self.n_tokens > self._end_of_text:
+            self._pictures.append((self._end_of_text, self.n_tokens))
+        elif self.n_tokens < self._end_of_text:
+            self._pictures = [(begin, end) for begin, end in self._pictures if end <= self.n_tokens]
+
+    def without_pictures(self, input_ids: np.ndarray) -> np.ndarray:
+        """Of the first cached tokens, and what is to follow them, those that are text: pictures have no tokens."""
+        for begin, end in reversed(self._pictures):
+            input_ids = np.delete(input_ids, slice(begin, end))
+        return input_ids
 
     @property
     def verifies(self) -> bool:
@@ -324,11 +343,13 @@ class CheckedLlama(llama_cpp.Llama):
     def reset(self) -> None:
         self._tokens_change("reset()")
         super().reset()
+        self._pictures, self._end_of_text = [], 0
 
     @in_turn
     def load_state(self, state) -> None:
         self._tokens_change("load_state()")
         super().load_state(state)
+        self._pictures, self._end_of_text = [], self.n_tokens
 
     @in_turn
     def sample(self, *args: Any, **kwargs: Any) -> int:

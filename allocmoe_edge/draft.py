@@ -33,6 +33,8 @@ class DraftModel(LlamaDraftModel):
     a batch: equal under greedy decoding and at equal seeds. How many tokens are proposed follows what drafting and
     verifying cost and how many are accepted, and is none where that does not pay.
 
+    Of a chat with pictures the draft sees the text alone.
+
     It belongs to one `Llama`, from which it gets its context size, and which closes it.
 
     Args:
@@ -162,8 +164,9 @@ class DraftModel(LlamaDraftModel):
             raise RuntimeError("this DraftModel belongs to no Llama: pass it as draft_model")
         # the model needs a place for each, and for the token before them
         room = min(owner.n_ctx() - len(input_ids), owner.n_batch - 1)
-        n, whole = self._choose(input_ids, room if owner.verifies else 0)
-        proposed = self._propose(input_ids, n, whole) if n > 0 else []
+        text = owner.without_pictures(input_ids)
+        n, whole = self._choose(text, room if owner.verifies else 0)
+        proposed = self._propose(text, n, whole) if n > 0 else []
         self._lengths[len(proposed)] += 1
         self._proposed = (len(input_ids), proposed)
         return np.asarray(proposed, np.intc)

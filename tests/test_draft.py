@@ -166,6 +166,51 @@ def test_callbacks_see_the_text_alone(path, plain):
     assert seen == [text[: len(text) - 30 + n] for n in range(9)]
 
 
+def put_picture(llm, n_places=6, seed=0):
+    """What llama-cpp-python's chat handlers do with a picture, when its encoder has run: embeddings in the places of tokens."""
+    n_embd, begin = llm.n_embd(), llm.n_tokens
+    batch = llama_cpp.llama_batch_init(n_places, n_embd, 1)
+    try:
+        values = np.random.default_rng(seed).standard_normal(n_places * n_embd).astype(np.float32)
+        np.ctypeslib.as_array(batch.embd, (n_places * n_embd,))[:] = values
+        batch.n_tokens = n_places
+        for i in range(n_places):
+            batch.pos[i], batch.n_seq_id[i], batch.logits[i] = begin + i, 1, i == n_places - 1
+            batch.seq_id[i][0] = 0
+        assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    llm.input_ids[begin : begin + n_places] = 2**30  # what was there before, which may be anything
+    llm.n_tokens = begin + n_places
+
+
+def with_pictures(llm, n=30, seed=0) -> list:
+    """Tokens after a prompt of text, picture, text, picture, text."""
+    llm.reset()
+    llm._ctx.kv_cache_clear()
+    for part in (b"the quick ", b"brown fox ", b"jumps over "):
+        if llm.n_tokens:
+            put_picture(llm, seed=seed)
+        llm.eval(llm.tokenize(part, add_bos=not llm.n_tokens))
+    return list(itertools.islice(llm.generate(llm.input_ids[: llm.n_tokens].tolist(), temp=0.0), n))
+
+
+@pytest.mark.parametrize("n_draft", [3, None])
+def test_a_draft_needs_no_pictures(path, plain, n_draft):
+    """It sees the text alone; what the model says of text and pictures is the same."""
+    llm = Llama(path, **SIZES, draft_model=DraftModel.same(budget=0.5, n_draft=n_draft))
+    assert with_pictures(llm) == with_pictures(plain) != with_pictures(plain, seed=1)
+    text = sum(
+        (llm.tokenize(part, add_bos=not i) for i, part in enumerate((b"the quick ", b"brown fox ", b"jumps over "))), []
+    )
+    if n_draft:
+        assert llm.draft_stats()["proposed"] > 0
+        assert llm.draft_model._proposer._cached[: len(text)] == text
+    # a text without any comes after it
+    assert tokens(llm, 20) == tokens(plain, 20)
+    assert llm.draft_model._proposer._cached[: len(llm.tokenize(PROMPT))] == llm.tokenize(PROMPT) or not n_draft
+
+
 def test_budgets_change_while_a_draft_proposes(path, plain):
     llm = Llama(path, **SIZES, draft_model=DraftModel.same(budget=0.25, n_draft=3))
     for budget in (1.0, 0.4, None):

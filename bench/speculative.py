@@ -15,7 +15,7 @@ real: the drafts themselves, greedy, on each prompt.
 limit: verifications of 5 tokens of a text, all of them accepted, under a verification_budget: each token's divergence from the
 same without a limit, and what it takes. Without --text the estimates are random ones, with thresholds that spend half.
 
-With and without drafts takes turns, 16 tokens and 16 tokens, in one text. Every line is the median of the neighbours' quotients of
+With and without drafts takes turns, 8 tokens and 8 tokens, in one text. Every line is the median of the neighbours' quotients of
 times; behind it the quartiles.
 """
 
@@ -33,7 +33,7 @@ from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecodi
 import numpy as np
 
 SAMPLING = dict(temp=1.0, top_k=0, top_p=1.0, min_p=0.0)  # random weights have no likeliest token
-SEGMENT = 16
+SEGMENT = 8
 LENGTHS = (2, 4, 8)
 N_VERIFIED = 5
 COSTS = (0.0, 0.05, 0.1, 0.25, 0.5)

@@ -312,7 +312,8 @@ class CheckedLlama(llama_cpp.Llama):
         if self.n_tokens > self._end_of_text:
             self._pictures.append((self._end_of_text, self.n_tokens))
         elif self.n_tokens < self._end_of_text:
-            self._pictures = [(begin, end) for begin, end in self._pictures if end <= self.n_tokens]
+            kept = self.n_tokens
+            self._pictures = [(begin, min(end, kept)) for begin, end in self._pictures if begin < kept]
 
     def without_pictures(self, input_ids: np.ndarray) -> np.ndarray:
         """Of the first cached tokens, and what is to follow them, those that are text: pictures have no tokens."""

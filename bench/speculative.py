@@ -44,7 +44,9 @@ class Replay(LlamaDraftModel):
 
     def __init__(self, text: List[int], acceptance: float, n_vocab: int):
         self.text, self.n_vocab = np.array(text, np.intc), n_vocab
-        self.right = np.random.default_rng(0).random(len(text)) < acceptance
+        # of each 20 tokens as many as that is, so that a short text has them too
+        rng, block = np.random.default_rng(0), np.arange(20) < round(20 * acceptance)
+        self.right = np.concatenate([rng.permutation(block) for _ in range(0, len(text), 20)])[: len(text)]
 
     def __call__(self, input_ids, /, **kwargs):
         here = slice(len(input_ids), len(input_ids) + 16)

@@ -287,8 +287,7 @@ def test_plans_from_a_side_file(tiny, tmp_path):
     assert tokens(llm, 20) == tokens(Llama(planned, **SIZES), 20)
 
 
-@pytest.mark.parametrize("rule", ["off", "threshold", "estimate"])
-@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("rule, flash_attn", [("off", False), ("threshold", True), ("estimate", False)])
 def test_tokens_are_verified_with_the_numbers_of_plain_decoding(testbed_path, tmp_path, rule, flash_attn):
     """Bit for bit, in a quantised model on the CPU, under every rule that goes by single tokens."""
     from conftest import plan_under_rule

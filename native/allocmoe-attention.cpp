@@ -1,9 +1,9 @@
-// Products of a few tokens with the key-value cache without flash attention: keys by queries, and values by probabilities.
-// Heads that share keys and values (grouped queries; with latent attention, all of them), of all tokens, are multiplied together:
-// a line of the cache is read and converted from half precision once for up to 8 of them. llama.cpp does it once for each.
+// Attention on the CPU. Heads that share keys and values (grouped queries; with latent attention, all of them), of all tokens, are
+// computed together: a line of the key-value cache is read and converted to floats once for several of them. llama.cpp does it
+// once for each.
 //
 // A token's result is the same, bit for bit, whether it comes alone or with others: so a draft is verified by the numbers that
-// plain decoding would have. llama.cpp rounds queries and probabilities to half precision where there are several tokens.
+// plain decoding would have. Without flash attention that holds for MAX_TOKENS at most.
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for ours
@@ -13,11 +13,15 @@
 
 #include "allocmoe-cpu.h"
 
+#include "common.h"
 #include "ggml-cpu-impl.h"
 #include "simd-mappings.h"
+#include "vec.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <vector>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -34,7 +38,37 @@ constexpr int LANES = 16, N_SUMS = 16;
 inline vec zero() { return _mm512_setzero_ps(); }
 inline vec load(const float * x) { return _mm512_loadu_ps(x); }
 inline vec load(const ggml_fp16_t * x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x)); }
+inline vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline void store(float * x, vec y) { _mm512_storeu_ps(x, y); }
+inline vec plus(vec a, vec b) { return _mm512_add_ps(a, b); }
+inline vec minus(vec a, vec b) { return _mm512_sub_ps(a, b); }
+inline vec times(vec a, vec b) { return _mm512_mul_ps(a, b); }
+inline vec maximum(vec a, vec b) { return _mm512_max_ps(a, b); }
 inline vec multiply_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline void transpose(vec * x) { // LANES rows of as many
+    vec y[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        y[i]     = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            const __m512d a = _mm512_castps_pd(y[i + j]), b = _mm512_castps_pd(y[i + j + 2]);
+            x[i + 2 * j]     = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        y[i]      = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
+        y[i + 4]  = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
+        y[i + 8]  = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
+        y[i + 12] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        x[i]     = _mm512_shuffle_f32x4(y[i], y[i + 8], 0x88);
+        x[i + 8] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0xdd);
+    }
+}
 // out[i]: the sum of a[i]
 inline void add_up(const vec * a, float * out) {
     vec b[8], c[4], d[2];
@@ -57,7 +91,28 @@ constexpr int LANES = 8, N_SUMS = 8;
 inline vec zero() { return _mm256_setzero_ps(); }
 inline vec load(const float * x) { return _mm256_loadu_ps(x); }
 inline vec load(const ggml_fp16_t * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
+inline vec broadcast(float x) { return _mm256_set1_ps(x); }
+inline void store(float * x, vec y) { _mm256_storeu_ps(x, y); }
+inline vec plus(vec a, vec b) { return _mm256_add_ps(a, b); }
+inline vec minus(vec a, vec b) { return _mm256_sub_ps(a, b); }
+inline vec times(vec a, vec b) { return _mm256_mul_ps(a, b); }
+inline vec maximum(vec a, vec b) { return _mm256_max_ps(a, b); }
 inline vec multiply_add(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline void transpose(vec * x) { // LANES rows of as many
+    vec y[LANES];
+    for (int i = 0; i < LANES; i += 4) {
+        const vec a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+        const vec c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+        y[i]     = _mm256_shuffle_ps(a, c, 0x44);
+        y[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        y[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        y[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        x[i]     = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+    }
+}
 inline void add_up(const vec * a, float * out) {
     const vec x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     const vec y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
@@ -70,7 +125,18 @@ constexpr int LANES = 4, N_SUMS = 16;
 inline vec zero() { return vdupq_n_f32(0.0f); }
 inline vec load(const float * x) { return vld1q_f32(x); }
 inline vec load(const ggml_fp16_t * x) { return vcvt_f32_f16(vld1_f16((const __fp16 *) x)); }
+inline vec broadcast(float x) { return vdupq_n_f32(x); }
+inline void store(float * x, vec y) { vst1q_f32(x, y); }
+inline vec plus(vec a, vec b) { return vaddq_f32(a, b); }
+inline vec minus(vec a, vec b) { return vsubq_f32(a, b); }
+inline vec times(vec a, vec b) { return vmulq_f32(a, b); }
+inline vec maximum(vec a, vec b) { return vmaxq_f32(a, b); }
 inline vec multiply_add(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+inline void transpose(vec * x) { // LANES rows of as many
+    const float32x4x2_t a = vzipq_f32(x[0], x[2]), b = vzipq_f32(x[1], x[3]);
+    const float32x4x2_t c = vzipq_f32(a.val[0], b.val[0]), d = vzipq_f32(a.val[1], b.val[1]);
+    x[0] = c.val[0], x[1] = c.val[1], x[2] = d.val[0], x[3] = d.val[1];
+}
 inline void add_up(const vec * a, float * out) {
     for (int i = 0; i < N_SUMS; i += 4) {
         vst1q_f32(out + i, vpaddq_f32(vpaddq_f32(a[i], a[i + 1]), vpaddq_f32(a[i + 2], a[i + 3])));
@@ -79,8 +145,20 @@ inline void add_up(const vec * a, float * out) {
 #endif
 
 #if defined(ALLOCMOE_SIMD)
-constexpr int64_t BLOCK      = 64; // lines of the cache that a thread takes at once
-constexpr int64_t MAX_TOKENS = 32; // a draft and the token before it; longer parts of prompts go llama.cpp's way
+constexpr int64_t MAX_TOKENS = 32; // a draft and the token before it
+
+#if defined(__ARM_FEATURE_SVE)
+// vec.h has it for vectors of any length alone
+inline vec exponential(vec x) {
+    const svbool_t lanes = svwhilelt_b32(0, LANES);
+    float values[LANES];
+    store(values, x);
+    svst1_f32(lanes, values, ggml_v_expf(lanes, svld1_f32(lanes, values)));
+    return load(values);
+}
+#else
+inline vec exponential(vec x) { return ggml_v_expf(x); }
+#endif
 
 // out[line*HEADS + head]: products of n elements
 template <int LINES>
@@ -111,6 +189,13 @@ void multiply(const ggml_fp16_t * const * lines, const float * const * heads, in
         }
     }
 }
+
+//
+// without flash attention: keys by queries, and values by probabilities. Longer parts of prompts go llama.cpp's way, which rounds
+// queries and probabilities to half precision.
+//
+
+constexpr int64_t BLOCK = 64; // lines of the cache that a thread takes at once
 
 // Lines line0 to line1 of a matrix by the heads that share it, n_heads from head0 on, of all tokens: n_columns in all.
 template <int LINES>
@@ -143,6 +228,530 @@ void multiply_block(ggml_tensor * dst, const char * matrix, int64_t line0, int64
         }
     }
 }
+
+//
+// flash attention: a tile of the cache after the other (Dao et al., 2022), with the running maximum of the scores and the sum of
+// their exponentials (Milakov and Gimelshein, 2018)
+//
+
+constexpr int64_t TILE = 64; // lines of the cache; rows, of which each is a head of a token
+
+// vectors of products kept in registers, and of them side by side
+constexpr int N_PRODUCTS = LANES == 8 ? 12 : 16, ACROSS = LANES == 8 ? 2 : 4;
+
+static_assert(TILE == ggml_fa_tile_config::Q && TILE == ggml_fa_tile_config::KV, "llama.cpp plans params->wdata for its tiles");
+
+struct flash {
+    const ggml_tensor *q, *k, *v, *mask;
+    ggml_tensor * dst;
+    const float * sinks;                     // [n_head], or null
+    int64_t n_k, n_v;                        // elements of a key, of a value
+    int64_t n_head, n_group, n_kv, n_tokens; // n_group heads share keys and values
+    float scale, softcap, max_bias;
+
+    explicit flash(ggml_tensor * node)
+        : q(node->src[0]), k(node->src[1]), v(node->src[2]), mask(node->src[3]), dst(node), sinks(node->src[4] ? (const float *) node->src[4]->data : nullptr),
+          n_k(k->ne[0]), n_v(v->ne[0]), n_head(q->ne[2]), n_group(q->ne[2] / k->ne[2]), n_kv(k->ne[1]), n_tokens(q->ne[1]) {
+        const auto * numbers = (const float *) node->op_params;
+        scale = numbers[0], max_bias = numbers[1], softcap = numbers[2];
+        if (softcap != 0.0f) {
+            scale /= softcap;
+        }
+    }
+
+    // what the mask is multiplied by (ALiBi)
+    float slope(int64_t head) const {
+        if (max_bias <= 0.0f) {
+            return 1.0f;
+        }
+        const int64_t n = int64_t(1) << int(floor(log2(double(n_head))));
+        return head < n ? powf(powf(2.0f, -max_bias / n), float(head + 1)) : powf(powf(2.0f, -max_bias / 2.0f / n), float(2 * (head - n) + 1));
+    }
+
+    const float * query(int64_t stream, int64_t head, int64_t token) const {
+        return (const float *) ((const char *) q->data + token * q->nb[1] + head * q->nb[2] + stream * q->nb[3]);
+    }
+    const char * line(const ggml_tensor * cache, int64_t stream, int64_t head, int64_t i) const {
+        const int64_t i2 = head / (n_head / cache->ne[2]), i3 = stream / (q->ne[3] / cache->ne[3]);
+        return (const char *) cache->data + i * cache->nb[1] + i2 * cache->nb[2] + i3 * cache->nb[3];
+    }
+    const ggml_fp16_t * mask_row(int64_t stream, int64_t token) const {
+        return (const ggml_fp16_t *) ((const char *) mask->data + token * mask->nb[1] + stream % mask->ne[3] * mask->nb[3]);
+    }
+    // What a row has found, [n_v] values by their weights, to what the node gives. The sink has a weight and no value.
+    void finish(int64_t stream, int64_t head, int64_t token, float max, float sum, const float * values) const {
+        float factor = 1.0f;
+        if (sinks) {
+            const float most = std::max(max, sinks[head]);
+            factor           = expf(max - most);
+            sum              = sum * factor + expf(sinks[head] - most);
+        }
+        factor     = sum == 0.0f ? 0.0f : factor / sum;
+        auto * out = (float *) ((char *) dst->data + head * dst->nb[1] + token * dst->nb[2] + stream * dst->nb[3]);
+        for (int64_t i = 0; i < n_v; ++i) {
+            out[i] = values[i] * factor;
+        }
+    }
+};
+
+// Rows of one stream whose heads share keys and values: every head of head0 to head0 + n_heads of each token.
+struct row_block {
+    int64_t stream, head0, n_heads, token0, n_tokens;
+    int64_t n_rows() const { return n_heads * n_tokens; } // at most TILE
+    int64_t head(int64_t row) const { return head0 + row % n_heads; }
+    int64_t token(int64_t row) const { return token0 + row / n_heads; }
+};
+
+// Of one thread, in params->wdata.
+struct scratch {
+    float * scores;       // [TILE lines][TILE rows]
+    float *keys, *values; // [TILE lines][n_k], [n_v]
+    float * queries;      // [n_k][TILE rows], times the scale
+    ggml_fp16_t * lines;  // [LANES][n_k]
+
+    static int64_t size(const flash & f) { return TILE * (TILE + 2 * f.n_k + f.n_v) + LANES * f.n_k / 2; }
+    scratch(const flash & f, float * work) {
+        scores  = work;
+        keys    = scores + TILE * TILE;
+        values  = keys + TILE * f.n_k;
+        queries = values + TILE * f.n_v;
+        lines   = (ggml_fp16_t *) (queries + TILE * f.n_k);
+    }
+};
+
+// What a row has found in some of the cache: the largest score, the sum of weights, and that of values by their weights.
+struct found {
+    float *max, *sum, *values;
+
+    static int64_t size(const flash & f) { return TILE * (f.n_v + 2); } // of TILE rows
+    found(float * memory) : max(memory), sum(max + TILE), values(sum + TILE) {}
+    void clear(const flash & f, int64_t row, int64_t n_rows) {
+        std::fill(max + row, max + row + n_rows, -INFINITY);
+        std::fill(sum + row, sum + row + n_rows, 0.0f);
+        memset(values + row * f.n_v, 0, n_rows * f.n_v * sizeof(float));
+    }
+    void add(const flash & f, int64_t row, const found & other, int64_t row_of_other) {
+        if (other.sum[row_of_other] == 0.0f) {
+            return;
+        }
+        const float most = std::max(max[row], other.max[row_of_other]);
+        const float mine = expf(max[row] - most), its = expf(other.max[row_of_other] - most);
+        max[row]           = most;
+        sum[row]           = sum[row] * mine + other.sum[row_of_other] * its;
+        float * to         = values + row * f.n_v;
+        const float * from = other.values + row_of_other * f.n_v;
+        for (int64_t i = 0; i < f.n_v; i += LANES) {
+            store(to + i, multiply_add(load(to + i), broadcast(mine), times(load(from + i), broadcast(its))));
+        }
+    }
+};
+
+void line_to_float(ggml_type type, const char * line, int64_t n, float * out) {
+    if (type == GGML_TYPE_F32) {
+        memcpy(out, line, n * sizeof(float));
+    } else if (type == GGML_TYPE_F16) {
+        const auto * half = (const ggml_fp16_t *) line;
+        int64_t i         = 0;
+        for (; i + LANES <= n; i += LANES) {
+            store(out + i, load(half + i));
+        }
+        for (; i < n; ++i) {
+            out[i] = GGML_CPU_FP16_TO_FP32(half[i]);
+        }
+    } else {
+        ggml_get_type_traits(type)->to_float(line, out, n);
+    }
+}
+
+// scores[line][row]: LINES keys [n] by VECTORS * LANES rows of queries[element][row]
+template <int LINES, int VECTORS>
+void score(const float * keys, int64_t n, const float * queries, float * scores) {
+    vec sum[LINES][VECTORS];
+    for (int i = 0; i < LINES; ++i) {
+        for (int j = 0; j < VECTORS; ++j) {
+            sum[i][j] = zero();
+        }
+    }
+    for (int64_t e = 0; e < n; ++e) {
+        vec query[VECTORS];
+        for (int j = 0; j < VECTORS; ++j) {
+            query[j] = load(queries + e * TILE + j * LANES);
+        }
+        for (int i = 0; i < LINES; ++i) {
+            const vec key = broadcast(keys[i * n + e]);
+            for (int j = 0; j < VECTORS; ++j) {
+                sum[i][j] = multiply_add(key, query[j], sum[i][j]);
+            }
+        }
+    }
+    for (int i = 0; i < LINES; ++i) {
+        for (int j = 0; j < VECTORS; ++j) {
+            store(scores + i * TILE + j * LANES, sum[i][j]);
+        }
+    }
+}
+
+template <int VECTORS>
+void score_lines(const float * keys, int64_t n_lines, int64_t n, const float * queries, float * scores) {
+    constexpr int LINES = N_PRODUCTS / VECTORS;
+    int64_t i           = 0;
+    for (; i + LINES <= n_lines; i += LINES) {
+        score<LINES, VECTORS>(keys + i * n, n, queries, scores + i * TILE);
+    }
+    for (; i < n_lines; ++i) {
+        score<1, VECTORS>(keys + i * n, n, queries, scores + i * TILE);
+    }
+}
+
+// out[row][element] += weights[line][row] * values[line][element], of ROWS rows and VECTORS * LANES elements. steps: from a line to
+// the next, from a row of weights to the next
+template <int ROWS, int VECTORS, typename T>
+void add_values(const float * weights, int64_t line_step, int64_t row_step, const T * values, int64_t step, int64_t n_lines, float * out, int64_t n) {
+    vec sum[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int j = 0; j < VECTORS; ++j) {
+            sum[r][j] = load(out + r * n + j * LANES);
+        }
+    }
+    for (int64_t i = 0; i < n_lines; ++i) {
+        vec value[VECTORS];
+        for (int j = 0; j < VECTORS; ++j) {
+            value[j] = load(values + i * step + j * LANES);
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            const vec weight = broadcast(weights[i * line_step + r * row_step]);
+            for (int j = 0; j < VECTORS; ++j) {
+                sum[r][j] = multiply_add(weight, value[j], sum[r][j]);
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        for (int j = 0; j < VECTORS; ++j) {
+            store(out + r * n + j * LANES, sum[r][j]);
+        }
+    }
+}
+
+template <int ROWS, int VECTORS, typename T>
+void add_values_to(const float * weights, int64_t line_step, int64_t row_step, const T * values, int64_t step, int64_t n_lines, float * out, int64_t n) {
+    int64_t e = 0;
+    for (; e + VECTORS * LANES <= n; e += VECTORS * LANES) {
+        add_values<ROWS, VECTORS>(weights, line_step, row_step, values + e, step, n_lines, out + e, n);
+    }
+    for (; e < n; e += LANES) {
+        add_values<ROWS, 1>(weights, line_step, row_step, values + e, step, n_lines, out + e, n);
+    }
+}
+
+template <typename T>
+void add_values_to(const float * weights, int64_t line_step, int64_t row_step, const T * values, int64_t step, int64_t n_lines, float * out, int64_t n, int64_t n_rows) {
+    constexpr int ROWS = N_PRODUCTS / ACROSS;
+    int64_t r          = 0;
+    for (; r + ROWS <= n_rows; r += ROWS) {
+        add_values_to<ROWS, ACROSS>(weights + r * row_step, line_step, row_step, values, step, n_lines, out + r * n, n);
+    }
+    for (; r < n_rows; ++r) {
+        add_values_to<1, N_SUMS / 2>(weights + r * row_step, line_step, row_step, values, step, n_lines, out + r * n, n);
+    }
+}
+
+enum masked {
+    NOTHING,
+    SOME,
+    ALL
+};
+
+// Which of n_lines lines from line0 on the mask leaves out, or changes, for any of the block's rows.
+masked mask_of(const flash & f, const row_block & block, int64_t line0, int64_t n_lines) {
+    if (!f.mask) {
+        return NOTHING;
+    }
+    bool any = false, open = false;
+    for (int64_t t = 0; t < block.n_tokens; ++t) {
+        const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t) + line0;
+        for (int64_t i = 0; i < n_lines; ++i) {
+            any |= mask[i] != 0;
+            open |= mask[i] != 0xfc00; // minus infinity
+        }
+    }
+    if (!open) {
+        return ALL;
+    }
+    return any ? SOME : NOTHING;
+}
+
+// scores[line][row] of a tile: keys by queries, the rows side by side in a vector.
+void score_rows(int64_t n_rows, int64_t n, const scratch & work, int64_t n_lines) {
+    const int64_t n_vectors = (n_rows + LANES - 1) / LANES;
+    int64_t j               = 0;
+    for (; j + ACROSS <= n_vectors; j += ACROSS) {
+        score_lines<ACROSS>(work.keys, n_lines, n, work.queries + j * LANES, work.scores + j * LANES);
+    }
+    for (; j < n_vectors; ++j) {
+        score_lines<1>(work.keys, n_lines, n, work.queries + j * LANES, work.scores + j * LANES);
+    }
+}
+
+// The same of one row, scores[line], the lines side by side; a product's terms are added in the same order. keys[element][line]
+void score_row(const float * keys, int64_t n, const float * queries, float * scores) {
+    constexpr int SUMS = 4;
+    for (int64_t line = 0; line < TILE; line += SUMS * LANES) {
+        vec sum[SUMS];
+        for (int j = 0; j < SUMS; ++j) {
+            sum[j] = zero();
+        }
+        for (int64_t e = 0; e < n; ++e) {
+            const vec query = broadcast(queries[e * TILE]);
+            for (int j = 0; j < SUMS; ++j) {
+                sum[j] = multiply_add(load(keys + e * TILE + line + j * LANES), query, sum[j]);
+            }
+        }
+        for (int j = 0; j < SUMS; ++j) {
+            store(scores + line + j * LANES, sum[j]);
+        }
+    }
+}
+
+// work.keys[element][line], of n elements, a multiple of LANES
+void transpose_lines(const char * lines, int64_t step, int64_t n_lines, int64_t n, const scratch & work) {
+    for (int64_t line = 0; line < TILE; line += LANES) {
+        // together first: lines are often a multiple of 4096 bytes apart, which the first-level cache has few places for
+        for (int i = 0; i < LANES; ++i) {
+            memcpy(work.lines + i * n, lines + std::min(line + i, n_lines - 1) * step, n * sizeof(ggml_fp16_t));
+        }
+        for (int64_t e = 0; e < n; e += LANES) {
+            vec x[LANES];
+            for (int i = 0; i < LANES; ++i) {
+                x[i] = load(work.lines + i * n + e);
+            }
+            transpose(x);
+            for (int i = 0; i < LANES; ++i) {
+                store(work.keys + (e + i) * TILE + line, x[i]);
+            }
+        }
+    }
+}
+
+// steps: from the score of a line to the next, from a row to the next
+void finish_scores(const flash & f, const row_block & block, float * scores, int64_t line_step, int64_t row_step, int64_t line0, int64_t n_lines, bool add_mask) {
+    for (int64_t r = 0; f.softcap != 0.0f && r < block.n_rows(); ++r) {
+        for (int64_t i = 0; i < n_lines; ++i) {
+            float & score = scores[i * line_step + r * row_step];
+            score         = f.softcap * tanhf(score);
+        }
+    }
+    for (int64_t r = 0; add_mask && r < block.n_rows(); ++r) {
+        const ggml_fp16_t * mask = f.mask_row(block.stream, block.token(r)) + line0;
+        const float slope        = f.slope(block.head(r));
+        for (int64_t i = 0; i < n_lines; ++i) {
+            float & score = scores[i * line_step + r * row_step];
+            score         = std::fma(slope, GGML_CPU_FP16_TO_FP32(mask[i]), score);
+        }
+    }
+}
+
+// Scores become weights; what the rows have found so far is scaled to the new maximum. max, sum, values: of the block's rows.
+void weigh(const flash & f, const scratch & work, int64_t n_lines, int64_t n_rows, float * max, float * sum, float * values) {
+    for (int64_t r = 0; r < n_rows; r += LANES) {
+        float * column = work.scores + r;
+        float old[LANES], factor[LANES], total[LANES];
+        const int64_t n_here = std::min<int64_t>(LANES, n_rows - r);
+        std::fill(std::copy(max + r, max + r + n_here, old), old + LANES, 0.0f);
+        std::fill(std::copy(sum + r, sum + r + n_here, total), total + LANES, 0.0f);
+        vec most = load(old);
+        for (int64_t i = 0; i < n_lines; ++i) {
+            most = maximum(most, load(column + i * TILE));
+        }
+        const vec base = maximum(most, broadcast(-FLT_MAX)); // of a row that the mask has left nothing so far
+        vec here       = zero();
+        for (int64_t i = 0; i < n_lines; ++i) {
+            const vec weight = exponential(minus(load(column + i * TILE), base));
+            store(column + i * TILE, weight);
+            here = plus(here, weight);
+        }
+        const vec scale = exponential(minus(load(old), base));
+        store(factor, scale);
+        store(total, multiply_add(load(total), scale, here));
+        store(old, most);
+        std::copy(old, old + n_here, max + r);
+        std::copy(total, total + n_here, sum + r);
+        for (int64_t i = 0; i < n_here; ++i) {
+            if (factor[i] != 1.0f) {
+                ggml_vec_scale_f32(int(f.n_v), values + (r + i) * f.n_v, factor[i]);
+            }
+        }
+    }
+}
+
+// The same of one row whose scores lie side by side. The sum is taken in the same order.
+void weigh_row(const flash & f, float * scores, int64_t n_lines, float & max, float & sum, float * values) {
+    std::fill(scores + n_lines, scores + TILE, -INFINITY);
+    const float old  = max;
+    max              = std::max(max, *std::max_element(scores, scores + n_lines));
+    const float base = std::max(max, -FLT_MAX);
+    for (int64_t i = 0; i < TILE; i += LANES) {
+        store(scores + i, exponential(minus(load(scores + i), broadcast(base))));
+    }
+    float here = 0.0f;
+    for (int64_t i = 0; i < n_lines; ++i) {
+        here += scores[i];
+    }
+    float factor[LANES];
+    store(factor, exponential(minus(broadcast(old), broadcast(base))));
+    sum = std::fma(sum, factor[0], here);
+    if (factor[0] != 1.0f) {
+        ggml_vec_scale_f32(int(f.n_v), values, factor[0]);
+    }
+}
+
+// The cache is divided into parts, always in the same way: pieces of PIECE lines take turns. What a row finds in each is put
+// together in their order. So its result depends neither on how many threads there are, nor on the tokens that are evaluated
+// together, nor on how much of the cache is still empty.
+constexpr int64_t PARTS = 24, PIECE = 2 * TILE, FEW_ROWS = 3;
+
+void pack(const flash & f, const row_block & block, const scratch & work) {
+    memset(work.queries, 0, TILE * f.n_k * sizeof(float)); // zeros in lanes without a row
+    for (int64_t r = 0; r < block.n_rows(); ++r) {
+        const float * query = f.query(block.stream, block.head(r), block.token(r));
+        for (int64_t e = 0; e < f.n_k; ++e) {
+            work.queries[e * TILE + r] = query[e] * f.scale;
+        }
+    }
+}
+
+// A block's rows, packed, over one part of the cache; `into` from row `row` on.
+void attend(const flash & f, const row_block & block, int64_t part, const scratch & work, found & into, int64_t row) {
+    const int64_t n_rows = block.n_rows();
+    // side by side they would leave most of a vector empty
+    const bool few = n_rows <= FEW_ROWS && f.k->type == GGML_TYPE_F16 && f.v->type == GGML_TYPE_F16 && f.n_k % LANES == 0;
+    into.clear(f, row, n_rows);
+    for (int64_t piece = part * PIECE; piece < f.n_kv; piece += PARTS * PIECE) {
+        for (int64_t line0 = piece; line0 < std::min(piece + PIECE, f.n_kv); line0 += TILE) {
+            const int64_t n_lines = std::min(TILE, f.n_kv - line0);
+            const masked how      = mask_of(f, block, line0, n_lines);
+            if (how == ALL) {
+                continue;
+            }
+            const char * keys   = f.line(f.k, block.stream, block.head0, line0);
+            const char * values = f.line(f.v, block.stream, block.head0, line0);
+            float *max = into.max + row, *sum = into.sum + row, *out = into.values + row * f.n_v;
+            if (few) {
+                transpose_lines(keys, f.k->nb[1], n_lines, f.n_k, work);
+                for (int64_t r = 0; r < n_rows; ++r) {
+                    score_row(work.keys, f.n_k, work.queries + r, work.scores + r * TILE);
+                }
+                finish_scores(f, block, work.scores, 1, TILE, line0, n_lines, how == SOME);
+                for (int64_t r = 0; r < n_rows; ++r) {
+                    weigh_row(f, work.scores + r * TILE, n_lines, max[r], sum[r], out + r * f.n_v);
+                }
+                add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), n_lines, out, f.n_v, n_rows);
+                continue;
+            }
+            for (int64_t i = 0; i < n_lines; ++i) {
+                line_to_float(f.k->type, keys + i * f.k->nb[1], f.n_k, work.keys + i * f.n_k);
+                line_to_float(f.v->type, values + i * f.v->nb[1], f.n_v, work.values + i * f.n_v);
+            }
+            score_rows(n_rows, f.n_k, work, n_lines);
+            finish_scores(f, block, work.scores, TILE, 1, line0, n_lines, how == SOME);
+            weigh(f, work, n_lines, n_rows, max, sum, out);
+            add_values_to(work.scores, TILE, 1, work.values, f.n_v, n_lines, out, f.n_v, n_rows);
+        }
+    }
+}
+
+// Cuts all rows into blocks of TILE at most.
+struct row_blocks {
+    const flash & f;
+    int64_t n_heads, n_tokens;   // of a block
+    int64_t of_heads, of_tokens; // blocks
+
+    explicit row_blocks(const flash & f) : f(f) {
+        n_heads   = std::min(f.n_group, TILE);
+        n_tokens  = TILE / n_heads;
+        of_heads  = (f.n_group + n_heads - 1) / n_heads;
+        of_tokens = (f.n_tokens + n_tokens - 1) / n_tokens;
+    }
+    int64_t size() const { return f.q->ne[3] * (f.n_head / f.n_group) * of_heads * of_tokens; }
+    row_block operator[](int64_t i) const {
+        // the last tokens of a text see most of it: they come first
+        const int64_t token = (of_tokens - 1 - i % of_tokens) * n_tokens, head = i / of_tokens % of_heads * n_heads;
+        const int64_t group = i / of_tokens / of_heads, n_groups = f.n_head / f.n_group;
+        return { group / n_groups, group % n_groups * f.n_group + head, std::min(n_heads, f.n_group - head), token, std::min(n_tokens, f.n_tokens - token) };
+    }
+};
+
+// A thread takes a block after the other.
+void attend_by_blocks(const flash & f, const ggml_compute_params * params, const scratch & work) {
+    thread_local std::vector<float> memory;
+    memory.resize(2 * found::size(f));
+    found all(memory.data()), here(all.max + found::size(f));
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+    const row_blocks blocks(f);
+    for (int64_t i = params->ith; i < blocks.size(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const row_block block = blocks[i];
+        pack(f, block, work);
+        all.clear(f, 0, block.n_rows());
+        for (int64_t part = 0; part < PARTS && part * PIECE < f.n_kv; ++part) {
+            attend(f, block, part, work, here, 0);
+            for (int64_t r = 0; r < block.n_rows(); ++r) {
+                all.add(f, r, here, r);
+            }
+        }
+        for (int64_t r = 0; r < block.n_rows(); ++r) {
+            f.finish(block.stream, block.head(r), block.token(r), all.max[r], all.sum[r], all.values + r * f.n_v);
+        }
+    }
+}
+
+// A thread takes every nth part of the cache, for TILE rows at most; then what all have found is put together.
+void attend_by_parts(const flash & f, const ggml_compute_params * params, const scratch & work, float ** found_of) {
+    const int ith = params->ith, nth = params->nth;
+    const int64_t n_parts = std::min(PARTS, (f.n_kv + PIECE - 1) / PIECE);
+    thread_local std::vector<float> memory;
+    memory.resize(((n_parts + nth - 1) / nth + 1) * found::size(f));
+    found_of[ith] = memory.data() + found::size(f);
+    found all(memory.data());
+    const auto found_in = [&](int64_t part) { return found(found_of[part % nth] + part / nth * found::size(f)); };
+
+    const row_blocks blocks(f);
+    for (int64_t i = 0, end; i < blocks.size(); i = end) {
+        int64_t n_rows = 0;
+        for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end].n_rows(), ++end) {
+            pack(f, blocks[end], work);
+            for (int64_t part = ith; part < n_parts; part += nth) {
+                found here = found_in(part);
+                attend(f, blocks[end], part, work, here, n_rows);
+            }
+        }
+        ggml_barrier(params->threadpool);
+        int64_t row = 0;
+        for (int64_t j = i; j < end; ++j) {
+            const row_block block = blocks[j];
+            for (int64_t r = 0; r < block.n_rows(); ++r, ++row) {
+                if (row % nth == ith) {
+                    all.clear(f, 0, 1);
+                    for (int64_t part = 0; part < n_parts; ++part) {
+                        all.add(f, 0, found_in(part), row);
+                    }
+                    f.finish(block.stream, block.head(r), block.token(r), all.max[0], all.sum[0], all.values);
+                }
+            }
+        }
+        if (end < blocks.size()) {
+            ggml_barrier(params->threadpool);
+        }
+    }
+}
+
+bool can_attend(const flash & f) {
+    const auto readable = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
+    return f.q->type == GGML_TYPE_F32 && readable(f.k->type) && readable(f.v->type) && f.k->nb[0] == ggml_type_size(f.k->type) &&
+           f.v->nb[0] == ggml_type_size(f.v->type) && f.q->nb[0] == sizeof(float) && f.k->ne[2] == f.v->ne[2] && f.k->ne[3] == f.v->ne[3] &&
+           f.n_v % LANES == 0 && (!f.mask || (f.mask->type == GGML_TYPE_F16 && f.mask->ne[2] == 1));
+}
 #endif
 
 } // namespace
@@ -157,13 +766,36 @@ bool allocmoe_mul_mat_cache(const ggml_compute_params * params, ggml_tensor * ds
         return false; // a matrix by itself is no cache: weights in half precision
     }
     const int64_t n_columns = n_heads * src1->ne[1];
-    const auto run          = n_columns == 1 ? multiply_block<N_SUMS> : n_columns > N_SUMS / 4 ? multiply_block<2> : multiply_block<4>;
+    const auto run          = n_columns == 1 ? multiply_block<N_SUMS> : n_columns > N_SUMS / 4 ? multiply_block<2>
+                                                                                               : multiply_block<4>;
     const int64_t n_blocks  = (src0->ne[1] + BLOCK - 1) / BLOCK;
     for (int64_t i = params->ith; i < n_blocks * src0->ne[2]; i += params->nth) {
         const int64_t i2    = i / n_blocks;
         const int64_t line0 = i % n_blocks * BLOCK, line1 = std::min(line0 + BLOCK, src0->ne[1]);
         const char * matrix = (const char *) src0->data + i2 * src0->nb[2];
         run(dst, matrix, line0, line1, i2 * n_heads, n_heads, n_columns);
+    }
+    return true;
+#else
+    GGML_UNUSED(params);
+    GGML_UNUSED(dst);
+    return false;
+#endif
+}
+
+bool allocmoe_flash_attention(const ggml_compute_params * params, ggml_tensor * dst) {
+#if defined(ALLOCMOE_SIMD)
+    const flash f(dst);
+    auto ** pointers = (float **) params->wdata; // of each thread
+    auto * work      = (float *) (pointers + params->nth) + params->ith * scratch::size(f);
+    if (!allocmoe_cpu_kernels || params->use_ref || !can_attend(f) ||
+        params->nth * (sizeof(float *) + scratch::size(f) * sizeof(float)) > params->wsize) {
+        return false;
+    }
+    if (f.n_tokens > MAX_TOKENS) {
+        attend_by_blocks(f, params, scratch(f, work));
+    } else {
+        attend_by_parts(f, params, scratch(f, work), pointers);
     }
     return true;
 #else

@@ -15,7 +15,7 @@ extern "C" {
 
 struct ggml_compute_params;
 
-// Whether the three functions below do anything: true at first. To be changed between graphs only.
+// Whether the functions below do anything: true at first. To be changed between graphs only.
 extern bool allocmoe_cpu_kernels;
 void allocmoe_use_cpu_kernels(bool use);
 
@@ -27,6 +27,10 @@ bool allocmoe_mul_mat(const struct ggml_compute_params * params, struct ggml_ten
 // MUL_MAT of a single token by half-precision matrices that several heads share: the key-value cache. Returns false, in every
 // thread, where dst is something else: nothing has been done then.
 bool allocmoe_mul_mat_cache(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+// FLASH_ATTN_EXT, with keys and values of any type. Returns false, in every thread, where it does not apply: nothing has been
+// done then.
+bool allocmoe_flash_attention(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 // CONT, CPY or DUP of a transposed matrix of two-byte elements. Returns false, in every thread, where dst is none: nothing
 // has been done then.

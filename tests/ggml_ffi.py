@@ -31,6 +31,11 @@ void * ggml_init(struct ggml_init_params params);
 void   ggml_free(void * ctx);
 struct ggml_tensor * ggml_new_tensor_2d(void * ctx, int type, int64_t ne0, int64_t ne1);
 struct ggml_tensor * ggml_new_tensor_3d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2);
+struct ggml_tensor * ggml_new_tensor_4d(void * ctx, int type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3);
+struct ggml_tensor * ggml_permute(void * ctx, struct ggml_tensor * a, int axis0, int axis1, int axis2, int axis3);
+struct ggml_tensor * ggml_flash_attn_ext(void * ctx, struct ggml_tensor * q, struct ggml_tensor * k, struct ggml_tensor * v,
+    struct ggml_tensor * mask, float scale, float max_bias, float logit_softcap);
+void   ggml_flash_attn_ext_add_sinks(struct ggml_tensor * a, struct ggml_tensor * sinks);
 struct ggml_tensor * ggml_mul_mat(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 struct ggml_tensor * ggml_mul_mat_id(void * ctx, struct ggml_tensor * as, struct ggml_tensor * b, struct ggml_tensor * ids);
 struct ggml_tensor * ggml_add_id(void * ctx, struct ggml_tensor * a, struct ggml_tensor * b, struct ggml_tensor * ids);

@@ -96,7 +96,10 @@ def parser() -> argparse.ArgumentParser:
         "Default: auto, if the file is larger than the memory",
     )  # fmt: skip
     add_expert_cache(p)
-    p.add_argument("--flash-attn", action="store_true", help="use flash attention")
+    p.add_argument(
+        "--flash-attn", action=argparse.BooleanOptionalAction, default=None,
+        help="flash attention, or none. Default: where no layer is on a GPU",
+    )  # fmt: skip
     p.add_argument(
         "--noise-limit", type=float, default=0.03, metavar="X",
         help="warn where full budget against itself differs by more. Default: 0.03",
@@ -160,7 +163,7 @@ def bench(args: argparse.Namespace) -> None:
             "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
             "n_cpu_moe": args.n_cpu_moe, "repack": not args.no_repack, "prefetch": llm.prefetch,
             "expert_cache": llm.expert_cache,
-            "flash_attn": args.flash_attn, "repeats": args.repeats,
+            "flash_attn": llm.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, "repeats": args.repeats,
             "tokens": str(args.text) if args.text else f"random, seed {args.seed}",
         },
         "plans": {name: list(plan.expert_used_count) for name, plan in plans.items()},

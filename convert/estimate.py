@@ -11,6 +11,7 @@ over a text, and short ones of the reduced model. What each of the first three h
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 import hashlib
 from typing import Callable, Dict, List, Optional
 
@@ -20,6 +21,7 @@ from allocmoe_edge.measure.recording import recording
 from allocmoe_edge.plan.estimator import ARRAYS, Estimator
 from allocmoe_edge.plan.profile import Profile
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from . import CalibrationError
 from .calibration import spread
@@ -204,20 +206,29 @@ def _sizes(
             kept[il].append((layer.inputs @ down[il].T, layer.experts, log_sizes(layer), log_weights(layer.weights)))
             main[il].append((layer.inputs @ inputs[il].astype(np.float32).T).astype(np.float16))
     positive = np.zeros((len(full), n_relu, down.shape[2]), np.float32)
-    with progress_bar("estimates, positive directions", len(kept), "layer") as bar:
-        for il in list(kept):
-            x, windows = main.pop(il), kept[il]
-            rows = zip(*((of_x, *w[:3]) for of_x, w, a in zip(x, windows, apart) if not a))
-            of_fit, linear_part, experts, sizes = (np.concatenate(row) for row in rows)
-            directions = positive_directions(of_fit, linear_part, experts, sizes, n_expert_of(llm), n_relu)
-            basis = inputs[il].astype(np.float32)
+
+    def train(il: int) -> None:
+        x, windows, basis = main.pop(il), kept[il], inputs[il].astype(np.float32)
+        rows = zip(*((of_x, *w[:3]) for of_x, w, a in zip(x, windows, apart) if not a))
+        with np.errstate(all="ignore"):  # each thread has its own
+            directions = positive_directions(*map(np.concatenate, rows), n_expert_of(llm), n_relu)
             positive[il] = as_it_runs(directions @ basis)
             directions = positive[il] @ basis.T / (basis**2).sum(axis=1)  # the rounded ones; the basis is orthogonal
             kept[il] = [
                 (np.concatenate([w[0], np.maximum(of_x.astype(np.float32) @ directions.T, 0.0)], axis=1), *w[1:])
                 for of_x, w in zip(x, windows)
             ]
-            bar.update()
+
+    # Layers side by side, each on one thread: the products are so small that threads of one spend their time waiting for one
+    # another, on a machine with other work twenty times that of the products.
+    with progress_bar("estimates, positive directions", len(kept), "layer") as bar, threadpool_limits(1):
+        with ThreadPoolExecutor(llm.n_threads) as pool:
+            try:
+                for _ in pool.map(train, list(kept)):
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     down = np.concatenate([down, positive], axis=1)
     return _arrays(with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
 

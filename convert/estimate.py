@@ -211,7 +211,8 @@ def _sizes(
         x, windows, basis = main.pop(il), kept[il], inputs[il].astype(np.float32)
         rows = zip(*((of_x, *w[:3]) for of_x, w, a in zip(x, windows, apart) if not a))
         with np.errstate(all="ignore"):  # each thread has its own
-            directions = positive_directions(*map(np.concatenate, rows), n_expert_of(llm), n_relu)
+            of_fit, linear_part, experts, sizes = (np.concatenate(row) for row in rows)
+            directions = positive_directions(of_fit, linear_part, experts, sizes, n_expert_of(llm), n_relu)
             positive[il] = as_it_runs(directions @ basis)
             directions = positive[il] @ basis.T / (basis**2).sum(axis=1)  # the rounded ones; the basis is orthogonal
             kept[il] = [

@@ -334,8 +334,8 @@ void allocmoe_use_cpu_kernels(bool use) {
 // plain decoding. Its own kernel for several adds in another order.
 static bool multiply_router(const ggml_compute_params * params, ggml_tensor * dst) {
     constexpr int64_t MAX_TOKENS = 32, MAX_EXPERTS = 1024;
-    const ggml_tensor * src0     = dst->src[0];
-    const ggml_tensor * src1     = dst->src[1];
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
     if (dst->op != GGML_OP_MUL_MAT || params->use_ref || src1->type != GGML_TYPE_F32 || src1->ne[1] > MAX_TOKENS || src0->ne[1] > MAX_EXPERTS ||
         src0->ne[2] != 1 || src1->ne[2] != 1 || src0->ne[3] != 1 || src1->ne[3] != 1 || src0->nb[0] != sizeof(float) || src1->nb[0] != sizeof(float)) {
         return false;

@@ -162,7 +162,15 @@ def test_tokens_together_have_the_numbers_of_one_alone(cpu_backend, n_head, n_gr
     q, k, v = random(1, n_token, n_head, n_group, n_kv)
     mask = causal(1, n_token, n_kv)
     together, _ = attention(cpu_backend, q, k, v, mask, kind)
-    for start, stop, end in ((0, 1, 540), (0, 1, 640), (7, 8, 600), (99, 100, 640), (3, 8, 560), (50, 82, 640), (10, 60, 610)):
+    for start, stop, end in (
+        (0, 1, 540),
+        (0, 1, 640),
+        (7, 8, 600),
+        (99, 100, 640),
+        (3, 8, 560),
+        (50, 82, 640),
+        (10, 60, 610),
+    ):
         part = slice(start, stop)
         found, _ = attention(cpu_backend, q[:, part], k[:, :end], v[:, :end], mask[:, part, :end], kind)
         assert np.array_equal(found, together[:, part])

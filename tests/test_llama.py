@@ -356,7 +356,7 @@ def test_state_holds_what_is_needed(planned_path):
     llm.eval(tokens)
     state = llm.save_state()
     assert len(pickle.dumps(state)) < state.llama_state_size + 20_000
-    for other in (llm, llama_cpp.Llama(str(planned_path), n_ctx=256, verbose=False)):
+    for other in (llm, llama_cpp.Llama(str(planned_path), n_ctx=256, flash_attn=True, verbose=False)):
         other.reset()
         other.load_state(state)
         assert [token for token, _ in zip(other.generate(tokens, temp=0.0), range(6))] == expected
@@ -529,7 +529,7 @@ def test_model_without_experts(dense_path):
     """All that llama_cpp.Llama does, to the last bit; a budget is one clear error."""
     ours, stock = (
         Llama(dense_path, n_ctx=128, verbose=False, n_cpu_moe=3),
-        llama_cpp.Llama(str(dense_path), n_ctx=128, verbose=False),
+        llama_cpp.Llama(str(dense_path), n_ctx=128, flash_attn=True, verbose=False),
     )
     tokens = ours.tokenize(b"The capital of France")
     assert np.array_equal(ours.decode(tokens), stock_logits(stock, tokens))

@@ -210,7 +210,7 @@ def test_two_contexts_of_one_model(planned):
         alone = steps(llm), steps(second)
         assert not np.allclose(*alone)
         def work(context, wanted):
-            for _ in range(10):
+            for _ in range(4):
                 assert np.array_equal(steps(context), wanted)
         at_once(lambda: work(llm, alone[0]), lambda: work(second, alone[1]))
         second.close()

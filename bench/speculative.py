@@ -107,7 +107,7 @@ HEAD = "| draft | times as fast | accepted | drafted | text |\n| --- | ---: | --
 
 def verification(llm: Llama, text: List[int], n_turns: int) -> Dict[int, float]:
     """What evaluating so many tokens at once takes, in times of one."""
-    sizes, at = (1, 2, 3, 5, 9, 17), len(text) - 17
+    sizes, at = (1, 2, 3, 5, 9, 17), min(len(text) - 17, llm.n_batch)
     llm.decode(text[:at])
     seconds: Dict[int, List[float]] = {n: [] for n in sizes}
     for _ in range(n_turns):

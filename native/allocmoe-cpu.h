@@ -28,6 +28,9 @@ bool allocmoe_mul_mat(const struct ggml_compute_params * params, struct ggml_ten
 // thread, where dst is something else: nothing has been done then.
 bool allocmoe_mul_mat_cache(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
+// MUL_MAT by a router, of floats. Returns false, in every thread, where dst is something else: nothing has been done then.
+bool allocmoe_mul_mat_router(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
 // FLASH_ATTN_EXT, with keys and values of any type. Returns false, in every thread, where it does not apply: nothing has been
 // done then.
 bool allocmoe_flash_attention(const struct ggml_compute_params * params, struct ggml_tensor * dst);

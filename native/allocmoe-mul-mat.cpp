@@ -17,7 +17,6 @@
 
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
-#include "vec.h"
 
 #include <algorithm>
 #include <memory>
@@ -330,26 +329,6 @@ void allocmoe_use_cpu_kernels(bool use) {
     allocmoe_cpu_kernels = use;
 }
 
-// A router by a few tokens: as llama.cpp multiplies it by a single one, so that a draft is verified with the very weights of
-// plain decoding. Its own kernel for several adds in another order.
-static bool multiply_router(const ggml_compute_params * params, ggml_tensor * dst) {
-    constexpr int64_t MAX_TOKENS = 32, MAX_EXPERTS = 1024;
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    if (dst->op != GGML_OP_MUL_MAT || params->use_ref || src1->type != GGML_TYPE_F32 || src1->ne[1] > MAX_TOKENS || src0->ne[1] > MAX_EXPERTS ||
-        src0->ne[2] != 1 || src1->ne[2] != 1 || src0->ne[3] != 1 || src1->ne[3] != 1 || src0->nb[0] != sizeof(float) || src1->nb[0] != sizeof(float)) {
-        return false;
-    }
-    const int64_t each = (src0->ne[1] + params->nth - 1) / params->nth;
-    for (int64_t row = params->ith * each; row < std::min((params->ith + 1) * each, src0->ne[1]); ++row) {
-        for (int64_t t = 0; t < src1->ne[1]; ++t) {
-            ggml_vec_dot_f32(src0->ne[0], (float *) ((char *) dst->data + t * dst->nb[1]) + row, 0, (const float *) ((const char *) src0->data + row * src0->nb[1]), 0,
-                (const float *) ((const char *) src1->data + t * src1->nb[1]), 0, 1);
-        }
-    }
-    return true;
-}
-
 bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int n_rows_together, int step) {
 #if defined(ALLOCMOE_KERNEL)
     using namespace allocmoe;
@@ -357,10 +336,6 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     if (!allocmoe_cpu_kernels) {
         return false;
     }
-    if (dst->src[0]->type == GGML_TYPE_F32) {
-        return multiply_router(params, dst);
-    }
-
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->op == GGML_OP_MUL_MAT_ID ? dst->src[2] : nullptr;

@@ -61,7 +61,7 @@ def test_tokens_together_are_as_alone(cpu_backend, n_heads, n_tokens):
     assert np.abs(together - wanted).max() <= 2e-6 * size
 
 
-@pytest.mark.parametrize("n_tokens", [2, 3, 9, 32])
+@pytest.mark.parametrize("n_tokens", [2, 3, 9, 32, 200])
 def test_routers_of_tokens_together_are_as_alone(cpu_backend, n_tokens):
     """The same for a small matrix of floats."""
     rng = np.random.default_rng(n_tokens)

@@ -274,9 +274,9 @@ def test_threshold_does_not_depend_on_the_micro_batch(llm, text, planned):
 def test_threshold_is_the_same_at_prefill_and_decode(llm, text, planned):
     """128 tokens at once and one by one.
 
-    Other kernels run for one token than for many, and this model's routing scores lie so close together that their
-    rounding flips experts: without any token rule the median token's logits differ by 1.6 at k = 6 (measured). So the
-    bound is relative to that: at most twice what plain top-k shows in the same test, and the same activations within 2%.
+    Where other kernels run for one token than for many, their rounding flips experts, because this model's routing scores lie
+    so close together. So the bound is relative to that: at most twice what plain top-k shows in the same test, which is nothing
+    with AVX-512 VNNI, and the same activations within 2%.
     """
     tokens = text[:128].tolist()
 
@@ -291,7 +291,7 @@ def test_threshold_is_the_same_at_prefill_and_decode(llm, text, planned):
     noise, _ = difference()
     llm.set_plan(planned["threshold"])
     found, ratio = difference()
-    assert found < 2 * noise
+    assert found <= 2 * noise
     assert ratio == pytest.approx(1, abs=0.02)
 
 

@@ -33,7 +33,7 @@ _EPILOG = """\
 Enter sends a message. A line that ends in a backslash goes on in the next one, and \"\"\" begins a text of several lines,
 which ends with the next \"\"\". Ctrl-C stops a reply, Ctrl-D ends the chat. /help lists the commands.
 
-In a pipe every line is a message or a command, and only the replies go to standard output:
+In a pipe every line is a message or a command, and replies and what commands say go to standard output, errors do not:
 
     echo "Name three colours." | allocmoe-chat model.gguf --budget 0.5 > reply.txt
 """

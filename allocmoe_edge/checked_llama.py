@@ -19,6 +19,8 @@ from .sharing import in_turn, keep_over_forks, turns
 
 internals = llama_cpp._internals
 
+# llama.cpp loads a model with one, and ends the process at the first token
+_NO_CACHE_TYPES = tuple(getattr(llama_cpp, f"GGML_TYPE_{name}") for name in ("I8", "I16", "I32", "I64", "F64"))
 # enum llama_pooling_type
 _POOLING_TYPES = range(-1, 5)
 # GGML_MAX_N_THREADS
@@ -523,6 +525,10 @@ def _check_arguments(kwargs: dict) -> None:
         value = kwargs.get(name)
         if value is not None and not (isinstance(value, int) and 0 <= value < llama_cpp.GGML_TYPE_COUNT):
             raise ValueError(f"{name}: found {value!r}, want one of llama_cpp.GGML_TYPE_*")
+        if value in _NO_CACHE_TYPES:
+            raise ValueError(f"{name}: found {value!r}, a type of numbers that no key-value cache can hold")
+    if not isinstance(kwargs.get("flash_attn"), (bool, type(None))):
+        raise ValueError(f"flash_attn: found {kwargs['flash_attn']!r}, want True, False or None")
     pooling = kwargs.get("pooling_type", -1)
     if pooling not in _POOLING_TYPES:
         raise ValueError(f"pooling_type: found {pooling!r}, want one of llama_cpp.LLAMA_POOLING_TYPE_*")

@@ -44,13 +44,14 @@ class DraftModel(LlamaDraftModel):
         verification_budget: of the experts that any of the tokens of one verification would run in a layer, the share that
             runs, above 0 and below 1: those of the largest estimated value for all of the tokens; estimates stand in for the
             others. The text is then no longer that of plain decoding. None for all. Needs a plan under token rule
-            "estimate", on the CPU; layers that run all experts of a token have no estimates, and no limit.
+            "estimate", on the CPU, when the model is loaded; under another one, set later, there is no limit. Layers that run
+            all experts of a token have no estimates, and no limit.
         **kwargs: of a file: as in `Llama`, for instance n_gpu_layers, n_threads, budget.
 
     Raises:
-        ValueError: n_draft or most is no number from 1 on, verification_budget no share. What `Llama(draft_model=...)` raises for it: ValueError where the
-            vocabularies differ, where model or draft cannot forget tokens (recurrent ones), or where it belongs to another
-            `Llama`; PlanError where a verification_budget cannot be had; and what `Llama` raises for the file.
+        ValueError: n_draft or most is no number from 1 on, verification_budget no share. What `Llama(draft_model=...)` raises
+            for it: ValueError where the vocabularies differ, where model or draft cannot forget tokens (recurrent ones), or
+            where it belongs to another `Llama`; PlanError where a verification_budget cannot be had; and what `Llama` raises for the file.
         TypeError: arguments of a `Llama` for a draft that has none.
     """
 
@@ -167,7 +168,6 @@ class DraftModel(LlamaDraftModel):
         text = owner.without_pictures(input_ids)
         n, whole = self._choose(text, room if owner.verifies else 0)
         proposed = self._propose(text, n, whole) if n > 0 else []
-        self._lengths[len(proposed)] += 1
         self._proposed = (len(input_ids), proposed)
         return np.asarray(proposed, np.intc)
 
@@ -186,6 +186,7 @@ class DraftModel(LlamaDraftModel):
             self._length.judged(len(proposed), n_new - 1)
             self._counts["accepted"] += n_new - 1
             self._counts["proposed"] += len(proposed)
+        self._lengths[len(proposed)] += 1
         self._counts["steps"] += 1
         self._counts["tokens"] += n_new
         self._length.stepped(len(proposed), n_new, self._step)

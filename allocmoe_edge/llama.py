@@ -789,7 +789,9 @@ class Llama(CheckedLlama):
         elif self._plan_of_tokens != now:
             self._plan_of_tokens = _MIXED
         draft = self.draft_model if isinstance(self.draft_model, DraftModel) else None
-        limit = draft.verification_budget if draft is not None and drafted else None
+        # the other token rules have no estimates to go by
+        estimates = libllama.allocmoe_get_token_rule(context_pointer(self)) == libllama.ALLOCMOE_RULE_ESTIMATE
+        limit = draft.verification_budget if draft is not None and drafted and estimates else None
         started = time.perf_counter()
         with self._reading_experts(), self.limited_union(limit):
             super().eval(tokens)
@@ -858,7 +860,13 @@ class Llama(CheckedLlama):
 
     @in_turn
     def load_state(self, state) -> None:
-        """As in `llama_cpp.Llama`; warns if the state was made with another plan than the one in force."""
+        """As in `llama_cpp.Llama`; warns if the state was made with another plan than the one in force.
+
+        Raises:
+            ValueError: it is none that `save_state` gave, or damaged. Nothing has changed then.
+            RuntimeError: it is of another model, or of a cache that differs.
+        """
+        self._check_state(state)
         self._tokens_change("load_state()")  # what is in force now is what will be
         then, mixed = getattr(state, "plan", self._named_plan()), getattr(state, "mixed", False)
         if mixed or then != self._named_plan():
@@ -867,11 +875,33 @@ class Llama(CheckedLlama):
                 f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed",
                 stacklevel=2,
             )
-        super().load_state(state)
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error}: it is of another model, or of a cache that differs (flash_attn, type_k, type_v, n_ctx)"
+            ) from None
         if self._cache_bytes:
             libllama.allocmoe_forget_ran(context_pointer(self))
         self._plan_of_tokens, self._left = then, getattr(state, "left", None)
         self._put_left_over(self._left)
+
+    def _check_state(self, state) -> None:
+        """llama-cpp-python's parts of it have to fit each other: it takes any. Raises ValueError."""
+        try:
+            n, ids = state.n_tokens, np.asarray(state.input_ids)
+            fits = (
+                ids.shape == self.input_ids.shape
+                and 0 <= n <= len(ids)
+                and state.llama_state_size == len(state.llama_state)
+            )
+            np.broadcast_to(state.scores, self.scores[:n].shape)
+        except (AttributeError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"load_state: found a {type(state).__name__}, want what save_state() of a Llama like this one gave"
+            )
 
     @property
     def cache(self):

@@ -41,6 +41,8 @@ _VARIABLES = {
 _MODEL_OPTIONS = {
     "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo", "--models-dir", "--models-preset",
 }  # fmt: skip
+# slots where --parallel says nothing: the most that there are
+_SLOTS = 4
 # by which it prints something, and serves nothing
 _PRINTING_OPTIONS = {"-cl", "--cache-list", "--list-devices", "--license", "--completion-bash"}
 _MODEL_VARIABLES = {
@@ -111,6 +113,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise CommandError("which model? allocmoe-server MODEL, or --models-dir FOLDER for several; see --help")
         if model is not None:
             _check_files(model, args.plan)
+        _check_batch(args.rest)
         cache = _cache_options(model, args)
         if args.prefetch == "auto":
             args.prefetch = "on" if model is not None and not cache and memory.is_beyond(model_paths(model)) else "off"
@@ -150,6 +153,19 @@ def _check_files(model: str, plan: Optional[str]) -> None:
         raise PlanError(f"{model}: has a plan and no model: pass it as --plan, beside the model's own file")
     if plan is not None:
         metadata.read_for(plan, stored, estimator=False)
+
+
+def _check_batch(options: Sequence[str]) -> None:
+    """llama-server ends in an assert where a batch has no room for a token of each slot, or for two. Raises CommandError."""
+
+    def given(*names: str) -> Optional[int]:
+        values = [value for name, value in zip(options, options[1:]) if name in names and value.lstrip("-").isdecimal()]
+        return int(values[-1]) if values else None
+
+    n_batch, n_slots = given("-b", "--batch-size"), given("-np", "--parallel")
+    least = max(2, n_slots if n_slots is not None and n_slots > 0 else _SLOTS)
+    if n_batch is not None and n_batch < least:
+        raise CommandError(f"--batch-size: found {n_batch}, want at least {least}, a token of each slot (--parallel)")
 
 
 def _price(text: str) -> float:

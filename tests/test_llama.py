@@ -1,5 +1,6 @@
 """allocmoe_edge.Llama on the small real model: budgets, and everything that llama_cpp.Llama does."""
 
+import copy
 import inspect
 import pickle
 import sys
@@ -360,6 +361,40 @@ def test_state_holds_what_is_needed(planned_path):
         other.reset()
         other.load_state(state)
         assert [token for token, _ in zip(other.generate(tokens, temp=0.0), range(6))] == expected
+
+
+def test_states_that_are_none(planned_path):
+    """One error before anything has changed; and one that says why where the cache differs."""
+    llm = Llama(planned_path, n_ctx=256, verbose=False)
+    tokens = llm.tokenize(b"A state is saved and damaged")
+    llm.eval(tokens)
+    state = llm.save_state()
+    damage = (
+        {"input_ids": state.input_ids[:3]},
+        {"n_tokens": -1},
+        {"n_tokens": 10**6},
+        {"scores": state.scores[:0]},
+        {"llama_state_size": 7},
+    )
+    for change in damage:
+        damaged = copy.copy(state)
+        vars(damaged).update(change)
+        with pytest.raises(ValueError, match="load_state: found a LlamaState"):
+            llm.load_state(damaged)
+    with pytest.raises(ValueError, match="found a NoneType"):
+        llm.load_state(None)
+    assert llm.n_tokens == len(tokens)
+    other = Llama(planned_path, n_ctx=256, flash_attn=False, verbose=False)
+    with pytest.raises(RuntimeError, match="of a cache that differs"):
+        other.load_state(state)
+    llm.load_state(state)
+    assert text(llm)
+
+
+@pytest.mark.parametrize("option", [{"type_k": 24}, {"type_v": 28}, {"flash_attn": "x"}, {"flash_attn": 5}], ids=str)
+def test_caches_that_there_are_not(planned_path, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Llama(planned_path, n_ctx=64, verbose=False, **option)
 
 
 def test_state_of_another_plan_says_so(llm):

@@ -443,6 +443,8 @@ def test_what_keeps_it_from_starting(planned_path, testbed_path, tmp_path):
             ([planned_path, "--budget", 7], "from 30 to 360"),
             ([planned_path, "--budget", 0.4, "--adaptive-budget", 0.6], "is above the server's budget"),
             ([planned_path, "--no-such-option"], "--no-such-option"),
+            ([planned_path, "-b", 1, "--parallel", 1], "--batch-size: found 1, want at least 2"),
+            ([planned_path, "--batch-size", 3], "--batch-size: found 3, want at least 4"),
         ]:
             # an unspecific port where it is not the point
             free = [] if "--port" in options or "--host" in options else ["--port", 0]

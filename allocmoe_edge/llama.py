@@ -103,8 +103,9 @@ class Llama(CheckedLlama):
             that: sqrt(miss_price) times as large as one at hand has to be; its estimate stands in for it elsewhere. At 1
             the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
             last, as many experts as the cache holds of a layer: so equal text gives equal output.
-        **kwargs: see `llama_cpp.Llama`. flash_attn is on by default where no layer is on a GPU. n_threads and
-            n_threads_batch are by default the physical cores that this process may use. An override of the experts per token (kv_overrides) lowers a plan to it; above what the plan in the file
+        **kwargs: see `llama_cpp.Llama`. flash_attn is on by default where no layer is on a GPU and the cache is not of float32.
+            n_threads and n_threads_batch are by default the physical cores that this process may use. An override of the
+            experts per token (kv_overrides) lowers a plan to it; above what the plan in the file
             was made for, only the full budget works, and plans by hand.
 
     Raises:
@@ -160,7 +161,10 @@ class Llama(CheckedLlama):
         for name in ("n_threads", "n_threads_batch"):
             kwargs[name] = kwargs.get(name) or physical_cores()
         if kwargs.get("flash_attn") is None:
-            kwargs["flash_attn"] = not (kwargs.get("n_gpu_layers", 0) and llama_cpp.llama_supports_gpu_offload())
+            on_gpu = kwargs.get("n_gpu_layers", 0) and llama_cpp.llama_supports_gpu_offload()
+            # with it llama.cpp rounds a cache of floats to half precision
+            floats = llama_cpp.GGML_TYPE_F32 in (kwargs.get("type_k"), kwargs.get("type_v"))
+            kwargs["flash_attn"] = not on_gpu and not floats
         set_verbose(kwargs.get("verbose", True))
         beside = not (budget is None and token_rule is None and plan_path is None)
         self._vocab_only = bool(kwargs.get("vocab_only"))

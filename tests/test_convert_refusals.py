@@ -134,7 +134,7 @@ def test_no_importance_matrix(tiny_planned, out, refused, tmp_path):
     (tmp_path / "text").write_text("1")
     for path, expect in (
         (tmp_path / "text", "not a GGUF file"),
-        (tmp_path, "no such file"),
+        (tmp_path, "a folder"),
         (tmp_path / "none", "no such"),
     ):
         refused(tiny_planned, "--quantize", "Q4_0", "--imatrix", path, "-o", out / "m.gguf", expect=expect)

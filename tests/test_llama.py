@@ -561,10 +561,10 @@ def test_a_prompt_in_pieces_has_the_numbers_of_one_at_once(llm):
     """Bit for bit, down to single tokens: so text from a prompt cache goes on as text that was just read."""
     if b"AVX512_VNNI = 1" not in llama_cpp.llama_print_system_info():
         pytest.skip("on this CPU products are rounded otherwise where there are many tokens")
-    tokens = llm.tokenize(b"It was the best of times, it was the worst of times, and it was written down. " * 10)[:130]
+    tokens = llm.tokenize(b"It was the best of times, it was the worst of times, and it was written down. " * 5)[:70]
     llm.clear_cache()
     whole = llm.decode(tokens, logits_all=True).copy()
-    for n in (1, 33, 100):
+    for n in (1, 33):
         llm.clear_cache()
         pieces = [llm.decode(tokens[i : i + n], i, logits_all=True).copy() for i in range(0, len(tokens), n)]
         assert np.array_equal(np.concatenate(pieces), whole)

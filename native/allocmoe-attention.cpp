@@ -286,30 +286,31 @@ void add_values_to(const float * weights, int64_t line_step, int64_t row_step, c
     }
 }
 
-enum masked {
-    NOTHING,
-    SOME,
-    ALL
-};
+// The lines of a tile that the mask leaves to any of the block's rows, in their order. To leave out the others changes no bit: they
+// have weights of zero. In a cache of many sequences most lines are another one's.
+struct open_lines {
+    int64_t n = 0;
+    int64_t line[TILE];
+    bool changed = false; // whether the mask adds anything to the others
 
-// Which of n_lines lines from line0 on the mask leaves out, or changes, for any of the block's rows.
-masked mask_of(const flash & f, const row_block & block, int64_t line0, int64_t n_lines) {
-    if (!f.mask) {
-        return NOTHING;
-    }
-    bool any = false, open = false;
-    for (int64_t t = 0; t < block.n_tokens; ++t) {
-        const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t) + line0;
+    open_lines(const flash & f, const row_block & block, int64_t line0, int64_t n_lines) {
+        bool open[TILE];
+        std::fill(open, open + TILE, !f.mask);
+        for (int64_t t = 0; f.mask && t < block.n_tokens; ++t) {
+            const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t) + line0;
+            for (int64_t i = 0; i < n_lines; ++i) {
+                changed |= mask[i] != 0;
+                open[i] |= mask[i] != 0xfc00; // minus infinity
+            }
+        }
         for (int64_t i = 0; i < n_lines; ++i) {
-            any |= mask[i] != 0;
-            open |= mask[i] != 0xfc00; // minus infinity
+            if (open[i]) {
+                line[n++] = line0 + i;
+            }
         }
     }
-    if (!open) {
-        return ALL;
-    }
-    return any ? SOME : NOTHING;
-}
+    bool in_one_piece() const { return line[n - 1] - line[0] == n - 1; }
+};
 
 // scores[line][row] of a tile: keys by queries, the rows side by side in a vector.
 void score_rows(int64_t n_rows, int64_t n, const scratch & work, int64_t n_lines) {
@@ -364,19 +365,19 @@ void transpose_lines(const char * lines, int64_t step, int64_t n_lines, int64_t 
 }
 
 // steps: from the score of a line to the next, from a row to the next
-void finish_scores(const flash & f, const row_block & block, float * scores, int64_t line_step, int64_t row_step, int64_t line0, int64_t n_lines, bool add_mask) {
+void finish_scores(const flash & f, const row_block & block, float * scores, int64_t line_step, int64_t row_step, const open_lines & lines) {
     for (int64_t r = 0; f.softcap != 0.0f && r < block.n_rows(); ++r) {
-        for (int64_t i = 0; i < n_lines; ++i) {
+        for (int64_t i = 0; i < lines.n; ++i) {
             float & score = scores[i * line_step + r * row_step];
             score         = f.softcap * tanhf(score);
         }
     }
-    for (int64_t r = 0; add_mask && r < block.n_rows(); ++r) {
-        const ggml_fp16_t * mask = f.mask_row(block.stream, block.token(r)) + line0;
+    for (int64_t r = 0; lines.changed && r < block.n_rows(); ++r) {
+        const ggml_fp16_t * mask = f.mask_row(block.stream, block.token(r));
         const float slope        = f.slope(block.head(r));
-        for (int64_t i = 0; i < n_lines; ++i) {
+        for (int64_t i = 0; i < lines.n; ++i) {
             float & score = scores[i * line_step + r * row_step];
-            score         = std::fma(slope, GGML_CPU_FP16_TO_FP32(mask[i]), score);
+            score         = std::fma(slope, GGML_CPU_FP16_TO_FP32(mask[lines.line[i]]), score);
         }
     }
 }
@@ -458,34 +459,33 @@ void attend(const flash & f, const row_block & block, int64_t part, const scratc
     into.clear(f, row, n_rows);
     for (int64_t piece = part * PIECE; piece < f.n_kv; piece += PARTS * PIECE) {
         for (int64_t line0 = piece; line0 < std::min(piece + PIECE, f.n_kv); line0 += TILE) {
-            const int64_t n_lines = std::min(TILE, f.n_kv - line0);
-            const masked how      = mask_of(f, block, line0, n_lines);
-            if (how == ALL) {
+            const open_lines lines(f, block, line0, std::min(TILE, f.n_kv - line0));
+            if (lines.n == 0) {
                 continue;
             }
-            const char * keys   = f.line(f.k, block.stream, block.head0, line0);
-            const char * values = f.line(f.v, block.stream, block.head0, line0);
             float *max = into.max + row, *sum = into.sum + row, *out = into.values + row * f.n_v;
-            if (few) {
-                transpose_lines(keys, f.k->nb[1], n_lines, f.n_k, work);
+            if (few && lines.in_one_piece()) {
+                const char * keys   = f.line(f.k, block.stream, block.head0, lines.line[0]);
+                const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
+                transpose_lines(keys, f.k->nb[1], lines.n, f.n_k, work);
                 for (int64_t r = 0; r < n_rows; ++r) {
                     score_row(work.keys, f.n_k, work.queries + r, work.scores + r * TILE);
                 }
-                finish_scores(f, block, work.scores, 1, TILE, line0, n_lines, how == SOME);
+                finish_scores(f, block, work.scores, 1, TILE, lines);
                 for (int64_t r = 0; r < n_rows; ++r) {
-                    weigh_row(f, work.scores + r * TILE, n_lines, max[r], sum[r], out + r * f.n_v);
+                    weigh_row(f, work.scores + r * TILE, lines.n, max[r], sum[r], out + r * f.n_v);
                 }
-                add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), n_lines, out, f.n_v, n_rows);
+                add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, out, f.n_v, n_rows);
                 continue;
             }
-            for (int64_t i = 0; i < n_lines; ++i) {
-                line_to_float(f.k->type, keys + i * f.k->nb[1], f.n_k, work.keys + i * f.n_k);
-                line_to_float(f.v->type, values + i * f.v->nb[1], f.n_v, work.values + i * f.n_v);
+            for (int64_t i = 0; i < lines.n; ++i) {
+                line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i]), f.n_k, work.keys + i * f.n_k);
+                line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
             }
-            score_rows(n_rows, f.n_k, work, n_lines);
-            finish_scores(f, block, work.scores, TILE, 1, line0, n_lines, how == SOME);
-            weigh(f, work, n_lines, n_rows, max, sum, out);
-            add_values_to(work.scores, TILE, 1, work.values, f.n_v, n_lines, out, f.n_v, n_rows);
+            score_rows(n_rows, f.n_k, work, lines.n);
+            finish_scores(f, block, work.scores, TILE, 1, lines);
+            weigh(f, work, lines.n, n_rows, max, sum, out);
+            add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, out, f.n_v, n_rows);
         }
     }
 }
@@ -577,6 +577,30 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
     }
 }
 
+// Whether a line that any of the first tokens sees is seen by a quarter of them at least: not so where each is of another sequence.
+bool see_the_same(const flash & f) {
+    if (!f.mask) {
+        return true;
+    }
+    const int64_t n = std::min(TILE, f.n_tokens);
+    int64_t seen = 0, lines = 0;
+    for (int64_t line0 = 0; line0 < f.n_kv; line0 += TILE) {
+        const int64_t n_lines = std::min(TILE, f.n_kv - line0);
+        int32_t tokens[TILE]  = {};
+        for (int64_t t = 0; t < n; ++t) {
+            const ggml_fp16_t * mask = f.mask_row(0, t) + line0;
+            for (int64_t i = 0; i < n_lines; ++i) {
+                tokens[i] += mask[i] != 0xfc00;
+            }
+        }
+        for (int64_t i = 0; i < n_lines; ++i) {
+            seen += tokens[i];
+            lines += tokens[i] > 0;
+        }
+    }
+    return seen * 4 >= lines * n;
+}
+
 bool can_attend(const flash & f) {
     const auto readable = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
     return f.q->type == GGML_TYPE_F32 && readable(f.k->type) && readable(f.v->type) && f.k->nb[0] == ggml_type_size(f.k->type) &&
@@ -621,6 +645,10 @@ bool allocmoe_flash_attention(const ggml_compute_params * params, ggml_tensor * 
     auto * work      = (float *) (pointers + params->nth) + params->ith * scratch::size(f);
     if (!allocmoe_cpu_kernels || params->use_ref || !can_attend(f) ||
         params->nth * (sizeof(float *) + scratch::size(f) * sizeof(float)) > params->wsize) {
+        return false;
+    }
+    // of so many sequences each token has its own few lines, which llama.cpp's kernel takes one by one
+    if (f.n_tokens > MAX_TOKENS && f.n_group < 3 && !see_the_same(f)) {
         return false;
     }
     if (f.n_tokens > MAX_TOKENS) {

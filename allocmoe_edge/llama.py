@@ -793,9 +793,12 @@ class Llama(CheckedLlama):
         elif self._plan_of_tokens != now:
             self._plan_of_tokens = _MIXED
         draft = self.draft_model if isinstance(self.draft_model, DraftModel) else None
-        # the other token rules have no estimates to go by
-        estimates = libllama.allocmoe_get_token_rule(context_pointer(self)) == libllama.ALLOCMOE_RULE_ESTIMATE
-        limit = draft.verification_budget if draft is not None and drafted and estimates else None
+        limit = draft.verification_budget if draft is not None and drafted else None
+        if (
+            limit is not None
+            and libllama.allocmoe_get_token_rule(context_pointer(self)) != libllama.ALLOCMOE_RULE_ESTIMATE
+        ):
+            limit = None  # the other token rules have no estimates to go by
         started = time.perf_counter()
         with self._reading_experts(), self.limited_union(limit):
             super().eval(tokens)

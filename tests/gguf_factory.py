@@ -55,22 +55,28 @@ def plan_keys(counts=(0, 2, 3), **changes) -> list:
     return [(f"allocmoe.{name}", value) for name, value in keys.items() if value is not None]
 
 
-def split_gguf(path: Path, prefix: Path, n_tensors: int) -> list:
-    """Writes the model again as prefix-00001-of-0000N.gguf ..., n_tensors in each; returns the paths."""
-    reader = gguf.GGUFReader(path)
-    arch = reader.get_field("general.architecture").contents()
-    writer = gguf.GGUFWriter(str(prefix) + ".gguf", arch, split_max_tensors=n_tensors)
+def _copy(reader, writer, values=None) -> None:
+    """All of a file but its architecture, which the writer has; values: those of keys that are to be others."""
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
         value_type, *sub_type = field.types
-        writer.add_key_value(name, field.contents(), value_type, sub_type=sub_type[-1] if sub_type else None)
+        value = (values or {}).get(name, field.contents())
+        writer.add_key_value(name, value, value_type, sub_type=sub_type[-1] if sub_type else None)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def split_gguf(path: Path, prefix: Path, n_tensors: int) -> list:
+    """Writes the model again as prefix-00001-of-0000N.gguf ..., n_tensors in each; returns the paths."""
+    reader = gguf.GGUFReader(path)
+    arch = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(str(prefix) + ".gguf", arch, split_max_tensors=n_tensors)
+    _copy(reader, writer)
     return sorted(prefix.parent.glob(f"{prefix.name}-*.gguf"))
 
 
@@ -121,17 +127,7 @@ def changed_token(source: Path, target: Path, token: int, text: str) -> Path:
     """Writes a model again with another text for one token of its vocabulary."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(str(target), reader.get_field("general.architecture").contents())
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        value, (value_type, *sub_type) = field.contents(), field.types
-        if name == "tokenizer.ggml.tokens":
-            value[token] = text
-        writer.add_key_value(name, value, value_type, sub_type=sub_type[-1] if sub_type else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    tokens[token] = text
+    _copy(reader, writer, {"tokenizer.ggml.tokens": tokens})
     return target

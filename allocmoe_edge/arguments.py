@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Optional
 
 from . import expert_cache
 from .measure.cores import physical_cores
@@ -88,10 +89,22 @@ def _cache_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _miss_price(text: str) -> Optional[float]:
+    try:
+        return expert_cache.price(text if text == "auto" else float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: want a number from 1 to 1e6, or auto") from None
+
+
 def add_expert_cache(parser) -> None:
-    """--expert-cache, to a parser or a group of one."""
+    """--expert-cache and --miss-price, to a parser or a group of one."""
     parser.add_argument(
         "--expert-cache", type=_cache_bytes, metavar="SIZE",
         help="hold so much of the routed experts in memory (6GB) and read the others from the file when they are chosen; 0 "
         "for none. Default: what the memory leaves, if the file is larger than it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--miss-price", type=_miss_price, metavar="X",
+        help="with an expert cache and estimates: what reading an expert may cost, in times of one at hand; 1 for any. "
+        "Default: auto, what it takes on this machine, measured as the model is loaded",
     )  # fmt: skip

@@ -430,6 +430,7 @@ def _chat(args: argparse.Namespace) -> None:
             n_cpu_moe=args.n_cpu_moe,
             repack=not args.no_repack,
             expert_cache=args.expert_cache,
+            miss_price=args.miss_price,
             verbose=False,
         )
     terminal = Terminal()
@@ -438,7 +439,11 @@ def _chat(args: argparse.Namespace) -> None:
     if args.load is not None:
         chat.load(args.load)
     plan = llm.plan
-    cache = f", {llm.expert_cache / 1e9:.1f} GB of memory for its experts" if llm.expert_cache else ""
+    cache = (
+        f", {llm.expert_cache / 1e9:.1f} GB of memory for its experts, miss price {llm.miss_price:g}"
+        if llm.expert_cache
+        else ""
+    )
     terminal.note(f"{Path(args.model).name}{f', {plan}' if plan else ''}{cache}. /help lists the commands.")
     if not chat.run():
         raise SystemExit(1)

@@ -95,14 +95,16 @@ class Llama(CheckedLlama):
             time. Without effect where no experts are in a mapped file, and on Windows.
         expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and read the
             others from the file when a layer's router has chosen them; those used last are kept. The output is the same, bit
-            for bit, as that of a model in memory with repack=False. An expert that cannot be read ends the evaluation with a
+            for bit, as that of a model in memory with repack=False, but for what miss_price leaves out. An expert that cannot be read ends the evaluation with a
             `GenerationError`. None: where the file is larger than the memory that is available, what that leaves beside the
             other weights, unless there is an n_gpu_layers or a prefetch. 0 for none. Not on Windows.
         miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times the
             time of one at hand, 1 to 1e6. Such an expert runs for a generated token only where it is estimated to be worth
             that: sqrt(miss_price) times as large as one at hand has to be; its estimate stands in for it elsewhere. At 1
             the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
-            last, as many experts as the cache holds of a layer: so equal text gives equal output.
+            last, as many experts as the cache holds of a layer: so equal text gives equal output. None or "auto": what it
+            takes on this machine, measured as the model is loaded and rounded to a power of two; give the number that
+            `miss_price` then has for the same output on another machine, or under another load.
         **kwargs: see `llama_cpp.Llama`. flash_attn is on by default where no layer is on a GPU and the cache is not of float32.
             n_threads and n_threads_batch are by default the physical cores that this process may use. An override of the
             experts per token (kv_overrides) lowers a plan to it; above what the plan in the file
@@ -140,7 +142,7 @@ class Llama(CheckedLlama):
         repack: bool = True,
         prefetch: Optional[bool] = None,
         expert_cache: Union[int, str, None] = None,
-        miss_price: float = 1.0,
+        miss_price: Union[float, str, None] = None,
         **kwargs,
     ):
         _check_names(kwargs)
@@ -152,7 +154,8 @@ class Llama(CheckedLlama):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
         self._plan_path, self._prefetch = plan_path, False
-        self._asked_cache, self._miss_price = expert_cache, cache_size.price(miss_price)
+        price = cache_size.price(miss_price)
+        self._asked_cache, self._miss_price = expert_cache, 1.0 if price is None else price
         self._cache_bytes = 0
         self._stored_whole: Optional[metadata.ModelPlan] = None
         self._by_hand: Optional[Plan] = None
@@ -192,14 +195,15 @@ class Llama(CheckedLlama):
             model_path, expert_cache, prefetch is None and not on_gpu, kwargs.get("n_ctx", 512), n_ubatch
         )
         if n_bytes:
-            kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), cache_size.KEY: n_bytes}
+            ours = {cache_size.KEY: n_bytes, **({} if price is None else {cache_size.PRICE_KEY: price})}
+            kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), **ours}
         if prefetch is None:
             prefetch = not n_bytes and memory.is_beyond(model_paths(model_path))
         super().__init__(model_path, **kwargs)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
         self._cache_bytes = n_bytes
         if n_bytes:
-            self._check(libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price))
+            self._miss_price = self._measured_price()[0]
         if self._beyond_plan is not None:
             self.set_plan(None)
         elif plan_path is not None:
@@ -251,13 +255,17 @@ class Llama(CheckedLlama):
 
     @property
     def miss_price(self) -> float:
-        """What it may cost to read an expert (see the argument of that name). Setting it takes effect as `set_budget` does."""
+        """What it may cost to read an expert (see the argument of that name), 1 where there is no expert cache. Setting it takes
+        effect as `set_budget` does."""
         return self._miss_price
 
     @miss_price.setter
     def miss_price(self, price: float) -> None:
         with self._turn:
-            self._miss_price = cache_size.price(price)
+            found = cache_size.price(price)
+            if found is None:
+                raise ValueError("miss_price: it is measured as the model is loaded; want a number from 1 to 1e6")
+            self._miss_price = found
             if not self._cache_bytes or not self._check(
                 libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price)
             ):
@@ -722,7 +730,7 @@ class Llama(CheckedLlama):
         )
 
     @in_turn
-    def expert_stats(self, reset: bool = False) -> Dict[str, Dict[str, np.ndarray]]:
+    def expert_stats(self, reset: bool = False) -> Dict[str, Dict[str, Any]]:
         """Expert activations so far, for prompt ("prefill") and generated ("decode") tokens apart.
 
         Args:
@@ -734,7 +742,8 @@ class Llama(CheckedLlama):
             needed); and `mean`, float64, activations per token, 0 where no token came by. With an expert cache also, int64
             arrays: `hits`, experts that were in memory when they were chosen, `misses`, those that were not, and
             `bytes_read` for them; of tokens that are evaluated together each expert counts once. And `absent`, activations
-            that miss_price has left out.
+            that miss_price has left out. And floats: `miss_price`; `miss_ms` and `hit_ms`, what was measured when the model was
+            loaded, milliseconds of an expert that has to be read and of one at hand, 0 where the price was given.
         """
         stats = {}
         for phase, number in _PHASES.items():
@@ -747,6 +756,8 @@ class Llama(CheckedLlama):
             stats[phase] = {"activations": activations, "tokens": tokens, "mean": mean}
             if self.expert_cache:
                 stats[phase].update(self._cache_counts(number))
+                price = dict(zip(("miss_ms", "hit_ms"), self._measured_price()[1:]))
+                stats[phase].update(miss_price=self._miss_price, **price)
         if reset:
             libllama.allocmoe_reset_counts(context_pointer(self))
             self._drafted = np.zeros((2, 0), np.int64)
@@ -769,6 +780,11 @@ class Llama(CheckedLlama):
         if phase == _PHASES["decode"]:
             libllama.allocmoe_get_absent(context_pointer(self), ffi.from_buffer("int64_t *", counts["absent"]), n_layer)
         return counts
+
+    def _measured_price(self) -> tuple:
+        """What the runtime began with, and (0 where it was given) milliseconds of an expert to read and of one at hand."""
+        times = ffi.new("double[2]")
+        return libllama.allocmoe_get_miss_price(context_pointer(self), times, times + 1), times[0], times[1]
 
     @contextlib.contextmanager
     def _reading_experts(self) -> Iterator[None]:
@@ -957,7 +973,8 @@ class Llama(CheckedLlama):
 
     def __getstate__(self):
         theirs = super().__getstate__()
-        given = {key: value for key, value in (theirs["kv_overrides"] or {}).items() if key != cache_size.KEY}
+        ours = (cache_size.KEY, cache_size.PRICE_KEY)
+        given = {key: value for key, value in (theirs["kv_overrides"] or {}).items() if key not in ours}
         return {
             **theirs,
             "kv_overrides": given or None,

@@ -81,10 +81,6 @@ def parser() -> argparse.ArgumentParser:
         help="requests that do not say get less while others wait, down to this budget",
     )
     add_expert_cache(p)
-    p.add_argument(
-        "--miss-price", type=_price, metavar="X",
-        help="with --expert-cache and estimates: what reading an expert may cost, in times of one at hand. Default: 1, any",
-    )  # fmt: skip
     p.add_argument("--plan", metavar="FILE", help="a side file with the plans, as allocmoe-convert --plan-only writes")
     p.add_argument(
         "--prefetch", choices=("auto", "on", "off"), default="auto",
@@ -166,13 +162,6 @@ def _check_batch(options: Sequence[str]) -> None:
     least = max(2, n_slots if n_slots is not None and n_slots > 0 else _SLOTS)
     if n_batch is not None and n_batch < least:
         raise CommandError(f"--batch-size: found {n_batch}, want at least {least}, a token of each slot (--parallel)")
-
-
-def _price(text: str) -> float:
-    try:
-        return expert_cache.price(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: want a number from 1 to 1e6") from None
 
 
 def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:

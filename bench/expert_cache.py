@@ -40,10 +40,11 @@ PRICE = 6.0
 METHODS = {
     "llama.cpp, mapped": (False, dict(prefetch=False), True),
     "prefetch": (False, dict(prefetch=True), False),
-    "cache": (False, dict(), False),
+    "cache": (False, dict(miss_price=1), False),
     "prefetch, half budget": (True, dict(prefetch=True), False),
-    "cache, half budget": (True, dict(), False),
+    "cache, half budget": (True, dict(miss_price=1), False),
     f"cache, half budget, price {PRICE:g}": (True, dict(miss_price=PRICE), False),
+    "cache, half budget, measured price": (True, dict(), False),
 }  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def run_one(args: argparse.Namespace) -> None:
         experts=float(stats["activations"].sum() / max(1, stats["tokens"].sum())),
     )
     if llm.expert_cache:
+        result["miss_price"] = llm.miss_price
         result["hit_rate"] = float(stats["hits"].sum() / (stats["hits"].sum() + stats["misses"].sum()))
         result["absent"] = float(stats["absent"].sum() / max(1, stats["tokens"].sum()))
     print(json.dumps(result))

@@ -386,6 +386,13 @@ int32_t allocmoe_set_miss_price(llama_context * ctx, double price) {
     });
 }
 
+double allocmoe_get_miss_price(const llama_context * ctx, double * miss_ms, double * hit_ms) {
+    const auto * cache = allocmoe_access::state(ctx).cache;
+    *miss_ms           = cache ? cache->miss_ms : 0.0;
+    *hit_ms            = cache ? cache->hit_ms : 0.0;
+    return cache ? cache->miss_price : 0.0;
+}
+
 int32_t allocmoe_set_union_share(llama_context * ctx, double share) {
     return allocmoe_guarded([&] {
         if (!(share > 0.0 && share <= 1.0)) {

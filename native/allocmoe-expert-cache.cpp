@@ -1,6 +1,7 @@
 #include "allocmoe-expert-cache.h"
 
 #include "allocmoe-hooks.h"
+#include "allocmoe.h"
 
 #include "llama-impl.h"
 #include "llama-mmap.h"
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -31,6 +33,10 @@
 static constexpr size_t ALIGNED   = 4096;
 static constexpr int N_READERS    = 4;
 static constexpr size_t HUGE_PAGE = 2 << 20;
+// of experts that the price of a miss is measured with
+static constexpr size_t MEASURED   = 64 << 20;
+static constexpr int N_MEASURED    = 8;
+static constexpr auto MEASURED_FOR = std::chrono::milliseconds(100);
 
 static size_t round_down(size_t n) {
     return n / ALIGNED * ALIGNED;
@@ -743,4 +749,112 @@ void allocmoe_expert_cache::add_requests(ggml_context * ctx, ggml_cgraph * gf, i
         }
         ggml_build_forward_expand(gf, node);
     }
+}
+
+//
+// what a miss costs
+//
+
+void allocmoe_expert_cache::empty() {
+    for (auto & experts : groups) {
+        std::fill(experts.slot_of.begin(), experts.slot_of.end(), -1);
+        std::fill(experts.expert_in.begin(), experts.expert_in.end(), -1);
+        std::fill(experts.last_use.begin(), experts.last_use.end(), 0);
+        experts.clock = 0;
+    }
+    staged = nullptr;
+    for (auto & of_phase : counts) {
+        std::fill(of_phase.begin(), of_phase.end(), allocmoe_cache_counts{});
+    }
+    waited_us = 0;
+}
+
+void allocmoe_expert_cache::find_price(const llama_model & model, int n_threads) {
+    if (miss_price > 0.0) {
+        return;
+    }
+    miss_price = 1.0;
+    std::vector<std::pair<group *, int64_t>> chosen; // and how many of its experts
+    size_t n_bytes = 0;
+    for (auto & experts : groups) {
+        const int64_t n = std::min<int64_t>(model.hparams.n_expert_used(experts.il), experts.n_slots);
+        if (n > 0 && n_bytes < MEASURED) {
+            chosen.emplace_back(&experts, n);
+            n_bytes += n * experts.slot_size;
+        }
+    }
+    const ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const std::unique_ptr<ggml_backend, void (*)(ggml_backend_t)> cpu(device ? ggml_backend_dev_init(device, nullptr) : nullptr, ggml_backend_free);
+    if (chosen.empty() || !cpu) {
+        return;
+    }
+    void * set_n_threads = ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads");
+    if (set_n_threads) {
+        reinterpret_cast<ggml_backend_set_n_threads_t>(set_n_threads)(cpu.get(), n_threads);
+    }
+
+    const size_t n_tensors = 64 + 16 * chosen.size();
+    const std::unique_ptr<ggml_context, void (*)(ggml_context *)> ctx(
+        ggml_init({ n_tensors * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }), ggml_free);
+    ggml_cgraph * gf = ggml_new_graph(ctx.get());
+    std::vector<ggml_tensor *> all_ids;
+    int64_t n_experts = 0;
+    for (const auto & [experts, n] : chosen) {
+        ggml_tensor * ids = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n, 1);
+        ggml_set_input(ids);
+        all_ids.push_back(ids);
+        n_experts += n;
+        for (const auto & m : experts->matrices) {
+            ggml_tensor * x = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, m.tensor->ne[0], 1, 1);
+            ggml_set_input(x);
+            ggml_build_forward_expand(gf, ggml_mul_mat_id(ctx.get(), const_cast<ggml_tensor *>(m.tensor), x, ids));
+        }
+    }
+    std::deque<request> requests;
+    add_requests(ctx.get(), gf, ALLOCMOE_PHASE_DECODE, requests);
+    const std::unique_ptr<ggml_backend_buffer, void (*)(ggml_backend_buffer_t)> memory(
+        ggml_backend_alloc_ctx_tensors(ctx.get(), cpu.get()), ggml_backend_buffer_free);
+    if (!memory) {
+        return;
+    }
+    ggml_backend_buffer_clear(memory.get(), 0);
+    for (const auto & [experts, n] : chosen) {
+        memset(slot(*experts, 0), 0, n * experts->slot_size); // fresh pages would be part of the first reading
+    }
+    const auto run = [&] {
+        const auto begin = std::chrono::steady_clock::now();
+        ggml_backend_graph_compute(cpu.get(), gf);
+        return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count() / n_experts;
+    };
+    // the shortest times, since others may be at work too; of other experts each time, which no disk remembers
+    double cold = 1e9, warm = 1e9;
+    const auto begin = std::chrono::steady_clock::now();
+    for (int round = 0; round < N_MEASURED && (round < 2 || std::chrono::steady_clock::now() - begin < MEASURED_FOR); ++round) {
+        for (size_t i = 0; i < chosen.size(); ++i) {
+            const auto & [experts, n] = chosen[i];
+            std::vector<int32_t> ids(n);
+            for (int64_t r = 0; r < n; ++r) {
+                ids[r] = (r * experts->n_expert / n + round) % experts->n_expert;
+            }
+            ggml_backend_tensor_set(all_ids[i], ids.data(), 0, ids.size() * sizeof(int32_t));
+        }
+        cold = std::min(cold, run());
+        double spent = 0.0;
+        for (int i = 0; i < N_MEASURED && spent < 30.0; ++i) {
+            const double ms = run();
+            warm            = std::min(warm, ms);
+            spent += ms * n_experts;
+        }
+        if (bad) {
+            take_error();
+            empty();
+            return; // the first token will say so
+        }
+        empty();
+    }
+    miss_ms = cold;
+    hit_ms  = warm;
+    // a power of two, for the same one again from about the same times
+    miss_price = std::exp2(std::round(std::log2(std::min(std::max(miss_ms / hit_ms, 1.0), 1e5))));
+    LLAMA_LOG_INFO("allocmoe: an expert takes %.3g ms that has to be read, %.3g ms at hand: miss price %g\n", miss_ms, hit_ms, miss_price);
 }

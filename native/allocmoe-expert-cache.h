@@ -22,7 +22,7 @@ struct llama_model_loader;
 struct llama_model_tensor_buft_override;
 
 #define ALLOCMOE_KEY_EXPERT_CACHE "allocmoe.expert_cache_bytes"
-// with it: what contexts of the model begin with, see allocmoe_set_miss_price
+// with it: what contexts of the model begin with, see allocmoe_set_miss_price; without, it is measured
 #define ALLOCMOE_KEY_MISS_PRICE "allocmoe.miss_price"
 
 // What was asked for, and what came of it, in one layer and phase.
@@ -69,8 +69,14 @@ public:
     const group * find(int il) const;
     static int64_t n_slots(const group & experts);
 
+    // Sets miss_price, unless it has been given or measured before: the model's own products with some of its experts, in as
+    // many threads, with the experts to be read and with them in memory. Leaves the cache empty. 1 where they cannot be read.
+    void find_price(const llama_model & model, int n_threads);
+
     int64_t n_bytes() const { return n_arena; }
-    double miss_price = 1.0;
+    double miss_price = 0.0; // 0 for not known yet
+    double miss_ms    = 0.0; // what an expert takes, where that has been measured
+    double hit_ms     = 0.0;
     std::array<std::vector<allocmoe_cache_counts>, 2> counts; // by phase, [block_count]
     std::atomic<int64_t> waited_us{ 0 };                      // by threads that compute, added up
 
@@ -81,6 +87,7 @@ private:
     static void compute_request(ggml_tensor * dst, int ith, int nth, void * userdata);
     void ask(request & what, const ggml_tensor * ids);
     void drop(group & experts);
+    void empty();
     static void leave(const std::shared_ptr<readers> & pool);
     void fail(const std::string & what);
     std::string changed_file() const;

@@ -157,9 +157,14 @@ LLAMA_API int32_t allocmoe_get_cache_counts(const struct llama_context * ctx, in
 
 // Under ALLOCMOE_RULE_ESTIMATE, for single tokens: an expert that is not at hand counts as smaller by sqrt(price), so that running
 // it has to be worth the more the longer it takes. At hand are as many experts of a layer as it has slots, those that the
-// token's sequence has run last. price: how many times as long an expert takes that has to be read, at least 1, which is what a
-// context begins with. Without effect where there is no expert cache.
+// token's sequence has run last. price: how many times as long an expert takes that has to be read, at least 1. A context begins
+// with what an override of the key allocmoe.miss_price (a float) has given when the model was loaded; where there is none it is
+// measured as the model's first context is made, to a power of two. Without effect where there is no expert cache.
 LLAMA_API int32_t allocmoe_set_miss_price(struct llama_context * ctx, double price);
+
+// What a context begins with. miss_ms, hit_ms: what was measured, milliseconds of an expert that has to be read, and of one at
+// hand; 0 where nothing was. 0 where there is no expert cache.
+LLAMA_API double allocmoe_get_miss_price(const struct llama_context * ctx, double * miss_ms, double * hit_ms);
 
 // Under ALLOCMOE_RULE_ESTIMATE, for micro-batches of several tokens from the next decode on, such as those that verify a draft:
 // of the experts that any of the tokens would run in a layer, a share runs, those of the largest estimated value for all of them

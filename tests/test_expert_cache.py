@@ -56,7 +56,7 @@ def size_for(path, n_slots: float) -> int:
 
 
 def load(path, n_slots: float = 5, **kwargs) -> Llama:
-    return Llama(str(path), **{**SIZES, "expert_cache": size_for(path, n_slots), **kwargs})
+    return Llama(str(path), **{**SIZES, "expert_cache": size_for(path, n_slots), "miss_price": 1, **kwargs})
 
 
 def slots(llm) -> list:
@@ -256,7 +256,7 @@ TEXT = np.random.default_rng(3).integers(1, 300, 30)
 def test_price_of_one_changes_nothing(path):
     found = []
     for cache in (0, size_for(path, 5)):
-        llm = Llama(str(path), **SIZES, expert_cache=cache)
+        llm = Llama(str(path), **SIZES, expert_cache=cache, miss_price=1)
         llm.apply_plan(by_estimates())
         found.append((logits(llm), one_by_one(llm, TEXT)))
         llm.close()
@@ -334,7 +334,32 @@ def test_a_prompt_is_computed_without_the_price(path):
     llm.close()
 
 
-@pytest.mark.parametrize("value", [0.5, "6", None, True, float("nan"), 1e7], ids=str)
+def test_the_price_is_measured(path):
+    """A power of two from what reading and running took, and then the same text as at that price given; the cache is empty."""
+    llm = load(path, miss_price=None)
+    llm.apply_plan(by_estimates())
+    stats = llm.expert_stats()
+    assert all(s["hits"].sum() == s["misses"].sum() == s["bytes_read"].sum() == 0 for s in stats.values())
+    found, price = stats["decode"], llm.miss_price
+    assert found["miss_price"] == price and 0 < found["hit_ms"] < found["miss_ms"]
+    assert 2**-0.51 < found["miss_ms"] / found["hit_ms"] / price < 2**0.51 and np.log2(price) % 1 == 0
+    measured = one_by_one(llm, TEXT)
+    first = llm.expert_stats()["decode"]
+    assert first["misses"].sum() > 0
+    with pytest.raises(ValueError, match="measured as the model is loaded"):
+        llm.miss_price = "auto"
+    copy = pickle.loads(pickle.dumps(llm))
+    given = load(path, miss_price=price)
+    given.apply_plan(by_estimates())
+    for each in (copy, given):
+        assert each.miss_price == price and each.expert_stats()["decode"]["miss_ms"] == 0
+        assert np.array_equal(one_by_one(each, TEXT), measured)
+        assert np.array_equal(each.expert_stats()["decode"]["misses"], first["misses"])
+    for each in (llm, copy, given):
+        each.close()
+
+
+@pytest.mark.parametrize("value", [0.5, "6", True, float("nan"), 1e7], ids=str)
 def test_what_is_no_price_is_refused(path, value):
     with pytest.raises(ValueError, match="miss_price: found"):
         Llama(str(path), **SIZES, miss_price=value)
@@ -468,6 +493,7 @@ def test_options_of_the_server(path, monkeypatch, capsys):
     key, price = cache_size.KEY, cache_size.PRICE_KEY
     wanted = ["--override-kv", f"{key}=int:6000000", "--override-kv", f"{price}=float:4.0"]
     assert options("--expert-cache", "6MB", "--miss-price", "4") == wanted
+    assert options("--expert-cache", "6MB", "--miss-price", "auto") == options("--expert-cache", "6MB") == wanted[:2]
     assert options() == options("--expert-cache", "0") == options("--miss-price", "4") == []
     with pytest.raises(CommandError, match="^--expert-cache: found .* want at least"):
         options("--expert-cache", "1kB")

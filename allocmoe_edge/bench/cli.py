@@ -142,7 +142,8 @@ def bench(args: argparse.Namespace) -> None:
         llm = Llama(
             args.model, n_ctx=n_ctx, n_batch=max(args.ubatch, 512), n_ubatch=args.ubatch, n_threads=args.threads,
             n_threads_batch=args.threads, n_gpu_layers=args.n_gpu_layers, n_cpu_moe=args.n_cpu_moe,
-            repack=not args.no_repack, prefetch=_PREFETCH[args.prefetch], expert_cache=args.expert_cache, flash_attn=args.flash_attn,
+            repack=not args.no_repack, prefetch=_PREFETCH[args.prefetch], expert_cache=args.expert_cache,
+            miss_price=args.miss_price, flash_attn=args.flash_attn,
             verbose=False,
         )  # fmt: skip
     load_seconds = time.perf_counter() - start
@@ -163,6 +164,7 @@ def bench(args: argparse.Namespace) -> None:
             "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
             "n_cpu_moe": args.n_cpu_moe, "repack": not args.no_repack, "prefetch": llm.prefetch,
             "expert_cache": llm.expert_cache,
+            "miss_price": llm.miss_price,
             "flash_attn": llm.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, "repeats": args.repeats,
             "tokens": str(args.text) if args.text else f"random, seed {args.seed}",
         },
@@ -264,7 +266,7 @@ def _head(head: dict) -> str:
         f"{', experts of the first ' + str(work['n_cpu_moe']) + ' on the CPU' if work['n_cpu_moe'] else ''}, "
         f"{'' if work['repack'] else 'weights not repacked, '}"
         f"{'experts prefetched, ' if work['prefetch'] else ''}"
-        f"{'expert cache ' + report.gigabytes(work['expert_cache']) + ', ' if work['expert_cache'] else ''}"
+        f"{'expert cache ' + report.gigabytes(work['expert_cache']) + ', miss price ' + format(work['miss_price'], 'g') + ', ' if work['expert_cache'] else ''}"
         f"flash attention {'on' if work['flash_attn'] else 'off'}, {work['repeats']} rounds, tokens: {work['tokens']}"
     )
 

@@ -44,6 +44,11 @@ def _run(module: str, function: str = "main") -> int:
         if interruptible:  # Python puts itself away, and what is loaded
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         return code
+    except ImportError as error:
+        if not str(error).startswith("allocmoe_edge: "):  # what it says itself of libraries that are missing
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the command could say what it leaves behind
         print(file=sys.stderr)
         return 130

@@ -99,12 +99,18 @@ def _import_llama_cpp(lib_dir: Path):
     loaded_before = "llama_cpp.llama_cpp" in sys.modules
     os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(lib_dir))
     os.environ.setdefault("MTMD_CPP_LIB", os.environ["LLAMA_CPP_LIB_PATH"])
-    import llama_cpp
+    try:
+        import llama_cpp
+    except RuntimeError as error:  # of a library that does not load, llama_cpp's own words
+        why = str(error.__context__ or error).strip()
+        raise ImportError(
+            f"allocmoe_edge: its libraries cannot be loaded: {why} (what a build for GPUs needs comes with the card's driver)"
+        ) from None
 
     raw = llama_cpp.llama_cpp
     if not hasattr(raw._lib, "allocmoe_plan_version"):
         raise ImportError(
-            f"llama_cpp has loaded the libraries in {raw._base_path}, which are not allocmoe-edge's: "
+            f"allocmoe_edge: llama_cpp has loaded the libraries in {raw._base_path}, which are not allocmoe-edge's: "
             + (
                 "import allocmoe_edge before llama_cpp"
                 if loaded_before

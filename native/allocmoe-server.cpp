@@ -17,11 +17,16 @@
 #include <stdexcept>
 
 static std::mutex served_mutex;
-static std::shared_ptr<const allocmoe_served> served_now = std::make_shared<allocmoe_served>();
+
+// Made where it is first asked for, and never freed: threads may still read it while the process ends.
+static std::shared_ptr<const allocmoe_served> & served_now() {
+    static auto & served = *new std::shared_ptr<const allocmoe_served>(std::make_shared<allocmoe_served>());
+    return served;
+}
 
 std::shared_ptr<const allocmoe_served> allocmoe_served::now() {
     std::lock_guard<std::mutex> lock(served_mutex);
-    return served_now;
+    return served_now();
 }
 
 //
@@ -261,7 +266,7 @@ bool allocmoe_server_init(llama_context * ctx) {
             model->obstacle.empty() ? "" : (", and no choice: " + model->obstacle).c_str());
     }
     std::lock_guard<std::mutex> lock(served_mutex);
-    served_now = std::move(model);
+    served_now() = std::move(model);
     return true;
 }
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 
@@ -51,6 +52,20 @@ def test_llama_cpp_imported_first_with_other_libraries(tmp_path):
     assert done.returncode != 0
     assert "import allocmoe_edge before llama_cpp" in done.stderr
     assert str(tmp_path) in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="links a library")
+def test_a_library_that_the_machine_lacks(tmp_path):
+    """As a build for GPUs where there is no driver: one line that names it."""
+    link = ["cc", "-shared", "-x", "c", "/dev/null", "-L", tmp_path, "-Wl,--no-as-needed", "-o"]
+    subprocess.run([*link, tmp_path / "libdriver.so.1"], check=True)
+    subprocess.run([*link, tmp_path / "libllama.so", "-l:libdriver.so.1"], check=True)
+    (tmp_path / "libdriver.so.1").unlink()
+    code = "import sys, allocmoe_commands; sys.exit(allocmoe_commands.inspect())"
+    env = {**clean_env(), "LLAMA_CPP_LIB_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: allocmoe_edge: its libraries cannot be loaded: libdriver.so.1: cannot open")
 
 
 def test_our_libraries_are_found_without_any_variable():

@@ -20,6 +20,7 @@ pytest.importorskip("gguf", reason="LExI reads weights with it")
 FOLDER = Path(__file__).resolve().parent.parent / "bench" / "quality"
 sys.path.insert(0, str(FOLDER))
 
+import across  # noqa: E402
 import lexi  # noqa: E402
 import methods  # noqa: E402
 import metrics  # noqa: E402
@@ -454,6 +455,26 @@ def test_errors_are_lines(path, tmp_path, capsys):
     args[0] = tmp_path / "no.gguf"
     assert main.main([str(a) for a in args]) == 1
     assert "no.gguf" in capsys.readouterr().err
+
+
+def test_across_compares_plans_on_texts(path, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(book(3))
+    model = metadata.read(path)
+    counts = {"uneven": [1, 3, 1, 3], "even": [2, 2, 2, 2], "more": [3, 3, 2, 2]}
+    for name, planned in counts.items():
+        profile = metadata.Profile([[0.1 * (4 - k) for k in range(1, 5)]] * 4, (1.0,) * 4, metadata.Calibration("words", 1, ""))
+        metadata.write_side_file(tmp_path / f"{name}.plan.gguf", model, Plan(planned, FULL), profile)
+    args = ["--texts", tmp_path / "text.txt", "--tokens", 128, "--ctx-size", 64, "--threads", 1, "-o", tmp_path / "out"]
+    files = [tmp_path / f"{name}.plan.gguf" for name in counts]
+    assert across.main([str(a) for a in (path, *args, "--decode", "--plans", *files[:2])]) == 0
+    row = json.loads((tmp_path / "out" / "result.json").read_text())["text"]
+    assert row["even"] == row["uniform k"] != row["uneven"] and row["full"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert row["uneven"]["spent"] == 8
+    line = (tmp_path / "out" / "table.md").read_text().splitlines()[-1]
+    assert line.startswith("| text |") and line.endswith("(0%, 0%) |")
+    capsys.readouterr()
+    assert across.main([str(a) for a in (path, *args, "--plans", *files)]) == 1
+    assert "want one budget" in capsys.readouterr().err
 
 
 def test_plot_is_small(command):

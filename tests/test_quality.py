@@ -462,7 +462,9 @@ def test_across_compares_plans_on_texts(path, tmp_path, capsys):
     model = metadata.read(path)
     counts = {"uneven": [1, 3, 1, 3], "even": [2, 2, 2, 2], "more": [3, 3, 2, 2]}
     for name, planned in counts.items():
-        profile = metadata.Profile([[0.1 * (4 - k) for k in range(1, 5)]] * 4, (1.0,) * 4, metadata.Calibration("words", 1, ""))
+        profile = metadata.Profile(
+            [[0.1 * (4 - k) for k in range(1, 5)]] * 4, (1.0,) * 4, metadata.Calibration("words", 1, "")
+        )
         metadata.write_side_file(tmp_path / f"{name}.plan.gguf", model, Plan(planned, FULL), profile)
     args = ["--texts", tmp_path / "text.txt", "--tokens", 128, "--ctx-size", 64, "--threads", 1, "-o", tmp_path / "out"]
     files = [tmp_path / f"{name}.plan.gguf" for name in counts]

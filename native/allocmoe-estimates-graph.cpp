@@ -20,11 +20,8 @@ static void find_absent(const allocmoe_estimate_args & args, allocmoe_ran & ran,
     int32_t place = args.places[t].before;
     for (int32_t step = 0; place >= 0 && step < ran.n_left && n < n_slots; ++step) {
         const int16_t * entry = ran.at(args.node.il, place);
-        int64_t r             = 1;
-        while (entry[0] != ALLOCMOE_RAN_NOTHING && r < ran.n_entry && entry[r] >= 0) {
-            ++r;
-        }
-        while (--r > 0 && n < n_slots) {
+        // from the best on, as the cache keeps them
+        for (int64_t r = 1; entry[0] != ALLOCMOE_RAN_NOTHING && r < ran.n_entry && entry[r] >= 0 && n < n_slots; ++r) {
             n += !recent[entry[r]];
             recent[entry[r]] = true;
         }

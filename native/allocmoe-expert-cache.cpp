@@ -585,7 +585,8 @@ void allocmoe_expert_cache::ask(request & what, const ggml_tensor * ids) {
 
     std::vector<bool> used(experts.n_expert);
     for (int64_t t = 0; t < ids->ne[1]; ++t) {
-        for (int64_t r = 0; r < ids->ne[0]; ++r) {
+        // of a token's experts the best counts as used last: where not even those of one token stay, it is they that do
+        for (int64_t r = ids->ne[0] - 1; r >= 0; --r) {
             const int32_t id = *(const int32_t *) ((const char *) ids->data + t * ids->nb[1] + r * ids->nb[0]);
             if (id >= 0 && id < experts.n_expert) {
                 used[id]             = true;

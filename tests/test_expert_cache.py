@@ -16,7 +16,9 @@ from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.checked_llama import GenerationError
 from allocmoe_edge.command import CommandError
 from allocmoe_edge.gguf_file import GGUFFile
+from allocmoe_edge.inspect.routing import hit_rates
 from allocmoe_edge.measure import memory
+import expert_replay
 from gguf_factory import random_estimator
 import numpy as np
 import pytest
@@ -142,7 +144,7 @@ def test_the_experts_used_last_are_kept(path):
             assert libllama.allocmoe_take_experts(context_pointer(llm), il, ids, N_USED) == N_USED
             hits[il] += sum(e in recent[il] for e in ids)
             misses[il] += sum(e not in recent[il] for e in ids)
-            for e in ids:
+            for e in reversed(list(ids)):
                 recent[il][e] = True
                 recent[il].move_to_end(e)
             while len(recent[il]) > kept[il]:
@@ -155,6 +157,40 @@ def test_the_experts_used_last_are_kept(path):
     assert expert <= found["bytes_read"][0] / misses[0] <= expert + 3 * 2 * 4096
     assert llm.expert_stats()["decode"]["hits"].sum() == 0
     llm.close()
+
+
+def test_of_fewer_than_a_token_uses_the_best_are_kept(path):
+    """Fewer slots than experts per token: a token that comes again finds its best ones."""
+    llm = load(path, 2)
+    kept = slots(llm)
+    assert max(kept) < N_USED
+    for _ in range(2):
+        llm.expert_stats(reset=True)
+        llm.clear_cache()
+        llm.apply_plan(Plan([N_USED] * N_LAYER, [N_USED] * N_LAYER))
+        llm.eval([5])
+    assert list(llm.expert_stats()["decode"]["hits"]) == kept
+    # and those are the best: with so many per token alone nothing is to be read
+    llm.expert_stats(reset=True)
+    llm.clear_cache()
+    llm.apply_plan(Plan([kept[0], *[N_USED] * (N_LAYER - 1)], [N_USED] * N_LAYER))
+    llm.eval([5])
+    assert llm.expert_stats()["decode"]["hits"][0] == kept[0] and llm.expert_stats()["decode"]["misses"][0] == 0
+    llm.close()
+
+
+def test_replayed_rules_of_what_stays():
+    """bench/expert_replay.py: the runtime's rule has what allocmoe-inspect says, and none does better than the future known."""
+    ids = np.array([np.random.default_rng(t // 4).permutation(N_EXPERT)[:N_USED] for t in range(200)])
+    ids = np.where(np.random.default_rng(1).random((200, 1)) < 0.7, ids, np.roll(ids, 7, axis=0))
+    expected = hit_rates(ids[None], N_EXPERT)
+    for n in (2, 5, 9, N_EXPERT):
+        found = {
+            rule: 1 - expert_replay.misses(ids, rule(ids, N_EXPERT), n).mean() for rule in expert_replay.RULES.values()
+        }
+        assert found[expert_replay.best_last] == pytest.approx(expected[n])
+        best = found.pop(expert_replay.next_use)
+        assert all(rate <= best for rate in found.values()) and best > expected[n] or n == N_EXPERT
 
 
 def test_a_batch_reads_an_expert_once(path):

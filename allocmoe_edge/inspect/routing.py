@@ -115,7 +115,8 @@ def segment_cache_hit_rate(active: np.ndarray, m: int, cache_size: int) -> float
 
 
 def hit_rates(experts: np.ndarray, n_expert: int) -> np.ndarray:
-    """What caches of every size would have at hand that keep the experts used last, as the runtime's expert cache does.
+    """What caches of every size would have at hand that keep the experts used last, as the runtime's expert cache does: of a
+    token's the best counts as used last.
 
     Args:
         experts: int, [n_sequences, n_tokens, K], best first; the sequences one after the other, and nothing cached before.
@@ -131,7 +132,7 @@ def hit_rates(experts: np.ndarray, n_expert: int) -> np.ndarray:
         for e in ids:
             if e in recent:
                 found[recent.index(e) + 1] += 1
-        recent = [*reversed(ids), *(e for e in recent if e not in ids)]
+        recent = [*ids, *(e for e in recent if e not in ids)]
     return np.cumsum(found) / max(1, experts.size)
 
 

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from . import __version__, output_file
+from . import __version__, output_file, speed_target
 from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
 from .command import CommandError, load_errors, reason, run_command
 from .llama import Budget, Llama
@@ -364,6 +364,13 @@ def read_chat(path: Path) -> Messages:
     return [{"role": m["role"], "content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
 
 
+def _speed(text: str) -> float:
+    try:
+        return speed_target.speed(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: want tokens per second, a number above 0") from None
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="allocmoe-chat",
@@ -373,9 +380,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL", help="GGUF file; the first one if the model is split")
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    p.add_argument(
+    spend = p.add_mutually_exclusive_group()
+    spend.add_argument(
         "--budget", metavar="B",
         help="a share (0.5, 50%%), a total of activations per token, or fast, balanced or full. Default: the plan in the file",
+    )  # fmt: skip
+    spend.add_argument(
+        "--target-tps", type=_speed, metavar="N",
+        help="the largest budget at which this machine generates N tokens/s, measured first, reads of experts included",
     )  # fmt: skip
     p.add_argument("--plan", metavar="FILE", help="a side file with the plans, as allocmoe-convert --plan-only writes")
     p.add_argument("--system", metavar="TEXT", help="what the model is told before the chat")
@@ -433,6 +445,8 @@ def _chat(args: argparse.Namespace) -> None:
             miss_price=args.miss_price,
             verbose=False,
         )
+    if args.target_tps is not None:
+        llm.set_speed(args.target_tps)
     terminal = Terminal()
     chat = Chat(llm, terminal, args.system, args.max_tokens, temperature=args.temperature, seed=args.seed)
     terminal.complete([*chat.commands(), "/quit"])

@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from . import expert_cache as cache_size
-from . import hub, overrides
+from . import hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
 from .checked_llama import CheckedLlama, GenerationError
 from .draft import DraftModel
@@ -362,6 +362,57 @@ class Llama(CheckedLlama):
         found = self.plan
         assert found is not None  # a model without experts has been refused above
         return found
+
+    @in_turn
+    def set_speed(self, tokens_per_second: float, *, token_rule: Optional[str] = None) -> Plan:
+        """Sets the largest budget, to a 32nd of the full one, at which this machine generates so many tokens per second.
+
+        Measured, for some seconds: the model writes short texts at up to eight budgets, and with an expert cache what it has to
+        read for them, at the `miss_price` in force, is part of the time. Another load of the machine gives another budget: the
+        plan that is returned can be kept (`set_plan`). What is cached is forgotten, `expert_stats` starts anew, and a completion
+        that is being read ends.
+
+        Args:
+            token_rule: as in `set_budget`.
+
+        Returns:
+            The plan now in force.
+
+        Raises:
+            ValueError: tokens_per_second is no number above 0.
+            PlanError: as `set_budget`, or not even the smallest budget is fast enough; the plan is as it was.
+            GenerationError: an expert cannot be read (see expert_cache).
+        """
+        wanted = speed_target.speed(tokens_per_second)
+        self._tokens_change("set_speed()")
+        before, by_hand = self._plan_or_none(), self._by_hand
+        probe, done = speed_target.Probe(self), False
+
+        def at(total: int) -> float:
+            self.set_budget(total, token_rule=token_rule)
+            return probe.tokens_per_second()
+
+        try:
+            most = sum(self._full_of_experts())
+            self.set_budget(most, token_rule=token_rule)
+            least, of_file, largest = (ffi.new("int64_t *") for _ in range(3))
+            self._check(libllama.allocmoe_budget_range(context_pointer(self), least, of_file, largest))
+            probe.warm_up()
+            total, found = speed_target.largest_total(least[0], most, wanted, at)
+            if found < wanted:
+                raise PlanError(
+                    f"{self.model_path}: {wanted:g} tokens/s are out of reach: with the fewest experts, {total} activations "
+                    f"per token, this machine generates {found:.3g}"
+                )
+            plan, done = self.set_budget(total, token_rule=token_rule), True
+        finally:
+            if not done:
+                self.set_plan(before if by_hand is None else by_hand)
+            self.clear_cache()
+            libllama.allocmoe_reset_counts(context_pointer(self))
+        if self.verbose:
+            print(f"allocmoe: {found:.3g} tokens/s at {plan}", file=sys.stderr)
+        return plan
 
     @in_turn
     def budget_total(self, budget: Budget) -> int:

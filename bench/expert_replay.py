@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+from allocmoe_edge import Plan
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.plan import metadata
 import llama_cpp
@@ -33,7 +34,8 @@ class Layer(NamedTuple):
     output: np.ndarray
 
 
-def record(path: Path, text: bytes, n_tokens: int) -> dict[int, Layer]:
+def record(path: Path, text: bytes, n_tokens: int, full: tuple) -> dict[int, Layer]:
+    """Of the full model, whatever plan the file has."""
     rows: dict[tuple, list] = {}
     names = ("ffn_moe_logits", "ffn_norm", "l_out")
 
@@ -45,6 +47,7 @@ def record(path: Path, text: bytes, n_tokens: int) -> dict[int, Layer]:
         rows.setdefault(key(node), []).append(node.data())
 
     with observed.ObservedModel(path, n_tokens, lambda node: bool(key(node)), seen, n_threads=1) as model:
+        model.set_plan(Plan.full(full))
         many = (llama_cpp.llama_token * (len(text) + 1))()
         found = llama_cpp.llama_tokenize(model.vocab, text, len(text), many, len(many), False, False)
         if found < n_tokens:
@@ -246,7 +249,7 @@ def main() -> None:
     full = metadata.read(args.model, estimator=False).full
     if full is None or not any(full):
         raise SystemExit(f"{args.model}: a dense model: it has no routers")
-    layers = record(args.model, text, args.tokens)
+    layers = record(args.model, text, args.tokens, full)
     used = {il: full[il] for il in layers}
     print(f"{args.tokens} tokens, {len(layers)} layers\n")
     evictions(layers, used, [float(share) for share in args.shares.split(",")])

@@ -51,14 +51,19 @@ def measure(llm: Llama, full: tuple, tokens: np.ndarray) -> Costs:
         return Costs(decode_ms(llm, Plan.full(full), tokens), tuple(0.0 for _ in full))
     groups = classes if len(classes) == 1 else [*classes, everything]
     plans = [Plan(tuple(1 if k and il in group else k for il, k in enumerate(full)), full) for group in groups]
+
+    def stretch(run: int) -> np.ndarray:
+        # what has been decoded just now would find its experts in a cache: other text has to read them, as it does in use
+        return np.roll(tokens, -run * (_TOKENS + 1)) if llm.expert_cache else tokens
+
     saved = np.empty((_REPEATS, len(plans)))
     whole = np.empty(_REPEATS)
     with progress_bar("decode cost", _REPEATS * (len(plans) + 1), "run") as bar:
         for repeat in range(_REPEATS):
-            whole[repeat] = decode_ms(llm, Plan.full(full), tokens)
+            whole[repeat] = decode_ms(llm, Plan.full(full), stretch(repeat * (len(plans) + 1)))
             bar.update()
             for i, plan in enumerate(plans):
-                saved[repeat, i] = whole[repeat] - decode_ms(llm, plan, tokens)
+                saved[repeat, i] = whole[repeat] - decode_ms(llm, plan, stretch(repeat * (len(plans) + 1) + i + 1))
                 bar.update()
     per_class = np.median(saved, axis=0)
     weight = np.array([_bytes(llm, group, full) for group in groups])

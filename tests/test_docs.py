@@ -37,6 +37,7 @@ FOREIGN_OPTIONS = {
     "--version",
     "--build",
     "--target",
+    "--api-key-file",
     # the evaluation harness's
     "--model",
     "--model_args",

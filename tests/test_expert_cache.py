@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 
-from allocmoe_edge import Llama, Plan, llama_server
+from allocmoe_edge import Llama, Plan, PlanError, llama_server, speed_target
 from allocmoe_edge import expert_cache as cache_size
 from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.checked_llama import GenerationError
 from allocmoe_edge.command import CommandError
+from allocmoe_edge.convert import costs
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.inspect.routing import hit_rates
 from allocmoe_edge.measure import memory
@@ -399,6 +400,43 @@ def test_the_price_is_measured(path):
 def test_what_is_no_price_is_refused(path, value):
     with pytest.raises(ValueError, match="miss_price: found"):
         Llama(str(path), **SIZES, miss_price=value)
+
+
+def test_a_speed_that_is_asked_for(tiny_planned):
+    """What the budget found generates is what was asked for, and what cannot be leaves the plan as it was."""
+    size = int(cache_size.least(tiny_planned) * 1.5) + 2**20
+    llm = Llama(str(tiny_planned), n_ctx=64, verbose=False, repack=False, expert_cache=size)
+    before = llm.set_budget(0.75)
+    with pytest.raises(PlanError, match=r"1e\+09 tokens/s are out of reach: with the fewest experts, \d+ activations"):
+        llm.set_speed(1e9)
+    assert llm.plan == before and llm.expert_stats()["decode"]["tokens"].sum() == 0
+    assert llm.set_speed(1e-3).expert_used_count == llm.expert_used_count_full == llm.plan.expert_used_count
+    for wrong in (0, -1, True, "12", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="tokens_per_second: found"):
+            llm.set_speed(wrong)
+    llm.close()
+
+
+@pytest.mark.parametrize(("limit", "probes"), [(120, 1), (63, 8), (8, 8), (4, 2)])
+def test_the_largest_total_that_is_fast_enough(limit, probes):
+    asked: list = []
+
+    def speed_at(total: int) -> float:
+        asked.append(total)
+        return 1000 / total
+
+    total, found = speed_target.largest_total(8, 120, 1000 / limit, speed_at)
+    assert found == 1000 / total and len(asked) <= probes
+    assert limit - 120 // 32 <= total <= limit if limit >= 8 else total == 8 and found < 1000 / limit
+
+
+def test_costs_of_activations_with_what_is_read(path):
+    """allocmoe-convert --target-tps times other text each time: the same one again would have its experts at hand."""
+    llm = load(path, 5)
+    costs.measure(llm, (N_USED,) * N_LAYER, np.random.default_rng(0).integers(1, 300, 400).astype(np.int32))
+    stats = llm.expert_stats()["decode"]
+    assert stats["hits"].sum() < stats["misses"].sum()
+    llm.close()
 
 
 #

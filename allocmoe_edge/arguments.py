@@ -50,8 +50,8 @@ def _within(minimum: int, maximum: int, text: str) -> int:
     return int(text)
 
 
-def _gpu_layers(text: str) -> int:
-    return _within(-1, _MAX_LAYERS, text)
+def _gpu_layers(text: str) -> Optional[int]:
+    return None if text == "auto" else _within(-1, _MAX_LAYERS, text)
 
 
 def _threads(text: str) -> int:
@@ -69,8 +69,9 @@ def add_threads(parser) -> None:
 def add_gpu(parser) -> None:
     """--n-gpu-layers and --n-cpu-moe, to a parser or a group of one."""
     parser.add_argument(
-        "--n-gpu-layers", type=_gpu_layers, default=0, metavar="N", help="layers on the GPU, -1 for all. Default: 0"
-    )
+        "--n-gpu-layers", type=_gpu_layers, default=0, metavar="N",
+        help="layers on the GPU, -1 for all, auto for what fits into its free memory. Default: 0",
+    )  # fmt: skip
     add_n_cpu_moe(parser)
 
 

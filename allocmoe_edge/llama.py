@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from . import expert_cache as cache_size
-from . import hub, overrides, speed_target
+from . import gpu_fit, hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
 from .checked_llama import CheckedLlama, GenerationError
 from .draft import DraftModel
@@ -86,6 +86,9 @@ class Llama(CheckedLlama):
         n_cpu_moe: with n_gpu_layers, keep the routed experts of the first so many layers in the CPU's memory, as
             llama.cpp's --n-cpu-moe does; what is above the model's number of layers means all. The rest of those layers
             goes where n_gpu_layers says.
+        n_gpu_layers: layers on the GPU, counted from the last; -1 for all. None for as much as fits into what is free on
+            the GPUs beside 1 GiB, with experts in the CPU's memory before whole layers, as llama.cpp's programs choose it
+            (--fit); one line on stderr says what that is. Without a GPU None is 0 and says nothing.
         repack: let llama.cpp rearrange weights for the CPU, in memory of its own beside the file's pages: prefill is faster.
             Without, a model needs no more memory than its file, and runs even where that is larger than the memory.
         prefetch: where experts stay in the file's pages (see repack), ask the system for those that a layer has chosen all
@@ -114,7 +117,7 @@ class Llama(CheckedLlama):
         GGUFError: the file is missing, not GGUF, damaged or truncated.
         PlanError: its plan does not fit the model, the budget cannot be met, an override does not fit the model, or a
             budget, a rule or a plan is given for a model without experts.
-        ValueError: n_cpu_moe is not a number of layers, repack no bool, prefetch neither that nor
+        ValueError: n_cpu_moe is not a number of layers, or one beside n_gpu_layers=None, repack no bool, prefetch neither that nor
             None, expert_cache no size, more than the memory or less than one layer's experts, miss_price no number from 1
             on, or anything that `llama_cpp.Llama` refuses.
         TypeError: an argument that there is not; `llama_cpp.Llama` takes any name and says nothing.
@@ -128,6 +131,8 @@ class Llama(CheckedLlama):
     # budget of the request that is being made, and what was in force before a request with one, while that runs
     _asked: Optional[Budget] = None
     _before: Optional[_Before] = None
+    # n_gpu_layers=None: whether that is still to be chosen, and then the layers with experts elsewhere
+    _to_fit, _n_partial = False, 0
     # why only the full budget works, if an override goes beyond what the file's plan was made for
     _beyond_plan: Optional[str] = None
 
@@ -138,6 +143,7 @@ class Llama(CheckedLlama):
         budget: Optional[Budget] = None,
         token_rule: Optional[str] = None,
         plan_path: Union[str, os.PathLike, None] = None,
+        n_gpu_layers: Optional[int] = 0,
         n_cpu_moe: int = 0,
         repack: bool = True,
         prefetch: Optional[bool] = None,
@@ -148,6 +154,8 @@ class Llama(CheckedLlama):
         _check_names(kwargs)
         if not isinstance(n_cpu_moe, int) or isinstance(n_cpu_moe, bool) or n_cpu_moe < 0:
             raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
+        if n_gpu_layers is None and n_cpu_moe:
+            raise ValueError("n_cpu_moe: beside n_gpu_layers=None, which chooses that, too: wanted 0, or n_gpu_layers")
         if not isinstance(repack, bool):
             raise ValueError(f"repack: found {repack!r}, wanted True or False")
         if not (prefetch is None or isinstance(prefetch, bool)):
@@ -163,8 +171,13 @@ class Llama(CheckedLlama):
         self._drafted = np.zeros((2, 0), np.int64)
         for name in ("n_threads", "n_threads_batch"):
             kwargs[name] = kwargs.get(name) or physical_cores()
+        self._asked_layers = n_gpu_layers
+        self._to_fit = n_gpu_layers is None and not kwargs.get("vocab_only") and gpu_fit.is_possible()
+        if n_gpu_layers is None:
+            n_gpu_layers = -1 if self._to_fit else 0
+        kwargs["n_gpu_layers"] = n_gpu_layers
         if kwargs.get("flash_attn") is None:
-            on_gpu = kwargs.get("n_gpu_layers", 0) and llama_cpp.llama_supports_gpu_offload()
+            on_gpu = n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
             # with it llama.cpp rounds a cache of floats to half precision
             floats = llama_cpp.GGML_TYPE_F32 in (kwargs.get("type_k"), kwargs.get("type_v"))
             kwargs["flash_attn"] = not on_gpu and not floats
@@ -189,17 +202,22 @@ class Llama(CheckedLlama):
         if plan_path is not None:
             self._stored = metadata.read_for(plan_path, self._stored, estimator=False)
         self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)
-        on_gpu = kwargs.get("n_gpu_layers", 0) != 0
         n_ubatch = min(kwargs.get("n_batch", 512), kwargs.get("n_ubatch", 512))
         n_bytes = cache_size.choose(
-            model_path, expert_cache, prefetch is None and not on_gpu, kwargs.get("n_ctx", 512), n_ubatch
+            model_path, expert_cache, prefetch is None and n_gpu_layers == 0, kwargs.get("n_ctx", 512), n_ubatch
         )
         if n_bytes:
             ours = {cache_size.KEY: n_bytes, **({} if price is None else {cache_size.PRICE_KEY: price})}
             kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), **ours}
         if prefetch is None:
             prefetch = not n_bytes and memory.is_beyond(model_paths(model_path))
+        fits = self._to_fit
         super().__init__(model_path, **kwargs)
+        if fits:
+            chosen = gpu_fit.sentence(
+                self.model_params.n_gpu_layers, self._n_partial, llama_cpp.llama_model_n_layer(self.model)
+            )
+            print(f"allocmoe: {self.model_path}: {chosen}", file=sys.stderr)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
         self._cache_bytes = n_bytes
         if n_bytes:
@@ -278,6 +296,10 @@ class Llama(CheckedLlama):
     @property
     def model_params(self):
         """`llama_model_params` that the model was loaded with."""
+        # llama_cpp.Llama sets the context's between setting these and loading the model with them
+        if self._to_fit and "context_params" in self.__dict__:
+            self._to_fit = False
+            self._n_partial, self._overrides = gpu_fit.choose(self.model_path, self._model_params, self.context_params)
         return self._model_params
 
     @model_params.setter
@@ -1030,6 +1052,7 @@ class Llama(CheckedLlama):
             **theirs,
             "kv_overrides": given or None,
             "plan_path": self._plan_path,
+            "n_gpu_layers": self._asked_layers,
             "n_cpu_moe": self._n_cpu_moe,
             "repack": self._repack,
             "prefetch": self._asked_prefetch,

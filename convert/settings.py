@@ -53,7 +53,7 @@ class Settings:
     allow_requantize: bool = False
     pre_tokenizer: Optional[str] = None
     threads: int = field(default_factory=physical_cores)
-    n_gpu_layers: int = 0
+    n_gpu_layers: Optional[int] = 0  # None: what fits
     n_cpu_moe: int = 0
     given: FrozenSet[str] = frozenset()
 

@@ -92,7 +92,9 @@ def _own_parameters(function, owner=None) -> list:
     for base in owner.__mro__ if owner else ():
         if base is not object and not base.__module__.startswith("allocmoe_edge"):
             inherited = inspect.signature(base.__init__).parameters
-            return [p for p in parameters if p.name not in inherited or p.name in ("model_path", "kwargs")]
+            return [
+                p for p in parameters if p.name not in inherited or p.name in ("model_path", "n_gpu_layers", "kwargs")
+            ]
     return parameters
 
 

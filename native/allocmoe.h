@@ -182,6 +182,13 @@ LLAMA_API void allocmoe_forget_ran(struct llama_context * ctx);
 // Why the last decode failed, where that was the expert cache; "" where it was not.
 LLAMA_API const char * allocmoe_expert_cache_error(const struct llama_context * ctx);
 
+// In builds for GPUs only. The largest part of a model that fits the free memory of the GPUs, with `margin` bytes left over on
+// each, by llama.cpp's own choice for its programs: into n_gpu_layers, tensor_split and tensor_buft_overrides of model_params
+// (struct llama_model_params), for a context of these context_params (struct llama_context_params). The last two point to
+// tensor_split, [llama_max_devices()], and overrides, [llama_max_tensor_buft_overrides()], which have to outlive the loading.
+// ALLOCMOE_ERR_MEMORY where the parameters leave it no choice.
+LLAMA_API int32_t allocmoe_fit(const char * path, struct llama_model_params * model_params, const struct llama_context_params * context_params, float * tensor_split, struct llama_model_tensor_buft_override * overrides, uint64_t margin);
+
 // Whether the CPU backend of this process may use our kernels (true at first) or llama.cpp's own alone: to compare the two.
 // Both skip what a plan leaves out. Not while a model runs.
 LLAMA_API void allocmoe_set_cpu_kernels(bool use);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from allocmoe_edge import Llama
@@ -74,10 +75,16 @@ int    ggml_backend_graph_compute(void * backend, void * graph);
 void   ggml_backend_free(void * backend);
 
 void * ggml_backend_init_by_type(int type, const char * params);
+void * ggml_backend_load(const char * path);
+void   ggml_backend_dev_memory(void * device, size_t * free, size_t * total);
 """
 )
 base = ffi.dlopen(str(_library_path(LIB_DIR, "ggml-base")))
 ggml = ffi.dlopen(str(_library_path(LIB_DIR, "ggml")))
+
+# a backend that was built by itself, for libraries without (make check-vulkan)
+if "ALLOCMOE_TEST_BACKEND" in os.environ:
+    assert ggml.ggml_backend_load(os.environ["ALLOCMOE_TEST_BACKEND"].encode())
 
 
 def op_name(tensor) -> str:

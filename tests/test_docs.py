@@ -52,6 +52,8 @@ LLAMA_SERVER_OPTIONS = {
     "--parallel",
     "--metrics",
     "--api-key",
+    "--api-key-file",
+    "--fit",
     "--path",
     "--no-repack",
     "--rpc",

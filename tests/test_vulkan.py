@@ -10,10 +10,11 @@ from pathlib import Path
 import subprocess
 import sys
 
-from allocmoe_edge import Llama, Plan
-from allocmoe_edge._native import LIB_DIR
+from allocmoe_edge import Llama, Plan, gpu_fit
+from allocmoe_edge._native import LIB_DIR, context_pointer, libllama
+from allocmoe_edge._native import ffi as native_ffi
 from conftest import ROOT
-from ggml_ffi import base
+from ggml_ffi import base, ffi
 import numpy as np
 from on_device import (  # noqa: F401
     MAX_ERROR,
@@ -160,6 +161,39 @@ def test_biases_of_experts_and_weights_before_them(backend, name, tmp_path):
                 assert np.array_equal(gpu_counts[phase]["activations"], counts[phase]["activations"])
     cpu.close()
     gpu.close()
+
+
+def on_the_device(llm) -> list:
+    """For each layer whether its experts are there."""
+    names = [
+        libllama.allocmoe_expert_placement(context_pointer(llm), il, native_ffi.new("int64_t *")) for il in range(4)
+    ]
+    return [native_ffi.string(name).startswith(b"Vulkan") for name in names]
+
+
+@pytest.mark.skipif(not hasattr(libllama, "allocmoe_fit"), reason="the library was not built for a GPU")
+def test_what_fits_into_the_devices_memory(backend, tiny, monkeypatch, capfd):
+    """n_gpu_layers=None: all, all but some experts, some layers, nothing; one line says so; the CPU's logits."""
+    free, total = ffi.new("size_t *"), ffi.new("size_t *")
+    base.ggml_backend_dev_memory(base.ggml_backend_get_device(backend), free, total)
+    cpu = load(tiny.gguf_path, op_offload=False)
+    expected = logits(cpu, 80)
+    cpu.close()
+    found = []
+    for n_bytes in (1 << 30, 26 << 20, 16 << 20, 0):
+        monkeypatch.setattr(gpu_fit, "MARGIN", free[0] - n_bytes)
+        llm = load(tiny.gguf_path, n_gpu_layers=None)
+        line = capfd.readouterr().err
+        assert line.startswith(f"allocmoe: {tiny.gguf_path}: ") and line.count("\n") == 1, line
+        error = np.median(np.abs(logits(llm, 80) - expected).max(1))
+        assert error < MAX_LOGIT_ERROR * expected.std(), n_bytes
+        found.append((sum(on_the_device(llm)), llm.model_params.n_gpu_layers, line))
+        llm.close()
+    everything, most, some, nothing = found
+    assert everything[:2] == (4, -1) and "all 4 layers on the GPU: " in everything[2]
+    assert 0 < most[0] < 4 and most[1] == 5 and "all 4 layers on the GPU, experts of " in most[2]
+    assert 0 < some[0] < most[0] and some[1] < 5 and "3 of 4 layers on the GPU, experts of " in some[2]
+    assert nothing[:2] == (0, 0) and "no layer fits" in nothing[2]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""n_cpu_moe and repack: which tensors llama.cpp puts into the CPU's memory for it. Where they go on a GPU: test_cuda.py."""
+"""n_cpu_moe, repack, n_gpu_layers=None: which tensors llama.cpp puts into the CPU's memory for it. On a GPU: test_vulkan.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import ctypes
 import pickle
 import re
 
-from allocmoe_edge import Llama
+from allocmoe_edge import Llama, gpu_fit
 from allocmoe_edge._native import context_pointer, ffi, libllama
+from allocmoe_edge.chat import parser
 import llama_cpp
 from llama_cpp._logger import llama_log_callback
 import numpy as np
@@ -82,3 +83,37 @@ def test_without_repacking_weights_stay_in_the_files_pages(testbed_path):
     assert np.abs(found[0] - found[1]).max() < 0.05 * found[0].std()
     with pytest.raises(ValueError, match="repack: found 1"):
         Llama(str(testbed_path), repack=1, **SIZES)
+
+
+@pytest.mark.skipif(llama_cpp.llama_supports_gpu_offload(), reason="there is a GPU")
+def test_without_a_gpu_all_that_fits_is_nothing(testbed_path, capfd):
+    """n_gpu_layers=None is 0, and says nothing."""
+    found = []
+    for n_gpu_layers in (0, None):
+        llm = Llama(str(testbed_path), n_gpu_layers=n_gpu_layers, **SIZES)
+        llm.eval(list(range(100, 140)))
+        found.append((llm.scores[:40].copy(), llm.model_params.n_gpu_layers, llm.context_params.flash_attn_type))
+        assert llm.__getstate__()["n_gpu_layers"] == n_gpu_layers
+        llm.close()
+    assert np.array_equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+    assert capfd.readouterr().err == ""
+
+
+def test_what_fits_is_chosen_whole(testbed_path):
+    with pytest.raises(ValueError, match="n_cpu_moe: beside n_gpu_layers=None"):
+        Llama(str(testbed_path), n_gpu_layers=None, n_cpu_moe=3, **SIZES)
+    assert parser().parse_args(["m.gguf", "--n-gpu-layers", "auto"]).n_gpu_layers is None
+
+
+@pytest.mark.parametrize(
+    "n_gpu_layers, n_partial, text",
+    [
+        (-1, 0, "all 30 layers on the GPU: what"),
+        (31, 12, "all 30 layers on the GPU, experts of 12 of them in part or all on the CPU: what"),
+        (21, 20, "20 of 30 layers on the GPU, experts of 20 of them in part or all on the CPU: what"),
+        (1, 0, "no layer fits"),
+        (0, 0, "no layer fits"),
+    ],
+)
+def test_what_is_said_of_it(n_gpu_layers, n_partial, text):
+    assert gpu_fit.sentence(n_gpu_layers, n_partial, 30).startswith(text)

@@ -161,7 +161,7 @@ def bench(args: argparse.Namespace) -> None:
         "model": {"path": str(args.model), "name": llm.metadata.get("general.name"), "bytes": traffic.total},
         "machine": machine.describe(),
         "workload": {
-            "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": args.n_gpu_layers,
+            "threads": args.threads, "ubatch": args.ubatch, "n_gpu_layers": llm.model_params.n_gpu_layers if args.n_gpu_layers is None else args.n_gpu_layers,
             "n_cpu_moe": args.n_cpu_moe, "repack": not args.no_repack, "prefetch": llm.prefetch,
             "expert_cache": llm.expert_cache,
             "miss_price": llm.miss_price,

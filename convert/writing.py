@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Callable, List
 
@@ -51,14 +52,15 @@ def write_documents(
         context = _context(llm, n_seq, n_max + 1, stack)
         batch = llama_cpp.llama_batch_init(n_seq, 0, 1)
         stack.callback(llama_cpp.llama_batch_free, batch)
+        samplers = stack.enter_context(ThreadPoolExecutor(llm.n_threads))
         live = [begin() for _ in range(n_seq)]
         while True:
             _fill(batch, live, documents)
             if llama_cpp.llama_decode(context, batch):
                 raise ConvertError("llama.cpp could not run the model on the calibration text that it writes")
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (n_seq, n_vocab))
-            for seq, (i, row) in enumerate(zip(live, logits)):
-                token = sample(row, generators[i])
+            sampled = list(samplers.map(sample, logits, [generators[i] for i in live]))
+            for seq, (i, token) in enumerate(zip(live, sampled)):
                 ended = llama_cpp.llama_vocab_is_eog(vocab, token)
                 if not ended:
                     documents[i].append(token)

@@ -128,6 +128,8 @@ struct flash {
 // Rows of one stream whose heads share keys and values: every head of head0 to head0 + n_heads of each token.
 struct row_block {
     int64_t stream, head0, n_heads, token0, n_tokens;
+    const int32_t * lines; // of a token by itself, those that it sees, in their order; null: all of the cache
+    int64_t n_lines;
     int64_t n_rows() const { return n_heads * n_tokens; } // at most TILE
     int64_t head(int64_t row) const { return head0 + row % n_heads; }
     int64_t token(int64_t row) const { return token0 + row / n_heads; }
@@ -286,21 +288,31 @@ void add_values_to(const float * weights, int64_t line_step, int64_t row_step, c
     }
 }
 
+constexpr ggml_fp16_t MINUS_INFINITY = 0xfc00;
+
 // The lines of a tile that the mask leaves to any of the block's rows, in their order. To leave out the others changes no bit: they
-// have weights of zero. In a cache of many sequences most lines are another one's.
+// have weights of zero.
 struct open_lines {
     int64_t n = 0;
     int64_t line[TILE];
     bool changed = false; // whether the mask adds anything to the others
 
     open_lines(const flash & f, const row_block & block, int64_t line0, int64_t n_lines) {
+        if (block.lines) {
+            const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0);
+            for (n = 0; n < n_lines; ++n) {
+                line[n] = block.lines[line0 + n];
+                changed |= mask[line[n]] != 0;
+            }
+            return;
+        }
         bool open[TILE];
         std::fill(open, open + TILE, !f.mask);
         for (int64_t t = 0; f.mask && t < block.n_tokens; ++t) {
             const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t) + line0;
             for (int64_t i = 0; i < n_lines; ++i) {
                 changed |= mask[i] != 0;
-                open[i] |= mask[i] != 0xfc00; // minus infinity
+                open[i] |= mask[i] != MINUS_INFINITY;
             }
         }
         for (int64_t i = 0; i < n_lines; ++i) {
@@ -457,9 +469,9 @@ void attend(const flash & f, const row_block & block, int64_t part, const scratc
     // side by side they would leave most of a vector empty
     const bool few = n_rows <= FEW_ROWS && f.k->type == GGML_TYPE_F16 && f.v->type == GGML_TYPE_F16 && f.n_k % LANES == 0;
     into.clear(f, row, n_rows);
-    for (int64_t piece = part * PIECE; piece < f.n_kv; piece += PARTS * PIECE) {
-        for (int64_t line0 = piece; line0 < std::min(piece + PIECE, f.n_kv); line0 += TILE) {
-            const open_lines lines(f, block, line0, std::min(TILE, f.n_kv - line0));
+    for (int64_t piece = part * PIECE; piece < block.n_lines; piece += PARTS * PIECE) {
+        for (int64_t line0 = piece; line0 < std::min(piece + PIECE, block.n_lines); line0 += TILE) {
+            const open_lines lines(f, block, line0, std::min(TILE, block.n_lines - line0));
             if (lines.n == 0) {
                 continue;
             }
@@ -478,6 +490,14 @@ void attend(const flash & f, const row_block & block, int64_t part, const scratc
                 add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, out, f.n_v, n_rows);
                 continue;
             }
+            for (int64_t i = 0; block.lines && i < lines.n; ++i) { // scattered, so that the processor does not guess them
+                for (const ggml_tensor * cache : { f.k, f.v }) {
+                    const char * line = f.line(cache, block.stream, block.head0, lines.line[i]);
+                    for (size_t byte = 0; byte < ggml_row_size(cache->type, cache->ne[0]); byte += 64) {
+                        __builtin_prefetch(line + byte);
+                    }
+                }
+            }
             for (int64_t i = 0; i < lines.n; ++i) {
                 line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i]), f.n_k, work.keys + i * f.n_k);
                 line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
@@ -490,24 +510,74 @@ void attend(const flash & f, const row_block & block, int64_t part, const scratc
     }
 }
 
-// Cuts all rows into blocks of TILE at most.
+// All rows, in blocks of TILE at most. A token whose lines are scattered, as in a cache that many sequences share, is a block by
+// itself: of what other tokens see it needs hardly anything.
 struct row_blocks {
-    const flash & f;
-    int64_t n_heads, n_tokens;   // of a block
-    int64_t of_heads, of_tokens; // blocks
+    std::vector<row_block> blocks;
+    std::vector<int32_t> lines; // of all scattered tokens
 
-    explicit row_blocks(const flash & f) : f(f) {
-        n_heads   = std::min(f.n_group, TILE);
-        n_tokens  = TILE / n_heads;
-        of_heads  = (f.n_group + n_heads - 1) / n_heads;
-        of_tokens = (f.n_tokens + n_tokens - 1) / n_tokens;
+    // Of one thread, until it asks again.
+    static const std::vector<row_block> & of(const flash & f) {
+        thread_local row_blocks all;
+        all.cut(f);
+        return all.blocks;
     }
-    int64_t size() const { return f.q->ne[3] * (f.n_head / f.n_group) * of_heads * of_tokens; }
-    row_block operator[](int64_t i) const {
-        // the last tokens of a text see most of it: they come first
-        const int64_t token = (of_tokens - 1 - i % of_tokens) * n_tokens, head = i / of_tokens % of_heads * n_heads;
-        const int64_t group = i / of_tokens / of_heads, n_groups = f.n_head / f.n_group;
-        return { group / n_groups, group % n_groups * f.n_group + head, std::min(n_heads, f.n_group - head), token, std::min(n_tokens, f.n_tokens - token) };
+
+private:
+    struct range {
+        size_t begin, end;
+        bool empty() const { return begin == end; }
+    };
+
+    // The token's lines, added to `lines` if they are scattered: fewer than a quarter of those between the first and the last.
+    range scattered(const flash & f, int64_t stream, int64_t token) {
+        const size_t begin       = lines.size();
+        const ggml_fp16_t * mask = f.mask_row(stream, token);
+        const auto is_open       = [](ggml_fp16_t x) { return x != MINUS_INFINITY; };
+        const auto * first       = std::find_if(mask, mask + f.n_kv, is_open);
+        const auto * end         = mask + f.n_kv;
+        for (; end > first && !is_open(end[-1]); --end) {
+        }
+        if (4 * std::count_if(first, end, is_open) >= end - first) {
+            return { begin, begin };
+        }
+        for (const auto * x = first; x < end; ++x) {
+            if (is_open(*x)) {
+                lines.push_back(int32_t(x - mask));
+            }
+        }
+        return { begin, lines.size() };
+    }
+
+    void cut(const flash & f) {
+        blocks.clear();
+        lines.clear();
+        std::vector<range> scattered_of;
+        for (int64_t stream = 0; f.mask && stream < f.mask->ne[3]; ++stream) {
+            for (int64_t token = 0; token < f.n_tokens; ++token) {
+                scattered_of.push_back(scattered(f, stream, token));
+            }
+        }
+        const int64_t most_heads = std::min(f.n_group, TILE), most_tokens = TILE / most_heads;
+        for (int64_t stream = 0; stream < f.q->ne[3]; ++stream) {
+            const auto range_of = [&](int64_t token) { return f.mask ? scattered_of[stream % f.mask->ne[3] * f.n_tokens + token] : range{ 0, 0 }; };
+            for (int64_t head = 0; head < f.n_head; head += std::min(most_heads, f.n_group - head % f.n_group)) {
+                const int64_t n_heads = std::min(most_heads, f.n_group - head % f.n_group);
+                // the last tokens of a text see most of it: they come first
+                for (int64_t end = f.n_tokens, begin; end > 0; end = begin) {
+                    begin           = end - 1;
+                    const range own = range_of(begin);
+                    if (!own.empty()) {
+                        blocks.push_back({ stream, head, n_heads, begin, 1, lines.data() + own.begin, int64_t(own.end - own.begin) });
+                        continue;
+                    }
+                    while (begin > 0 && end - begin < most_tokens && range_of(begin - 1).empty()) {
+                        --begin;
+                    }
+                    blocks.push_back({ stream, head, n_heads, begin, end - begin, nullptr, f.n_kv });
+                }
+            }
+        }
     }
 };
 
@@ -520,12 +590,12 @@ void attend_by_blocks(const flash & f, const ggml_compute_params * params, const
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    const row_blocks blocks(f);
-    for (int64_t i = params->ith; i < blocks.size(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const row_block block = blocks[i];
+    const std::vector<row_block> & blocks = row_blocks::of(f);
+    for (size_t i = params->ith; i < blocks.size(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const row_block & block = blocks[i];
         pack(f, block, work);
         all.clear(f, 0, block.n_rows());
-        for (int64_t part = 0; part < PARTS && part * PIECE < f.n_kv; ++part) {
+        for (int64_t part = 0; part < PARTS && part * PIECE < block.n_lines; ++part) {
             attend(f, block, part, work, here, 0);
             for (int64_t r = 0; r < block.n_rows(); ++r) {
                 all.add(f, r, here, r);
@@ -537,7 +607,8 @@ void attend_by_blocks(const flash & f, const ggml_compute_params * params, const
     }
 }
 
-// A thread takes every nth part of the cache, for TILE rows at most; then what all have found is put together.
+// A thread takes every nth part of the cache, for TILE rows at most; then what all have found is put together. It begins with
+// another part for each block: a token with few lines has one part alone.
 void attend_by_parts(const flash & f, const ggml_compute_params * params, const scratch & work, float ** found_of) {
     const int ith = params->ith, nth = params->nth;
     const int64_t n_parts = std::min(PARTS, (f.n_kv + PIECE - 1) / PIECE);
@@ -545,27 +616,27 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
     memory.resize(((n_parts + nth - 1) / nth + 1) * found::size(f));
     found_of[ith] = memory.data() + found::size(f);
     found all(memory.data());
-    const auto found_in = [&](int64_t part) { return found(found_of[part % nth] + part / nth * found::size(f)); };
+    const auto found_in = [&](int64_t part, size_t block) { return found(found_of[(part + block) % nth] + part / nth * found::size(f)); };
 
-    const row_blocks blocks(f);
-    for (int64_t i = 0, end; i < blocks.size(); i = end) {
+    const std::vector<row_block> & blocks = row_blocks::of(f);
+    for (size_t i = 0, end; i < blocks.size(); i = end) {
         int64_t n_rows = 0;
         for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end].n_rows(), ++end) {
             pack(f, blocks[end], work);
-            for (int64_t part = ith; part < n_parts; part += nth) {
-                found here = found_in(part);
+            for (int64_t part = (ith + nth - int64_t(end % nth)) % nth; part < n_parts; part += nth) {
+                found here = found_in(part, end);
                 attend(f, blocks[end], part, work, here, n_rows);
             }
         }
         ggml_barrier(params->threadpool);
         int64_t row = 0;
-        for (int64_t j = i; j < end; ++j) {
-            const row_block block = blocks[j];
+        for (size_t j = i; j < end; ++j) {
+            const row_block & block = blocks[j];
             for (int64_t r = 0; r < block.n_rows(); ++r, ++row) {
                 if (row % nth == ith) {
                     all.clear(f, 0, 1);
                     for (int64_t part = 0; part < n_parts; ++part) {
-                        all.add(f, 0, found_in(part), row);
+                        all.add(f, 0, found_in(part, j), row);
                     }
                     f.finish(block.stream, block.head(r), block.token(r), all.max[0], all.sum[0], all.values);
                 }
@@ -575,30 +646,6 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
             ggml_barrier(params->threadpool);
         }
     }
-}
-
-// Whether a line that any of the first tokens sees is seen by a quarter of them at least: not so where each is of another sequence.
-bool see_the_same(const flash & f) {
-    if (!f.mask) {
-        return true;
-    }
-    const int64_t n = std::min(TILE, f.n_tokens);
-    int64_t seen = 0, lines = 0;
-    for (int64_t line0 = 0; line0 < f.n_kv; line0 += TILE) {
-        const int64_t n_lines = std::min(TILE, f.n_kv - line0);
-        int32_t tokens[TILE]  = {};
-        for (int64_t t = 0; t < n; ++t) {
-            const ggml_fp16_t * mask = f.mask_row(0, t) + line0;
-            for (int64_t i = 0; i < n_lines; ++i) {
-                tokens[i] += mask[i] != 0xfc00;
-            }
-        }
-        for (int64_t i = 0; i < n_lines; ++i) {
-            seen += tokens[i];
-            lines += tokens[i] > 0;
-        }
-    }
-    return seen * 4 >= lines * n;
 }
 
 bool can_attend(const flash & f) {
@@ -645,10 +692,6 @@ bool allocmoe_flash_attention(const ggml_compute_params * params, ggml_tensor * 
     auto * work      = (float *) (pointers + params->nth) + params->ith * scratch::size(f);
     if (!allocmoe_cpu_kernels || params->use_ref || !can_attend(f) ||
         params->nth * (sizeof(float *) + scratch::size(f) * sizeof(float)) > params->wsize) {
-        return false;
-    }
-    // of so many sequences each token has its own few lines, which llama.cpp's kernel takes one by one
-    if (f.n_tokens > MAX_TOKENS && f.n_group < 3 && !see_the_same(f)) {
         return false;
     }
     if (f.n_tokens > MAX_TOKENS) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterator, Optional, Tuple
 
@@ -12,7 +13,7 @@ from .._native import llama_cpp
 # a text is read up to this size: more than any measurement needs, and quick to tokenize
 _MAX_BYTES = 8 << 20
 # rows of logits turned into probabilities at a time: keeps the float32 temporaries in cache
-_ROWS = 16
+_ROWS = 8
 
 
 def read_tokens(llm, path: Path) -> np.ndarray:
@@ -78,7 +79,7 @@ def negative_log_likelihood(
     out = np.empty((token_windows.shape[0], token_windows.shape[1] - 1))
     for i, window in enumerate(token_windows):
         for rows, logits, targets in _run(llm, window):
-            out[i, rows] = _log_sum_exp(logits) - logits[np.arange(len(targets)), targets]
+            out[i, rows] = _by_rows(llm, len(targets), lambda part: nll_of(logits[part], targets[part])[0])
         if progress is not None:
             progress()
     llm.clear_cache()
@@ -122,11 +123,15 @@ class Reference:
         self._negative_entropy = np.empty(len(window) - 1)
         self._probabilities = np.empty((len(window) - 1, llm.n_vocab()), np.float32)
         for rows, logits, targets in _run(llm, window):
-            log_sum = _log_sum_exp(logits)
-            self.nll[rows] = log_sum - logits[np.arange(len(targets)), targets]
-            p = self._probabilities[rows]
-            np.exp(np.subtract(logits, log_sum[:, None], out=p, casting="same_kind"), out=p)
-            self._negative_entropy[rows] = _dot(p, logits) - log_sum
+            probabilities = self._probabilities[rows]
+
+            def of(part: slice) -> np.ndarray:
+                nll, log_sum = nll_of(logits[part], targets[part])
+                p = probabilities[part]
+                np.exp(np.subtract(logits[part], log_sum[:, None], out=p, casting="same_kind"), out=p)
+                return np.stack([nll, _dot(p, logits[part]) - log_sum], axis=1)
+
+            self.nll[rows], self._negative_entropy[rows] = _by_rows(llm, len(targets), of).T
 
     def compare(self, llm) -> Tuple[np.ndarray, np.ndarray]:
         """Runs `llm` over the same window under the plan that is now in force.
@@ -136,17 +141,28 @@ class Reference:
             sum of p log(p/q), p the reference and q this run. Unlike perplexity it does not depend on how well the
             model predicts the text, only on how much the plan changes it, which makes it far less noisy.
         """
-        return self.compare_tokens(llm)[:2]
+        nll, kl = np.empty_like(self.nll), np.empty_like(self.nll)
+        for rows, logits, targets in _run(llm, self._window):
+            nll[rows], kl[rows] = self._compared(llm, rows, logits, targets)
+        return nll, kl
 
     def compare_tokens(self, llm) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`compare`, and besides, bool [n - 1], whether both find the same next token the likeliest."""
         nll, kl, same = np.empty_like(self.nll), np.empty_like(self.nll), np.empty(self.nll.shape, bool)
         for rows, logits, targets in _run(llm, self._window):
-            log_sum = _log_sum_exp(logits)
-            nll[rows] = log_sum - logits[np.arange(len(targets)), targets]
-            kl[rows] = self._negative_entropy[rows] - (_dot(self._probabilities[rows], logits) - log_sum)
+            nll[rows], kl[rows] = self._compared(llm, rows, logits, targets)
             same[rows] = self._probabilities[rows].argmax(axis=1) == logits.argmax(axis=1)
         return nll, kl, same
+
+    def _compared(self, llm, rows: slice, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """float64, shape [2, n]: nll and kl of the rows."""
+        probabilities, negative_entropy = self._probabilities[rows], self._negative_entropy[rows]
+
+        def of(part: slice) -> np.ndarray:
+            nll, log_sum = nll_of(logits[part], targets[part])
+            return np.stack([nll, negative_entropy[part] - (_dot(probabilities[part], logits[part]) - log_sum)], axis=1)
+
+        return _by_rows(llm, len(targets), of).T
 
 
 def _run(llm, window: np.ndarray) -> Iterator[Tuple[slice, np.ndarray, np.ndarray]]:
@@ -159,20 +175,24 @@ def _run(llm, window: np.ndarray) -> Iterator[Tuple[slice, np.ndarray, np.ndarra
         yield slice(start, start + len(targets)), logits[: len(targets)], targets
 
 
-def _log_sum_exp(logits: np.ndarray) -> np.ndarray:
-    """float64, shape [n]."""
-    out = np.empty(len(logits))
-    for start in range(0, len(logits), _ROWS):
-        rows = logits[start : start + _ROWS]
-        top = rows.max(axis=1, keepdims=True)
-        out[start : start + _ROWS] = np.log(np.exp(rows - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
-    return out
+def _by_rows(llm, n: int, function: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """What a function gives for slices of n rows, put together; on the threads of `llm`, which have nothing to do meanwhile."""
+
+    def of(start: int) -> np.ndarray:
+        with np.errstate(all="ignore"):  # what is no number is looked at; each thread has its own
+            return function(slice(start, min(start + _ROWS, n)))
+
+    with ThreadPoolExecutor(llm.n_threads_batch) as pool:
+        return np.concatenate(list(pool.map(of, range(0, max(n, 1), _ROWS))))
+
+
+def nll_of(logits: np.ndarray, targets: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of the tokens, and the log of the sum of exponentials: float64, shape [n]."""
+    top = logits.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64)) + top[:, 0]
+    return log_sum - logits[np.arange(len(targets)), targets], log_sum
 
 
 def _dot(p: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """Sum of p * logits in each row, in float64: differences of such sums are small against the sums."""
-    out = np.empty(len(p))
-    for start in range(0, len(p), _ROWS):
-        rows = slice(start, start + _ROWS)
-        out[rows] = (p[rows] * logits[rows]).sum(axis=1, dtype=np.float64)
-    return out
+    return (p * logits).sum(axis=1, dtype=np.float64)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List
 
 from allocmoe_edge import Llama
-from allocmoe_edge.measure.perplexity import _log_sum_exp, bos_token
+from allocmoe_edge.measure.perplexity import bos_token, nll_of
 import numpy as np
 
 
@@ -76,7 +76,7 @@ def score(llm: Llama, item: dict) -> dict:
         rows = before
         if len(tokens) > 1:
             rows = np.concatenate([before, llm.decode(tokens[:-1], len(context), logits_all=True)])
-        sums.append(float((rows[np.arange(len(tokens)), tokens] - _log_sum_exp(rows)).sum()))
+        sums.append(-float(nll_of(rows, np.asarray(tokens))[0].sum()))
         greedy.append(bool((rows.argmax(axis=1) == tokens).all()))
     if item["gold"] is None:
         return {"acc": greedy[0]}

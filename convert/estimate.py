@@ -174,14 +174,15 @@ def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int)
                     raise CalibrationError(f"layer {il}: an input or an expert's output is not finite", finite=False)
                 sums[il].add(layer.inputs, layer.experts, log_sizes(layer))
                 errors[il] += layer.errors[half_of(full[il])]
-    with progress_bar("estimates, directions", len(sums), "layer") as bar:
-        for il in list(sums):
-            of_layer = sums.pop(il)
-            down[il] = as_it_runs(of_layer.directions(n_size))
-            inputs[il] = of_layer.main_inputs(inputs.shape[1])
-            if not (np.isfinite(down[il]).all() and np.isfinite(inputs[il]).all()):
-                raise CalibrationError(f"layer {il}: its inputs are all alike")
-            bar.update()
+
+    def fit(il: int) -> None:
+        of_layer = sums.pop(il)
+        down[il] = as_it_runs(of_layer.directions(n_size))
+        inputs[il] = of_layer.main_inputs(inputs.shape[1])
+        if not (np.isfinite(down[il]).all() and np.isfinite(inputs[il]).all()):
+            raise CalibrationError(f"layer {il}: its inputs are all alike")
+
+    _side_by_side("estimates, directions", list(sums), fit, llm.n_threads)
     return {"down": down, "inputs": inputs, "errors": errors}
 
 
@@ -210,26 +211,16 @@ def _sizes(
     def train(il: int) -> None:
         x, windows, basis = main.pop(il), kept[il], inputs[il].astype(np.float32)
         rows = zip(*((of_x, *w[:3]) for of_x, w, a in zip(x, windows, apart) if not a))
-        with np.errstate(all="ignore"):  # each thread has its own
-            of_fit, linear_part, experts, sizes = (np.concatenate(row) for row in rows)
-            directions = positive_directions(of_fit, linear_part, experts, sizes, n_expert_of(llm), n_relu)
-            positive[il] = as_it_runs(directions @ basis)
-            directions = positive[il] @ basis.T / (basis**2).sum(axis=1)  # the rounded ones; the basis is orthogonal
-            kept[il] = [
-                (np.concatenate([w[0], np.maximum(of_x.astype(np.float32) @ directions.T, 0.0)], axis=1), *w[1:])
-                for of_x, w in zip(x, windows)
-            ]
+        of_fit, linear_part, experts, sizes = (np.concatenate(row) for row in rows)
+        directions = positive_directions(of_fit, linear_part, experts, sizes, n_expert_of(llm), n_relu)
+        positive[il] = as_it_runs(directions @ basis)
+        directions = positive[il] @ basis.T / (basis**2).sum(axis=1)  # the rounded ones; the basis is orthogonal
+        kept[il] = [
+            (np.concatenate([w[0], np.maximum(of_x.astype(np.float32) @ directions.T, 0.0)], axis=1), *w[1:])
+            for of_x, w in zip(x, windows)
+        ]
 
-    # Layers side by side, each on one thread: the products are so small that threads of one spend their time waiting for one
-    # another, on a machine with other work twenty times that of the products.
-    with progress_bar("estimates, positive directions", len(kept), "layer") as bar, threadpool_limits(1):
-        with ThreadPoolExecutor(llm.n_threads) as pool:
-            try:
-                for _ in pool.map(train, list(kept)):
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    _side_by_side("estimates, positive directions", list(kept), train, llm.n_threads)
     down = np.concatenate([down, positive], axis=1)
     return _arrays(with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
 
@@ -247,12 +238,31 @@ def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> Ar
             skipped = np.zeros((len(layer.inputs), n_expert), np.float32)
             np.put_along_axis(skipped, layer.experts, np.where(keep, 0.0, layer.weights), axis=1)
             missing[il].add(layer.inputs, skipped, layer.missing)
-    fitted = {}
-    with progress_bar("estimates, ranks", len(missing), "layer") as bar:
-        for il in list(missing):
-            fitted[il] = missing.pop(il).fit(rank)
-            bar.update()
+    fitted: Dict[int, tuple] = {}
+
+    def fit(il: int) -> None:
+        fitted[il] = missing.pop(il).fit(rank)
+
+    _side_by_side("estimates, ranks", list(missing), fit, llm.n_threads)
     return _arrays(with_outputs(plan.estimator, fitted))
+
+
+def _side_by_side(name: str, layers: List[int], function: Callable[[int], None], n_threads: int) -> None:
+    """The function of every layer, several at a time, each on one thread: the products are so small that threads of one spend
+    their time waiting for one another, on a machine with other work twenty times that of the products."""
+
+    def of(il: int) -> None:
+        with np.errstate(all="ignore"):  # each thread has its own
+            function(il)
+
+    with progress_bar(name, len(layers), "layer") as bar, threadpool_limits(1):
+        with ThreadPoolExecutor(n_threads) as pool:
+            try:
+                for _ in pool.map(of, layers):
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def _corrected(

@@ -128,7 +128,7 @@ struct flash {
 // Rows of one stream whose heads share keys and values: every head of head0 to head0 + n_heads of each token.
 struct row_block {
     int64_t stream, head0, n_heads, token0, n_tokens;
-    const int32_t * lines; // of a token by itself, those that it sees, in their order; null: all of the cache
+    const int32_t * lines; // where they are scattered, those that the last token sees, in their order; null: all of the cache
     int64_t n_lines;
     int64_t n_rows() const { return n_heads * n_tokens; } // at most TILE
     int64_t head(int64_t row) const { return head0 + row % n_heads; }
@@ -299,29 +299,31 @@ struct open_lines {
 
     open_lines(const flash & f, const row_block & block, int64_t line0, int64_t n_lines) {
         if (block.lines) {
-            const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0);
-            for (n = 0; n < n_lines; ++n) {
-                line[n] = block.lines[line0 + n];
-                changed |= mask[line[n]] != 0;
-            }
-            return;
+            look(f, block, n_lines, [&](int64_t i) { return int64_t(block.lines[line0 + i]); });
+        } else {
+            look(f, block, n_lines, [&](int64_t i) { return line0 + i; });
         }
+    }
+    bool in_one_piece() const { return line[n - 1] - line[0] == n - 1; }
+
+private:
+    template <typename T>
+    void look(const flash & f, const row_block & block, int64_t n_lines, const T & line_of) {
         bool open[TILE];
         std::fill(open, open + TILE, !f.mask);
         for (int64_t t = 0; f.mask && t < block.n_tokens; ++t) {
-            const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t) + line0;
+            const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t);
             for (int64_t i = 0; i < n_lines; ++i) {
-                changed |= mask[i] != 0;
-                open[i] |= mask[i] != MINUS_INFINITY;
+                changed |= mask[line_of(i)] != 0;
+                open[i] |= mask[line_of(i)] != MINUS_INFINITY;
             }
         }
         for (int64_t i = 0; i < n_lines; ++i) {
             if (open[i]) {
-                line[n++] = line0 + i;
+                line[n++] = line_of(i);
             }
         }
     }
-    bool in_one_piece() const { return line[n - 1] - line[0] == n - 1; }
 };
 
 // scores[line][row] of a tile: keys by queries, the rows side by side in a vector.
@@ -510,71 +512,78 @@ void attend(const flash & f, const row_block & block, int64_t part, const scratc
     }
 }
 
-// All rows, in blocks of TILE at most. A token whose lines are scattered, as in a cache that many sequences share, is a block by
-// itself: of what other tokens see it needs hardly anything.
+// All rows, in blocks of TILE at most. A token whose lines are scattered, as in a cache that many sequences share, is in a block
+// with those alone that see a first part of its lines, as the tokens of its prompt do: of other sequences' lines it needs hardly any.
 struct row_blocks {
     std::vector<row_block> blocks;
-    std::vector<int32_t> lines; // of all scattered tokens
 
     // Of one thread, until it asks again.
     static const std::vector<row_block> & of(const flash & f) {
         thread_local row_blocks all;
+        all.find_lines(f);
         all.cut(f);
         return all.blocks;
     }
 
 private:
-    struct range {
-        size_t begin, end;
-        bool empty() const { return begin == end; }
+    // lines[begin], lines[begin + 1], ...
+    struct scattered {
+        size_t begin, n; // 0 where they are not
     };
 
-    // The token's lines, added to `lines` if they are scattered: fewer than a quarter of those between the first and the last.
-    range scattered(const flash & f, int64_t stream, int64_t token) {
-        const size_t begin       = lines.size();
-        const ggml_fp16_t * mask = f.mask_row(stream, token);
-        const auto is_open       = [](ggml_fp16_t x) { return x != MINUS_INFINITY; };
-        const auto * first       = std::find_if(mask, mask + f.n_kv, is_open);
-        const auto * end         = mask + f.n_kv;
+    std::vector<int32_t> lines, own;
+    std::vector<scattered> of_tokens; // of the mask's streams, one after the other
+
+    // A token's lines are scattered where they are fewer than a quarter of those between the first and the last.
+    void find_own(const flash & f, const ggml_fp16_t * mask) {
+        const auto is_open = [](ggml_fp16_t x) { return x != MINUS_INFINITY; };
+        const auto * first = std::find_if(mask, mask + f.n_kv, is_open);
+        const auto * end   = mask + f.n_kv;
         for (; end > first && !is_open(end[-1]); --end) {
         }
+        own.clear();
         if (4 * std::count_if(first, end, is_open) >= end - first) {
-            return { begin, begin };
+            return;
         }
         for (const auto * x = first; x < end; ++x) {
             if (is_open(*x)) {
-                lines.push_back(int32_t(x - mask));
+                own.push_back(int32_t(x - mask));
             }
         }
-        return { begin, lines.size() };
+    }
+
+    void find_lines(const flash & f) {
+        lines.clear();
+        of_tokens.clear();
+        for (int64_t stream = 0; f.mask && stream < f.mask->ne[3]; ++stream) {
+            for (int64_t token = 0; token < f.n_tokens; ++token) {
+                find_own(f, f.mask_row(stream, token));
+                scattered last  = token > 0 ? of_tokens.back() : scattered{ 0, 0 };
+                const auto seen = lines.begin() + last.begin;
+                if (last.n == 0 || own.size() < last.n || !std::equal(seen, seen + last.n, own.begin())) {
+                    last = { lines.size(), 0 };
+                }
+                lines.insert(lines.end(), own.begin() + last.n, own.end());
+                of_tokens.push_back({ last.begin, own.size() });
+            }
+        }
     }
 
     void cut(const flash & f) {
         blocks.clear();
-        lines.clear();
-        std::vector<range> scattered_of;
-        for (int64_t stream = 0; f.mask && stream < f.mask->ne[3]; ++stream) {
-            for (int64_t token = 0; token < f.n_tokens; ++token) {
-                scattered_of.push_back(scattered(f, stream, token));
-            }
-        }
         const int64_t most_heads = std::min(f.n_group, TILE), most_tokens = TILE / most_heads;
         for (int64_t stream = 0; stream < f.q->ne[3]; ++stream) {
-            const auto range_of = [&](int64_t token) { return f.mask ? scattered_of[stream % f.mask->ne[3] * f.n_tokens + token] : range{ 0, 0 }; };
+            const auto of_token = [&](int64_t token) { return f.mask ? of_tokens[stream % f.mask->ne[3] * f.n_tokens + token] : scattered{ 0, 0 }; };
+            const auto together = [](const scattered & a, const scattered & b) { return a.n == 0 ? b.n == 0 : b.n > 0 && a.begin == b.begin; };
             for (int64_t head = 0; head < f.n_head; head += std::min(most_heads, f.n_group - head % f.n_group)) {
                 const int64_t n_heads = std::min(most_heads, f.n_group - head % f.n_group);
                 // the last tokens of a text see most of it: they come first
                 for (int64_t end = f.n_tokens, begin; end > 0; end = begin) {
-                    begin           = end - 1;
-                    const range own = range_of(begin);
-                    if (!own.empty()) {
-                        blocks.push_back({ stream, head, n_heads, begin, 1, lines.data() + own.begin, int64_t(own.end - own.begin) });
-                        continue;
+                    const scattered last = of_token(end - 1);
+                    for (begin = end - 1; begin > 0 && end - begin < most_tokens && together(of_token(begin - 1), last); --begin) {
                     }
-                    while (begin > 0 && end - begin < most_tokens && range_of(begin - 1).empty()) {
-                        --begin;
-                    }
-                    blocks.push_back({ stream, head, n_heads, begin, end - begin, nullptr, f.n_kv });
+                    const int32_t * seen = last.n > 0 ? lines.data() + last.begin : nullptr;
+                    blocks.push_back({ stream, head, n_heads, begin, end - begin, seen, seen ? int64_t(last.n) : f.n_kv });
                 }
             }
         }

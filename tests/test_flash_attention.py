@@ -186,8 +186,11 @@ def test_many_sequences_in_one_cache(cpu_backend, n_head, n_group, kind):
     for t in range(n):
         mask[0, t, t * 3 % 61 :: 61] = 0.0
     mask[0, 40:45, 300:500] = 0.0  # a prompt beside them
+    mask[0, 20:35] = mask[0, 20]  # and one whose lines are scattered, each token with a line of its own
+    for t in range(20, 35):
+        mask[0, 20 + (t - 20) : 35, 600 + 5 * (t - 20)] = 0.0
     together = attention(cpu_backend, q, k, v, mask, kind)
     check(together)
-    for t in (0, 17, 42, n - 1):
+    for t in (0, 17, 20, 28, 34, 42, n - 1):
         alone, _ = attention(cpu_backend, q[:, t : t + 1], k, v, mask[:, t : t + 1], kind)
         assert np.array_equal(alone[0, 0], together[0][0, t])

@@ -808,7 +808,11 @@ void allocmoe_expert_cache::find_price(const llama_model & model, int n_threads)
         for (const auto & m : experts->matrices) {
             ggml_tensor * x = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, m.tensor->ne[0], 1, 1);
             ggml_set_input(x);
-            ggml_build_forward_expand(gf, ggml_mul_mat_id(ctx.get(), const_cast<ggml_tensor *>(m.tensor), x, ids));
+            ggml_tensor * product = ggml_mul_mat_id(ctx.get(), const_cast<ggml_tensor *>(m.tensor), x, ids);
+            if (!ggml_backend_supports_op(cpu.get(), product)) {
+                return; // the context's graph is refused for it
+            }
+            ggml_build_forward_expand(gf, product);
         }
     }
     std::deque<request> requests;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Optional
+from typing import Optional, Union
 
 from . import expert_cache
 from .measure.cores import physical_cores
@@ -90,9 +90,11 @@ def _cache_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _miss_price(text: str) -> Optional[float]:
+def _miss_price(text: str) -> Union[float, str]:
     try:
-        return expert_cache.price(text if text == "auto" else float(text))
+        value = text if text == "auto" else float(text)
+        expert_cache.price(value)
+        return value
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:40]}: want a number from 1 to 1e6, or auto") from None
 
@@ -105,7 +107,7 @@ def add_expert_cache(parser) -> None:
         "for none. Default: what the memory leaves, if the file is larger than it",
     )  # fmt: skip
     parser.add_argument(
-        "--miss-price", type=_miss_price, metavar="X",
-        help="with an expert cache and estimates: what reading an expert may cost, in times of one at hand; 1 for any. "
-        "Default: auto, what it takes on this machine, measured as the model is loaded",
+        "--miss-price", type=_miss_price, default=1.0, metavar="X",
+        help="with an expert cache and estimates: what reading an expert may cost, in times of one at hand; auto for what it "
+        "takes on this machine, measured as the model is loaded. Default: 1, any is read",
     )  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from . import __version__, output_file, speed_target
 from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
+from .checked_llama import GenerationError
 from .command import CommandError, load_errors, reason, run_command
 from .llama import Budget, Llama
 from .terminal import Terminal
@@ -446,7 +447,10 @@ def _chat(args: argparse.Namespace) -> None:
             verbose=False,
         )
     if args.target_tps is not None:
-        llm.set_speed(args.target_tps)
+        try:
+            llm.set_speed(args.target_tps)
+        except GenerationError as error:
+            raise CommandError(f"{args.model}: {error}") from error
     terminal = Terminal()
     chat = Chat(llm, terminal, args.system, args.max_tokens, temperature=args.temperature, seed=args.seed)
     terminal.complete([*chat.commands(), "/quit"])

@@ -39,11 +39,11 @@ def parse(value: Union[int, str]) -> int:
     return value
 
 
-def price(value: Union[float, str, None]) -> Optional[float]:
-    """The price of a miss: how many times as long an expert takes that has to be read. None where it is to be measured, which
-    None and "auto" ask for. Raises ValueError."""
-    if value is None or (isinstance(value, str) and value == "auto"):
-        return None
+def price(value: Union[float, str]) -> float:
+    """The price of a miss: how many times as long an expert takes that has to be read. 0 for "auto", to have it measured. Raises
+    ValueError."""
+    if isinstance(value, str) and value == "auto":
+        return 0.0
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 1 <= value <= 1e6:
         raise ValueError(f"miss_price: found {str(value)[:40]!r}, want a number from 1 to 1e6, or 'auto'")
     return float(value)

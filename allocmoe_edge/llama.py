@@ -105,9 +105,10 @@ class Llama(CheckedLlama):
             time of one at hand, 1 to 1e6. Such an expert runs for a generated token only where it is estimated to be worth
             that: sqrt(miss_price) times as large as one at hand has to be; its estimate stands in for it elsewhere. At 1
             the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
-            last, as many experts as the cache holds of a layer: so equal text gives equal output. None or "auto": what it
+            last, as many experts as the cache holds of a layer: so equal text gives equal output. "auto": what it
             takes on this machine, measured as the model is loaded and rounded to a power of two; give the number that
-            `miss_price` then has for the same output on another machine, or under another load.
+            `miss_price` then has for the same output on another machine, or under another load. Where it is above 1 and the
+            rule is "estimate", what a draft model proposes is passed over.
         **kwargs: see `llama_cpp.Llama`. flash_attn is on by default where no layer is on a GPU and the cache is not of float32.
             n_threads and n_threads_batch are by default the physical cores that this process may use. An override of the
             experts per token (kv_overrides) lowers a plan to it; above what the plan in the file
@@ -148,7 +149,7 @@ class Llama(CheckedLlama):
         repack: bool = True,
         prefetch: Optional[bool] = None,
         expert_cache: Union[int, str, None] = None,
-        miss_price: Union[float, str, None] = None,
+        miss_price: Union[float, str] = 1.0,
         **kwargs,
     ):
         _check_names(kwargs)
@@ -162,8 +163,7 @@ class Llama(CheckedLlama):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
         self._plan_path, self._prefetch = plan_path, False
-        price = cache_size.price(miss_price)
-        self._asked_cache, self._miss_price = expert_cache, 1.0 if price is None else price
+        self._asked_cache, self._miss_price = expert_cache, cache_size.price(miss_price)
         self._cache_bytes = 0
         self._stored_whole: Optional[metadata.ModelPlan] = None
         self._by_hand: Optional[Plan] = None
@@ -207,7 +207,7 @@ class Llama(CheckedLlama):
             model_path, expert_cache, prefetch is None and n_gpu_layers == 0, kwargs.get("n_ctx", 512), n_ubatch
         )
         if n_bytes:
-            ours = {cache_size.KEY: n_bytes, **({} if price is None else {cache_size.PRICE_KEY: price})}
+            ours = {cache_size.KEY: n_bytes, cache_size.PRICE_KEY: self._miss_price}
             kwargs["kv_overrides"] = {**(kwargs.get("kv_overrides") or {}), **ours}
         if prefetch is None:
             prefetch = not n_bytes and memory.is_beyond(model_paths(model_path))
@@ -275,13 +275,13 @@ class Llama(CheckedLlama):
     def miss_price(self) -> float:
         """What it may cost to read an expert (see the argument of that name), 1 where there is no expert cache. Setting it takes
         effect as `set_budget` does."""
-        return self._miss_price
+        return self._miss_price if self._cache_bytes else 1.0
 
     @miss_price.setter
     def miss_price(self, price: float) -> None:
         with self._turn:
             found = cache_size.price(price)
-            if found is None:
+            if not found:
                 raise ValueError("miss_price: it is measured as the model is loaded; want a number from 1 to 1e6")
             self._miss_price = found
             if not self._cache_bytes or not self._check(
@@ -429,9 +429,10 @@ class Llama(CheckedLlama):
             plan, done = self.set_budget(total, token_rule=token_rule), True
         finally:
             if not done:
-                self.set_plan(before if by_hand is None else by_hand)
+                self._plan_set(self._put_plan(before if by_hand is None else by_hand))
+                self._by_hand = by_hand
             self.clear_cache()
-            libllama.allocmoe_reset_counts(context_pointer(self))
+            self.expert_stats(reset=True)
         if self.verbose:
             print(f"allocmoe: {found:.3g} tokens/s at {plan}", file=sys.stderr)
         return plan
@@ -918,11 +919,12 @@ class Llama(CheckedLlama):
     def verifies(self) -> bool:
         """Whether tokens that are evaluated together are computed as one after the other, but for rounding.
 
-        Not under token rule "batch", where they share their experts, nor with a miss_price, which is for single tokens: what a
-        draft model proposes is passed over there.
+        Not under token rule "batch", where they share their experts, nor under "estimate" with a miss_price, which is for single
+        tokens: what a draft model proposes is passed over there.
         """
         rule = libllama.allocmoe_get_token_rule(context_pointer(self))
-        return rule != libllama.ALLOCMOE_RULE_BATCH and not (self._cache_bytes and self._miss_price > 1)
+        priced = rule == libllama.ALLOCMOE_RULE_ESTIMATE and self.miss_price > 1
+        return rule != libllama.ALLOCMOE_RULE_BATCH and not priced
 
     @in_turn
     def save_state(self):
@@ -1057,7 +1059,7 @@ class Llama(CheckedLlama):
             "repack": self._repack,
             "prefetch": self._asked_prefetch,
             "expert_cache": self._asked_cache,
-            "miss_price": self._miss_price,
+            "miss_price": self._miss_price or "auto",
             "budget": None if self._beyond_plan is None else 1.0,
             "plan": self._before.plan if self._before else self._plan_or_none(),
         }

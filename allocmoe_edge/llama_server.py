@@ -183,10 +183,10 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
             )
     if not n_bytes:
         return []
-    options = ["--override-kv", f"{expert_cache.KEY}=int:{n_bytes}"]
-    if args.miss_price is not None:
-        options += ["--override-kv", f"{expert_cache.PRICE_KEY}=float:{args.miss_price}"]
-    return options
+    price = expert_cache.price(args.miss_price)
+    return [
+        "--override-kv", f"{expert_cache.KEY}=int:{n_bytes}", "--override-kv", f"{expert_cache.PRICE_KEY}=float:{price}"
+    ]  # fmt: skip
 
 
 def _draft_options(options: Sequence[str]) -> List[str]:

@@ -7,6 +7,7 @@ from typing import Callable
 
 import numpy as np
 
+from .checked_llama import GenerationError
 from .measure.perplexity import bos_token
 
 _WARM, _TIMED = 6, 16
@@ -14,9 +15,13 @@ _WARM, _TIMED = 6, 16
 
 def speed(value: float) -> float:
     """Tokens per second that may be asked for. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value < float("inf"):
+    try:
+        found = float("nan") if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = float("nan")
+    if not 0 < found < float("inf"):
         raise ValueError(f"tokens_per_second: found {str(value)[:40]!r}, want a number above 0")
-    return float(value)
+    return found
 
 
 class Probe:
@@ -42,6 +47,8 @@ class Probe:
             logits = llm.decode([token], i)[0].astype(np.float64)
             if i >= n_warm:
                 seconds += time.perf_counter() - start
+            if not np.isfinite(logits).all():
+                raise GenerationError("the model computes no numbers (NaN or infinity)")
             p = np.exp(logits - logits.max())
             token = int(self._rng.choice(len(p), p=p / p.sum()))
         return n_timed / seconds

@@ -46,6 +46,8 @@ from .sensitivity import half_of
 
 # the first run needs no more tokens: its regressions are linear
 DIRECTION_TOKENS = 12288
+# of a matrix whose products are too small for several threads, and take little memory
+_FEW_ROWS = 1024
 # runs with the rule in force, each from thresholds that the one before has corrected
 _CORRECTIONS = 2
 
@@ -182,7 +184,7 @@ def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int)
         if not (np.isfinite(down[il]).all() and np.isfinite(inputs[il]).all()):
             raise CalibrationError(f"layer {il}: its inputs are all alike")
 
-    _side_by_side("estimates, directions", list(sums), fit, llm.n_threads)
+    _by_layers("estimates, directions", list(sums), fit, llm.n_threads, n_embd)
     return {"down": down, "inputs": inputs, "errors": errors}
 
 
@@ -220,7 +222,7 @@ def _sizes(
             for of_x, w in zip(x, windows)
         ]
 
-    _side_by_side("estimates, positive directions", list(kept), train, llm.n_threads)
+    _by_layers("estimates, positive directions", list(kept), train, llm.n_threads, inputs.shape[1])
     down = np.concatenate([down, positive], axis=1)
     return _arrays(with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
 
@@ -243,20 +245,22 @@ def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> Ar
     def fit(il: int) -> None:
         fitted[il] = missing.pop(il).fit(rank)
 
-    _side_by_side("estimates, ranks", list(missing), fit, llm.n_threads)
+    _by_layers("estimates, ranks", list(missing), fit, llm.n_threads, llm.n_embd())
     return _arrays(with_outputs(plan.estimator, fitted))
 
 
-def _side_by_side(name: str, layers: List[int], function: Callable[[int], None], n_threads: int) -> None:
-    """The function of every layer, several at a time, each on one thread: the products are so small that threads of one spend
-    their time waiting for one another, on a machine with other work twenty times that of the products."""
+def _by_layers(name: str, layers: List[int], function: Callable[[int], None], n_threads: int, n_rows: int) -> None:
+    """The function of every layer. Of matrices of few rows several layers at a time, each on one thread: threads of one product
+    would spend their time waiting for one another, on a machine with other work twenty times that of the product. Of larger ones
+    one after the other, for the memory that each takes."""
+    n_at_once = n_threads if n_rows <= _FEW_ROWS else 1
 
     def of(il: int) -> None:
         with np.errstate(all="ignore"):  # each thread has its own
             function(il)
 
-    with progress_bar(name, len(layers), "layer") as bar, threadpool_limits(1):
-        with ThreadPoolExecutor(n_threads) as pool:
+    with progress_bar(name, len(layers), "layer") as bar, threadpool_limits(n_threads // n_at_once):
+        with ThreadPoolExecutor(n_at_once) as pool:
             try:
                 for _ in pool.map(of, layers):
                     bar.update()

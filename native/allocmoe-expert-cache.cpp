@@ -191,9 +191,9 @@ std::shared_ptr<allocmoe_expert_cache> allocmoe_make_expert_cache(llama_model_lo
     auto cache       = std::make_shared<allocmoe_expert_cache>(value.val_i64);
     const auto price = loader.kv_overrides.find(ALLOCMOE_KEY_MISS_PRICE);
     if (price != loader.kv_overrides.end()) {
-        cache->miss_price = price->second.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT ? price->second.val_f64 : 0.0;
-        if (!(cache->miss_price >= 1.0 && cache->miss_price <= 1e6)) {
-            throw std::runtime_error(ALLOCMOE_KEY_MISS_PRICE ": want a float from 1 to 1e6");
+        cache->miss_price = price->second.tag == LLAMA_KV_OVERRIDE_TYPE_FLOAT ? price->second.val_f64 : -1.0;
+        if (cache->miss_price != 0.0 && !(cache->miss_price >= 1.0 && cache->miss_price <= 1e6)) {
+            throw std::runtime_error(ALLOCMOE_KEY_MISS_PRICE ": want a float from 1 to 1e6, or 0 to have it measured");
         }
     }
     cache->claim(loader);
@@ -843,7 +843,7 @@ void allocmoe_expert_cache::find_price(const llama_model & model, int n_threads)
             }
             ggml_backend_tensor_set(all_ids[i], ids.data(), 0, ids.size() * sizeof(int32_t));
         }
-        cold = std::min(cold, run());
+        cold         = std::min(cold, run());
         double spent = 0.0;
         for (int i = 0; i < N_MEASURED && spent < 30.0; ++i) {
             const double ms = run();

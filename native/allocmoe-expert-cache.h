@@ -22,7 +22,7 @@ struct llama_model_loader;
 struct llama_model_tensor_buft_override;
 
 #define ALLOCMOE_KEY_EXPERT_CACHE "allocmoe.expert_cache_bytes"
-// with it: what contexts of the model begin with, see allocmoe_set_miss_price; without, it is measured
+// what contexts of the model begin with, see allocmoe_set_miss_price; 0 to have it measured, without it 1
 #define ALLOCMOE_KEY_MISS_PRICE "allocmoe.miss_price"
 
 // What was asked for, and what came of it, in one layer and phase.
@@ -74,7 +74,7 @@ public:
     void find_price(const llama_model & model, int n_threads);
 
     int64_t n_bytes() const { return n_arena; }
-    double miss_price = 0.0; // 0 for not known yet
+    double miss_price = 1.0; // 0 where it is still to be measured
     double miss_ms    = 0.0; // what an expert takes, where that has been measured
     double hit_ms     = 0.0;
     std::array<std::vector<allocmoe_cache_counts>, 2> counts; // by phase, [block_count]

@@ -158,7 +158,7 @@ LLAMA_API int32_t allocmoe_get_cache_counts(const struct llama_context * ctx, in
 // Under ALLOCMOE_RULE_ESTIMATE, for single tokens: an expert that is not at hand counts as smaller by sqrt(price), so that running
 // it has to be worth the more the longer it takes. At hand are as many experts of a layer as it has slots, those that the
 // token's sequence has run last. price: how many times as long an expert takes that has to be read, at least 1. A context begins
-// with what an override of the key allocmoe.miss_price (a float) has given when the model was loaded; where there is none it is
+// with what an override of the key allocmoe.miss_price (a float) has given when the model was loaded, by default 1; 0 has it
 // measured as the model's first context is made, to a power of two. Without effect where there is no expert cache.
 LLAMA_API int32_t allocmoe_set_miss_price(struct llama_context * ctx, double price);
 

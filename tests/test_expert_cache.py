@@ -373,7 +373,7 @@ def test_a_prompt_is_computed_without_the_price(path):
 
 def test_the_price_is_measured(path):
     """A power of two from what reading and running took, and then the same text as at that price given; the cache is empty."""
-    llm = load(path, miss_price=None)
+    llm = load(path, miss_price="auto")
     llm.apply_plan(by_estimates())
     stats = llm.expert_stats()
     assert all(s["hits"].sum() == s["misses"].sum() == s["bytes_read"].sum() == 0 for s in stats.values())
@@ -410,8 +410,9 @@ def test_a_speed_that_is_asked_for(tiny_planned):
     with pytest.raises(PlanError, match=r"1e\+09 tokens/s are out of reach: with the fewest experts, \d+ activations"):
         llm.set_speed(1e9)
     assert llm.plan == before and llm.expert_stats()["decode"]["tokens"].sum() == 0
+    assert llm._by_hand is None  # it is still a budget's plan: requests take their rule from it
     assert llm.set_speed(1e-3).expert_used_count == llm.expert_used_count_full == llm.plan.expert_used_count
-    for wrong in (0, -1, True, "12", float("nan"), float("inf")):
+    for wrong in (0, -1, True, "12", float("nan"), float("inf"), 10**400):
         with pytest.raises(ValueError, match="tokens_per_second: found"):
             llm.set_speed(wrong)
     llm.close()
@@ -567,14 +568,15 @@ def test_options_of_the_server(path, monkeypatch, capsys):
     key, price = cache_size.KEY, cache_size.PRICE_KEY
     wanted = ["--override-kv", f"{key}=int:6000000", "--override-kv", f"{price}=float:4.0"]
     assert options("--expert-cache", "6MB", "--miss-price", "4") == wanted
-    assert options("--expert-cache", "6MB", "--miss-price", "auto") == options("--expert-cache", "6MB") == wanted[:2]
+    assert options("--expert-cache", "6MB", "--miss-price", "auto")[2:] == ["--override-kv", f"{price}=float:0.0"]
+    assert options("--expert-cache", "6MB")[2:] == ["--override-kv", f"{price}=float:1.0"]
     assert options() == options("--expert-cache", "0") == options("--miss-price", "4") == []
     with pytest.raises(CommandError, match="^--expert-cache: found .* want at least"):
         options("--expert-cache", "1kB")
     monkeypatch.setattr(memory, "available", lambda: int(path.stat().st_size * 0.9))
     monkeypatch.setattr(cache_size, "context_bytes", lambda _, n_ctx, n_ubatch: n_ctx)
     assert options("-c", "99999999") == []
-    (_, found) = options()
+    (_, found, _, _) = options()
     assert found.startswith(f"{key}=int:") and "GB of memory for the experts" in capsys.readouterr().err
     assert options("--prefetch", "on") == options("--expert-cache", "0") == []
     for wrong in (["--expert-cache", "much"], ["--miss-price", "0.5"]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional, Tuple
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.measure.perplexity import Reference
@@ -14,8 +14,15 @@ from . import CalibrationError, thresholds
 from .calibration import CalibrationText
 from .progress import progress_bar, say
 
-# how the candidate with this rule is called
-ESTIMATE = "token rule estimate"
+# How the candidates with this rule are called, and how far their layers' sensitivities are taken out. A layer cut alone tells
+# less of what it is worth beside others that are cut, the less like the calibration's the text is
+# (docs/notes/2026-11-trained-moe.md).
+_ESTIMATES = {
+    "token rule estimate": 0.0,
+    "token rule estimate, layers half alike": 0.5,
+    "token rule estimate, layers alike": 1.0,
+}
+N_ESTIMATES = len(_ESTIMATES)
 
 
 class Score(NamedTuple):
@@ -101,15 +108,16 @@ def choose(
             ruled = replace(candidate, token_rule=rule)
             candidates[f"{allocation}, token rule {rule}"] = (ruled, ruled.with_token_rule(plan))
     others = list(candidates)
-    if token_rule in (None, "estimate") and profile.estimator is not None:
-        candidates[ESTIMATE] = (profile, profile.plan(total, full, "estimate"))
+    if token_rule in (None, "estimate"):
+        candidates |= _estimates(profile, total, full)
     measured = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
     limit = measured["full"].perplexity * (1 + max_increase)
 
     def best_of(names: list) -> str:
         return min(names, key=lambda name: (measured[name].perplexity > limit, measured[name].kl))
 
-    best = ESTIMATE if token_rule == "estimate" else best_of(list(candidates))
+    estimates = [name for name in candidates if name in _ESTIMATES]
+    best = best_of(estimates if token_rule == "estimate" else list(candidates))
     if not np.isfinite(measured[best].kl):
         raise CalibrationError("no plan's predictions on held-out text are finite", finite=False)
     uniform = next(measured[name] for name in candidates if name.startswith("uniform"))
@@ -123,11 +131,20 @@ def choose(
     )
     # what else the profile says is for other rules
     chosen = replace(candidates[best_of(others)][0], held_out=held_out)
-    if best == ESTIMATE:
-        chosen = replace(chosen, token_rule="estimate")
-    else:
-        chosen = replace(chosen, estimator=None)
+    estimator = candidates[best][0].estimator if best in _ESTIMATES else None
+    chosen = replace(chosen, token_rule="estimate" if estimator else chosen.token_rule, estimator=estimator)
     return Choice(chosen, candidates[best][1], measured)
+
+
+def _estimates(profile: Profile, total: int, full: tuple) -> Dict[str, Tuple[Profile, Plan]]:
+    """The candidates with the rule "estimate", none without an estimator."""
+    found: Dict[str, Tuple[Profile, Plan]] = {}
+    if profile.estimator is not None:
+        for name, part in _ESTIMATES.items():
+            estimator = profile.estimator.levelled(total, full, profile.k_base, part) if part else profile.estimator
+            of = replace(profile, estimator=estimator)
+            found[name] = of, of.plan(total, full, "estimate")
+    return found
 
 
 def report(choice: Choice) -> None:
@@ -155,8 +172,7 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
     while low < high:
         middle = (low + high) // 2
         plans = {a: replace(profile, allocation=a).plan(middle, full, "off") for a in ("alloc-l", "uniform")}
-        if profile.estimator is not None:
-            plans[ESTIMATE] = profile.plan(middle, full, "estimate")
+        plans |= {name: plan for name, (_, plan) in _estimates(profile, middle, full).items()}
         found = scores(llm, full, plans, text.held_out)
         best = min(plans, key=lambda name: found[name].kl)
         increase = found[best].perplexity / found["full"].perplexity - 1

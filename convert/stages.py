@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List, Tuple
 
-from . import estimate, sensitivity
+from . import choose, estimate, sensitivity
 from .task import Task
 
 # Measured against a token of a window at full budget (docs/notes/2026-11-conversion.md): one that the model writes among 64
@@ -40,7 +40,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
             ("estimates, ranks", task.n_embd / 3),
             ("estimates, spend", _HALF * 4 * min(n_fit / 4, 4096)),
         ]
-    n_plans = 2 + (settings.token_rule is None) * 2 + task.tries_estimates
+    n_plans = 2 + (settings.token_rule is None) * 2 + task.tries_estimates * choose.N_ESTIMATES
     check = ("held-out check", n_held * (1 + _HALF * n_plans))
     if settings.max_ppl_increase is not None:
         found += [check] * _BISECTIONS

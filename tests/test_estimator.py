@@ -186,6 +186,24 @@ def test_means_are_rounded_to_the_total(layers, data):
         assert (np.abs(counts - means) < 1 + 1e-9).all()
 
 
+def test_levelled_layers_spend_alike():
+    """Whatever one layer's sizes are beside another's; halfway, half of the difference is left."""
+    estimator, full = make(), (0, 4, 4)
+    raised = replace(estimator, quantiles=estimator.quantiles + np.array([[0], [0], [5]]))
+    level = raised.levelled(5, full)
+    share = (5 - 2) / 6
+    at = [np.interp(1 - share, np.linspace(0, 1, N_QUANTILES), row) for row in level.quantiles]
+    assert at[1] == pytest.approx(at[2], abs=1e-5)
+    plan = level.plan(5, full)
+    np.testing.assert_allclose(counted(level, full, 1, plan.threshold)[1:], 2.5, atol=1e-3)
+    # sizes move with their distribution: float16 of numbers up to 8
+    moved = level.log_norm[:, :, -1] - raised.log_norm[:, :, -1]
+    np.testing.assert_allclose(moved, (level.quantiles - raised.quantiles)[:, :1].repeat(moved.shape[1], 1), atol=8e-3)
+    half = raised.levelled(5, full, part=0.5).quantiles
+    np.testing.assert_allclose(half, (raised.quantiles + level.quantiles) / 2, atol=1e-5)
+    assert raised.levelled(4, (0, 1, 1)) is raised  # nothing to choose
+
+
 def test_shifted_distributions_have_the_share():
     """1e-6: float32 quantiles."""
     estimator, limit, shares = make(), np.array([0.0, 0.3, -0.2]), np.array([0.0, 0.25, 0.9])

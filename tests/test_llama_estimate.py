@@ -5,7 +5,8 @@ import pickle
 import warnings
 
 from allocmoe_edge import Llama, Plan, PlanError
-from allocmoe_edge.convert import output
+from allocmoe_edge.convert import choose, output
+from allocmoe_edge.convert.calibration import CalibrationText
 from allocmoe_edge.plan import metadata
 from allocmoe_edge.plan.estimator import Estimator
 import llama_cpp
@@ -200,3 +201,21 @@ def test_load_logs_one_line(planned, capfd):
     assert lines == [
         "allocmoe: budget 0.50: 8 of 16 expert activations per token, mean 2.0 of 4.0, token rule estimate"
     ]
+
+
+def test_the_best_division_among_layers_is_chosen(llm, profile):
+    """One layer's sizes far above all others, as a wrong sensitivity makes them: the plan is the best of three by KL."""
+    raised = np.array([3.0, 0.0, 0.0, 0.0])
+    wrong = profile.estimator
+    log_norm = wrong.log_norm.copy()
+    log_norm[:, :, -1] += raised[:, None]
+    wrong = replace(wrong, log_norm=log_norm, quantiles=wrong.quantiles + raised[:, None].astype(np.float32))
+    windows = np.random.default_rng(1).integers(3, 300, (2, 64)).astype(np.int32)
+    text = CalibrationText(windows, windows, windows, windows, profile.calibration)
+    found = choose.choose(llm, replace(profile, estimator=wrong), 8, FULL, text, "estimate")
+    kl = {name: score.kl for name, score in found.scores.items() if "estimate" in name}
+    assert len(set(kl.values())) == choose.N_ESTIMATES == 3
+    assert found.profile.held_out.kl_plan == min(kl.values())
+    assert found.profile.plan(8, FULL) == found.plan and found.plan.budget_total == 8
+    counts = {name: plan.expert_used_count for name, (_, plan) in choose._estimates(found.profile, 8, FULL).items()}
+    assert counts["token rule estimate, layers alike"] == (2, 2, 2, 2)

@@ -185,6 +185,22 @@ class Estimator:
         shift = [t - np.interp(1.0 - share, grid, row) for t, share, row in zip(limit, shares, self.quantiles)]
         return replace(self, quantiles=self.quantiles + np.array(shift, np.float32)[:, None])
 
+    def levelled(self, total: int, full: tuple, k_base: int = 1, part: float = 1.0) -> Estimator:
+        """With the layers' sensitivities taken out: each layer's sizes moved so that the plan of `total` activations gives
+        every layer the same share of its candidates beyond the k_base best. part: how far they are moved there, 0 to 1."""
+        own, base = np.array(full), np.minimum(full, k_base)
+        free = np.flatnonzero(own > base)
+        if not free.size:
+            return self
+        share = np.clip((total - base.sum()) / (own - base).sum(), 0.0, 1.0)
+        grid = np.linspace(0.0, 1.0, N_QUANTILES)
+        at = np.array([np.interp(1.0 - share, grid, self.quantiles[il]) for il in free])
+        log_norm, quantiles = self.log_norm.copy(), self.quantiles.copy()
+        shift = part * (at.mean() - at)
+        log_norm[free, :, -1] += shift[:, None]
+        quantiles[free] += shift[:, None]
+        return replace(self, log_norm=log_norm, quantiles=quantiles)
+
     def _share(self, il: int, limit: np.ndarray) -> np.ndarray:
         """Of a layer's candidates beyond the k_base best, those with v of at least each `limit`."""
         row = self.quantiles[il]

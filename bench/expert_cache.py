@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 import json
 import os
 from pathlib import Path
@@ -24,9 +25,10 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Optional
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge._native import libllama
+from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.measure.control_groups import group_folders
 from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
@@ -236,6 +238,29 @@ def kl(full: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (np.exp(p) * (p - q)).sum(1)
 
 
+def one_by_one(llm, ids, n_prompt: int, plan: Optional[Plan] = None) -> tuple[np.ndarray, dict]:
+    """Logits of the tokens after the prompt, evaluated one by one, and what they have spent. A plan under rule "estimate": for
+    them alone, the prompt runs all of its experts, which are at hand then."""
+    if plan is not None:
+        full = llm.expert_used_count_full
+        llm.apply_plan(replace(plan, expert_used_count=full, threshold=(-1e3,) * len(full), strict=False))
+    llm.clear_cache()
+    llm.eval(ids[:n_prompt])
+    if plan is not None:
+        llm.apply_plan(plan)
+    llm.expert_stats(reset=True)
+    out = [llm.decode([token], n_prompt + i)[0].astype(np.float32) for i, token in enumerate(ids[n_prompt:])]
+    return np.array(out), llm.expert_stats()["decode"]
+
+
+def slots(llm) -> list:
+    """How many experts of each layer the cache holds."""
+    n_layer = libllama.allocmoe_n_layer(context_pointer(llm))
+    found = ffi.new("int32_t[]", n_layer)
+    libllama.allocmoe_get_expert_cache(context_pointer(llm), found, n_layer)
+    return list(found)
+
+
 def measure_quality(args: argparse.Namespace) -> None:
     with open(args.text, "rb") as file:
         text = file.read(8 * (args.prompt + args.gen))
@@ -245,15 +270,7 @@ def measure_quality(args: argparse.Namespace) -> None:
     )  # fmt: skip
     ids = llm.tokenize(text)[: args.prompt + args.gen]
 
-    def run():
-        llm.clear_cache()
-        llm.eval(ids[: args.prompt])
-        llm.expert_stats(reset=True)
-        out = []
-        for i, token in enumerate(ids[args.prompt :]):
-            out.append(llm.decode([token], args.prompt + i)[0].astype(np.float32))
-        return np.array(out), llm.expert_stats()["decode"]
-
+    run = partial(one_by_one, llm, ids, args.prompt)
     llm.set_budget(1.0)
     full, stats = run()
     n_token = len(ids) - args.prompt

@@ -23,6 +23,7 @@ def _ggml():
         ("ggml_op_desc", ctypes.c_char_p, ctypes.c_void_p),
         ("ggml_nelements", ctypes.c_int64, ctypes.c_void_p),
         ("ggml_backend_tensor_get", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t),
+        ("ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t),
     ):
         function = getattr(ggml, name)
         function.restype, function.argtypes = result, arguments
@@ -47,6 +48,11 @@ class Node:
         out = np.empty(self.ggml.ggml_nelements(self._tensor), np.float32)
         self.ggml.ggml_backend_tensor_get(self._tensor, out.ctypes.data, 0, out.nbytes)
         return out
+
+    def replace(self, values: np.ndarray) -> None:
+        """What the nodes after it see, in place of its `data`; while it is observed after it has been computed."""
+        values = np.ascontiguousarray(values, np.float32)
+        self.ggml.ggml_backend_tensor_set(self._tensor, values.ctypes.data, 0, values.nbytes)
 
 
 class ObservedModel:

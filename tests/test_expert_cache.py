@@ -19,7 +19,9 @@ from allocmoe_edge.convert import costs
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.inspect.routing import hit_rates
 from allocmoe_edge.measure import memory
+import expert_cache as expert_cache_bench
 import expert_replay
+import expert_rules
 from gguf_factory import random_estimator
 import numpy as np
 import pytest
@@ -192,6 +194,29 @@ def test_replayed_rules_of_what_stays():
         assert found[expert_replay.best_last] == pytest.approx(expected[n])
         best = found.pop(expert_replay.next_use)
         assert all(rate <= best for rate in found.values()) and best > expected[n] or n == N_EXPERT
+
+
+def test_rules_without_estimates_read_what_the_runtime_would(path):
+    """bench/expert_rules.py replays the cache: as many reads as the runtime has, but for rounding, and fewer under a rule."""
+    llm = load(path)
+    ids = [int(t) for t in TEXT]
+    _, stats = expert_cache_bench.one_by_one(llm, ids, 8)
+    full = llm.expert_used_count_full
+    replayed = expert_rules.Replayed(path, 64, 8, expert_cache_bench.slots(llm), full)
+    llm.close()
+    found = {}
+    with replayed.model:
+        for name in ("nothing", "read at most 1", "substitute from 0"):
+            logits = replayed.run(ids, 8, full, full, expert_rules.RULES[name], N_EXPERT)
+            found[name] = replayed.n_read, replayed.n_run, logits
+    n_full = N_USED * N_LAYER * (len(ids) - 8)
+    assert found["nothing"][:2] == (pytest.approx(stats["misses"].sum(), rel=0.03), n_full)
+    assert found["read at most 1"][0] <= N_LAYER * (len(ids) - 8) < found["nothing"][0]
+    assert found["read at most 1"][1] < n_full == found["substitute from 0"][1]
+    assert found["substitute from 0"][0] == 0
+    assert not any(
+        np.array_equal(found["nothing"][2], found[name][2]) for name in ("read at most 1", "substitute from 0")
+    )
 
 
 def test_a_batch_reads_an_expert_once(path):

@@ -46,7 +46,7 @@ METHODS = {
     "prefetch, half budget": (True, dict(prefetch=True), False),
     "cache, half budget": (True, dict(miss_price=1), False),
     f"cache, half budget, price {PRICE:g}": (True, dict(miss_price=PRICE), False),
-    "cache, half budget, measured price": (True, dict(), False),
+    "cache, half budget, measured price": (True, dict(miss_price="auto"), False),
 }  # fmt: skip
 
 

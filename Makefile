@@ -26,8 +26,9 @@ LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
+# two processes, the tests of a file in one of them
 test: $(VENV)/.installed-test
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 $(VENV)/bin/python:
 	@for tool in $(PYTHON) cmake gcc g++; do command -v $$tool >/dev/null || \

@@ -5,11 +5,32 @@ import sys
 
 # before anything imports llama_cpp: this decides which libllama the process runs
 import allocmoe_edge  # noqa: F401
+from filelock import FileLock
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 sys.path.insert(0, str(ROOT / "tests"))
+
+
+def pytest_configure() -> None:
+    """Of several processes that run tests (pytest -n) each has its share of the cores: threads of two on one wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores, n_workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        own = cores[int(worker[2:]) % len(cores) :: n_workers]
+        os.sched_setaffinity(0, own)
+
+
+def _kept(name: str, build) -> Path:
+    """A file in build/, built by the first test that wants it, and by one process alone."""
+    folder = Path(os.environ.get("ALLOCMOE_TEST_DIR", ROOT / "build"))
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    with FileLock(folder / f".{name}.lock"):
+        if not path.exists():
+            build(path)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -20,13 +41,9 @@ def testbed_path() -> Path:
     import testbed
 
     source = Path(testbed.__file__).read_bytes()
-    folder = Path(os.environ.get("ALLOCMOE_TEST_DIR", ROOT / "build"))
-    folder.mkdir(exist_ok=True)
     n_tokens = testbed.MIN_TOKENS  # a quarter of the default and of its time: worse routers, which no test minds
-    path = folder / f"testbed-{n_tokens}-{hashlib.sha256(source).hexdigest()[:12]}.gguf"
-    if not path.exists():
-        testbed.build(path, n_tokens=n_tokens)
-    return path
+    name = f"testbed-{n_tokens}-{hashlib.sha256(source).hexdigest()[:12]}.gguf"
+    return _kept(name, lambda path: testbed.build(path, n_tokens=n_tokens))
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +56,7 @@ def smolmoe_path(dense_path) -> Path:
 
     sources = [build.WEIGHTS, Path(build.__file__)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    path = dense_path.with_name(f"smolmoe-{digest}.gguf")
-    return path if path.exists() else build.build(path, dense=dense_path)
+    return _kept(f"smolmoe-{digest}.gguf", lambda path: build.build(path, dense=dense_path))
 
 
 @pytest.fixture(scope="session")
@@ -50,16 +66,14 @@ def dense_path() -> Path:
 
     import testbed
 
-    folder = Path(os.environ.get("ALLOCMOE_TEST_DIR", ROOT / "build"))
-    folder.mkdir(exist_ok=True)
-    path = folder / Path(testbed.MODEL).name
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as download:
+    def download(path: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             # a copy, which takes its name when it is complete: the source may be an installed package's
-            copy = Path(download) / "copy"
-            copy.write_bytes(testbed.source_model(Path(download)).read_bytes())
+            copy = Path(folder) / "copy"
+            copy.write_bytes(testbed.source_model(Path(folder)).read_bytes())
             os.replace(copy, path)
-    return path
+
+    return _kept(Path(testbed.MODEL).name, download)
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
-# two processes, the tests of a file in one of them; a crash ends it
+# two processes; a crash of one ends it
 test: $(VENV)/.installed-test
-	$(VENV)/bin/pytest -n 2 --dist loadfile --max-worker-restart 0 $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n 2 --dist worksteal --max-worker-restart 0 $(PYTEST_ARGS)
 
 $(VENV)/bin/python:
 	@for tool in $(PYTHON) cmake gcc g++; do command -v $$tool >/dev/null || \

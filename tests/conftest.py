@@ -3,6 +3,10 @@ import os
 from pathlib import Path
 import sys
 
+# of several processes (pytest -n) each has its share of the cores, see pytest_configure: before numpy counts them
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # before anything imports llama_cpp: this decides which libllama the process runs
 import allocmoe_edge  # noqa: F401
 from filelock import FileLock
@@ -14,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 
 def pytest_configure() -> None:
-    """Of several processes that run tests (pytest -n) each has its share of the cores: threads of two on one wait for each other."""
+    """Of several processes that run tests each has its share of the cores: threads of two on one core wait for each other."""
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):
         cores, n_workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])

@@ -64,7 +64,7 @@ def test_distinct_tells_a_loop():
 def test_no_collapse(testbed_path, n_tokens):
     from pydoc_data.topics import topics
 
-    llm = Llama(str(testbed_path), n_ctx=N_CTX, n_threads=2, n_threads_batch=2, verbose=False)
+    llm = Llama(str(testbed_path), n_ctx=N_CTX, verbose=False)
     data = "\n\n".join(topics[name] for name in sorted(topics)).encode()[:20_000]
     tokens = np.array(llm.tokenize(data, add_bos=False), np.int32)
     full = llm.plan.expert_used_count_full

@@ -19,7 +19,7 @@ def poison():
     return Poison()
 
 
-SIZES = dict(n_ctx=64, n_threads=2, n_threads_batch=2, logits_all=True, verbose=False)
+SIZES = dict(n_ctx=64, logits_all=True, verbose=False)
 
 
 def logits(llm, poison, tokens, n_batch) -> np.ndarray:

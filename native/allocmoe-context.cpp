@@ -147,7 +147,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     state->n_layer_main = model.hparams.n_layer();
     state->cache        = model.hparams.no_alloc ? nullptr : model.allocmoe_cache.get();
     if (state->cache) {
-        cparams.op_offload   = false; // a GPU would copy experts that are in no memory
+        cparams.op_offload = false; // a GPU would copy experts that are in no memory
         state->cache->find_price(model, cparams.n_threads);
         state->miss_handicap = 0.5 * std::log(state->cache->miss_price);
         auto & ran           = state->ran;

@@ -141,28 +141,22 @@ class Reference:
             sum of p log(p/q), p the reference and q this run. Unlike perplexity it does not depend on how well the
             model predicts the text, only on how much the plan changes it, which makes it far less noisy.
         """
-        nll, kl = np.empty_like(self.nll), np.empty_like(self.nll)
-        for rows, logits, targets in _run(llm, self._window):
-            nll[rows], kl[rows] = self._compared(llm, rows, logits, targets)
-        return nll, kl
+        return self.compare_tokens(llm)[:2]
 
     def compare_tokens(self, llm) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`compare`, and besides, bool [n - 1], whether both find the same next token the likeliest."""
         nll, kl, same = np.empty_like(self.nll), np.empty_like(self.nll), np.empty(self.nll.shape, bool)
         for rows, logits, targets in _run(llm, self._window):
-            nll[rows], kl[rows] = self._compared(llm, rows, logits, targets)
-            same[rows] = self._probabilities[rows].argmax(axis=1) == logits.argmax(axis=1)
+            probabilities, negative_entropy = self._probabilities[rows], self._negative_entropy[rows]
+
+            def of(part: slice) -> np.ndarray:
+                p, row_logits = probabilities[part], logits[part]
+                row_nll, log_sum = nll_of(row_logits, targets[part])
+                row_kl = negative_entropy[part] - (_dot(p, row_logits) - log_sum)
+                return np.stack([row_nll, row_kl, p.argmax(axis=1) == row_logits.argmax(axis=1)], axis=1)
+
+            nll[rows], kl[rows], same[rows] = _by_rows(llm, len(targets), of).T
         return nll, kl, same
-
-    def _compared(self, llm, rows: slice, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """float64, shape [2, n]: nll and kl of the rows."""
-        probabilities, negative_entropy = self._probabilities[rows], self._negative_entropy[rows]
-
-        def of(part: slice) -> np.ndarray:
-            nll, log_sum = nll_of(logits[part], targets[part])
-            return np.stack([nll, negative_entropy[part] - (_dot(probabilities[part], logits[part]) - log_sum)], axis=1)
-
-        return _by_rows(llm, len(targets), of).T
 
 
 def _run(llm, window: np.ndarray) -> Iterator[Tuple[slice, np.ndarray, np.ndarray]]:

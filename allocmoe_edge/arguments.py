@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Optional, Union
 
-from . import expert_cache
+from . import expert_cache, speed_target
 from .measure.cores import physical_cores
 
 # the native side's numbers are int32, its seeds uint32 of which the last means a random one
@@ -41,6 +41,14 @@ def context_size(text: str) -> int:
 def n_tokens(text: str) -> int:
     """Tokens of a context, for argparse."""
     return _within(0, _MAX_TOKENS, text)
+
+
+def speed(text: str) -> float:
+    """Tokens per second, for argparse."""
+    try:
+        return speed_target.speed(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: want tokens per second, a number above 0") from None
 
 
 def _within(minimum: int, maximum: int, text: str) -> int:

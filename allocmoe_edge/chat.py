@@ -19,8 +19,8 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from . import __version__, output_file, speed_target
-from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
+from . import __version__, output_file
+from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed, speed
 from .checked_llama import GenerationError
 from .command import CommandError, load_errors, reason, run_command
 from .llama import Budget, Llama
@@ -365,13 +365,6 @@ def read_chat(path: Path) -> Messages:
     return [{"role": m["role"], "content": m["content"].encode("utf-8", "replace").decode()} for m in messages]
 
 
-def _speed(text: str) -> float:
-    try:
-        return speed_target.speed(float(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]}: want tokens per second, a number above 0") from None
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="allocmoe-chat",
@@ -387,7 +380,7 @@ def parser() -> argparse.ArgumentParser:
         help="a share (0.5, 50%%), a total of activations per token, or fast, balanced or full. Default: the plan in the file",
     )  # fmt: skip
     spend.add_argument(
-        "--target-tps", type=_speed, metavar="N",
+        "--target-tps", type=speed, metavar="N",
         help="the largest budget at which this machine generates N tokens/s, measured first, reads of experts included",
     )  # fmt: skip
     p.add_argument("--plan", metavar="FILE", help="a side file with the plans, as allocmoe-convert --plan-only writes")

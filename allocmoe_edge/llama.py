@@ -86,8 +86,8 @@ class Llama(CheckedLlama):
         n_cpu_moe: with n_gpu_layers, keep the routed experts of the first so many layers in the CPU's memory, as
             llama.cpp's --n-cpu-moe does; what is above the model's number of layers means all. The rest of those layers
             goes where n_gpu_layers says.
-        n_gpu_layers: layers on the GPU, counted from the last; -1 for all. None for as much as fits into what is free on
-            the GPUs beside 1 GiB, with experts in the CPU's memory before whole layers, as llama.cpp's programs choose it
+        n_gpu_layers: layers on the GPU, counted from the last; -1 for all. None or "auto" for as much as fits into what is free
+            on the GPUs beside 1 GiB, with experts in the CPU's memory before whole layers, as llama.cpp's programs choose it
             (--fit); one line on stderr says what that is. Without a GPU None is 0 and says nothing.
         repack: let llama.cpp rearrange weights for the CPU, in memory of its own beside the file's pages: prefill is faster.
             Without, a model needs no more memory than its file, and runs even where that is larger than the memory.
@@ -118,9 +118,9 @@ class Llama(CheckedLlama):
         GGUFError: the file is missing, not GGUF, damaged or truncated.
         PlanError: its plan does not fit the model, the budget cannot be met, an override does not fit the model, or a
             budget, a rule or a plan is given for a model without experts.
-        ValueError: n_cpu_moe is not a number of layers, or one beside n_gpu_layers=None, repack no bool, prefetch neither that nor
-            None, expert_cache no size, more than the memory or less than one layer's experts, miss_price no number from 1
-            on, or anything that `llama_cpp.Llama` refuses.
+        ValueError: n_gpu_layers is none of these, n_cpu_moe not a number of layers, or one beside n_gpu_layers=None, repack no
+            bool, prefetch neither that nor None, expert_cache no size, more than the memory or less than one layer's experts,
+            miss_price no number from 1 on, or anything that `llama_cpp.Llama` refuses.
         TypeError: an argument that there is not; `llama_cpp.Llama` takes any name and says nothing.
     """
 
@@ -144,7 +144,7 @@ class Llama(CheckedLlama):
         budget: Optional[Budget] = None,
         token_rule: Optional[str] = None,
         plan_path: Union[str, os.PathLike, None] = None,
-        n_gpu_layers: Optional[int] = 0,
+        n_gpu_layers: Union[int, str, None] = 0,
         n_cpu_moe: int = 0,
         repack: bool = True,
         prefetch: Optional[bool] = None,
@@ -153,6 +153,12 @@ class Llama(CheckedLlama):
         **kwargs,
     ):
         _check_names(kwargs)
+        n_gpu_layers = None if n_gpu_layers == "auto" else n_gpu_layers
+        is_number = isinstance(n_gpu_layers, int) and not isinstance(n_gpu_layers, bool) and -1 <= n_gpu_layers < 2**31
+        if n_gpu_layers is not None and not is_number:
+            raise ValueError(
+                f"n_gpu_layers: found {str(n_gpu_layers)[:40]!r}, wanted a number of layers, -1 for all, or 'auto'"
+            )
         if not isinstance(n_cpu_moe, int) or isinstance(n_cpu_moe, bool) or n_cpu_moe < 0:
             raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
         if n_gpu_layers is None and n_cpu_moe:

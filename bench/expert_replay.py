@@ -126,19 +126,22 @@ RULES: dict[str, Callable] = {
 }
 
 
-def misses(ids: np.ndarray, value: np.ndarray, n_slots: int) -> np.ndarray:
-    """bool [n, K]: which of a token's experts were not among the n_slots kept. All of a token's are in memory while it runs; then
-    those of the highest value stay."""
-    kept = np.zeros(value.shape[1], bool)
-    missing = np.zeros(ids.shape, bool)
-    for t, row in enumerate(ids):
-        missing[t] = ~kept[row]
-        kept[row] = True
+def kept_by(ids: np.ndarray, value: np.ndarray, n_slots: int) -> np.ndarray:
+    """bool [n, n_expert]: which experts are at hand when a token comes. All of a token's are in memory while it runs; then the
+    n_slots of the highest value stay."""
+    out = np.zeros(value.shape, bool)
+    for t in range(1, len(ids)):
+        kept = out[t]
+        kept[:] = out[t - 1]
+        kept[ids[t - 1]] = True
         there = np.flatnonzero(kept)
-        if len(there) > n_slots:
-            kept[:] = False
-            kept[there[np.argsort(-value[t, there], kind="stable")[:n_slots]]] = True
-    return missing
+        kept[there[np.argsort(-value[t - 1, there], kind="stable")[n_slots:]]] = False
+    return out
+
+
+def misses(ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """bool [n, K]: which of a token's experts were not at hand."""
+    return ~np.take_along_axis(kept, ids, 1)
 
 
 def evictions(layers: dict[int, Layer], used: dict[int, int], shares: list) -> None:
@@ -152,7 +155,8 @@ def evictions(layers: dict[int, Layer], used: dict[int, int], shares: list) -> N
         for i, rule in enumerate(rules):
             value = rule(ids, n_expert)
             for j, share in enumerate(shares):
-                rates[i, j] += (1 - misses(ids, value, round(share * n_expert)).mean()) / len(layers)
+                kept = kept_by(ids, value, round(share * n_expert))
+                rates[i, j] += (1 - misses(ids, kept).mean()) / len(layers)
     for name, row in zip(names, rates):
         print(f"| {name} | " + " | ".join(f"{rate:.3f}" for rate in row) + " |", flush=True)
 
@@ -193,8 +197,7 @@ def guesses(layers: dict[int, Layer], used: dict[int, int], path: Path, share: f
         n_tokens, n_expert = b.logits.shape
         half, n_used = n_tokens // 2, used[there]
         ids = chosen(b.logits, n_used)
-        missing = misses(ids, best_last(ids, n_expert), round(share * n_expert))
-        kept = residents(ids, n_expert, round(share * n_expert))
+        kept = kept_by(ids, best_last(ids, n_expert), round(share * n_expert))
         matrix = router[there].reshape(n_expert, -1).T
         out = a.output / np.sqrt((a.output**2).mean(1, keepdims=True))
         fitted = lambda x: x @ ridge(x[:half], b.logits[:half] - b.logits[:half].mean(1, keepdims=True))  # noqa: E731
@@ -207,7 +210,7 @@ def guesses(layers: dict[int, Layer], used: dict[int, int], path: Path, share: f
         actual = np.zeros((n_tokens, n_expert), bool)
         np.put_along_axis(actual, ids, True, 1)
         lost = np.zeros((n_tokens, n_expert), bool)
-        np.put_along_axis(lost, ids, missing, 1)
+        np.put_along_axis(lost, ids, misses(ids, kept), 1)
         for name, logits in methods.items():
             for n in sorted({max(1, n_used // 4), n_used // 2, n_used}):
                 asked = np.zeros((n_tokens, n_expert), bool)
@@ -222,16 +225,6 @@ def guesses(layers: dict[int, Layer], used: dict[int, int], path: Path, share: f
     for (name, n), counts in rows.items():
         right, wrong, total = np.sum(counts, axis=0)
         print(f"| {name} | {n} | {right / total:.2f} | {wrong / total:.2f} |")
-
-
-def residents(ids: np.ndarray, n_expert: int, n_slots: int) -> np.ndarray:
-    """bool [n, n_expert]: what is kept, by last use, when a token comes."""
-    value = best_last(ids, n_expert)
-    out = np.zeros(value.shape, bool)
-    for t in range(1, len(ids)):
-        best = np.argsort(-value[t - 1], kind="stable")[:n_slots]
-        out[t, best[value[t - 1, best] >= 0]] = True
-    return out
 
 
 def main() -> None:

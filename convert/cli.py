@@ -8,7 +8,7 @@ import sys
 from typing import Optional, Sequence
 
 from allocmoe_edge import __version__
-from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed
+from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed, speed
 from allocmoe_edge.command import run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     )
     spend.add_argument(
         "--target-tps",
-        type=_positive_float,
+        type=speed,
         metavar="N",
         help="as much as still decodes N tokens/s on this machine, measured",
     )
@@ -174,23 +174,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _positive_float(text: str) -> float:
-    return _number(text, text, 1e-9, "a number above 0")
-
-
 def _share(text: str) -> float:
     digits, percent = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
-    return _number(text, digits, 0.0, "a share of at least 0, like 3% or 0.03") * percent
-
-
-def _number(text: str, digits: str, least: float, want: str) -> float:
     try:
         value = float(digits)
     except ValueError:
         value = float("nan")
-    if not least <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: want {want}")
-    return value
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: want a share of at least 0, like 3% or 0.03")
+    return value * percent
 
 
 def _ftype(text: str) -> str:

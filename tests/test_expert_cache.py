@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 
-from allocmoe_edge import Llama, Plan, PlanError, llama_server, speed_target
+from allocmoe_edge import Llama, Plan, PlanError, chat, llama_server, speed_target
 from allocmoe_edge import expert_cache as cache_size
 from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.checked_llama import GenerationError
 from allocmoe_edge.command import CommandError
-from allocmoe_edge.convert import costs
+from allocmoe_edge.convert import cli, costs
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.inspect.routing import hit_rates
 from allocmoe_edge.measure import memory
@@ -189,7 +189,8 @@ def test_replayed_rules_of_what_stays():
     expected = hit_rates(ids[None], N_EXPERT)
     for n in (2, 5, 9, N_EXPERT):
         found = {
-            rule: 1 - expert_replay.misses(ids, rule(ids, N_EXPERT), n).mean() for rule in expert_replay.RULES.values()
+            rule: 1 - expert_replay.misses(ids, expert_replay.kept_by(ids, rule(ids, N_EXPERT), n)).mean()
+            for rule in expert_replay.RULES.values()
         }
         assert found[expert_replay.best_last] == pytest.approx(expected[n])
         best = found.pop(expert_replay.next_use)
@@ -441,6 +442,16 @@ def test_a_speed_that_is_asked_for(tiny_planned):
         with pytest.raises(ValueError, match="tokens_per_second: found"):
             llm.set_speed(wrong)
     llm.close()
+
+
+@pytest.mark.parametrize("parser", [chat.parser, cli.parser])
+def test_speeds_that_the_commands_take(parser, capsys):
+    given = ["m.gguf", *(["-o", "n.gguf"] if parser is cli.parser else [])]
+    assert parser().parse_args([*given, "--target-tps", "1e-12"]).target_tps == 1e-12
+    for wrong in ("0", "-1", "nan", "inf", "fast"):
+        with pytest.raises(SystemExit):
+            parser().parse_args([*given, f"--target-tps={wrong}"])
+        assert "want tokens per second, a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("limit", "probes"), [(120, 1), (63, 8), (8, 8), (4, 2)])

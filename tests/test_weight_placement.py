@@ -89,13 +89,14 @@ def test_without_repacking_weights_stay_in_the_files_pages(testbed_path):
 def test_without_a_gpu_all_that_fits_is_nothing(testbed_path, capfd):
     """n_gpu_layers=None is 0, and says nothing."""
     found = []
-    for n_gpu_layers in (0, None):
+    for n_gpu_layers in (0, None, "auto"):
         llm = Llama(str(testbed_path), n_gpu_layers=n_gpu_layers, **SIZES)
         llm.eval(list(range(100, 140)))
         found.append((llm.scores[:40].copy(), llm.model_params.n_gpu_layers, llm.context_params.flash_attn_type))
-        assert llm.__getstate__()["n_gpu_layers"] == n_gpu_layers
+        assert llm.__getstate__()["n_gpu_layers"] == (0 if n_gpu_layers == 0 else None)
         llm.close()
-    assert np.array_equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
+    for other in found[1:]:
+        assert np.array_equal(found[0][0], other[0]) and found[0][1:] == other[1:]
     assert capfd.readouterr().err == ""
 
 
@@ -103,6 +104,12 @@ def test_what_fits_is_chosen_whole(testbed_path):
     with pytest.raises(ValueError, match="n_cpu_moe: beside n_gpu_layers=None"):
         Llama(str(testbed_path), n_gpu_layers=None, n_cpu_moe=3, **SIZES)
     assert parser().parse_args(["m.gguf", "--n-gpu-layers", "auto"]).n_gpu_layers is None
+
+
+@pytest.mark.parametrize("value", ["all", "3", 1.5, True, -2, 2**31], ids=str)
+def test_what_is_no_choice_of_layers_on_the_gpu_is_refused(testbed_path, value):
+    with pytest.raises(ValueError, match="n_gpu_layers: found .*, wanted a number of layers, -1 for all, or 'auto'"):
+        Llama(str(testbed_path), n_gpu_layers=value, **SIZES)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any, Callable, ContextManager, Generator, Iterator, List, Map
 
 import numpy as np
 
+from . import projector
 from ._native import llama_cpp
 from .sharing import in_turn, keep_over_forks, turns
 
@@ -285,6 +286,9 @@ class CheckedLlama(llama_cpp.Llama):
 
     @in_turn
     def create_chat_completion(self, *args: Any, **kwargs: Any):
+        path = getattr(self.chat_handler, "clip_model_path", None)
+        if path is not None and getattr(self.chat_handler, "mtmd_ctx", None) is None:
+            projector.check(path)
         return super().create_chat_completion(*args, **kwargs)
 
     @in_turn

@@ -567,7 +567,11 @@ class Llama(CheckedLlama):
 
     @in_turn
     def create_chat_completion(self, *args, budget: Optional[Budget] = None, **kwargs):
-        """As in `llama_cpp.Llama`; `budget` as in `create_completion`."""
+        """As in `llama_cpp.Llama`; `budget` as in `create_completion`.
+
+        Raises:
+            GGUFError: the chat handler's projector (mmproj) is no such file, damaged, or one that llama.cpp crashes on.
+        """
         with self._asking(budget):
             found = super().create_chat_completion(*args, **kwargs)
         if budget is None or not isinstance(found, Iterator):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import List, Optional, Sequence
 
-from . import __version__, expert_cache
+from . import __version__, expert_cache, projector
 from . import server_address as address
 from ._native import BUILD_DIR
 from .arguments import add_expert_cache
@@ -109,6 +109,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise CommandError("which model? allocmoe-server MODEL, or --models-dir FOLDER for several; see --help")
         if model is not None:
             _check_files(model, args.plan)
+        _check_projector(args.rest)
         _check_batch(args.rest)
         cache = _cache_options(model, args)
         if args.prefetch == "auto":
@@ -149,6 +150,14 @@ def _check_files(model: str, plan: Optional[str]) -> None:
         raise PlanError(f"{model}: has a plan and no model: pass it as --plan, beside the model's own file")
     if plan is not None:
         metadata.read_for(plan, stored, estimator=False)
+
+
+def _check_projector(options: Sequence[str]) -> None:
+    """The same of one that is a file here. Raises GGUFError."""
+    given = [value for name, value in zip(options, options[1:]) if name in ("-mm", "--mmproj")]
+    path = given[-1] if given else os.environ.get("LLAMA_ARG_MMPROJ")
+    if path:
+        projector.check(path)
 
 
 def _check_batch(options: Sequence[str]) -> None:

@@ -5,6 +5,7 @@
 #include "llama-model.h"
 #include "llama-vocab.h"
 
+#include "ggml-backend.h"
 #include "ggml.h"
 
 #include <cstdio>
@@ -12,6 +13,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 static thread_local int caught = 0; // guards of this thread
 
@@ -54,6 +56,22 @@ void allocmoe_check_adapter(const ggml_tensor & weight, const ggml_tensor & a, c
         }
         if (part->type != GGML_TYPE_F32 && !ggml_get_type_traits(part->type)->to_float) {
             throw std::runtime_error(format("LoRA tensor '%s' has the type %s, which no kernel multiplies", part->name, ggml_type_name(part->type)));
+        }
+    }
+}
+
+void allocmoe_check_rows(ggml_cgraph * graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const auto * node = ggml_graph_node(graph, i);
+        if (node->op != GGML_OP_GET_ROWS || node->src[1]->op != GGML_OP_NONE || node->src[1]->type != GGML_TYPE_I32) {
+            continue;
+        }
+        std::vector<int32_t> rows(ggml_nelements(node->src[1]));
+        ggml_backend_tensor_get(node->src[1], rows.data(), 0, ggml_nbytes(node->src[1]));
+        for (const int32_t row : rows) {
+            if (row < 0 || row >= node->src[0]->ne[1]) {
+                throw std::runtime_error(format("row %d of '%s' is wanted, which has %lld", row, node->src[0]->name, (long long) node->src[0]->ne[1]));
+            }
         }
     }
 }

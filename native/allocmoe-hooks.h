@@ -36,6 +36,10 @@ struct allocmoe_catch_faults {
     allocmoe_catch_faults & operator=(const allocmoe_catch_faults &) = delete;
 };
 
+// Before a projector's graph is computed, its inputs set: throws std::runtime_error where one of them names a row that a weight
+// does not have. In a thread of the computation that would end the process.
+void allocmoe_check_rows(ggml_cgraph * graph);
+
 // Tries text, and every token, with a model's vocabulary. Throws, under allocmoe_catch_faults, what would end the process later.
 void allocmoe_try_vocab(const llama_model & model);
 

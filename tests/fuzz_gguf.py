@@ -286,8 +286,8 @@ def use(path: Path) -> None:
     llm.close()
 
 
-def outcome(path: Path) -> str:
-    """ "works", the documented error that it ends in, or what is wrong: "error ...", "signal ...", "hang", "memory"."""
+def outcome(path: Path, use=use, most_bytes: int = MOST_BYTES) -> str:
+    """What becomes of a child that uses a file: "works", the documented error that it ends in, or what is wrong: "error ...", "signal ...", "hang", "memory"."""
     from allocmoe_edge import GGUFError, PlanError
 
     read, write = os.pipe()
@@ -306,7 +306,8 @@ def outcome(path: Path) -> str:
             result = type(error).__name__
         except (ValueError, RuntimeError) as error:
             known = ("Failed to load model", "Failed to create llama_context", "llama_decode returned", "no logits", "tokens: ",
-                     "cannot make tokens", "no memory of tokens")  # fmt: skip
+                     "cannot make tokens", "no memory of tokens", "Failed to load mtmd context", "Vision is not supported",
+                     "Failed to tokenize input", "Failed to evaluate chunk")  # fmt: skip
             result = (
                 "refused" if any(words in str(error) for words in known) else f"error {type(error).__name__}: {error}"
             )
@@ -331,7 +332,7 @@ def outcome(path: Path) -> str:
     os.close(read)
     if os.WIFSIGNALED(status):
         return f"signal {signal.Signals(os.WTERMSIG(status)).name}"
-    if usage.ru_maxrss * 1024 > _own_bytes() + MOST_BYTES:
+    if usage.ru_maxrss * 1024 > _own_bytes() + most_bytes:
         return f"memory {usage.ru_maxrss >> 10} MiB"
     return text
 

@@ -166,3 +166,49 @@ def write_jamba(path: Path) -> Path:
     w.matrix("blk.1.ffn_down_exps.weight", N_EXPERT, N_EMBD, N_FF)
     w.finish()
     return path
+
+
+def write_projector(path: Path, n_embd: int = N_EMBD) -> Path:
+    """A projector (mmproj) as LLaVA's for models of a width: it makes four places of a picture, of 2x2 patches of 4x4 pixels."""
+    w = gguf.GGUFWriter(str(path), "clip")
+    w.add_type("mmproj")
+    w.add_bool("clip.has_vision_encoder", True)
+    w.add_string("clip.projector_type", "mlp")
+    for name, value in dict(embedding_length=N_EMBD, feed_forward_length=N_FF, block_count=3, projection_dim=n_embd, image_size=8,
+                            patch_size=4).items():  # fmt: skip
+        w.add_uint32(f"clip.vision.{name}", value)
+    w.add_uint32("clip.vision.attention.head_count", N_HEAD)
+    w.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    w.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    w.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+
+    def matrix(name: str, *shape: int) -> None:
+        w.add_tensor(name, random_matrix(name, *shape, scale=1.5))
+
+    def norm(name: str) -> None:
+        w.add_tensor(f"{name}.weight", np.ones(N_EMBD, np.float32))
+        w.add_tensor(f"{name}.bias", np.zeros(N_EMBD, np.float32))
+
+    w.add_tensor("v.patch_embd.weight", random_matrix("patch", N_EMBD, 3 * 4 * 4, scale=1.5).reshape(N_EMBD, 3, 4, 4))
+    w.add_tensor("v.class_embd", random_matrix("class", 1, N_EMBD, scale=1.5).reshape(N_EMBD))
+    matrix("v.position_embd.weight", 5, N_EMBD)
+    norm("v.pre_ln")
+    norm("v.post_ln")
+    for il in range(3):
+        for name in ("q", "k", "v", "out"):
+            matrix(f"v.blk.{il}.attn_{name}.weight", N_EMBD, N_EMBD)
+            w.add_tensor(f"v.blk.{il}.attn_{name}.bias", np.zeros(N_EMBD, np.float32))
+        norm(f"v.blk.{il}.ln1")
+        norm(f"v.blk.{il}.ln2")
+        matrix(f"v.blk.{il}.ffn_up.weight", N_FF, N_EMBD)
+        w.add_tensor(f"v.blk.{il}.ffn_up.bias", np.zeros(N_FF, np.float32))
+        matrix(f"v.blk.{il}.ffn_down.weight", N_EMBD, N_FF)
+        w.add_tensor(f"v.blk.{il}.ffn_down.bias", np.zeros(N_EMBD, np.float32))
+    for i, n_out in ((0, N_EMBD), (2, n_embd)):
+        matrix(f"mm.{i}.weight", n_out, N_EMBD)
+        w.add_tensor(f"mm.{i}.bias", np.zeros(n_out, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path

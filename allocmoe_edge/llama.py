@@ -689,12 +689,13 @@ class Llama(CheckedLlama):
         record_inputs: bool = False,
         keep_outputs: bool = False,
         start_layer: int = 0,
+        skip_logits: bool = False,
     ) -> bool:
         """For measurements: sets a plan that fits the model, and leaves what is cached as it was computed.
 
         Args:
-            record, record_inputs, keep_outputs, start_layer: what the runtime keeps of the next evaluations, and in which
-                layer it begins, see `struct allocmoe_instrument` in allocmoe-calibration.h.
+            record, record_inputs, keep_outputs, start_layer, skip_logits: what the runtime keeps of the next evaluations,
+                and where it begins and ends, see `struct allocmoe_instrument` in allocmoe-calibration.h.
 
         Returns:
             Whether the plan is another one than before.
@@ -705,13 +706,15 @@ class Llama(CheckedLlama):
         if not isinstance(plan, Plan):
             raise PlanError(f"plan: found {type(plan).__name__}, want a Plan (set_plan takes a list of counts, too)")
         changed, self._before = self._put_plan(plan), None
-        instrument = ffi.new("struct allocmoe_instrument *", [record, record_inputs, keep_outputs, start_layer])
+        asked = [record, record_inputs, keep_outputs, start_layer, skip_logits]
+        instrument = ffi.new("struct allocmoe_instrument *", asked)
         self._check(libllama.allocmoe_set_instrument(context_pointer(self), instrument))
         return changed
 
     def _put_plan(self, plan: Optional[Plan]) -> bool:
         """Whether that changed the plan in force; None for the model's own counts. Raises PlanError."""
         self._plan_in_force = _UNKNOWN
+        self._check(libllama.allocmoe_set_instrument(context_pointer(self), ffi.NULL))
         if plan is None:
             self._by_hand = None
             had = libllama.allocmoe_has_plan(context_pointer(self))

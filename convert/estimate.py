@@ -285,10 +285,12 @@ def _corrected(
 
 def _spent(llm: Llama, plan: Plan, token_windows: np.ndarray, progress: Callable[[], object]) -> np.ndarray:
     """float64 [n_layer], activations per token."""
-    llm.apply_plan(plan)
+    llm.apply_plan(plan, skip_logits=True)
     llm.expert_stats(reset=True)
     evaluate(llm, token_windows, progress)
-    return llm.expert_stats(reset=True)["prefill"]["mean"]
+    spent = llm.expert_stats(reset=True)["prefill"]["mean"]
+    llm.apply_plan(plan)
+    return spent
 
 
 def n_expert_of(llm: Llama) -> int:

@@ -127,7 +127,7 @@ def _cell_name(window: str, counts: tuple) -> str:
 def _reference(llm: Llama, full: tuple, window: np.ndarray) -> tuple:
     """The full model's run over a window, and for each layer the squared error with k = 0..K_l experts, summed; outputs are kept."""
     # the rule "batch" keeps everything at full budget, and has the native side rank all K_l
-    with recording(llm, replace(Plan.full(full), token_rule="batch"), keep_outputs=True) as recorder:
+    with recording(llm, replace(Plan.full(full), token_rule="batch"), keep_outputs=True, logits=True) as recorder:
         reference, errors = recorder.reference(window)
     return reference, [errors.get(il, np.zeros(1)) for il in range(len(full))]
 

@@ -31,6 +31,7 @@ struct allocmoe_instrument {
     bool record_inputs;  // with it, what allocmoe_take_floats returns
     bool keep_outputs;   // keep the output of every layer, of the last micro-batch
     int32_t start_layer; // run layers from this one on, on the output kept of the layer before; whole where there is none
+    bool skip_logits;    // run no further than the last layer, where it can be told: logits are those of an earlier evaluation
 };
 
 // What record_inputs keeps of a layer.

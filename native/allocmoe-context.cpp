@@ -77,6 +77,7 @@ bool allocmoe_runs_token_rules(ggml_backend_dev_t device) {
 static void allocate_spent(allocmoe_state & state, const llama_model & model, int32_t n_left, int32_t n_seq) {
     const size_t n_layer = model.hparams.n_layer_all;
     const size_t n_bytes = n_layer * (sizeof(allocmoe_spent) + (size_t) n_seq * n_left * (sizeof(float) + sizeof(uint16_t)));
+    state.has_devices    = !model.devices.empty();
     for (const auto & device : model.devices) {
         auto * type   = allocmoe_runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
         auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;

@@ -42,6 +42,7 @@ struct allocmoe_state {
     // [block_count], written by the nodes of the token rules: to be read after the context has been synchronised
     std::shared_ptr<allocmoe_spent> spent;
     bool spent_on_devices = false; // the model's devices can write it too
+    bool has_devices      = false; // the model has some
 
     int32_t n_layer_main = 0;     // layers before the model's heads for further tokens, if it has any
     bool prefetch        = false; // graphs ask the system for the chosen experts' pages

@@ -147,8 +147,8 @@ void allocmoe_build_estimate(ggml_context * ctx, llm_graph_result & res, int il,
 }
 
 // node: the sum over the experts that a token keeps, in order of rank, each times its weight if there are weights, and an
-// estimate of the others if there is one; without, the same bits as upstream's nodes, which would weight and add the zeros of
-// the skipped ones too
+// estimate of the others if there is one; without, the same bits as upstream's nodes, one for the weights and one for each
+// expert, which would weight and add the zeros of the skipped ones too
 static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {
     const ggml_tensor * experts  = dst->src[0];
     const ggml_tensor * routed   = dst->src[1];
@@ -188,12 +188,15 @@ static void compute_sum(ggml_tensor * dst, int ith, int nth, void * /* userdata 
 
 ggml_tensor * allocmoe_build_sum(ggml_context * ctx, llm_graph_result & res, int il, ggml_tensor * experts, ggml_tensor * weights) {
     const auto * found = res.allocmoe ? res.allocmoe->find(il) : nullptr;
-    if (!found || !found->routed || found->instrument.record) {
+    if (!found || !found->selected || found->instrument.record) {
         return nullptr;
     }
     const auto & layer = *found;
+    // devices have fusions of their own for upstream's nodes, which know of no estimate
+    if (layer.state->has_devices && !layer.routed) {
+        return nullptr;
+    }
     if (layer.state->spent_on_devices) {
-        // devices have fusions of their own for upstream's nodes, which know of no estimate
         if (!layer.estimate) {
             return nullptr;
         }
@@ -204,7 +207,7 @@ ggml_tensor * allocmoe_build_sum(ggml_context * ctx, llm_graph_result & res, int
         }
         return sum;
     }
-    ggml_tensor * args[] = { experts, layer.routed, weights, layer.estimate };
+    ggml_tensor * args[] = { experts, layer.routed ? layer.routed : layer.selected, weights, layer.estimate };
     const int n_args     = layer.estimate ? 4 : weights ? 3
                                                         : 2;
     return ggml_custom_4d(ctx, GGML_TYPE_F32, experts->ne[0], experts->ne[2], 1, 1, args, n_args, compute_sum, GGML_N_TASKS_MAX, nullptr);

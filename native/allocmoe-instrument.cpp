@@ -206,8 +206,9 @@ static int layer_of_output(const ggml_tensor * node) {
     return named && node->type == GGML_TYPE_F32 && ggml_is_contiguous(node) ? il : -1;
 }
 
-void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocmoe_records & records, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf) {
-    if (!instrument.keep_outputs && instrument.start_layer == 0) {
+void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocmoe_records & records, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf,
+    ggml_tensor *& logits) {
+    if (!instrument.keep_outputs && instrument.start_layer == 0 && !instrument.skip_logits) {
         return;
     }
     auto & kept = records.outputs;
@@ -216,13 +217,22 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         nodes.push_back(ggml_graph_node(gf, i));
     }
+    if (instrument.skip_logits) {
+        const auto last = std::find_if(nodes.begin(), nodes.end(), [&](const ggml_tensor * node) {
+            return layer_of_output(node) == (int) kept.size() - 1;
+        });
+        if (last != nodes.end()) {
+            nodes.erase(last + 1, nodes.end());
+            logits = nullptr;
+        }
+    }
 
     const int il     = instrument.start_layer - 1;
     const auto first = std::find_if(nodes.begin(), nodes.end(), [&](ggml_tensor * node) {
         return il >= 0 && layer_of_output(node) == il && ggml_nelements(node) == (int64_t) kept[il].size();
     });
     // a graph of as many nodes as the one that memory was reserved for must have them, and its leafs, in the same order
-    if (first == nodes.end() && !instrument.keep_outputs) {
+    if (first == nodes.end() && !instrument.keep_outputs && logits) {
         return;
     }
 
@@ -276,7 +286,7 @@ int32_t allocmoe_set_instrument(llama_context * ctx, const allocmoe_instrument *
         }
         const auto & current = settings.instrument;
         if (current.record == wanted.record && current.record_inputs == wanted.record_inputs &&
-            current.keep_outputs == wanted.keep_outputs && current.start_layer == wanted.start_layer) {
+            current.keep_outputs == wanted.keep_outputs && current.start_layer == wanted.start_layer && current.skip_logits == wanted.skip_logits) {
             return (int32_t) ALLOCMOE_OK;
         }
         settings.instrument = wanted;

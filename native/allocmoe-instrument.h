@@ -9,6 +9,7 @@
 
 struct ggml_cgraph;
 struct ggml_context;
+struct ggml_tensor;
 struct allocmoe_graph;
 
 struct allocmoe_records {
@@ -23,5 +24,6 @@ struct allocmoe_records {
 };
 
 // Where layers' outputs are kept: adds nodes for that. Where the graph starts at a later layer whose input has been kept:
-// removes what only leads there.
-void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocmoe_records & records, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf);
+// removes what only leads there. Where logits are skipped: removes what comes after the last layer, and sets them to null.
+void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocmoe_records & records, allocmoe_graph & graph, ggml_context * ctx, ggml_cgraph * gf,
+    ggml_tensor *& logits);

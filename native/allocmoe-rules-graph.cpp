@@ -191,6 +191,7 @@ bool allocmoe_graph::serves(const std::shared_ptr<const allocmoe_settings> & oth
     const auto & now  = settings->instrument;
     const auto & then = other->instrument;
     if (now.record != then.record || now.record_inputs != then.record_inputs || now.keep_outputs != then.keep_outputs || now.start_layer != then.start_layer ||
+        now.skip_logits != then.skip_logits ||
         (now.record && settings->plan != other->plan)) {
         return false;
     }
@@ -336,7 +337,7 @@ void allocmoe_edit_graph(const llama_cparams & cparams, llm_graph_result & res, 
     if (cparams.allocmoe.state->prefetch) {
         allocmoe_add_prefetch(ctx, gf);
     }
-    allocmoe_edit_for_instrument(cparams.allocmoe.settings->instrument, cparams.allocmoe.state->records, graph, ctx, gf);
+    allocmoe_edit_for_instrument(cparams.allocmoe.settings->instrument, cparams.allocmoe.state->records, graph, ctx, gf, res.t_logits);
     if (auto * cache = cparams.allocmoe.state->cache) {
         cache->add_requests(ctx, gf, phase_of(ubatch), graph.requests);
     }

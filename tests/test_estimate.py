@@ -230,6 +230,26 @@ def test_records(reference, llm):
     llm.set_plan(None)
 
 
+def test_records_without_logits(reference, llm):
+    """What is recorded, and counted, is the same to the last bit where a run ends with the last layer."""
+    plan = planned(llm, estimator(n_expert(reference)), [0.0] * N_LAYER)
+    found = []
+    for skip_logits in (False, True):
+        llm.apply_plan(plan, record=True, record_inputs=True, skip_logits=skip_logits)
+        libllama.allocmoe_clear_records(context_pointer(llm))
+        llm.expert_stats(reset=True)
+        logits = llm.decode(TOKENS, 0, logits_all=True)
+        logits[:] = np.nan
+        logits = llm.decode(TOKENS, 0, logits_all=True)
+        assert np.isnan(logits).all() == skip_logits
+        inputs = [take(llm, libllama.ALLOCMOE_FLOATS_INPUT, il, N_EMBD) for il in plan.moe_layers]
+        found.append((np.concatenate(inputs), llm.expert_stats()["prefill"]["activations"]))
+    assert len(found[0][0]) == 2 * len(TOKENS) * len(plan.moe_layers)
+    assert all(np.array_equal(one, other) for one, other in zip(*found))
+    llm.set_plan(None)
+    assert np.isfinite(llm.decode(TOKENS, 0, logits_all=True)).all()
+
+
 # what does not depend on the architecture
 
 

@@ -80,7 +80,7 @@ class Recorder:
         self.clear()
 
     def reference(self, window: np.ndarray) -> Tuple[Reference, dict]:
-        """The model's distributions over a window, int32 [n], and every layer's `errors` by layer."""
+        """The model's distributions over a window, int32 [n], and every layer's `errors` by layer. Needs `logits`."""
         self.clear()
         reference = Reference(self._llm, window)
         errors = {il: self.take(il, "errors").errors for il in self._plan.moe_layers}
@@ -114,15 +114,18 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recording(llm: Llama, plan: Plan, *, inputs: bool = False, keep_outputs: bool = False) -> Iterator[Recorder]:
+def recording(
+    llm: Llama, plan: Plan, *, inputs: bool = False, keep_outputs: bool = False, logits: bool = False
+) -> Iterator[Recorder]:
     """A recorder of `llm`, under a plan with a token rule, for the length of the block.
 
     Args:
         inputs: record what `LayerRecord` has with them, too.
         keep_outputs: of the last micro-batch keep every layer's output, so that `starting_at` can start late; they stay
             kept after the block.
+        logits: compute them, for `Recorder.reference`.
     """
-    llm.apply_plan(plan, record=True, record_inputs=inputs, keep_outputs=keep_outputs)
+    llm.apply_plan(plan, record=True, record_inputs=inputs, keep_outputs=keep_outputs, skip_logits=not logits)
     recorder = Recorder(llm, plan)
     recorder.clear()
     try:

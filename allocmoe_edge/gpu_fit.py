@@ -20,6 +20,12 @@ def is_possible() -> bool:
     return True
 
 
+def reason_for_none() -> str:
+    """Why nothing goes on a GPU, where llama.cpp has found none."""
+    built = hasattr(libllama, "allocmoe_fit")
+    return "found no GPU, or no driver of one" if built else "this build was not made for a GPU"
+
+
 def choose(path: str, model_params: Any, context_params: Any) -> Tuple[int, Any]:
     """Puts llama.cpp's choice into model_params (ctypes).
 

@@ -88,7 +88,7 @@ class Llama(CheckedLlama):
             goes where n_gpu_layers says.
         n_gpu_layers: layers on the GPU, counted from the last; -1 for all. None or "auto" for as much as fits into what is free
             on the GPUs beside 1 GiB, with experts in the CPU's memory before whole layers, as llama.cpp's programs choose it
-            (--fit); one line on stderr says what that is. Without a GPU None is 0 and says nothing.
+            (--fit); one line on stderr says what that is. Without a GPU it is 0: a number says so in one line, None nothing.
         repack: let llama.cpp rearrange weights for the CPU, in memory of its own beside the file's pages: prefill is faster.
             Without, a model needs no more memory than its file, and runs even where that is larger than the memory.
         prefetch: where experts stay in the file's pages (see repack), ask the system for those that a layer has chosen all
@@ -181,12 +181,14 @@ class Llama(CheckedLlama):
         self._to_fit = n_gpu_layers is None and not kwargs.get("vocab_only") and gpu_fit.is_possible()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if self._to_fit else 0
+        no_gpu = n_gpu_layers and not llama_cpp.llama_supports_gpu_offload()
+        if no_gpu:
+            n_gpu_layers = 0
         kwargs["n_gpu_layers"] = n_gpu_layers
         if kwargs.get("flash_attn") is None:
-            on_gpu = n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
             # with it llama.cpp rounds a cache of floats to half precision
             floats = llama_cpp.GGML_TYPE_F32 in (kwargs.get("type_k"), kwargs.get("type_v"))
-            kwargs["flash_attn"] = not on_gpu and not floats
+            kwargs["flash_attn"] = not n_gpu_layers and not floats
         set_verbose(kwargs.get("verbose", True))
         beside = not (budget is None and token_rule is None and plan_path is None)
         self._vocab_only = bool(kwargs.get("vocab_only"))
@@ -224,6 +226,8 @@ class Llama(CheckedLlama):
                 self.model_params.n_gpu_layers, self._n_partial, llama_cpp.llama_model_n_layer(self.model)
             )
             print(f"allocmoe: {self.model_path}: {chosen}", file=sys.stderr)
+        if no_gpu:
+            print(f"allocmoe: {self.model_path}: {gpu_fit.reason_for_none()}: all on the CPU", file=sys.stderr)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
         self._cache_bytes = n_bytes
         if n_bytes:

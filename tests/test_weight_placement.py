@@ -87,17 +87,18 @@ def test_without_repacking_weights_stay_in_the_files_pages(testbed_path):
 
 @pytest.mark.skipif(llama_cpp.llama_supports_gpu_offload(), reason="there is a GPU")
 def test_without_a_gpu_all_that_fits_is_nothing(testbed_path, capfd):
-    """n_gpu_layers=None is 0, and says nothing."""
+    """n_gpu_layers=None is 0, and says nothing; so is a number, and one line says so."""
     found = []
-    for n_gpu_layers in (0, None, "auto"):
+    for n_gpu_layers in (0, None, "auto", -1):
         llm = Llama(str(testbed_path), n_gpu_layers=n_gpu_layers, **SIZES)
         llm.eval(list(range(100, 140)))
         found.append((llm.scores[:40].copy(), llm.model_params.n_gpu_layers, llm.context_params.flash_attn_type))
-        assert llm.__getstate__()["n_gpu_layers"] == (0 if n_gpu_layers == 0 else None)
+        assert llm.__getstate__()["n_gpu_layers"] == (None if n_gpu_layers == "auto" else n_gpu_layers)
         llm.close()
     for other in found[1:]:
         assert np.array_equal(found[0][0], other[0]) and found[0][1:] == other[1:]
-    assert capfd.readouterr().err == ""
+    err = capfd.readouterr().err
+    assert err.startswith(f"allocmoe: {testbed_path}: ") and err.endswith(": all on the CPU\n") and err.count("\n") == 1
 
 
 def test_what_fits_is_chosen_whole(testbed_path):

@@ -6,6 +6,7 @@
 # make fuzz           coverage-guided fuzzing of what we read, in C++ and, with Atheris installed, in Python; needs clang++
 #                     (FUZZ_CXX=clang++-16), FUZZ_SECONDS=... for each
 # make test-install   what the README shows, in a second environment with the wheel and its base dependencies alone
+# make same-bytes     two wheels from two folders, which have to be equal: twice the whole build
 # make sbom           a bill of materials of what is installed, as CycloneDX: build/allocmoe-edge.cdx.json
 # make lint           ruff, mypy and clang-format; make format puts right what they can
 # make tidy           clang-tidy over our native code: a minute or two, and it needs llama.cpp's source as a build does
@@ -22,7 +23,7 @@ SOURCES := pyproject.toml $(wildcard allocmoe_commands/*.py allocmoe_edge/*.py a
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread fuzz sbom test-install lint format tidy clean
+.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread fuzz sbom test-install same-bytes lint format tidy clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -115,6 +116,14 @@ test-install: $(VENV)/.installed
 	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(FRESH)/venv/bin/pip install --quiet --no-cache-dir $(LLAMA_CPP_PYTHON)
 	$(FRESH)/venv/bin/pip install --quiet $(FRESH)/*.whl
 	cd $(FRESH)/empty && ../venv/bin/python $(CURDIR)/tests/install_check.py
+
+SAME := build/same
+same-bytes: | $(VENV)/bin/python
+	rm -rf $(SAME)
+	for folder in one another/folder; do git clone --quiet . $(SAME)/$$folder && \
+		SOURCE_DATE_EPOCH=1 CCACHE_DISABLE=1 ALLOCMOE_CACHE_DIR=$(abspath $(SAME))/$$folder/cache \
+		$(PIP) wheel --quiet --no-deps --wheel-dir $(SAME)/$$folder/wheel $(SAME)/$$folder || exit 1; done
+	cmp $(SAME)/one/wheel/*.whl $(SAME)/another/folder/wheel/*.whl
 
 sbom: $(VENV)/.installed
 	$(VENV)/bin/python native/sbom.py > build/allocmoe-edge.cdx.json

@@ -68,7 +68,8 @@ class Llama(CheckedLlama):
 
     Several threads may share one: a call waits until that of another thread has ended, a completion that is not streamed as a
     whole. A stream is a call for each part of it, so all that is said above holds between its parts for other threads, too. Only
-    tokens are made of text, and text of tokens, without waiting.
+    tokens are made of text, and text of tokens, without waiting. Two of them, of one file or of several, each have a plan of their
+    own, and compute at the same time.
 
     The child of a fork may use it, as a copy of its own, unless a thread other than the one that forked was at work with it, or
     there is a GPU: then it raises a `RuntimeError`, and the child has to load its own.

@@ -62,7 +62,7 @@ def path(tmp_path_factory):
 def run(path, code: str) -> str:
     """What a program prints, which goes on after `BEGIN`; it must end, and well."""
     command = [sys.executable, "-c", BEGIN + textwrap.dedent(code), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -160,8 +160,14 @@ class CheckedLlama(llama_cpp.Llama):
             self._lora_adapter = None
             self.close()
             raise ValueError(f"lora_path: llama.cpp cannot use {kwargs['lora_path']} with this model")
-        if self.draft_model is not None and not self.forgets:
+        try:
+            self._check_forgets(self.draft_model)
+        except ValueError:
             self.close()
+            raise
+
+    def _check_forgets(self, draft_model: Any) -> None:
+        if draft_model is not None and not self.forgets:
             raise ValueError(
                 f"draft_model: {self.model_path} cannot forget tokens, as a recurrent model cannot: it takes none"
             )

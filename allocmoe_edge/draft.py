@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # tokens of the text that a draft begins after where reading all of it would not pay
 _LATE = 32
+# tokens that a draft reads when it is loaded, to see what that costs
+_MEASURED = 8
 # what vocabularies of one family differ by: places at their end that no token has
 _PADDING = 128
 
@@ -31,11 +33,13 @@ class DraftModel(LlamaDraftModel):
     The model evaluates the proposed tokens in one batch and samples at each place as it would without them; the first one
     that it samples differently ends the step. So the text is that of plain decoding at the same plan, up to the rounding of
     a batch: equal under greedy decoding and at equal seeds. How many tokens are proposed follows what drafting and
-    verifying cost and how many are accepted, and is none where that does not pay.
+    verifying cost and how many are accepted, and is none where that does not pay: then a proposed token is only compared,
+    now and then, with the one that is written anyway.
 
     Of a chat with pictures the draft sees the text alone.
 
-    It belongs to one `Llama`, from which it gets its context size, and which closes it.
+    It belongs to one `Llama`, from which it gets its context size, and which closes it, or gets another one:
+    `llm.draft_model = DraftModel(...)`, None for none.
 
     Args:
         model: the draft's GGUF file, with the vocabulary of the model; or any LlamaDraftModel.
@@ -84,7 +88,10 @@ class DraftModel(LlamaDraftModel):
         self._length = DraftLength(self._most)
         # (length of the text, what was proposed after it) and the seconds of the step so far; tokens of the text
         self._proposed: Optional[Tuple[int, List[int]]] = None
-        self._step, self._n_written = 0.0, 0
+        # where a proposed token would be that is only compared, and that token
+        self._compared: Optional[Tuple[int, int]] = None
+        self._step = self._step_drafting = 0.0
+        self._n_written = 0
         self._reset_counts()
 
     @classmethod
@@ -125,6 +132,8 @@ class DraftModel(LlamaDraftModel):
         self._proposer = None if follower is None else _Proposer(follower, llm.n_vocab())
         self._owner = weakref.ref(llm)
         self._length = DraftLength(self._most)
+        if self._proposer is not None and self._n_draft is None:
+            self._proposer.measure(self._length)
         self._n_written = 0
         self.begin()
         self._reset_counts()
@@ -146,7 +155,8 @@ class DraftModel(LlamaDraftModel):
         # a text begins
         if self._n_written:
             self._length.wrote(self._n_written)
-        self._n_written, self._proposed, self._step = 0, None, 0.0
+        self._n_written, self._proposed, self._compared = 0, None, None
+        self._step = self._step_drafting = 0.0
 
     def evaluated(self, n_tokens: int, seconds: float, prompt: bool) -> None:
         # so many tokens at once, of a prompt or the last one and what was proposed after it
@@ -166,8 +176,10 @@ class DraftModel(LlamaDraftModel):
         # the model needs a place for each, and for the token before them
         room = min(owner.n_ctx() - len(input_ids), owner.n_batch - 1)
         text = owner.without_pictures(input_ids)
-        n, whole = self._choose(text, room if owner.verifies else 0)
+        n, whole, verified = self._choose(text, room if owner.verifies else 0)
         proposed = self._propose(text, n, whole) if n > 0 else []
+        if proposed and not verified:
+            self._compared, proposed = (len(input_ids), proposed[0]), []
         self._proposed = (len(input_ids), proposed)
         return np.asarray(proposed, np.intc)
 
@@ -175,6 +187,13 @@ class DraftModel(LlamaDraftModel):
 
     def _judge(self, text: np.ndarray) -> None:
         """What has become of the last proposal."""
+        if self._compared is not None:
+            place, token = self._compared
+            agreed = int(text[place] == token)
+            self._length.judged(1, agreed)
+            self._counts["compared"] += 1
+            self._counts["agreed"] += agreed
+            self._compared = None
         before, self._proposed = self._proposed, None
         if before is None:
             self._n_written += 1
@@ -189,15 +208,15 @@ class DraftModel(LlamaDraftModel):
         self._lengths[len(proposed)] += 1
         self._counts["steps"] += 1
         self._counts["tokens"] += n_new
-        self._length.stepped(len(proposed), n_new, self._step)
-        self._step = 0.0
+        self._length.stepped(len(proposed), n_new, self._step, self._step_drafting)
+        self._step = self._step_drafting = 0.0
 
-    def _choose(self, text: np.ndarray, room: int) -> Tuple[int, bool]:
+    def _choose(self, text: np.ndarray, room: int) -> Tuple[int, bool, bool]:
         whole, late = (0, 0) if self._proposer is None else self._proposer.behind(text)
         if self._proposer is not None:
             room = min(room, self._proposer.n_ctx - len(text))
         if self._n_draft is not None:
-            return min(self._n_draft, room), True
+            return min(self._n_draft, room), True, True
         return self._length.choose(whole, late, room)
 
     def _propose(self, text: np.ndarray, n: int, whole: bool) -> List[int]:
@@ -216,6 +235,7 @@ class DraftModel(LlamaDraftModel):
         self._seconds["reading"] += read
         self._seconds["drafting"] += seconds - read
         self._step += seconds
+        self._step_drafting += seconds
         if proposed:
             self._length.drafted(len(proposed), seconds - read)
         return proposed
@@ -231,13 +251,13 @@ class DraftModel(LlamaDraftModel):
         Returns:
             `steps`, evaluations of the model after its prompts; `tokens` that they have yielded and `tokens_per_step`;
             `proposed` and `accepted` tokens, and `acceptance`, their quotient; `lengths`, how often so many were proposed, by
-            number; `seconds` by part: "reading" (the draft reads text), "drafting", "verification" and "plain", the
+            number; tokens that were only `compared`, and those that `agreed`; `seconds` by part: "reading" (the draft reads text), "drafting", "verification" and "plain", the
             evaluations without a draft. And medians of late: `seconds_of_draft`, for one token, and
             `seconds_of_verification` by the number of tokens evaluated at once, 1 being plain decoding.
         """
         counts = self._counts
         found = {
-            **{name: counts[name] for name in ("steps", "tokens", "proposed", "accepted")},
+            **{name: counts[name] for name in ("steps", "tokens", "proposed", "accepted", "compared", "agreed")},
             "tokens_per_step": counts["tokens"] / max(1, counts["steps"]),
             "acceptance": counts["accepted"] / max(1, counts["proposed"]),
             "lengths": dict(sorted(self._lengths.items())),
@@ -324,6 +344,19 @@ class _Proposer:
         logits = self._follower.decode(tokens, len(self._cached))
         self._cached += tokens
         self._likeliest = int(logits[-1, : self._n_vocab].argmax())
+
+    def measure(self, length: DraftLength) -> None:
+        """What it costs to read a token, and to make one."""
+        text = list(range(min(_MEASURED, self._n_vocab)))
+        self._evaluate(text[:1])  # its weights may be on the disk yet
+        started = time.perf_counter()
+        self._evaluate(text)
+        length.read(len(text), time.perf_counter() - started)
+        for token in text[:3]:
+            started = time.perf_counter()
+            self._evaluate([token])
+            length.drafted(1, time.perf_counter() - started)
+        self._cached = []
 
     def close(self) -> None:
         self._follower.close()

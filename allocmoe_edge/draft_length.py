@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
+import math
 import statistics
-from typing import Deque, Dict, Optional, Tuple
+from typing import Deque, Dict, List, Optional, Sequence, Tuple
 
 # values of which the median is taken
 _KEPT = 31
-# plain steps that are timed before anything is drafted
+# plain steps that are timed before anything is drafted, and comparisons before anything is verified where they cost nothing
 _FIRST = 4
-# the share of the time that trials may cost, and what they may cost before that, in plain steps
-_SHARE, _AT_ONCE = 0.01, 6
-# drafts after which it is known whether they pay, and what may be saved up for trials from then on, unless one takes more
-_LEARNT, _SAVED = 6, 2
+# the shares of a text's time that may be lost to drafts in all, and to trials among them; and the plain steps that a text is
+# taken to have at least
+_LOST, _LOST_TO_TRIALS, _SHORTEST = 0.015, 0.01, 120
 # what is taken for granted before it is measured: of a plain step, each further token of a verification, and a drafted one; of a
 # token of the prompt, one that the draft reads
 _FURTHER, _DRAFTED, _READ = 0.5, 0.3, 0.5
-# losses after which nothing is drafted until the share has made up for them, in plain steps
-_AT_MOST = 8
+# of the mean deviation of a median, what it may be off by
+_SURE = 1.9
 # drafting has to be so much faster than plain steps
 _MARGIN = 0.02
-# tokens of a trial; of the text that is to be written, where none has been; of a prompt that tells how fast prompts are read
-_TRIAL, _TEXT, _PROMPT = 2, 64, 8
-# of the steps with a draft one in so many is plain, so that what a plain one takes stays known
+# tokens of the text that is to be written, where none has been; of a prompt that tells how fast prompts are read
+_TEXT, _PROMPT = 64, 8
+# a draft that would pay if verifying cost this share of what it is thought to is verified, to learn what it costs
+_CHEAPER = 0.5
+# of a plain step, what counts as nothing
+_NOTHING = 0.005
+# comparisons that a trial begins with, where the draft has text to read first
+_BURST = 4
+# of the steps with a draft one in so many is plain, so that what a plain one takes stays known; more of them at first
 _PLAIN_EVERY = 50
 # of the share of accepted tokens: what each verification leaves of those before it
 _FADING = 0.9
@@ -34,8 +41,11 @@ class DraftLength:
 
     With a share `a` of drafted tokens accepted, n drafted ones yield (1 - a**(n + 1)) / (1 - a) tokens a step (Leviathan et al.,
     2023, eq. 1). What a step takes is measured: medians of the last values, for verifying each number of tokens and for
-    drafting one. Where it does not pay, a draft is tried now and then: trials may lose the time of 6 plain steps at first, and 1%
-    of the time spent.
+    drafting one. Where it does not pay, one drafted token is now and then compared with the one that plain decoding writes, which
+    costs no more than to draft it.
+
+    What is lost against plain decoding is limited: a step is left out that could lose more than 1.5% of the time of the text, or
+    of 120 plain steps, and what the text has gained.
 
     Args:
         most: drafted tokens at most.
@@ -44,16 +54,18 @@ class DraftLength:
     def __init__(self, most: int):
         self.most = most
         self._verifying: Dict[int, Deque[float]] = {}
+        # the numbers of tokens, in order, and their medians
+        self._known: List[int] = []
         self._medians: Dict[int, float] = {}
         self._drafting: Deque[float] = deque(maxlen=_KEPT)
         self._reading: Deque[float] = deque(maxlen=_KEPT)
         self._prompt: Optional[float] = None
         self._texts: Deque[int] = deque(maxlen=_KEPT)
-        self._accepted, self._judged = 1.5, 2.0
-        # what trials may lose now, and at most
-        self._credit: Optional[float] = None
-        self._saved = 0.0
-        self._since_plain = self._n_judged = 0
+        self._accepted, self._judged, self._n_judged = 1.0, 2.0, 0
+        # of this text, in seconds: its steps, what has been lost against plain ones, and that in trials alone
+        self._spent = self._lost = self._lost_to_trials = 0.0
+        self._is_trial = False
+        self._since_plain = 0
 
     # what was measured, in seconds
 
@@ -66,6 +78,8 @@ class DraftLength:
         """The model has evaluated so many tokens at once: the last one of the text, and what was drafted after it."""
         times = self._verifying.setdefault(n_tokens, deque(maxlen=_KEPT))
         times.append(seconds)
+        if n_tokens not in self._medians:
+            bisect.insort(self._known, n_tokens)
         self._medians[n_tokens] = statistics.median(times)
 
     def read(self, n_tokens: int, seconds: float) -> None:
@@ -77,21 +91,31 @@ class DraftLength:
         self._drafting.append(seconds / n_tokens)
 
     def judged(self, n_drafted: int, n_accepted: int) -> None:
-        """The model has accepted so many of the drafted tokens, which are the first ones."""
+        """So many of the drafted tokens, which are the first ones, are those that the model has written."""
         self._n_judged += 1
         self._accepted = _FADING * self._accepted + n_accepted
         self._judged = _FADING * self._judged + n_accepted + (n_accepted < n_drafted)
 
-    def stepped(self, n_drafted: int, n_tokens: int, seconds: float) -> None:
-        """A step, draft and all, has taken so long and yielded so many tokens."""
-        if self._credit is not None:
-            # a plain one is none, however long it took
-            loss = seconds - n_tokens * self.verification_seconds(1) if n_drafted else 0.0
-            self._credit = min(self._credit + _SHARE * seconds - loss, self._saved)
+    def stepped(self, n_verified: int, n_tokens: int, seconds: float, drafting: float) -> None:
+        """A step has taken so long, of which drafting took a part, and yielded so many tokens; so many drafted ones were verified."""
+        # a plain one is none, however long it took
+        loss = seconds - n_tokens * self._plain_at_least() if n_verified else drafting
+        self._spent += seconds
+        self._lost += loss
+        self._lost_to_trials += self._is_trial * loss
+
+    def _plain_at_least(self) -> float:
+        """What a plain step takes, or less where few have been measured: else what was too long would look like a gain."""
+        plain, times = self.verification_seconds(1), self._verifying.get(1, ())
+        return plain - _SURE * sum(abs(seconds - plain) for seconds in times) / max(1, len(times)) ** 1.5
 
     def wrote(self, n_tokens: int) -> None:
         """A text has ended that had so many tokens."""
         self._texts.append(n_tokens)
+        # what is not made up for is lost to the next one
+        self._lost = max(0.0, self._lost - _LOST * self._spent)
+        self._lost_to_trials = max(0.0, self._lost_to_trials - _LOST_TO_TRIALS * self._spent)
+        self._spent = 0.0
 
     # what follows
 
@@ -110,10 +134,10 @@ class DraftLength:
         times = self._medians
         if n_tokens in times:
             return times[n_tokens]
-        known = sorted(times)
+        known = self._known
         if len(known) == 1:
             return times[known[0]] * (1 + _FURTHER * (n_tokens - 1)) / (1 + _FURTHER * (known[0] - 1))
-        at = max(1, next((i for i, n in enumerate(known) if n > n_tokens), len(known) - 1))
+        at = min(max(1, bisect.bisect(known, n_tokens)), len(known) - 1)
         low, high = known[at - 1], known[at]
         slope = max(0.0, (times[high] - times[low]) / (high - low))
         return times[high] + slope * (n_tokens - high)
@@ -122,43 +146,66 @@ class DraftLength:
         """Seconds by number of tokens verified at once."""
         return dict(sorted(self._medians.items()))
 
-    def choose(self, n_whole: int, n_late: int, most: int) -> Tuple[int, bool]:
-        """(tokens to draft now, whether after the whole text).
+    def choose(self, n_whole: int, n_late: int, most: int) -> Tuple[int, bool, bool]:
+        """(tokens to draft now, whether after the whole text, whether to verify them).
 
         Args:
             n_whole: tokens that the draft has to read before it can go on from the whole text.
             n_late: the same for its last part.
             most: what there is room for.
         """
-        found = self._choose(n_whole, n_late, min(most, self.most))
-        self._since_plain = self._since_plain + 1 if found[0] else 0
-        return found
+        self._is_trial = False
+        n, whole, verified = self._choose(n_whole, n_late, min(most, self.most))
+        self._since_plain = self._since_plain + 1 if n and verified else 0
+        return n, whole, verified
 
-    def _choose(self, n_whole: int, n_late: int, most: int) -> Tuple[int, bool]:
-        if most < 1 or len(self._verifying.get(1, ())) < _FIRST:
-            return 0, False
-        plain = self.verification_seconds(1)
-        if self._credit is None:
-            self._credit = self._saved = _AT_ONCE * plain
-        if self._credit < -_AT_MOST * plain or self._since_plain >= _PLAIN_EVERY:
-            return 0, False
-        if self._drafting and len(self._verifying) > 1:
-            # by steps: what nobody has measured is not far from what was
-            draft, a = self.draft_seconds, min(self.acceptance, 0.999)
-            seconds, best = min(
-                ((n * draft + self.verification_seconds(n + 1)) * (1 - a) / (1 - a ** (n + 1)), n)
-                for n in range(1, min(most, 2 * max(self._verifying)) + 1)
-            )
-            gain = plain / (1 + _MARGIN) - seconds
-            text = statistics.mean(self._texts) if self._texts else _TEXT
-            for n_tokens, whole in ((n_whole, True), (n_late, False)):
-                if self._seconds_to_read(n_tokens) < gain * text:
-                    return best, whole
-        n = min(_TRIAL, most)
-        loss = self._seconds_to_read(n_late) + n * self.draft_seconds + self.verification_seconds(n + 1) - plain
-        self._saved = max((_AT_ONCE if self._n_judged < _LEARNT else _SAVED) * plain, loss)
-        self._credit = min(self._credit, self._saved)
-        return (n if loss <= self._credit else 0), False
+    def _choose(self, n_whole: int, n_late: int, most: int) -> Tuple[int, bool, bool]:
+        n_plain = len(self._verifying.get(1, ()))
+        if most < 1 or n_plain < _FIRST:
+            return 0, False, False
+        plain, draft = self.verification_seconds(1), self.draft_seconds
+        time = max(self._spent, _SHORTEST * plain)
+        spare = _LOST * time - self._lost
+        may_verify = self._since_plain < min(_PLAIN_EVERY, n_plain)
+        text = statistics.mean(self._texts) if self._texts else _TEXT
+        # by steps: what nobody has measured is not far from what was
+        further = [self.verification_seconds(n + 1) - plain for n in range(1, min(most, 2 * max(self._verifying)) + 1)]
+        if may_verify:
+            for n_tokens, whole in ((n_whole, True), (n_late, False))[: 2 - (n_whole == n_late)]:
+                reading = self._seconds_to_read(n_tokens)
+                n, gain = self._best(further, spare - reading)
+                if reading < gain * text:
+                    return n, whole, True
+        self._is_trial = True
+        further, reading = further[:2], self._seconds_to_read(n_late)
+        spare = min(spare, _LOST_TO_TRIALS * time - self._lost_to_trials) - reading
+        would_pay = reading < self._best(further, math.inf, _CHEAPER)[1] * text
+        costs_nothing = draft < _NOTHING * plain
+        if would_pay and may_verify and not (costs_nothing and self._n_judged < _FIRST):
+            n, _ = self._best(further, spare, _CHEAPER)
+            if n:
+                return n, False, True
+        # what is saved up for a verification is not spent on comparing, unless that is next to nothing
+        if (_BURST if n_late > 2 else 1) * draft <= spare and (costs_nothing or not would_pay):
+            return 1, False, False
+        return 0, False, False
+
+    def _best(self, further: Sequence[float], spare: float, cheaper: float = 1.0) -> Tuple[int, float]:
+        """(tokens to draft, seconds that are gained a token), where no more than is to spare is lost if none is accepted.
+
+        Args:
+            further: what verifying 1, 2, ... drafted tokens takes beyond a plain step, times `cheaper`.
+        """
+        plain, draft, a = self.verification_seconds(1), self.draft_seconds, min(self.acceptance, 0.999)
+        best, found, tokens = 0, math.inf, 1.0
+        for n, more in enumerate(further, 1):
+            if n * draft + more > spare:
+                break
+            tokens += a**n
+            seconds = (n * draft + plain + cheaper * more) / tokens
+            if seconds < found:
+                best, found = n, seconds
+        return best, plain / (1 + _MARGIN) - found
 
     def _seconds_to_read(self, n_tokens: int) -> float:
         if self._reading:

@@ -12,6 +12,7 @@ import time
 from typing import Any, ContextManager, Dict, Generator, Iterator, NamedTuple, Optional, Sequence, Union
 import warnings
 
+from llama_cpp.llama_speculative import LlamaDraftModel
 import numpy as np
 
 from . import expert_cache as cache_size
@@ -135,6 +136,9 @@ class Llama(CheckedLlama):
     _before: Optional[_Before] = None
     # n_gpu_layers=None: whether that is still to be chosen, and then the layers with experts elsewhere
     _to_fit, _n_partial = False, 0
+    # draft_model, which is opened when there is a context with a plan
+    _draft_model: Any = None
+    _is_loaded = False
     # why only the full budget works, if an override goes beyond what the file's plan was made for
     _beyond_plan: Optional[str] = None
 
@@ -241,12 +245,12 @@ class Llama(CheckedLlama):
             self._warn_if_degraded(self._stored.plan.token_rule)
         if budget is not None or token_rule is not None:
             self.set_budget(budget, token_rule=token_rule)
-        if isinstance(self.draft_model, DraftModel):
-            try:
-                self.draft_model.open(self)
-            except Exception:
-                self.close()
-                raise
+        try:
+            self._open_draft(self._draft_model)
+        except Exception:
+            self.close()
+            raise
+        self._is_loaded = True
         if self.verbose and asked:
             # the plan in the model's file has been logged by the native side
             print(f"allocmoe: {self.plan}", file=sys.stderr)
@@ -674,6 +678,39 @@ class Llama(CheckedLlama):
             raise
         return second
 
+    @property
+    def draft_model(self) -> Optional[LlamaDraftModel]:
+        """What proposes tokens; None for nothing. One that is set later is opened then, and the one before it closed.
+
+        Raises:
+            TypeError: it is no LlamaDraftModel.
+            ValueError, PlanError: see `DraftModel`; the one before stays.
+            GenerationError: in a callback of a generation. Another generation in progress ends.
+        """
+        return self._draft_model
+
+    @draft_model.setter
+    def draft_model(self, draft: Optional[LlamaDraftModel]) -> None:
+        if not (draft is None or callable(draft)):
+            raise TypeError(f"draft_model: found {draft!r}, want a LlamaDraftModel or None")
+        if not self._is_loaded:
+            self._draft_model = draft  # opened when there is a context
+            return
+        with self._turn:
+            before = self._draft_model
+            if draft is before:
+                return
+            self._tokens_change("another draft_model")
+            self._check_forgets(draft)
+            self._open_draft(draft)
+            self._draft_model = draft
+            if isinstance(before, DraftModel):
+                before.close(self)
+
+    def _open_draft(self, draft: Optional[LlamaDraftModel]) -> None:
+        if isinstance(draft, DraftModel):
+            draft.open(self)
+
     @in_turn
     def draft_stats(self, reset: bool = False) -> Dict[str, Any]:
         """What the draft model has proposed, what became of it, and how long that took: see `DraftModel.stats`.
@@ -1058,7 +1095,7 @@ class Llama(CheckedLlama):
 
     @in_turn
     def close(self) -> None:
-        draft = self.__dict__.get("draft_model")
+        draft = self.__dict__.get("_draft_model")
         if isinstance(draft, DraftModel):
             self._tokens_change("close()")
             draft.close(self)  # before the model, which it may share

@@ -15,17 +15,19 @@ real: the drafts themselves, greedy, on each prompt.
 limit: verifications of 5 tokens of a text, all of them accepted, under a verification_budget: each token's divergence from the
 same without a limit, and what it takes. Without --text the estimates are random ones, with thresholds that spend half.
 
-With and without drafts takes turns, 8 tokens and 8 tokens, in one text. Every line is the median of the neighbours' quotients of
-times; behind it the quartiles.
+With and without drafts takes turns, 8 tokens and 8 tokens, in one text; with --texts N whole texts do, each with a draft of which
+nothing is known yet. Every line is the median of the neighbours' quotients of times; behind it the quartiles. --cpu takes the time
+of the processor, of all threads together, which others that use the machine change less.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 from allocmoe_edge import DraftModel, Llama
 import expert_cache
@@ -37,6 +39,7 @@ SEGMENT = 8
 LENGTHS = (2, 4, 8)
 N_VERIFIED = 5
 COSTS = (0.0, 0.05, 0.1, 0.25, 0.5)
+clock = time.perf_counter
 
 
 class Replay(LlamaDraftModel):
@@ -57,7 +60,7 @@ class InTurns(DraftModel):
     """Drafts for SEGMENT tokens and more, up to the end of a step, then for as many does not, and notes how long each took."""
 
     def __call__(self, input_ids, /, **kwargs):
-        now, n_tokens = time.perf_counter(), len(input_ids)
+        now, n_tokens = clock(), len(input_ids)
         begin = getattr(self, "segment", None)
         if begin is None or n_tokens < begin[1]:
             self.segments, begin = [], (now, n_tokens, False)
@@ -86,12 +89,10 @@ def measure(llm: Llama, prompt: List[int], n_tokens: int, drafts: Dict[str, InTu
     """Prints for every draft how many times as fast it is as none, and whether its text is the same."""
     wanted = write(llm, prompt, n_tokens, **options)
     for name, draft in drafts.items():
-        draft.open(llm)
         llm.draft_model = draft
         text = write(llm, prompt, n_tokens, **options)
         llm.draft_model = None
         found, all_ = draft.stats(), sorted(draft.quotients())
-        draft.close(llm)
         drafted = sum(times for n, times in found["lengths"].items() if n)
         lengths = sum(n * times for n, times in found["lengths"].items()) / max(1, drafted)
         quarter = len(all_) // 4
@@ -100,6 +101,38 @@ def measure(llm: Llama, prompt: List[int], n_tokens: int, drafts: Dict[str, InTu
             f"{found['acceptance']:.2f} | {lengths:.1f} in {drafted} steps | {'the same' if text == wanted else 'another'} |",
             flush=True,
         )
+
+
+def whole_texts(
+    llm: Llama, prompt: List[int], n_tokens: int, n_texts: int, name: str, draft: Callable[[], DraftModel]
+) -> None:
+    """Prints how many times as fast texts are with a new draft each, without their prompts."""
+    quotients, drafted, compared = [], 0, 0
+    for _ in range(n_texts):
+        seconds = []
+        for each in (None, draft()):
+            llm.draft_model = each
+            llm.clear_cache()
+            llm.set_seed(1)
+            text = llm.generate(prompt, **SAMPLING)
+            next(text)
+            begin = clock()
+            for _ in itertools.islice(text, n_tokens - 1):
+                pass
+            seconds.append(clock() - begin)
+            text.close()
+        found = llm.draft_stats()
+        drafted += found["proposed"]
+        compared += found["compared"]
+        quotients.append(seconds[0] / seconds[1])
+    llm.draft_model = None
+    all_ = sorted(quotients)
+    quarter = len(all_) // 4
+    print(
+        f"| {name}, {n_tokens} tokens | {statistics.median(all_):.3f} ({all_[quarter]:.3f} to {all_[-1 - quarter]:.3f}) | "
+        f"{drafted / n_texts:.0f} proposed | {compared / n_texts:.0f} compared |",
+        flush=True,
+    )
 
 
 HEAD = "| draft | times as fast | accepted | drafted | text |\n| --- | ---: | ---: | ---: | --- |"
@@ -112,9 +145,9 @@ def verification(llm: Llama, text: List[int], n_turns: int) -> Dict[int, float]:
     seconds: Dict[int, List[float]] = {n: [] for n in sizes}
     for _ in range(n_turns):
         for n in sizes:
-            begin = time.perf_counter()
+            begin = clock()
             llm.decode(text[at : at + n], at, logits_all=True)
-            seconds[n].append(time.perf_counter() - begin)
+            seconds[n].append(clock() - begin)
     return {n: statistics.median(a / b for a, b in zip(seconds[n], seconds[1])) for n in sizes}
 
 
@@ -137,6 +170,11 @@ def replay(args: argparse.Namespace) -> None:
     print(", ".join(f"{cost:g}: {break_even(times, cost):.2f}" for cost in COSTS))
     print(f"\n{HEAD}")
     for acceptance in args.acceptance:
+        if args.texts:
+            draft = functools.partial(Replay, text, acceptance, llm.n_vocab())
+            name = f"{acceptance:g}"
+            whole_texts(llm, prompt, args.tokens, args.texts, name, lambda draft=draft: DraftModel(draft()))
+            continue
         drafts = {}
         for n in (*LENGTHS, None):
             draft = InTurns(Replay(text, acceptance, llm.n_vocab()), n_draft=n)
@@ -184,10 +222,10 @@ def limit(args: argparse.Namespace) -> None:
     llm.expert_stats(reset=True)
     for at in range(32, len(text) - N_VERIFIED, N_VERIFIED):
         for share in (*shares[1:], None):  # the last one's cache is what the next tokens see
-            begin = time.perf_counter()
+            begin = clock()
             with llm.limited_union(share):
                 logits = llm.decode(text[at : at + N_VERIFIED], at, logits_all=True)
-            seconds[share].append(time.perf_counter() - begin)
+            seconds[share].append(clock() - begin)
             spent[share] += llm.expert_stats(reset=True)["prefill"]["activations"].sum()
             if share is None:
                 free = log_softmax(logits)
@@ -228,7 +266,15 @@ def main() -> None:
             "--experts", type=int, metavar="K", help="the same number in every layer, where the file has no plan"
         )
         p.add_argument("--tokens", type=int, default=tokens)
+        p.add_argument("--cpu", action="store_true", help="the processor's time")
         if command is replay:
+            p.add_argument(
+                "--texts",
+                type=int,
+                default=0,
+                metavar="N",
+                help="N whole texts with the adaptive number, in turns with N without",
+            )
             p.add_argument("--turns", type=int, default=15, help="of the verifications of each size")
             p.add_argument("--acceptance", type=numbers, default=[0.5, 0.7, 0.85, 0.95])
         elif command is limit:
@@ -239,6 +285,9 @@ def main() -> None:
             p.add_argument("--same", type=numbers, default=[], help="budgets of drafts by the model itself")
             p.add_argument("--draft", action="append", default=[], help="a draft's file")
     args = parser.parse_args()
+    if args.cpu:
+        global clock
+        clock = time.process_time
     args.command(args)
 
 

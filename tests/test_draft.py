@@ -6,7 +6,7 @@ from collections import Counter
 import itertools
 import pickle
 
-from allocmoe_edge import DraftModel, Llama, PlanError
+from allocmoe_edge import DraftModel, GenerationError, Llama, PlanError
 from conftest import plan_from_made_up_profile
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
@@ -248,6 +248,45 @@ def test_one_draft_for_one_model(path):
     llm.close()
     llm.close()
     assert tokens(Llama(path, **SIZES, draft_model=draft), 10) == expected
+
+
+def test_a_draft_that_is_set_later(path, plain, dense_path):
+    """As llama-cpp-python allows: it is opened then, and the one before it closed."""
+    llm = Llama(path, **SIZES)
+    expected = tokens(plain, 20)
+    first, second = DraftModel.same(budget=0.5, n_draft=3), DraftModel(path, n_draft=2, n_threads=1)
+    for draft in (first, second, LlamaPromptLookupDecoding(), None, first):
+        llm.draft_model = draft
+        assert llm.draft_model is draft and tokens(llm, 20) == expected
+        llm.draft_model = draft  # again
+        assert tokens(llm, 20) == expected
+        if isinstance(draft, DraftModel):
+            assert llm.draft_stats()["proposed"] > 0
+    with pytest.raises(ValueError, match="its vocabulary is not that of"):
+        llm.draft_model = DraftModel(dense_path)
+    with pytest.raises(ValueError, match="belongs to another Llama"):
+        Llama(path, **SIZES).draft_model = first
+    with pytest.raises(TypeError, match="draft_model: found 'small.gguf', want a LlamaDraftModel or None"):
+        llm.draft_model = "small.gguf"
+    assert llm.draft_model is first and tokens(llm, 20) == expected
+    generation = llm.generate(llm.tokenize(PROMPT), temp=0.0)
+    next(generation)
+    llm.draft_model = second
+    with pytest.raises(GenerationError, match="another draft_model"):
+        next(generation)
+    assert tokens(llm, 20) == expected
+
+
+def test_what_is_only_compared(path, plain):
+    """Where it does not pay to verify a token, it is compared with the one that is written."""
+    for acceptance in (1.0, 0.0):
+        llm = Llama(path, **SIZES, draft_model=DraftModel(recorded(plain, acceptance)))
+        llm.draft_model._length._choose = lambda *_: (1, False, False)
+        assert tokens(llm, 60) == tokens(plain, 60)
+        found = llm.draft_stats()
+        assert found["compared"] == 58 and found["agreed"] == 58 * acceptance  # the last one has no successor yet
+        assert found["proposed"] == 0 and found["seconds"]["drafting"] > 0
+        assert llm.draft_model._length.acceptance == pytest.approx(acceptance, abs=0.01)
 
 
 def test_what_cannot_be_a_draft(path, tiny, dense_path, tmp_path):

@@ -7,109 +7,166 @@ import pytest
 PLAIN = 0.05
 
 
+# what so many tokens at once cost on OLMoE's shape, in plain steps (docs/speculative.md)
+OLMOE = {1: 1, 2: 1.5, 3: 1.9, 5: 2.6, 9: 4.8, 17: 6.3}
+
+
 class Machine:
     """Writes texts with a draft of which each token is accepted with probability `acceptance`.
 
-    more: what each further token of a verification costs, and draft: what a drafted one does, in plain steps. noise: spread of
-    all times.
+    more: what each further token of a verification costs, or a table of what so many at once cost; draft: what a drafted one
+    does, in plain steps. Times that are measured are longer by noise, of this spread; what they are in the mean is what counts.
     """
 
     def __init__(self, acceptance, more, draft, noise=0.1, seed=0):
         self.acceptance, self.more, self.draft, self.noise = acceptance, more, draft, noise
         self.length, self.rng = DraftLength(16), np.random.default_rng(seed)
         self.seconds, self.n_tokens = 0.0, 0
+        # as is done for drafts that are models, when they are loaded
+        self.length.read(8, self._time(8 * self._reading(1)))
+        self.length.drafted(1, self._time(draft))
+        self.seconds = 0.0
 
     def _time(self, plain_steps):
-        return PLAIN * plain_steps * (1 + self.noise * abs(self.rng.standard_normal()))
+        mean = PLAIN * plain_steps
+        self.seconds += mean
+        return mean * (1 + self.noise * abs(self.rng.standard_normal())) / (1 + self.noise * np.sqrt(2 / np.pi))
+
+    def _reading(self, n_tokens):
+        return 0.15 * self.draft * n_tokens
+
+    def verification(self, n_tokens):
+        if isinstance(self.more, dict):
+            return np.interp(n_tokens, list(self.more), list(self.more.values()))
+        return 1 + self.more * (n_tokens - 1)
 
     def write(self, n_tokens, n_prompt=20):
-        """Returns what a plain step takes on average, over what a token has taken: above 1 it was faster."""
+        """How many times as fast it was as plain steps alone."""
         begin = self.seconds, self.n_tokens
         unread = n_prompt
-        self.length.prompt(n_prompt, self._time(0.2 * n_prompt))
+        self.length.prompt(n_prompt, PLAIN * 0.15 * n_prompt)
         while self.n_tokens - begin[1] < n_tokens:
-            n, whole = self.length.choose(unread, min(unread, 32), 100)
-            step = 0.0
+            n, whole, verified = self.length.choose(unread, min(unread, 32), 100)
+            drafting = 0.0
             if n:
                 n_read = unread if whole else min(unread, 32)
                 if n_read > 2:
-                    seconds = self._time(0.2 * self.draft * n_read)
+                    seconds = self._time(self._reading(n_read))
                     self.length.read(n_read, seconds)
-                    step += seconds
+                    drafting += seconds
                 seconds = self._time(n * self.draft)
                 self.length.drafted(n, seconds)
-                step += seconds
+                drafting += seconds
                 unread = 1
-            seconds = self._time(1 + self.more * n)
-            self.length.verified(n + 1, seconds)
-            step += seconds
-            n_accepted = int(np.argmin([*(self.rng.random(n) < self.acceptance), False]))
+            n_right = int(np.argmin([*(self.rng.random(n) < self.acceptance), False]))
+            n_verified = n if verified else 0
+            seconds = self._time(self.verification(n_verified + 1))
+            self.length.verified(n_verified + 1, seconds)
             if n:
-                self.length.judged(n, n_accepted)
-            else:
+                self.length.judged(n, n_right)
+            n_new = n_right + 1 if n_verified else 1
+            if not n_verified:
                 unread += 1
-            self.length.stepped(n, n_accepted + 1, step)
-            self.seconds, self.n_tokens = self.seconds + step, self.n_tokens + n_accepted + 1
+            self.length.stepped(n_verified, n_new, drafting + seconds, drafting)
+            self.n_tokens += n_new
         self.length.wrote(self.n_tokens - begin[1])
-        plain = PLAIN * (1 + self.noise * np.sqrt(2 / np.pi))
-        return plain * (self.n_tokens - begin[1]) / (self.seconds - begin[0])
+        return PLAIN * (self.n_tokens - begin[1]) / (self.seconds - begin[0])
 
     def best(self):
         """The same at the best fixed number of tokens."""
         return max(
-            sum(self.acceptance**i for i in range(n + 1)) / (n * self.draft + 1 + self.more * n) for n in range(17)
+            sum(self.acceptance**i for i in range(n + 1)) / (n * self.draft + self.verification(n + 1))
+            for n in range(17)
         )
 
 
-@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.8, 0.95])
-@pytest.mark.parametrize("more, draft", [(0.0, 0.02), (0.2, 0.1), (0.6, 0.3), (1.0, 0.0), (1.0, 1.0)])
-def test_never_much_slower_and_nearly_as_fast_as_the_best(acceptance, more, draft):
-    machine = Machine(acceptance, more, draft)
-    gain, best = machine.write(2000), machine.best()
-    assert gain > 0.98
-    assert min(Machine(acceptance, more, draft, seed=seed).write(400) for seed in range(3)) > 0.965  # the first trials
-    # a good number is found soon; by how much it is missed in the end: costs that are noise, steps that measure
-    assert gain > 0.85 * best
+def write(n_texts, n_tokens, acceptance, more, draft):
+    """(mean, least) over so many machines."""
+    gains = [Machine(acceptance, more, draft, seed=seed).write(n_tokens) for seed in range(n_texts)]
+    return np.mean(gains), min(gains)
+
+
+MACHINES = [(0.0, 0.02), (0.2, 0.1), (0.6, 0.3), (1.0, 0.0), (1.0, 1.0), (0.5, 0.0), (0.5, 0.1), (OLMOE, 0.0)]
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.5, 0.7, 0.85, 0.95])
+@pytest.mark.parametrize("more, draft", MACHINES)
+def test_never_more_than_2_percent_slower(acceptance, more, draft):
+    """From 100 tokens on, from the first text on. One text may lose a step more, which its limit did not foresee."""
+    for n_texts, n_tokens, one_step in ((12, 100, 0.015), (3, 400, 0.004)):
+        mean, least = write(n_texts, n_tokens, acceptance, more, draft)
+        assert mean > 0.98 and least > 0.98 - one_step
+
+
+@pytest.mark.parametrize("acceptance", [0.85, 0.95])
+@pytest.mark.parametrize("more, draft", MACHINES)
+def test_nearly_as_fast_as_the_best(acceptance, more, draft):
+    """Of the best number's gain. By how much it is missed in the end: costs that are noise, steps that measure."""
+    best = Machine(acceptance, more, draft).best() - 1
+    assert Machine(acceptance, more, draft).write(2000) - 1 > 0.7 * best - 0.03
+    # in texts that short half a hundred tokens may pass until a draft that costs something is known
+    assert write(12, 100, acceptance, more, draft)[0] - 1 > 0.45 * best - 0.02
 
 
 def test_follows_what_changes():
     """A draft that becomes good is found out, and one that becomes bad is left."""
     machine = Machine(0.0, 0.2, 0.1)
-    assert machine.write(1000) > 0.96  # nothing is known at first
+    assert machine.write(1000) > 0.98
     machine.acceptance = 0.9
     machine.write(2000)
     assert machine.write(1000) > 0.9 * machine.best()
     machine.acceptance = 0.0
-    machine.write(200)
+    assert machine.write(200) > 0.98
     assert machine.write(1000) > 0.98
+
+
+def test_a_second_text_goes_on_from_what_is_known():
+    gains = [
+        [machine.write(60) for _ in range(3)] for machine in (Machine(0.95, OLMOE, 0.1, seed=i) for i in range(12))
+    ]
+    first, *_, third = np.mean(gains, axis=0)
+    assert third > first + 0.04
 
 
 def test_long_prompts_and_short_texts():
     """A draft has to read the prompt first: for a few tokens that does not pay."""
     machine = Machine(0.9, 0.2, 0.1)
-    n, begin = 40, machine.seconds
-    for _ in range(n):
+    for _ in range(40):
         machine.write(12, n_prompt=2000)
-    plain = PLAIN * (1 + machine.noise * np.sqrt(2 / np.pi)) * machine.n_tokens
-    assert machine.seconds - begin < plain / 0.98
+    assert machine.seconds < PLAIN * machine.n_tokens / 0.98
 
 
-def test_what_is_tried_grows_from_what_is_known():
-    """After two tokens verified at once, six at most, and not sixteen."""
+def test_what_costs_nothing_is_compared_first():
+    """And verified when it agrees with what is written: few tokens at first, never more than could be lost."""
     length = DraftLength(16)
-    assert length.choose(1, 1, 100) == (0, False)  # what a plain step takes is not known
-    for _ in range(4):
-        length.verified(1, PLAIN)
-    assert length.choose(1, 1, 0) == (0, False)  # no room
-    n, _ = length.choose(1, 1, 100)
-    assert n == 2
-    length.drafted(2, 0.001)
-    length.verified(3, PLAIN)
-    length.judged(2, 2)
-    length.stepped(2, 3, PLAIN + 0.001)
-    n, whole = length.choose(1, 1, 100)
-    assert n == 6 and whole
-    assert length.choose(1, 1, 4)[0] == 4
+
+    def plain(n=1):
+        for _ in range(n):
+            length.verified(1, PLAIN)
+            length.stepped(0, 1, PLAIN, 0.0)
+
+    assert length.choose(1, 1, 100) == (0, False, False)  # what a plain step takes is not known
+    plain(4)
+    assert length.choose(1, 1, 0) == (0, False, False)  # no room
+    length.drafted(1, 0.0)
+    for _ in range(20):
+        length.judged(1, 0)
+        plain()
+        assert length.choose(1, 1, 100) == (1, False, False)
+    verified = []
+    for _ in range(30):
+        length.judged(1, 1)
+        plain()
+        verified.append(length.choose(1, 1, 100)[2])
+    assert verified == sorted(verified) and verified[-1] and not verified[0]
+    n, whole, _ = length.choose(1, 1, 100)
+    assert n == 2 and whole
+    assert length.choose(1, 1, 1)[0] == 1
+    length.verified(3, 2 * PLAIN)
+    length.judged(2, 0)
+    length.stepped(2, 1, 2 * PLAIN, 0.0)
+    # 1.8 plain steps may be lost in all: 0.8 are left
+    assert length.choose(1, 1, 100)[0] <= 1
 
 
 def test_costs_between_and_beyond_those_measured():

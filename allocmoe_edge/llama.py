@@ -105,8 +105,9 @@ class Llama(CheckedLlama):
             other weights, unless there is an n_gpu_layers or a prefetch. 0 for none. Not on Windows.
         miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times the
             time of one at hand, 1 to 1e6. Such an expert runs for a generated token only where it is estimated to be worth
-            that: sqrt(miss_price) times as large as one at hand has to be; its estimate stands in for it elsewhere. At 1
-            the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
+            that: sqrt(miss_price) times as large as one at hand has to be, and as one has to be in the plan in the file; its
+            estimate stands in for it elsewhere. So at full budget all that is at hand runs, and of the rest what is worth it.
+            At 1 the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
             last, as many experts as the cache holds of a layer: so equal text gives equal output. "auto": what it
             takes on this machine, measured as the model is loaded and rounded to a power of two; give the number that
             `miss_price` then has for the same output on another machine, or under another load. Where it is above 1 and the

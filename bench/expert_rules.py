@@ -117,8 +117,8 @@ def main() -> None:
     p.add_argument("--prompt", type=int, default=128)
     p.add_argument("--gen", type=int, default=256)
     p.add_argument("--share", type=float, default=0.6, help="of each layer's experts that the cache holds, about")
-    p.add_argument("--budgets", default="0.9,0.75,0.5")
-    p.add_argument("--prices", default="1,4,16,64")
+    p.add_argument("--budgets", default="1,0.75,0.5")
+    p.add_argument("--prices", default="1,2,4,8,16,64")
     p.add_argument("-o", "--out", type=Path, required=True)
     args = p.parse_args()
     with open(args.text, "rb") as file:
@@ -147,10 +147,12 @@ def main() -> None:
             flush=True,
         )
 
-    add("ours", "full budget", 0.0, stats["misses"].sum(), stats["activations"].sum())
+    add("ours", "exact", 0.0, stats["misses"].sum(), stats["activations"].sum())
     for budget in map(float, args.budgets.split(",")):
         plan = llm.set_budget(budget, token_rule="estimate")
         for price in map(float, args.prices.split(",")):
+            if budget == 1 and price == 1:
+                continue
             llm.miss_price = price
             logits, stats = bench.one_by_one(llm, ids, args.prompt, plan)
             divergence = bench.kl(full, logits).mean()
@@ -194,7 +196,7 @@ def write(args: argparse.Namespace, rows: list, n_slots: list, n_expert: int) ->
     figure, axes = plt.subplots(figsize=(6.4, 4))
     lines_of: dict = {}
     for group, name, divergence, _, mb, _ in rows:
-        what = "" if name.startswith("price") or name == "full budget" else ", " + name.split()[0]
+        what = "" if name.startswith("price") or name == "exact" else ", " + name.split()[0]
         lines_of.setdefault(group + what, []).append((mb, divergence))
     for label, points in lines_of.items():
         ours = label.startswith("ours")

@@ -382,6 +382,9 @@ int32_t allocmoe_set_miss_price(llama_context * ctx, double price) {
         auto & handicap    = allocmoe_access::state(ctx).miss_handicap;
         const float before = handicap;
         handicap           = 0.5 * std::log(price);
+        auto settings      = allocmoe_access::settings(ctx);
+        settings.priced    = allocmoe_access::state(ctx).cache && handicap > 0.0f;
+        allocmoe_access::set_settings(ctx, std::move(settings));
         return (int32_t) (handicap == before ? ALLOCMOE_OK : ALLOCMOE_CHANGED);
     });
 }

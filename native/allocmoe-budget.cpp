@@ -85,11 +85,11 @@ int64_t allocmoe_preset_total(const std::string & name, const allocmoe_model * f
     return name == "fast" ? std::max(range.least, (range.of_file * 4 + 3) / 6) : range.of_file;
 }
 
-// The row for a total: the one that spends most within it.
-static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
+// The row for a total, the one that spends most within it: file.n_rows where none does. low: the least that one spends.
+static size_t best_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total, int64_t & low) {
     size_t best   = file.n_rows;
     int64_t found = -1;
-    int64_t low   = sum_of(own);
+    low           = sum_of(own);
     for_each_row(file, own, rule, [&](size_t row, int64_t spends) {
         low = std::min(low, spends);
         if (spends <= total && spends > found) {
@@ -97,11 +97,34 @@ static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> &
             found = spends;
         }
     });
+    return best;
+}
+
+static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
+    int64_t low       = 0;
+    const size_t best = best_row(file, own, rule, total, low);
     if (best == file.n_rows || total > sum_of(own)) {
         throw allocmoe_error(format("budget: found %lld activations per token, want %lld to %lld under token rule %s",
             (long long) total, (long long) low, (long long) sum_of(own), allocmoe_token_rule_names[rule]));
     }
     return best;
+}
+
+std::vector<float> allocmoe_miss_threshold(const allocmoe_model & file, const llama_model & model) {
+    if (file.plan.token_rule == ALLOCMOE_RULE_ESTIMATE) {
+        return file.plan.threshold;
+    }
+    if (file.estimate.threshold.empty()) {
+        return {};
+    }
+    const auto own   = allocmoe_effective_plan(model, nullptr);
+    int64_t low      = 0;
+    const size_t row = best_row(file, own, ALLOCMOE_RULE_ESTIMATE, sum_of(file.plan.expert_used_count), low);
+    if (row == file.n_rows) {
+        return {};
+    }
+    const auto first = file.estimate.threshold.begin() + row * own.size();
+    return { first, first + own.size() };
 }
 
 static std::vector<float> thresholds_of(const allocmoe_model & file, const std::vector<int32_t> & counts) {

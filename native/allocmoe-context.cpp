@@ -124,9 +124,13 @@ std::shared_ptr<const allocmoe_plan> allocmoe_runnable(std::unique_ptr<allocmoe_
         plan->token_rule = ALLOCMOE_RULE_OFF;
     }
     if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
-        plan->estimates = state.estimates || !state.file ? state.estimates : state.file->estimates(model);
+        const bool of_file = !state.estimates && state.file;
+        plan->estimates    = of_file ? state.file->estimates(model) : state.estimates;
         if (!plan->estimates) {
             throw allocmoe_error("token rule estimate needs an estimator, and neither plan nor file has one", ALLOCMOE_ERR_RULE);
+        }
+        if (of_file) {
+            plan->miss_threshold = allocmoe_miss_threshold(*state.file, model);
         }
     }
     return plan;
@@ -151,6 +155,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         cparams.op_offload = false; // a GPU would copy experts that are in no memory
         state->cache->find_price(model, cparams.n_threads);
         state->miss_handicap = 0.5 * std::log(state->cache->miss_price);
+        settings->priced     = state->miss_handicap > 0.0f;
         auto & ran           = state->ran;
         uint32_t most        = 1;
         for (uint32_t il = 0; il < n_layer; ++il) {

@@ -55,7 +55,7 @@ struct allocmoe_state {
     std::string cache_error;                 // why the last run was void, "" if it was not
     allocmoe_ran ran;                        // where there is a cache
     double union_share  = 1.0;               // of the experts of several tokens, what runs
-    float miss_handicap = 0.0f;              // by so much an absent expert's log size has to be above the threshold
+    float miss_handicap = 0.0f;              // by so much an absent expert's log size has to be above its threshold
 };
 
 // A plan as the model can run it: with its estimates, and another token rule where the model cannot run the plan's, with a

@@ -11,10 +11,11 @@
 #include "llama-hparams.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 // What of token t's candidates is not among the n_slots different experts that its sequence ran last.
-static void find_absent(const allocmoe_estimate_args & args, allocmoe_ran & ran, int64_t n_slots, float handicap, int32_t t, allocmoe_absent * absent) {
+static void find_absent(const allocmoe_estimate_args & args, allocmoe_ran & ran, int64_t n_slots, int32_t t, allocmoe_absent * absent) {
     std::vector<bool> recent(ran.n_entry > 0 ? LLAMA_MAX_EXPERTS : 0);
     int64_t n     = 0;
     int32_t place = args.places[t].before;
@@ -31,7 +32,7 @@ static void find_absent(const allocmoe_estimate_args & args, allocmoe_ran & ran,
         place = place % ran.n_left == 0 ? place + ran.n_left - 1 : place - 1;
     }
     for (int32_t r = 0; r < args.n_used; ++r) {
-        absent[r].handicap = recent[args.ids[t * args.stride_ids + r]] ? 0.0f : handicap;
+        absent[r].is = !recent[args.ids[t * args.stride_ids + r]];
     }
 }
 
@@ -64,7 +65,8 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
         return;
     }
     auto args          = allocmoe_estimate_args_of(dst, node);
-    auto & state       = *((const allocmoe_graph::layer *) userdata)->state;
+    const auto & layer = *(const allocmoe_graph::layer *) userdata;
+    auto & state       = *layer.state;
     auto & ran         = state.ran;
     const auto * cache = ran.n_place > 0 ? state.cache->find(node.il) : nullptr;
     std::vector<allocmoe_absent> absent;
@@ -72,10 +74,12 @@ static void compute_routed_by_size(ggml_tensor * dst, int ith, int /* nth */, vo
     if (cache && state.miss_handicap > 0.0f && node.phase == ALLOCMOE_PHASE_DECODE) {
         absent.resize(args.n_tokens * args.n_used);
         for (int32_t t = 0; t < args.n_tokens; ++t) {
-            find_absent(args, ran, allocmoe_expert_cache::n_slots(*cache), state.miss_handicap, t, &absent[t * args.n_used]);
+            find_absent(args, ran, allocmoe_expert_cache::n_slots(*cache), t, &absent[t * args.n_used]);
         }
-        args.absent   = absent.data();
-        args.n_absent = &ran.n_absent[node.il];
+        args.absent         = absent.data();
+        args.n_absent       = &ran.n_absent[node.il];
+        args.miss_threshold = layer.plan->miss_threshold.empty() ? -INFINITY : layer.plan->miss_threshold[node.il];
+        args.miss_handicap  = state.miss_handicap;
     }
     allocmoe_one_thread thread;
     allocmoe_estimate_shared shared;

@@ -33,10 +33,12 @@
 static constexpr size_t ALIGNED   = 4096;
 static constexpr int N_READERS    = 4;
 static constexpr size_t HUGE_PAGE = 2 << 20;
-// of experts that the price of a miss is measured with
-static constexpr size_t MEASURED   = 64 << 20;
+// Of the experts that the price of a miss is measured with, a token's: more than processors keep in their caches, where those at
+// hand would be found sooner than in the memory that they are in when a token comes.
+static constexpr size_t MEASURED   = 512 << 20;
 static constexpr int N_MEASURED    = 8;
 static constexpr auto MEASURED_FOR = std::chrono::milliseconds(100);
+static constexpr auto LONG_ENOUGH  = std::chrono::seconds(1); // for a single round
 
 static size_t round_down(size_t n) {
     return n / ALIGNED * ALIGNED;
@@ -834,7 +836,11 @@ void allocmoe_expert_cache::find_price(const llama_model & model, int n_threads)
     // the shortest times, since others may be at work too; of other experts each time, which no disk remembers
     double cold = 1e9, warm = 1e9;
     const auto begin = std::chrono::steady_clock::now();
-    for (int round = 0; round < N_MEASURED && (round < 2 || std::chrono::steady_clock::now() - begin < MEASURED_FOR); ++round) {
+    for (int round = 0; round < N_MEASURED; ++round) {
+        const auto so_far = std::chrono::steady_clock::now() - begin;
+        if (round > 0 && so_far > (round == 1 ? LONG_ENOUGH : MEASURED_FOR)) {
+            break;
+        }
         for (size_t i = 0; i < chosen.size(); ++i) {
             const auto & [experts, n] = chosen[i];
             std::vector<int32_t> ids(n);
@@ -845,7 +851,7 @@ void allocmoe_expert_cache::find_price(const llama_model & model, int n_threads)
         }
         cold         = std::min(cold, run());
         double spent = 0.0;
-        for (int i = 0; i < N_MEASURED && spent < 30.0; ++i) {
+        for (int i = 0; i < N_MEASURED && spent < 100.0; ++i) {
             const double ms = run();
             warm            = std::min(warm, ms);
             spent += ms * n_experts;

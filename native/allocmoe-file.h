@@ -68,6 +68,9 @@ std::shared_ptr<const allocmoe_model> allocmoe_read_side_file(const char * path,
 // for the model's own expert counts. Throws allocmoe_error where it cannot be served.
 std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file, const llama_model & model, int64_t total, int32_t token_rule, int32_t strict);
 
+// The thresholds of the file's own budget under ALLOCMOE_RULE_ESTIMATE, [block_count]; empty where it has none.
+std::vector<float> allocmoe_miss_threshold(const allocmoe_model & file, const llama_model & model);
+
 // The budgets that allocmoe_plan_budget serves under a rule. Throws allocmoe_error where there is no choice.
 struct allocmoe_budgets {
     int64_t least;

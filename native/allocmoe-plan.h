@@ -25,6 +25,10 @@ struct allocmoe_plan {
 
     std::shared_ptr<const allocmoe_estimates> estimates; // for ALLOCMOE_RULE_ESTIMATE
 
+    // [block_count], what an expert that has to be read is above at least where misses have a price: what the file's own budget
+    // asks of any. Empty for estimates that are not the file's.
+    std::vector<float> miss_threshold;
+
     allocmoe_plan();
     bool operator==(const allocmoe_plan & other) const;
 };
@@ -39,6 +43,8 @@ struct allocmoe_settings {
     std::map<int32_t, std::shared_ptr<const allocmoe_plan>> seq_plans;
 
     allocmoe_instrument instrument = {};
+
+    bool priced = false; // misses have a price
 
     // Of a token of this sequence, where there is a plan.
     const allocmoe_plan & plan_of(int32_t seq_id) const {

@@ -145,6 +145,10 @@ bool allocmoe_layer_rule::operator==(const allocmoe_layer_rule & other) const {
     return n_ranked == other.n_ranked && rule == other.rule && k_base == other.k_base && value == other.value && strict == other.strict;
 }
 
+static float threshold_of(const std::vector<float> & thresholds, int il) {
+    return thresholds.empty() ? -INFINITY : thresholds[il];
+}
+
 static allocmoe_layer_rule rule_of(const allocmoe_settings & settings, int il, int64_t n_full) {
     allocmoe_layer_rule rule = { n_full, ALLOCMOE_RULE_OFF, 0, 0, false };
     const auto * plan        = settings.plan.get();
@@ -159,7 +163,7 @@ static allocmoe_layer_rule rule_of(const allocmoe_settings & settings, int il, i
         least           = std::min(least, k);
         most            = std::max(most, k);
         shares          = shares || (x.token_rule == ALLOCMOE_RULE_ESTIMATE
-                                            ? x.k_base < n_full && !x.threshold.empty() && x.threshold[il] > -INFINITY // by its threshold alone
+                                            ? x.k_base < n_full && std::max(threshold_of(x.threshold, il), settings.priced ? threshold_of(x.miss_threshold, il) : -INFINITY) > -INFINITY // by its thresholds alone
                                             : x.k_base < k && k < n_full);
     };
     look_at(*plan);

@@ -355,10 +355,10 @@ ALLOCMOE_FN void allocmoe_route(Block & block, const allocmoe_route_args & a, al
 // the rule that goes by estimates
 //
 
-// An expert that is not in memory has to be the larger for that.
+// One of a token's experts, where those that are not in memory have to be larger than the others.
 struct allocmoe_absent {
-    float handicap; // 0 for one at hand
-    int32_t key;    // of its size without
+    bool is;       // not at hand
+    bool left_out; // for that alone
 };
 
 struct allocmoe_estimate_args {
@@ -370,6 +370,8 @@ struct allocmoe_estimate_args {
     const allocmoe_place * places; // [n_tokens]
     int32_t * routed;              // [n_tokens][n_used], contiguous; written by allocmoe_route_by_size, read by the other
     allocmoe_absent * absent;      // [n_tokens][n_used], or null where all are at hand
+    float miss_threshold;          // for experts not at hand, if the token's own is not higher
+    float miss_handicap;           // added to either
     int64_t * n_absent;            // skipped for being absent: counted where `absent` is not null, which is by one thread
     float * skipped;               // [n_tokens][n_columns], contiguous; written by allocmoe_sum_skipped
     int64_t stride_ids;            // between tokens, in elements
@@ -439,10 +441,6 @@ ALLOCMOE_FN void allocmoe_to_size_keys(Block & block, const allocmoe_estimate_ar
         if (lane == 0 && i < n) {
             const float size = allocmoe_size(a, i / a.n_used, i % a.n_used, s.parts + block.rank(), n_lanes);
             a.routed[i]      = allocmoe_size_key(size);
-            if (a.absent && a.absent[i].handicap > 0.0f) {
-                a.absent[i].key = a.routed[i];
-                a.routed[i]     = allocmoe_size_key(ALLOCMOE_SUB(size, a.absent[i].handicap));
-            }
         }
         block.sync();
     }
@@ -468,16 +466,32 @@ ALLOCMOE_FN int32_t allocmoe_keep_by_size(int32_t * keys, int32_t n_used, int32_
     return n;
 }
 
-// The same for token t, whose keys become ids.
+// The keys of those of token t's experts that are not worth being read become the lowest.
+ALLOCMOE_FN void allocmoe_leave_absent(const allocmoe_estimate_args & a, int32_t t, float at_least) {
+    int32_t * keys         = allocmoe_row_of(a.routed, t, a.n_used);
+    const uint32_t to_read = allocmoe_key((at_least < a.miss_threshold ? a.miss_threshold : at_least) + a.miss_handicap);
+    for (int32_t r = 0; r < a.n_used; ++r) {
+        allocmoe_absent & absent = a.absent[(int64_t) t * a.n_used + r];
+        if (absent.is && (uint32_t) keys[r] < to_read) {
+            absent.left_out = (uint32_t) keys[r] >= allocmoe_key(at_least);
+            keys[r]         = (int32_t) ALLOCMOE_KEY_NAN;
+        }
+    }
+}
+
+// The same as allocmoe_keep_by_size for token t, whose keys become ids.
 ALLOCMOE_FN int32_t allocmoe_route_token_by_size(const allocmoe_estimate_args & a, int32_t t, float at_least) {
-    int32_t * out   = allocmoe_row_of(a.routed, t, a.n_used);
+    int32_t * out = allocmoe_row_of(a.routed, t, a.n_used);
+    if (a.absent) {
+        allocmoe_leave_absent(a, t, at_least);
+    }
     const int32_t n = allocmoe_keep_by_size(out, a.n_used, a.node.k_base, at_least);
     for (int32_t r = 0; r < a.n_used; ++r) {
+        const bool kept = (uint32_t) out[r] >= allocmoe_key(at_least);
         if (a.absent) {
-            const allocmoe_absent & absent = a.absent[(int64_t) t * a.n_used + r];
-            *a.n_absent += absent.handicap > 0.0f && (uint32_t) out[r] < allocmoe_key(at_least) && (uint32_t) absent.key >= allocmoe_key(at_least);
+            *a.n_absent += a.absent[(int64_t) t * a.n_used + r].left_out && !kept;
         }
-        out[r] = (uint32_t) out[r] >= allocmoe_key(at_least) ? a.ids[t * a.stride_ids + r] : -1;
+        out[r] = kept ? a.ids[t * a.stride_ids + r] : -1;
     }
     allocmoe_note_kept(a.node, a.places, t, n);
     return n;
@@ -503,7 +517,8 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
         for (int32_t t = 0; t < a.n_tokens; ++t) {
             left            = allocmoe_left(a.node, a.places, t, left);
             const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.limits[t].threshold, ALLOCMOE_STRICT_STEP * left));
-            left += allocmoe_count(a.limits[t], a.n_used) - n;
+            // without a threshold there is none to move
+            left += a.limits[t].threshold > -INFINITY ? allocmoe_count(a.limits[t], a.n_used) - n : 0;
             left = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT
                                                                                                       : left;
             s.total += n;

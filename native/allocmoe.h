@@ -155,8 +155,8 @@ LLAMA_API int64_t allocmoe_get_expert_cache(const struct llama_context * ctx, in
 // have waited for the file in both phases, added up.
 LLAMA_API int32_t allocmoe_get_cache_counts(const struct llama_context * ctx, int32_t phase, int64_t * hits, int64_t * misses, int64_t * n_bytes, int32_t n_layer, int64_t * waited_us);
 
-// Under ALLOCMOE_RULE_ESTIMATE, for single tokens: an expert that is not at hand counts as smaller by sqrt(price), so that running
-// it has to be worth the more the longer it takes. At hand are as many experts of a layer as it has slots, those that the
+// Under ALLOCMOE_RULE_ESTIMATE, for single tokens: an expert that is not at hand runs where its estimated size is sqrt(price) times
+// the threshold for one at hand, or that of the file's own plan where that is higher: at full budget, too. At hand are as many experts of a layer as it has slots, those that the
 // token's sequence has run last. price: how many times as long an expert takes that has to be read, at least 1. A context begins
 // with what an override of the key allocmoe.miss_price (a float) has given when the model was loaded, by default 1; 0 has it
 // measured as the model's first context is made, to a power of two. Without effect where there is no expert cache.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 import os
 from pathlib import Path
 import pickle
@@ -15,10 +16,12 @@ from allocmoe_edge import expert_cache as cache_size
 from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.checked_llama import GenerationError
 from allocmoe_edge.command import CommandError
-from allocmoe_edge.convert import cli, costs
+from allocmoe_edge.convert import cli, costs, output
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.inspect.routing import hit_rates
 from allocmoe_edge.measure import memory
+from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan.estimator import N_QUANTILES
 import expert_cache as expert_cache_bench
 import expert_replay
 import expert_rules
@@ -345,6 +348,56 @@ def test_a_price_saves_reads_and_spends_the_budget_all_the_same(path):
     # at any price a token runs one expert
     assert misses[2] <= N_LAYER * len(TEXT)
     llm.close()
+
+
+@pytest.fixture(scope="module")
+def planned(path, tmp_path_factory):
+    """With estimates and a plan for half of the activations."""
+    target = tmp_path_factory.mktemp("planned") / "planned.gguf"
+    estimator = random_estimator(N_LAYER, N_EXPERT, 256, n_down=32, rank=32, seed=0)
+    quantiles = np.sort(np.random.default_rng(0).normal(-1.5, 0.5, (N_LAYER, N_QUANTILES)), axis=1)
+    profile = metadata.Profile(
+        tuple(np.linspace(2.0, 1.0, N_USED) for _ in range(N_LAYER)), (1.0,) * N_LAYER, metadata.Calibration("made up", 1, "0" * 64),
+        token_rule="estimate", estimator=replace(estimator, quantiles=quantiles),
+    )  # fmt: skip
+    output.write_planned(path, target, profile.plan(0.5, (N_USED,) * N_LAYER), profile)
+    return target
+
+
+def test_at_full_budget_a_price_leaves_out_what_has_to_be_read_alone(path, planned):
+    """Of experts at hand all run, of the others those that are worth it; the prompt, and a price of 1, are exact."""
+    in_memory = Llama(str(planned), **SIZES, expert_cache=0)
+    in_memory.set_budget(1.0)
+    exact, prompt = one_by_one(in_memory, TEXT), logits(in_memory)[:20]
+    llm = load(planned)
+    llm.set_budget(1.0)
+    assert llm.plan.token_rule == "estimate"
+    found: dict = {}
+    for price in (1, 2, 16, 1e6, 1):
+        llm.miss_price = price
+        llm.expert_stats(reset=True)
+        rows = one_by_one(llm, TEXT)
+        stats = llm.expert_stats(reset=True)["decode"]
+        assert np.array_equal(rows, exact) == (price == 1)
+        assert np.array_equal(stats["activations"] + stats["absent"], [N_USED * len(TEXT)] * N_LAYER)
+        found[price] = stats["misses"].sum(), stats["absent"].sum()
+        assert np.array_equal(one_by_one(llm, TEXT), rows) and np.array_equal(logits(llm)[:20], prompt)
+    assert found[1][0] > found[2][0] > found[16][0] > found[1e6][0] > 0
+    assert found[1][1] == 0 < found[2][1] < found[16][1] < found[1e6][1]
+    # what has to be read is to be worth as much at half budget, where experts at hand have a threshold too
+    llm.miss_price = 2
+    llm.set_budget(strict=False)
+    llm.expert_stats(reset=True)
+    one_by_one(llm, TEXT)
+    half = llm.expert_stats(reset=True)["decode"]
+    assert half["absent"].sum() > 0 and half["activations"].sum() < 0.8 * N_USED * N_LAYER * len(TEXT)
+    # estimates that are not the file's have no plan in it
+    llm.miss_price = 16
+    own = replace(by_estimates(), expert_used_count=(N_USED,) * N_LAYER, threshold=(-np.inf,) * N_LAYER)
+    llm.apply_plan(own)
+    assert np.array_equal(one_by_one(llm, TEXT), exact)
+    for each in (llm, in_memory):
+        each.close()
 
 
 def test_at_hand_is_what_the_own_text_has_run(path):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from allocmoe_edge import Llama, Plan
+from allocmoe_edge import Llama, Plan, expert_cache
+from allocmoe_edge.convert import output
+from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan.estimator import N_QUANTILES
 from conftest import plan_from_made_up_profile
 from gguf_factory import random_estimator
 import llama_cpp.llama_cpp as raw
@@ -209,6 +212,35 @@ def test_strict_does_not_depend_on_who_else_is_in_the_batch(model, rule):
             for start in range(20, N_TOKENS, 4):
                 again = context.decode([(TOKENS[seq][i], i, seq) for i in range(start, start + 4)])
                 assert np.array_equal(again, wanted[seq][start : start + 4])
+
+
+def test_what_a_sequence_has_at_hand_is_its_own(built, tmp_path):
+    """With an expert cache and a price of misses: at the file's budget, and at the full one of the other sequence."""
+    source, path = built["olmoe"].gguf_path, tmp_path / "planned.gguf"
+    made = random_estimator(N_LAYER, N_EXPERT, N_EMBD, 10, 7, 5, 2)
+    quantiles = np.sort(np.random.default_rng(0).normal(-1.0, 1.0, (N_LAYER, N_QUANTILES)), axis=1)
+    profile = metadata.Profile(
+        (np.linspace(2.0, 1.0, N_USED),) * N_LAYER, (1.0,) * N_LAYER, metadata.Calibration("made up", 1, "0" * 64),
+        token_rule="estimate", estimator=replace(made, quantiles=quantiles),
+    )  # fmt: skip
+    output.write_planned(source, path, profile.plan(0.5, FULL), profile)
+    size = int(expert_cache.least(path) * 2.6)
+    budgets = (N_USED * N_LAYER // 2, N_USED * N_LAYER)
+    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False, repack=False, expert_cache=size, miss_price=8)
+    with Context(llm) as both, Context(llm, n_seq_max=1) as alone:
+        assert libllama.allocmoe_set_budget_seq(both.ctx, 1, budgets[1]) == 1
+        found, spent = both.run((0, 1), 1), both.spent()
+        for seq, budget in enumerate(budgets):
+            assert libllama.allocmoe_set_budget(alone.ctx, budget, -1, -1) >= 0
+            wanted = alone.run_as(seq, 1)
+            spent -= alone.spent()
+            assert distance(found[seq], wanted) < MAX_ERROR
+            libllama.allocmoe_set_miss_price(alone.ctx, 1)
+            assert distance(alone.run_as(seq, 1), wanted) > 2 * MAX_ERROR
+            alone.spent()
+            libllama.allocmoe_set_miss_price(alone.ctx, 8)
+        assert abs(spent) <= 4  # rounding may put a size on the other side of a threshold
+    llm.close()
 
 
 def decode_one(context: Context, i: int) -> None:

@@ -120,8 +120,9 @@ test-install: $(VENV)/.installed
 SAME := build/same
 same-bytes: | $(VENV)/bin/python
 	rm -rf $(SAME)
-	for folder in one another/folder; do git clone --quiet . $(SAME)/$$folder && \
-		SOURCE_DATE_EPOCH=1 CCACHE_DISABLE=1 ALLOCMOE_CACHE_DIR=$(abspath $(SAME))/$$folder/cache \
+	git clone --quiet . $(SAME)/one
+	git clone --quiet $(SAME)/one $(SAME)/another/folder
+	for folder in one another/folder; do SOURCE_DATE_EPOCH=1 CCACHE_DISABLE=1 ALLOCMOE_CACHE_DIR=$(abspath $(SAME))/$$folder/cache \
 		$(PIP) wheel --quiet --no-deps --wheel-dir $(SAME)/$$folder/wheel $(SAME)/$$folder || exit 1; done
 	cmp $(SAME)/one/wheel/*.whl $(SAME)/another/folder/wheel/*.whl
 

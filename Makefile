@@ -86,7 +86,7 @@ sanitize-thread: $(VENV)/.installed-test
 	cmake -S native -B $(TSAN) -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DALLOCMOE_SANITIZE=thread -DGGML_OPENMP=OFF
 	cmake --build $(TSAN) --target llama --parallel $(shell nproc)
 	rm -f $(TSAN).log.*
-	TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(CURDIR)/$(TSAN).log \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:exitcode=66:log_path=$(CURDIR)/$(TSAN).log \
 	$(call SANITIZED_PYTEST,libtsan,$(TSAN),device_code expert_cache sharing)
 
 # Our readers and ggml's GGUF reader are compiled into the program, for coverage; the rest is the package's. An enum that a file

@@ -275,8 +275,10 @@ def test_child_of_a_fork_in_the_midst_of_a_call(path):
             assert len(tokens(load(), b"abc")) == N
         def fork():
             inside.wait()
-            child(use)
-            go_on.set()
+            try:
+                child(use)
+            finally:
+                go_on.set()
         at_once(lambda: llm("abc", stopping_criteria=criterion), fork)
         def in_a_callback(ids, logits):
             child(llm.save_state)

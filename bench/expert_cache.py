@@ -134,7 +134,7 @@ def run_one(args: argparse.Namespace) -> None:
     result = dict(method=args.method, load_s=loaded, cache_bytes=llm.expert_cache, miss_price=llm.miss_price)
     if budget == 0.5:
         llm.apply_plan(half_plan(llm, json.loads(args.thresholds)))
-    elif budget == 1:
+    elif budget == 1 and llm.miss_price > 1:
         llm.apply_plan(full_plan(llm, json.loads(args.thresholds), llm.miss_price))
     text = tokens(args.prompt + WARM + args.gen, llm.n_vocab(), args.repeat)
     if args.prompt:

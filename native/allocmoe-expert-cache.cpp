@@ -851,7 +851,7 @@ void allocmoe_expert_cache::find_price(const llama_model & model, int n_threads)
         }
         cold         = std::min(cold, run());
         double spent = 0.0;
-        for (int i = 0; i < N_MEASURED && spent < 100.0; ++i) {
+        for (int i = 0; i < N_MEASURED && (i < 3 || spent < 100.0); ++i) {
             const double ms = run();
             warm            = std::min(warm, ms);
             spent += ms * n_experts;

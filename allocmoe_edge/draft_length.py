@@ -18,8 +18,8 @@ _LOST, _LOST_TO_TRIALS, _SHORTEST = 0.015, 0.01, 120
 # what is taken for granted before it is measured: of a plain step, each further token of a verification, and a drafted one; of a
 # token of the prompt, one that the draft reads
 _FURTHER, _DRAFTED, _READ = 0.5, 0.3, 0.5
-# of the mean deviation of a median, what it may be off by
-_SURE = 1.9
+# what a median may be off by, in median deviations over the root of the number of values
+_SURE = 2.3
 # drafting has to be so much faster than plain steps
 _MARGIN = 0.02
 # tokens of the text that is to be written, where none has been; of a prompt that tells how fast prompts are read
@@ -106,8 +106,10 @@ class DraftLength:
 
     def _plain_at_least(self) -> float:
         """What a plain step takes, or less where few have been measured: else what was too long would look like a gain."""
-        plain, times = self.verification_seconds(1), self._verifying.get(1, ())
-        return plain - _SURE * sum(abs(seconds - plain) for seconds in times) / max(1, len(times)) ** 1.5
+        plain, times = self.verification_seconds(1), self._verifying.get(1)
+        if not times:
+            return plain
+        return plain - _SURE * statistics.median(abs(seconds - plain) for seconds in times) / len(times) ** 0.5
 
     def wrote(self, n_tokens: int) -> None:
         """A text has ended that had so many tokens."""

@@ -1,7 +1,11 @@
 """What was built: which libraries are loaded, and that every struct has the layout that ctypes declares."""
 
+from collections import defaultdict
 import ctypes
+import json
 import os
+from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +70,29 @@ def test_a_library_that_the_machine_lacks(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: allocmoe_edge: its libraries cannot be loaded: libdriver.so.1: cannot open")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cmake"), reason="configures a build")
+def test_our_kernels_go_into_every_variant_of_the_cpu_backend(tmp_path):
+    """Of a wheel for any CPU of the platform (docs/install.md). What was built is looked at by tests/cpu_variants.py."""
+    options = ["-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON"]
+    command = ["cmake", "-S", Path(__file__).resolve().parent.parent / "native", "-B", tmp_path, *options]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sources = defaultdict(set)
+    for each in json.loads((tmp_path / "compile_commands.json").read_text()):
+        target = re.search(r"/(ggml-cpu-[^/]*)\.dir/", each["command"])
+        if target:
+            sources[target[1]].add(Path(each["file"]).name)
+    assert len(sources) > 4
+    for target, files in sources.items():
+        ours = {file for file in files if file.startswith("allocmoe-")}
+        if target.endswith("-feats"):  # says whether a variant can run here, compiled without its instructions
+            assert not ours, target
+        else:
+            assert {f"allocmoe-{part}.cpp" for part in ("attention", "mul-mat", "router", "transpose")} < ours, target
 
 
 def test_our_libraries_are_found_without_any_variable():

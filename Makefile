@@ -66,7 +66,7 @@ endif
 # Python is not instrumented, so the sanitizer's runtime is loaded before it. What is found in a child of a test, whose output
 # nobody reads, stands in build/asan.log.* or build/tsan.log.*.
 SANITIZED_PYTEST = LD_PRELOAD="$$(c++ -print-file-name=$(1).so) $$(c++ -print-file-name=libstdc++.so)" \
-	LLAMA_CPP_LIB_PATH=$(CURDIR)/$(2)/lib $(VENV)/bin/pytest -x --capture=sys \
+	LLAMA_CPP_LIB_PATH=$(CURDIR)/$(2)/lib $(VENV)/bin/pytest -x --capture=sys $(4) \
 	$(or $(PYTEST_ARGS),$(foreach test,$(3),tests/test_$(test).py)) || { cat $(2).log.* 2>/dev/null; exit 1; }
 
 sanitize: sanitize-address sanitize-thread
@@ -81,13 +81,14 @@ sanitize-address: $(VENV)/.installed-test
 	token_rule model_rules estimate estimator llama_estimate metadata budget request_budget sequences expert_cache prefetch \
 	hostile_files)
 
+# without children of a fork: this sanitizer takes none that begin threads
 TSAN := build/tsan
 sanitize-thread: $(VENV)/.installed-test
 	cmake -S native -B $(TSAN) -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DALLOCMOE_SANITIZE=thread -DGGML_OPENMP=OFF
 	cmake --build $(TSAN) --target llama --parallel $(shell nproc)
 	rm -f $(TSAN).log.*
-	TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:exitcode=66:log_path=$(CURDIR)/$(TSAN).log \
-	$(call SANITIZED_PYTEST,libtsan,$(TSAN),device_code expert_cache sharing)
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(CURDIR)/$(TSAN).log \
+	$(call SANITIZED_PYTEST,libtsan,$(TSAN),device_code expert_cache sharing,-k "not child_of_a_fork")
 
 # Our readers and ggml's GGUF reader are compiled into the program, for coverage; the rest is the package's. An enum that a file
 # has out of its range is checked by upstream after it was read, hence -fno-sanitize=enum.

@@ -2,6 +2,7 @@
 # make test   set everything up and run every test
 #
 # make test-vulkan    build for Vulkan into build/vulkan and test that on Mesa's software device; needs packages, see docs/gpu.md
+# make check-vulkan   a part of that, some minutes: builds the Vulkan backend alone, for the package in $(VENV), as a module
 # make sanitize       our native code under the address, undefined-behaviour and thread sanitizers, and the tests that run it
 # make fuzz           coverage-guided fuzzing of what we read, in C++ and, with Atheris installed, in Python; needs clang++
 #                     (FUZZ_CXX=clang++-16), FUZZ_SECONDS=... for each
@@ -23,7 +24,7 @@ SOURCES := pyproject.toml $(wildcard allocmoe_commands/*.py allocmoe_edge/*.py a
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-vulkan sanitize sanitize-address sanitize-thread fuzz sbom test-install same-bytes lint format tidy clean
+.PHONY: demo test test-vulkan check-vulkan sanitize sanitize-address sanitize-thread fuzz sbom test-install same-bytes lint format tidy clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -50,17 +51,33 @@ $(VENV)/.installed-test: $(SOURCES) $(VENV)/.llama-cpp-python
 	$(PIP) install ".[test]"
 	@touch $@ $(VENV)/.installed
 
-VULKAN        := build/vulkan
-VULKAN_DRIVER := $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
+VULKAN         := build/vulkan
+VULKAN_MODULE  := build/vulkan-module
+VULKAN_DRIVER  := $(firstword $(wildcard /usr/share/vulkan/icd.d/lvp_icd*.json))
+VULKAN_MISSING := $(strip $(if $(shell command -v glslc),,glslc) $(if $(VULKAN_DRIVER),,mesa-vulkan-drivers) \
+	$(if $(wildcard /usr/include/vulkan/vulkan.hpp),,libvulkan-dev) $(if $(wildcard /usr/include/spirv/unified1),,spirv-headers))
+# with a folder for the shaders that are compiled for the CPU
+VULKAN_PYTEST   = LD_PRELOAD=$(abspath $(1))/software_vulkan.so VK_ICD_FILENAMES=$(VULKAN_DRIVER) VK_DRIVER_FILES=$(VULKAN_DRIVER) \
+	GGML_VK_VISIBLE_DEVICES=0 MESA_SHADER_CACHE_DIR=$(abspath $(1))/shaders $(2) $(VENV)/bin/pytest -m "vulkan and not slow" tests/test_vulkan.py
+ifneq ($(VULKAN_MISSING),)
+test-vulkan check-vulkan:
+	@echo "skipped $@: on Debian, apt install $(VULKAN_MISSING)"
+else
 test-vulkan: $(VENV)/.installed-test
-ifneq ($(and $(VULKAN_DRIVER),$(shell command -v glslc)),)
 	cmake -S native -B $(VULKAN) -DGGML_VULKAN=ON -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python
 	cmake --build $(VULKAN) --target allocmoe --parallel $(shell nproc)
-	cc -shared -fPIC -O1 tests/native/keep_vulkan_buffers.c -o $(VULKAN)/keep_vulkan_buffers.so -ldl
-	LD_PRELOAD=$(abspath $(VULKAN))/keep_vulkan_buffers.so LLAMA_CPP_LIB_PATH=$(abspath $(VULKAN))/lib VK_ICD_FILENAMES=$(VULKAN_DRIVER) VK_DRIVER_FILES=$(VULKAN_DRIVER) GGML_VK_VISIBLE_DEVICES=0 \
-		MESA_SHADER_CACHE_DIR=$(abspath $(VULKAN))/shaders $(VENV)/bin/pytest -m "vulkan and not slow" tests/test_vulkan.py $(PYTEST_ARGS)
-else
-	@echo "skipped test-vulkan: no glslc or no software device. On Debian: apt install libvulkan-dev glslc spirv-headers mesa-vulkan-drivers"
+	cc -shared -fPIC -O1 tests/native/software_vulkan.c -o $(VULKAN)/software_vulkan.so -ldl
+	$(call VULKAN_PYTEST,$(VULKAN),LLAMA_CPP_LIB_PATH=$(abspath $(VULKAN))/lib) $(PYTEST_ARGS)
+
+# Single operations of three of the types, and a model whose routers are on the CPU.
+VULKAN_PART := rules_o or estimates_on or add_id or weights_of or odd_floats or custom_nodes or new_memory or fused or (skipped_slots and (q4_0 or q4_K or f32)) or \
+	(any_part and routers)
+check-vulkan: $(VENV)/.installed-test
+	cmake -S native -B $(VULKAN_MODULE) -DGGML_VULKAN=ON -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python
+	cmake --build $(VULKAN_MODULE) --target ggml-vulkan --parallel $(shell nproc)
+	cc -shared -fPIC -O1 tests/native/software_vulkan.c -o $(VULKAN_MODULE)/software_vulkan.so -ldl
+	$(call VULKAN_PYTEST,$(VULKAN_MODULE),ALLOCMOE_TEST_BACKEND=$(abspath $(VULKAN_MODULE))/lib/libggml-vulkan.so) \
+		-n 2 --dist worksteal --max-worker-restart 0 -k "$(VULKAN_PART)" $(PYTEST_ARGS)
 endif
 
 # Python is not instrumented, so the sanitizer's runtime is loaded before it. What is found in a child of a test, whose output

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from allocmoe_edge import Llama, Plan, gpu_fit
-from allocmoe_edge._native import LIB_DIR, context_pointer, libllama
+from allocmoe_edge._native import LIB_DIR, context_pointer, libggml_base, libllama
 from allocmoe_edge._native import ffi as native_ffi
 from conftest import ROOT
 from ggml_ffi import base, ffi
@@ -100,6 +100,21 @@ def test_fused_bias_and_weight_skip_too(backend, n_tokens, with_bias):
     graph.free()
 
 
+@pytest.mark.skipif("software_vulkan" not in os.environ.get("LD_PRELOAD", ""), reason="memory is the system's")
+def test_new_memory_is_full_of_nan(backend):
+    """So what rests on zeros there fails, here and in whole models."""
+
+    def build(context):
+        x = base.ggml_new_tensor_2d(context, numbered("f32"), 1000, 50)
+        return {}, base.ggml_cont(context, base.ggml_transpose(context, x))
+
+    graph = Graph(backend, build)
+    data = bytearray(base.ggml_nbytes(graph.output))
+    base.ggml_backend_tensor_get(graph.output, ffi.from_buffer(data), 0, len(data))
+    assert data == b"\xff" * len(data)
+    graph.free()
+
+
 def test_odd_floats_in_the_rules(backend):
     """Scores that a device may take for zero, or divide another way than the CPU: ids bit for bit all the same."""
     rng = np.random.default_rng(11)
@@ -163,6 +178,61 @@ def test_biases_of_experts_and_weights_before_them(backend, name, tmp_path):
     gpu.close()
 
 
+class Overridden(Llama):
+    """With what llama.cpp's --override-tensor does, for which Python has no argument: tensors of these names on the CPU."""
+
+    patterns: tuple = ()
+
+    @property
+    def model_params(self):
+        return Llama.model_params.fget(self)
+
+    @model_params.setter
+    def model_params(self, params):
+        Llama.model_params.fset(self, params)
+        texts = [native_ffi.new("char[]", pattern.encode()) for pattern in self.patterns]
+        overrides = native_ffi.new("struct llama_model_tensor_buft_override[]", len(texts) + 1)
+        for override, text in zip(overrides, texts):
+            override.pattern, override.buft = text, libggml_base.ggml_backend_cpu_buffer_type()
+        params.tensor_buft_overrides = int(native_ffi.cast("uintptr_t", overrides))
+        self._overrides = overrides, texts
+
+
+OVERRIDES = {
+    "routers": ["ffn_gate_inp"],
+    "one product of the experts": ["ffn_down_exps"],
+    "attention": ["attn"],
+    "shared experts": ["shexp"],
+    "every second layer": [r"blk\.(1|3)\."],
+    "experts of a layer, the router of another": [r"blk\.0\.ffn_.*_exps", r"blk\.2\.ffn_gate_inp\."],
+}
+
+
+PLACES = [pytest.param(name, marks=[] if name == "routers" else pytest.mark.slow) for name in OVERRIDES]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_any_part_on_the_cpu(backend, tiny, plans, name, monkeypatch):  # noqa: F811
+    """Rules run wherever their tensors are: the CPU's logits and counts."""
+    monkeypatch.setattr(Overridden, "patterns", OVERRIDES[name])
+    sizes = dict(n_ctx=128, n_batch=128, n_ubatch=128, logits_all=True, verbose=False)
+    cpu, gpu = load(tiny.gguf_path, op_offload=False), Overridden(str(tiny.gguf_path), n_gpu_layers=-1, **sizes)
+    for plan in ("off", "batch", "strict", "estimate"):
+        for n_batch, n_tokens in ((80, 80), (1, 4)):
+            found = []
+            for llm in (cpu, gpu):
+                llm.set_plan(plans[plan])
+                assert llm.plan == plans[plan]
+                found.append((logits(llm, n_batch, n_tokens), llm.expert_stats()))
+            (expected, counts), (out, gpu_counts) = found
+            assert np.median(np.abs(out - expected).max(1)) < MAX_LOGIT_ERROR * expected.std(), (plan, n_batch)
+            for phase in counts:
+                difference = gpu_counts[phase]["activations"] - counts[phase]["activations"]
+                assert np.abs(difference).max() <= {"strict": 2, "estimate": 4}.get(plan, 0), (plan, n_batch)
+    cpu.close()
+    gpu.close()
+
+
 def on_the_device(llm) -> list:
     """For each layer whether its experts are there."""
     names = [
@@ -194,6 +264,61 @@ def test_what_fits_into_the_devices_memory(backend, tiny, monkeypatch, capfd):
     assert 0 < most[0] < 4 and most[1] == 5 and "all 4 layers on the GPU, experts of " in most[2]
     assert 0 < some[0] < most[0] and some[1] < 5 and "3 of 4 layers on the GPU, experts of " in some[2]
     assert nothing[:2] == (0, 0) and "no layer fits" in nothing[2]
+
+
+def without_a_driver() -> dict:
+    """The environment of a machine with the loader alone."""
+    return {**os.environ, "VK_ICD_FILENAMES": "/nonexistent", "VK_DRIVER_FILES": "/nonexistent"}
+
+
+def test_without_a_driver_all_is_on_the_cpu(backend, tiny):
+    """And one line says so."""
+    program = """if 1:
+        import sys
+        from allocmoe_edge import Llama
+        llm = Llama(sys.argv[1], n_gpu_layers=-1, n_ctx=64, verbose=False)
+        llm.eval([1, 2, 3])
+        assert llm.model_params.n_gpu_layers == 0
+        """
+    command = [sys.executable, "-c", program, str(tiny.gguf_path)]
+    done = subprocess.run(command, env=without_a_driver(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.startswith("allocmoe: ") for line in done.stderr.splitlines()] == [True], done.stderr
+    assert done.stderr.endswith(": all on the CPU\n")
+
+
+@pytest.mark.slow
+def test_conversion_on_the_device(backend, tiny, tmp_path):
+    """allocmoe-convert --n-gpu-layers: profile and calibrated rule are those of a machine without a GPU but for rounding."""
+    from allocmoe_edge.convert import cli
+    from allocmoe_edge.plan import metadata
+
+    (tmp_path / "text").write_text("The history of the world begins with the first writing. " * 40)
+    sizes = ["--ctx-size", "64", "--calib-tokens", "128", "--estimate-tokens", "256"]
+    arguments = [
+        str(tiny.gguf_path),
+        "--budget",
+        "0.5",
+        "--token-rule",
+        "estimate",
+        "--calib",
+        str(tmp_path / "text"),
+        *sizes,
+    ]
+    outputs = [tmp_path / "cpu.gguf", tmp_path / "gpu.gguf"]
+    # with a device, ggml has it compute prompts of the CPU's layers as well
+    command = [sys.executable, "-m", "allocmoe_edge.convert.cli", *arguments, "-o", str(outputs[0])]
+    done = subprocess.run(command, env=without_a_driver(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert cli.main([*arguments, "--n-gpu-layers", "-1", "-o", str(outputs[1])]) == 0
+    cpu, gpu = map(metadata.read, outputs)
+    for row, wanted in zip(gpu.profile.sensitivity, cpu.profile.sensitivity):
+        np.testing.assert_allclose(row, wanted, rtol=0.05)
+    counts = np.array([plan.expert_used_count for plan in (gpu.plan, cpu.plan)])
+    assert (counts.sum(1) == 8).all() and np.abs(counts[0] - counts[1]).max() <= 1
+    np.testing.assert_allclose(gpu.plan.threshold, cpu.plan.threshold, atol=0.02)
+    for name, tolerance in (("full", 0.01), ("uniform", 0.01), ("kl_uniform", 0.05), ("plan", 0.1), ("kl_plan", 0.2)):
+        assert getattr(gpu.profile.held_out, name) == pytest.approx(getattr(cpu.profile.held_out, name), rel=tolerance)
 
 
 @pytest.mark.slow
@@ -265,9 +390,26 @@ def test_validation_layers_report_nothing(backend, check, tmp_path):
     assert messages == started
 
 
+def again(wanted: str, *options, **env) -> subprocess.CompletedProcess:
+    """The tests of single operations that `wanted` names, on a device that is another one by the environment."""
+    command = [sys.executable, "-m", "pytest", "-q", *options, "-m", "vulkan", "-k", wanted, __file__]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+
 def test_without_half_precision(backend):
     """The shaders for devices that have none."""
     wanted = "odd_floats or estimates and 7 or add_id or fused or skipped_slots and (q4_0 or f32)"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "vulkan", "-k", wanted, __file__]
-    done = subprocess.run(command, env={**os.environ, "GGML_VK_DISABLE_F16": "1"}, capture_output=True, text=True)
+    done = again(wanted, GGML_VK_DISABLE_F16="1")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+
+
+def test_with_integer_dot_products(backend):
+    """The shaders for devices that have fast ones: the software device has slow ones, and says otherwise here.
+
+    In subgroups of 16: with 8 llama.cpp's tiles for K-quants leave out half of the rows.
+    """
+    env = dict(ALLOCMOE_TEST_INTEGER_DOT="1", GGML_VK_FORCE_MMVQ="1", LP_NATIVE_VECTOR_WIDTH="512")
+    done = again("fused or skipped_slots and (q4_0 or q4_K or mxfp4)", "-s", **env)
+    if "int dot: 1" not in done.stdout + done.stderr:
+        pytest.skip("not compiled: glslc is older than the extension of shaders for that (GL_EXT_integer_dot_product)")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout

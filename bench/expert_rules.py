@@ -157,7 +157,7 @@ def main() -> None:
             logits, stats = bench.one_by_one(llm, ids, args.prompt, plan)
             divergence = bench.kl(full, logits).mean()
             add(
-                f"ours, budget {budget:g}",
+                "ours, full budget" if budget == 1 else f"ours, budget {budget:g}",
                 f"price {price:g}",
                 divergence,
                 stats["misses"].sum(),

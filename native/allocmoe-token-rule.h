@@ -518,7 +518,7 @@ ALLOCMOE_FN void allocmoe_route_by_size(Block & block, const allocmoe_estimate_a
             left            = allocmoe_left(a.node, a.places, t, left);
             const int32_t n = allocmoe_route_token_by_size(a, t, ALLOCMOE_SUB(a.limits[t].threshold, ALLOCMOE_STRICT_STEP * left));
             // without a threshold there is none to move
-            left += a.limits[t].threshold > -INFINITY ? allocmoe_count(a.limits[t], a.n_used) - n : 0;
+            left += allocmoe_key(a.limits[t].threshold) > ALLOCMOE_KEY_LOWEST ? allocmoe_count(a.limits[t], a.n_used) - n : 0;
             left = left < -ALLOCMOE_STRICT_LEFT ? -ALLOCMOE_STRICT_LEFT : left > ALLOCMOE_STRICT_LEFT ? ALLOCMOE_STRICT_LEFT
                                                                                                       : left;
             s.total += n;

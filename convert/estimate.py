@@ -31,8 +31,8 @@ from .estimator_fit import (
     N_SIZE,
     RANK,
     SizeRows,
+    damages,
     keeps,
-    log_sensitivities,
     log_sizes,
     log_weights,
     n_relu_for,
@@ -42,7 +42,6 @@ from .estimator_fit import (
 )
 from .progress import progress_bar
 from .regression import MissingSums, SizeSums, as_it_runs, positive_directions
-from .sensitivity import half_of
 
 # the first run needs no more tokens: its regressions are linear
 DIRECTION_TOKENS = 12288
@@ -122,10 +121,10 @@ def _calibrate(
     )
     if linear is None:
         return None
-    sensitivity = log_sensitivities(profile, linear["errors"], full)
+    damage = damages(profile, full)
     sizes = stage(
-        f"{n_size} and {n_relu} sizes, k_base {profile.k_base}, sensitivities {_name(sensitivity)}, on {text}",
-        lambda: _sizes(llm, full, token_windows, apart, linear, n_relu, sensitivity, profile.k_base),
+        f"{n_size} and {n_relu} sizes, k_base {profile.k_base}, damages {_name(damage)}, on {text}",
+        lambda: _sizes(llm, full, token_windows, apart, linear, n_relu, damage, profile.k_base),
     )
     assert sizes is not None
     plan = _estimator(sizes).plan(total, full, profile.k_base)
@@ -160,22 +159,20 @@ def _whole(llm: Llama, full: tuple) -> Plan:
 
 
 def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int) -> Optional[Arrays]:
-    """down: float32 [n_layer, n_size, n_embd]. inputs: float16 [n_layer, at most N_INPUT, n_embd], the main ones.
-    errors: float64 [n_layer], with half of a layer's experts, squared."""
+    """down: float32 [n_layer, n_size, n_embd]. inputs: float16 [n_layer, at most N_INPUT, n_embd], the main ones."""
     n_embd = llm.n_embd()
     sums = {il: SizeSums(n_expert_of(llm), n_embd) for il, k in enumerate(full) if k}
-    down, errors = np.zeros((len(full), n_size, n_embd), np.float32), np.zeros(len(full))
+    down = np.zeros((len(full), n_size, n_embd), np.float32)
     inputs = np.zeros((len(full), min(N_INPUT, n_embd), n_embd), np.float16)
     with recording(llm, _whole(llm, full), inputs=True) as recorder:
         if not recorder.works:
             return None
         with progress_bar("estimates, inputs", len(token_windows), "pass") as bar:
-            taken = recorder.layers(token_windows, "inputs", "experts", "norms", "errors", progress=bar.update)
+            taken = recorder.layers(token_windows, "inputs", "experts", "norms", progress=bar.update)
             for il, layer in taken:
                 if not (np.isfinite(layer.norms).all() and np.isfinite(layer.inputs).all()):
                     raise CalibrationError(f"layer {il}: an input or an expert's output is not finite", finite=False)
                 sums[il].add(layer.inputs, layer.experts, log_sizes(layer))
-                errors[il] += layer.errors[half_of(full[il])]
 
     def fit(il: int) -> None:
         of_layer = sums.pop(il)
@@ -185,7 +182,7 @@ def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int)
             raise CalibrationError(f"layer {il}: its inputs are all alike")
 
     _by_layers("estimates, directions", list(sums), fit, llm.n_threads, n_embd)
-    return {"down": down, "inputs": inputs, "errors": errors}
+    return {"down": down, "inputs": inputs}
 
 
 def _sizes(
@@ -195,7 +192,7 @@ def _sizes(
     apart: np.ndarray,
     linear: Arrays,
     n_relu: int,
-    sensitivity: np.ndarray,
+    damage: np.ndarray,
     k_base: int,
 ) -> Arrays:
     """Of an Estimator of sizes alone. linear: from `_directions`."""
@@ -224,7 +221,7 @@ def _sizes(
 
     _by_layers("estimates, positive directions", list(kept), train, llm.n_threads, inputs.shape[1])
     down = np.concatenate([down, positive], axis=1)
-    return _arrays(with_sizes(down, n_relu, kept, sensitivity, apart, k_base, full, n_expert_of(llm)))
+    return _arrays(with_sizes(down, n_relu, kept, damage, apart, k_base, full, n_expert_of(llm)))
 
 
 def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> Arrays:

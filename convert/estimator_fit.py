@@ -68,36 +68,48 @@ def with_sizes(
     down: np.ndarray,
     n_relu: int,
     kept: Dict[int, list],
-    sensitivity: np.ndarray,
+    damage: np.ndarray,
     apart: np.ndarray,
     k_base: int,
     full: tuple,
     n_expert: int,
 ) -> Estimator:
-    """An Estimator of sizes alone.
+    """An Estimator of sizes alone, each in units of what it costs to skip it.
 
-    kept: for each layer with experts a `SizeRows` a window. apart: bool, which windows are not fitted on.
+    kept: for each layer with experts a `SizeRows` a window. damage: see `damages`. apart: bool, which windows are not fitted on.
     """
     log_norm = np.zeros((len(full), n_expert, down.shape[1] + 1))
     for il, windows in kept.items():
         u, experts, sizes, _ = (np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if not a)))
         log_norm[il] = fit_sizes(u, experts, sizes, n_expert)
-        log_norm[il, :, -1] += sensitivity[il]
-    layers = list(kept)
+
+    def candidates(il: int) -> np.ndarray:
+        """What the rule compares with the threshold, beyond the k_base best: [n_tokens, K - k_base], rising."""
+        u, experts, _, weights = (
+            np.concatenate(rows) for rows in zip(*(w for w, a in zip(kept[il], apart) if a or not apart.any()))
+        )
+        v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
+        return np.sort(v, axis=1)[:, : full[il] - k_base]
+
+    layers, free = list(kept), [il for il in kept if full[il] > k_base]
+    for il in free:
+        if damage[il] > 0:
+            log_norm[il, :, -1] += 0.5 * np.log(damage[il] / ((full[il] - k_base) * _smaller_half(candidates(il))))
     # only differences matter, and small numbers are the more exact in float16
     log_norm[layers, :, -1] -= log_norm[layers, :, -1].mean()
     log_norm = log_norm.astype(np.float16).astype(np.float32)
     quantiles = np.zeros((len(full), N_QUANTILES), np.float32)
-    for il, windows in kept.items():
-        if full[il] <= k_base:
-            continue
-        u, experts, _, weights = (
-            np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if a or not apart.any()))
-        )
-        v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
-        rest = np.sort(v, axis=1)[:, : full[il] - k_base]
-        quantiles[il] = np.quantile(rest, np.linspace(0, 1, N_QUANTILES))
+    for il in free:
+        quantiles[il] = np.quantile(candidates(il), np.linspace(0, 1, N_QUANTILES))
     return Estimator(down, log_norm, np.zeros((len(full), n_expert, 0)), down[:, :0], quantiles, n_relu)
+
+
+def _smaller_half(logs: np.ndarray) -> float:
+    """Mean square of the smaller half of sizes, given their logs: of what is skipped at half budget. Not of what a layer's output
+    loses: in some layers a few tokens, the first of a text above all, have outputs hundreds of times the others', which no
+    prediction depends on."""
+    ordered = np.sort(logs, axis=None)
+    return float(np.exp(2 * ordered[: -(-ordered.size // 2)]).mean())
 
 
 def with_outputs(estimator: Estimator, fitted: Dict[int, tuple]) -> Estimator:
@@ -118,19 +130,14 @@ def with_outputs(estimator: Estimator, fitted: Dict[int, tuple]) -> Estimator:
     )
 
 
-def log_sensitivities(profile: Profile, errors: np.ndarray, full: tuple) -> np.ndarray:
-    """float64 [n_layer]: half the log of what a squared error in a layer's output costs, from the cell at half of its experts.
-
-    errors: [n_layer], squared, of that cell.
-    """
-    rise, logs = np.zeros(len(full)), np.zeros(len(full))
+def damages(profile: Profile, full: tuple) -> np.ndarray:
+    """float64 [n_layer]: what half of each layer's experts costs, from the profile's cell; all 0 where none costs anything."""
+    rise = np.zeros(len(full))
     for il, row in enumerate(profile.sensitivity):
         if full[il]:
             half = row[half_of(full[il]) - 1]
             rise[il] = half - row[-1] if profile.metric == "kl" else np.log(half / row[-1])
-    some = (errors > 0) & (rise.max() > 0)
-    logs[some] = 0.5 * np.log(np.maximum(rise, _LEAST_SENSITIVITY * rise.max())[some] / errors[some])
-    return logs
+    return np.where(np.array(full) > 0, np.maximum(rise, _LEAST_SENSITIVITY * max(rise.max(), 0.0)), 0.0)
 
 
 def log_sizes(layer: LayerRecord) -> np.ndarray:

@@ -174,16 +174,47 @@ def test_keeps_the_base_and_what_reaches_the_threshold():
     assert estimator_fit.keeps(sizes, -np.inf, 1).all() and estimator_fit.keeps(sizes, np.inf, 3).sum() == 9
 
 
-def test_sensitivities_are_logs_of_divergence_per_error():
+def test_damages_are_what_half_of_the_experts_costs():
     rows = (np.array([9.0, 4.0, 1.0, 0.0]), np.empty(0), np.array([3.0, 1.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0, 0.0]))
     profile = metadata.Profile(rows, (1.0,) * 4, metadata.Calibration("made up", 1, "0"))
-    errors = np.array([2.0, 0.0, 2.0, 2.0])
-    found = estimator_fit.log_sensitivities(profile, errors, (4, 0, 4, 4))
-    assert found == pytest.approx([0.5 * np.log(4 / 2), 0.0, 0.5 * np.log(1 / 2), 0.5 * np.log(0.04 / 2)])
+    found = estimator_fit.damages(profile, (4, 0, 4, 4))
+    assert found == pytest.approx([4.0, 0.0, 1.0, 0.04])
     logs = replace(profile, metric="perplexity", sensitivity=tuple(np.exp(row) for row in rows))
-    assert estimator_fit.log_sensitivities(logs, errors, (4, 0, 4, 4)) == pytest.approx(found)
+    assert estimator_fit.damages(logs, (4, 0, 4, 4)) == pytest.approx(found)
     useless = replace(profile, sensitivity=tuple(np.zeros_like(row) for row in rows))
-    assert not estimator_fit.log_sensitivities(useless, errors, (4, 0, 4, 4)).any()
+    assert not estimator_fit.damages(useless, (4, 0, 4, 4)).any()
+
+
+def drawn_sizes(rng, louder, huge=0):
+    """`SizeRows` of 4 windows; outputs of the first `huge` tokens of each are hundreds of times the others'."""
+    windows = []
+    for _ in range(4):
+        x, experts = tokens(rng, 256, 4)
+        u = x[:, :2].copy()
+        u[:, 1] = np.arange(len(u)) < huge
+        sizes = louder + 0.3 * rng.standard_normal((256, 4)) + 6.0 * u[:, 1:]
+        windows.append((u, experts, sizes, np.full((256, 4), -1.0)))
+    return windows
+
+
+def test_a_layer_is_worth_what_its_experts_cost_whatever_a_few_tokens_put_out():
+    """Layers that lose the same divergence get the same share of a budget: one of outputs ten times as large, and one with huge
+    outputs for 1% of the tokens, which had nothing but its k_base best while it was judged by its squared error."""
+    rng, full = np.random.default_rng(5), (4, 4, 0, 4, 4)
+    kept = {
+        0: drawn_sizes(rng, 0.0),
+        1: drawn_sizes(rng, 2.3),
+        3: drawn_sizes(rng, 0.0, huge=3),
+        4: drawn_sizes(rng, 0.0),
+    }
+    damage, apart = np.array([1.0, 1.0, 0.0, 1.0, 100.0]), np.array([False, False, False, True])
+    found = estimator_fit.with_sizes(np.zeros((5, 2, N_EMBD)), 0, kept, damage, apart, 1, full, N_EXPERT)
+    middle = found.quantiles[:, 32]
+    assert middle[[1, 3]] == pytest.approx(middle[0], abs=0.1) and middle[4] - middle[0] == pytest.approx(
+        np.log(10), abs=0.1
+    )
+    assert not found.quantiles[2].any() and not found.log_norm[2].any()
+    assert found.plan(10, full).expert_used_count[4] == 4
 
 
 # on a model

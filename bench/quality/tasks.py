@@ -70,7 +70,7 @@ def score(llm: Llama, item: dict) -> dict:
     """
     llm.clear_cache()
     context = item["context"]
-    before = llm.decode(context, logits_all=True)[-1:].copy()
+    before = llm.decode(context).copy()
     sums, greedy = [], []
     for tokens in item["continuations"]:
         rows = before

@@ -254,7 +254,7 @@ def limit(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> Llama:
-    llm = Llama(args.model, n_ctx=2048, budget=args.budget, verbose=False)
+    llm = Llama(args.model, n_ctx=2048, budget=args.budget, verbose=False, n_threads=args.threads)
     if args.experts:
         llm.set_plan([min(k, args.experts) for k in llm.expert_used_count_full])
     print(f"{args.model}: {llm.plan}; {llm.n_threads} threads", flush=True)
@@ -274,6 +274,7 @@ def main() -> None:
             "--experts", type=int, metavar="K", help="the same number in every layer, where the file has no plan"
         )
         p.add_argument("--tokens", type=int, default=tokens)
+        p.add_argument("--threads", type=int, metavar="N", help="default: one a core")
         p.add_argument("--cpu", action="store_true", help="the processor's time")
         if command is replay:
             p.add_argument(

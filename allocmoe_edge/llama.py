@@ -494,6 +494,7 @@ class Llama(CheckedLlama):
 
     def _put_budget(self, total: int, token_rule: Optional[str], strict: Optional[bool]) -> bool:
         """Whether that changed the plan in force. Raises PlanError."""
+        self._put_instrument()
         changed = self._check(
             libllama.allocmoe_set_budget(
                 context_pointer(self), total, _number_of(token_rule), -1 if strict is None else bool(strict)
@@ -748,16 +749,14 @@ class Llama(CheckedLlama):
         """
         if not isinstance(plan, Plan):
             raise PlanError(f"plan: found {type(plan).__name__}, want a Plan (set_plan takes a list of counts, too)")
-        changed, self._before = self._put_plan(plan), None
-        asked = [record, record_inputs, keep_outputs, start_layer, skip_logits]
-        instrument = ffi.new("struct allocmoe_instrument *", asked)
-        self._check(libllama.allocmoe_set_instrument(context_pointer(self), instrument))
+        instrument = [record, record_inputs, keep_outputs, start_layer, skip_logits]
+        changed, self._before = self._put_plan(plan, instrument), None
         return changed
 
-    def _put_plan(self, plan: Optional[Plan]) -> bool:
+    def _put_plan(self, plan: Optional[Plan], instrument: Sequence[int] = ()) -> bool:
         """Whether that changed the plan in force; None for the model's own counts. Raises PlanError."""
         self._plan_in_force = _UNKNOWN
-        self._check(libllama.allocmoe_set_instrument(context_pointer(self), ffi.NULL))
+        self._put_instrument(instrument)
         if plan is None:
             self._by_hand = None
             had = libllama.allocmoe_has_plan(context_pointer(self))
@@ -774,6 +773,10 @@ class Llama(CheckedLlama):
         changed = self._check(libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule))
         self._by_hand = plan
         return changed
+
+    def _put_instrument(self, instrument: Sequence[int] = ()) -> None:
+        struct = ffi.new("struct allocmoe_instrument *", instrument)
+        self._check(libllama.allocmoe_set_instrument(context_pointer(self), struct))
 
     def _hand_over(self, estimator: Optional[Estimator]) -> None:
         """What token rule "estimate" goes by from now on; None for what the file has."""

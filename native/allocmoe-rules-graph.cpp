@@ -341,7 +341,9 @@ void allocmoe_edit_graph(const llama_cparams & cparams, llm_graph_result & res, 
     if (cparams.allocmoe.state->prefetch) {
         allocmoe_add_prefetch(ctx, gf);
     }
-    allocmoe_edit_for_instrument(cparams.allocmoe.settings->instrument, cparams.allocmoe.state->records, graph, ctx, gf, res.t_logits);
+    auto instrument        = cparams.allocmoe.settings->instrument;
+    instrument.skip_logits = instrument.skip_logits && !cparams.embeddings && !cparams.embeddings_nextn; // which come after them
+    allocmoe_edit_for_instrument(instrument, cparams.allocmoe.state->records, graph, ctx, gf, res.t_logits);
     if (auto * cache = cparams.allocmoe.state->cache) {
         cache->add_requests(ctx, gf, phase_of(ubatch), graph.requests);
     }

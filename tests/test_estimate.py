@@ -246,7 +246,7 @@ def test_records_without_logits(reference, llm):
         found.append((np.concatenate(inputs), llm.expert_stats()["prefill"]["activations"]))
     assert len(found[0][0]) == 2 * len(TOKENS) * len(plan.moe_layers)
     assert all(np.array_equal(one, other) for one, other in zip(*found))
-    llm.set_plan(None)
+    llm.set_plan(None)  # ends it
     assert np.isfinite(llm.decode(TOKENS, 0, logits_all=True)).all()
 
 
@@ -273,6 +273,24 @@ def handed(olmoe, n_layer=N_LAYER, n_expert=8, n_embd=N_EMBD, **changes) -> int:
         "struct allocmoe_estimator *", {"n_down": N_DOWN, "rank": RANK, "n_relu": N_RELU, **arrays, **changes}
     )
     return libllama.allocmoe_set_estimator(context_pointer(olmoe), struct, n_layer, n_expert, n_embd)
+
+
+def test_a_budget_ends_a_run_without_logits(olmoe):
+    expected = olmoe.decode(TOKENS, 0).copy()
+    full = olmoe.plan.expert_used_count_full
+    olmoe.apply_plan(Plan.full(full), skip_logits=True)
+    olmoe.decode(TOKENS, 0)[:] = np.nan
+    olmoe.set_budget(1.0)
+    assert np.array_equal(olmoe.decode(TOKENS, 0), expected)
+    olmoe.set_plan(None)
+
+
+def test_embeddings_come_after_the_last_layer(built):
+    llm = Llama(str(built["olmoe"].gguf_path), n_ctx=64, n_threads=2, embedding=True, verbose=False)
+    expected = llm.embed("one two")
+    llm.apply_plan(Plan.full(llm.plan.expert_used_count_full), skip_logits=True)
+    assert llm.embed("one two") == expected
+    llm.close()
 
 
 def test_the_native_side_refuses_what_does_not_fit(olmoe):

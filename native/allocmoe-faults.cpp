@@ -60,14 +60,26 @@ void allocmoe_check_adapter(const ggml_tensor & weight, const ggml_tensor & a, c
     }
 }
 
+// The input that a tensor is, or is the scheduler's copy of for another backend: "BACKEND#NAME#0", which is filled only when the
+// graph is computed. Null if there is none.
+static const ggml_tensor * input_of(ggml_cgraph * graph, const ggml_tensor * tensor) {
+    const char * begin = strchr(tensor->name, '#');
+    const char * end   = strrchr(tensor->name, '#');
+    if (!(tensor->flags & GGML_TENSOR_FLAG_INPUT) && begin != end) {
+        tensor = ggml_graph_get_tensor(graph, std::string(begin + 1, end).c_str());
+    }
+    return tensor && tensor->flags & GGML_TENSOR_FLAG_INPUT ? tensor : nullptr;
+}
+
 void allocmoe_check_rows(ggml_cgraph * graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const auto * node = ggml_graph_node(graph, i);
-        if (node->op != GGML_OP_GET_ROWS || node->src[1]->op != GGML_OP_NONE || node->src[1]->type != GGML_TYPE_I32) {
+        const auto * node  = ggml_graph_node(graph, i);
+        const auto * input = node->op == GGML_OP_GET_ROWS ? input_of(graph, node->src[1]) : nullptr;
+        if (!input || input->type != GGML_TYPE_I32) {
             continue;
         }
-        std::vector<int32_t> rows(ggml_nelements(node->src[1]));
-        ggml_backend_tensor_get(node->src[1], rows.data(), 0, ggml_nbytes(node->src[1]));
+        std::vector<int32_t> rows(ggml_nelements(input));
+        ggml_backend_tensor_get(input, rows.data(), 0, ggml_nbytes(input));
         for (const int32_t row : rows) {
             if (row < 0 || row >= node->src[0]->ne[1]) {
                 throw std::runtime_error(format("row %d of '%s' is wanted, which has %lld", row, node->src[0]->name, (long long) node->src[0]->ne[1]));

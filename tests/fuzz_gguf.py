@@ -286,7 +286,7 @@ def use(path: Path) -> None:
     llm.close()
 
 
-def outcome(path: Path, use=use, most_bytes: int = MOST_BYTES) -> str:
+def outcome(path: Path, use=use, most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS) -> str:
     """What becomes of a child that uses a file: "works", the documented error that it ends in, or what is wrong: "error ...", "signal ...", "hang", "memory"."""
     from allocmoe_edge import GGUFError, PlanError
 
@@ -316,7 +316,7 @@ def outcome(path: Path, use=use, most_bytes: int = MOST_BYTES) -> str:
         os.write(write, result.encode()[:4000])
         os._exit(0)
     os.close(write)
-    deadline, status = time.monotonic() + MOST_SECONDS, None
+    deadline, status = time.monotonic() + most_seconds, None
     while status is None:
         done, code, usage = os.wait4(pid, os.WNOHANG)
         if done:

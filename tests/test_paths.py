@@ -92,7 +92,7 @@ def test_server(folder):
 
     options = ["--plan", folder / "plan ü.gguf", "-c", "512", "-t", "1"]
     with serving(folder, folder / "planned.gguf", *options) as (url, _, _):
-        found = httpx.post(f"{url}/completion", json={"prompt": "abc", "n_predict": 4}, timeout=60)
+        found = httpx.post(f"{url}/completion", json={"prompt": "abc", "n_predict": 4}, timeout=600)
         assert found.status_code == 200 and found.json()["tokens_predicted"] == 4
 
 

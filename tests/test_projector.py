@@ -4,9 +4,12 @@ then what is wrong with one, in a process of its own each."""
 import base64
 import functools
 import struct
+import sys
 import zlib
 
 from allocmoe_edge import GGUFError, Llama
+from allocmoe_edge._native import LIB_DIR, _library_path
+import allocmoe_edge.projector
 import fuzz_gguf
 from llama_cpp.llama_chat_format import Llava15ChatHandler
 import other_models
@@ -49,8 +52,9 @@ def projector(tmp_path):
 
 
 def outcome(path, model, **options) -> str:
-    """As `fuzz_gguf.outcome`; a picture may be as large as llama.cpp lets a file say, 8192 x 8192 pixels in float32."""
-    return fuzz_gguf.outcome(path, functools.partial(use, model=model, **options), 1 << 30)
+    """As `fuzz_gguf.outcome`; a picture may be as large as llama.cpp lets a file say, 8192 x 8192 pixels in float32, and a
+    second Python starts."""
+    return fuzz_gguf.outcome(path, functools.partial(use, model=model, **options), 1 << 30, 120)
 
 
 def handler(path) -> Llava15ChatHandler:
@@ -162,3 +166,25 @@ def test_another_architecture_than_its_tensors_are_of(model, projector, arch):
     ]
     projector.write_bytes(fuzz_gguf.written(file._replace(keys=keys)))
     assert outcome(projector, model) in ("refused", "GGUFError")
+
+
+def test_a_trial_that_fails_is_no_crash(projector, tmp_path, monkeypatch):
+    """And there is none in a program that is not Python's own, which would be started again."""
+    content = projector.read_bytes()
+    projector.write_bytes(fuzz_gguf.mutated(content, 98))
+    with pytest.raises(GGUFError, match=r"mmproj.gguf: llama.cpp crashes on this projector \(exit status -\d+\)"):
+        allocmoe_edge.projector.check(projector)
+    projector.write_bytes(content)
+    for name in ("ggml", "mtmd"):
+        (tmp_path / _library_path(LIB_DIR, name).name).touch()
+    monkeypatch.setattr(allocmoe_edge.projector, "LIB_DIR", tmp_path)
+    with pytest.raises(GGUFError, match=r"mmproj.gguf: cannot be tried: OSError: .*ggml.*: file too short$"):
+        allocmoe_edge.projector.check(projector)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(tmp_path / "python3"))
+        with pytest.raises(GGUFError, match="cannot be tried, .*python3 does not start: No such file or directory"):
+            allocmoe_edge.projector.check(projector)
+    for name, value in (("frozen", True), ("executable", ""), ("executable", None), ("executable", "/usr/bin/true")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, value, raising=False)
+            allocmoe_edge.projector.check(projector)

@@ -133,7 +133,11 @@ class DraftModel(LlamaDraftModel):
         self._owner = weakref.ref(llm)
         self._length = DraftLength(self._most)
         if self._proposer is not None and self._n_draft is None:
-            self._proposer.measure(self._length)
+            try:
+                self._proposer.measure(self._length)
+            except BaseException:
+                self.close(llm)
+                raise
         self._n_written = 0
         self.begin()
         self._reset_counts()
@@ -347,7 +351,7 @@ class _Proposer:
 
     def measure(self, length: DraftLength) -> None:
         """What it costs to read a token, and to make one."""
-        text = list(range(min(_MEASURED, self._n_vocab)))
+        text = list(range(min(_MEASURED, self._n_vocab, self._n_batch)))
         self._evaluate(text[:1])  # its weights may be on the disk yet
         started = time.perf_counter()
         self._evaluate(text)

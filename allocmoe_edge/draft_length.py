@@ -30,8 +30,6 @@ _CHEAPER = 0.5
 _NOTHING = 0.005
 # comparisons that a trial begins with, where the draft has text to read first
 _BURST = 4
-# of the steps with a draft one in so many is plain, so that what a plain one takes stays known; more of them at first
-_PLAIN_EVERY = 50
 # of the share of accepted tokens: what each verification leaves of those before it
 _FADING = 0.9
 
@@ -168,7 +166,9 @@ class DraftLength:
         plain, draft = self.verification_seconds(1), self.draft_seconds
         time = max(self._spent, _SHORTEST * plain)
         spare = _LOST * time - self._lost
-        may_verify = self._since_plain < min(_PLAIN_EVERY, n_plain)
+        # after as many steps with a draft as plain ones are kept (_FIRST at first, _KEPT in the end) one is plain, so that what
+        # that takes stays known
+        may_verify = self._since_plain < n_plain
         text = statistics.mean(self._texts) if self._texts else _TEXT
         # by steps: what nobody has measured is not far from what was
         further = [self.verification_seconds(n + 1) - plain for n in range(1, min(most, 2 * max(self._verifying)) + 1)]

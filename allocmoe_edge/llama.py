@@ -159,6 +159,8 @@ class Llama(CheckedLlama):
         **kwargs,
     ):
         _check_names(kwargs)
+        n_gpu_layers = int(n_gpu_layers) if isinstance(n_gpu_layers, np.integer) else n_gpu_layers
+        n_cpu_moe = int(n_cpu_moe) if isinstance(n_cpu_moe, np.integer) else n_cpu_moe
         n_gpu_layers = None if n_gpu_layers == "auto" else n_gpu_layers
         is_number = isinstance(n_gpu_layers, int) and not isinstance(n_gpu_layers, bool) and -1 <= n_gpu_layers < 2**31
         if n_gpu_layers is not None and not is_number:
@@ -685,7 +687,7 @@ class Llama(CheckedLlama):
         """What proposes tokens; None for nothing. One that is set later is opened then, and the one before it closed.
 
         Raises:
-            TypeError: it is no LlamaDraftModel.
+            TypeError: it is neither a LlamaDraftModel nor another callable, or it is a class.
             ValueError, PlanError: see `DraftModel`; the one before stays.
             GenerationError: in a callback of a generation. Another generation in progress ends.
         """
@@ -693,8 +695,8 @@ class Llama(CheckedLlama):
 
     @draft_model.setter
     def draft_model(self, draft: Optional[LlamaDraftModel]) -> None:
-        if not (draft is None or callable(draft)):
-            raise TypeError(f"draft_model: found {draft!r}, want a LlamaDraftModel or None")
+        if draft is not None and (isinstance(draft, type) or not callable(draft)):
+            raise TypeError(f"draft_model: found {draft!r}, want a LlamaDraftModel or another callable, or None")
         if not self._is_loaded:
             self._draft_model = draft  # opened when there is a context
             return

@@ -39,7 +39,13 @@ class SecondContext:
         return self._context.n_ctx()
 
     def decode(self, tokens: Sequence[int], n_past: int = 0) -> np.ndarray:
-        """As `Llama.decode` for the last token: float32 [1, n_vocab], overwritten by the next call."""
+        """As `Llama.decode` for the last token: float32 [1, n_vocab], overwritten by the next call.
+
+        Raises:
+            ValueError: there are no tokens, or more than n_batch.
+        """
+        if not 0 < len(tokens) <= self.n_batch:  # llama-cpp-python would write beside the batch
+            raise ValueError(f"tokens: found {len(tokens)}, want 1 to {self.n_batch} (n_batch)")
         self._context.kv_cache_seq_rm(0, n_past, -1)
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=False)
         self._context.decode(self._batch)

@@ -7,6 +7,7 @@ import itertools
 import pickle
 
 from allocmoe_edge import DraftModel, GenerationError, Llama, PlanError
+from allocmoe_edge.second_context import SecondContext
 from conftest import plan_from_made_up_profile
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
@@ -266,8 +267,9 @@ def test_a_draft_that_is_set_later(path, plain, dense_path):
         llm.draft_model = DraftModel(dense_path)
     with pytest.raises(ValueError, match="belongs to another Llama"):
         Llama(path, **SIZES).draft_model = first
-    with pytest.raises(TypeError, match="draft_model: found 'small.gguf', want a LlamaDraftModel or None"):
-        llm.draft_model = "small.gguf"
+    for wrong in ("small.gguf", DraftModel, LlamaPromptLookupDecoding):
+        with pytest.raises(TypeError, match="draft_model: found .*, want a LlamaDraftModel or another callable"):
+            llm.draft_model = wrong
     assert llm.draft_model is first and tokens(llm, 20) == expected
     generation = llm.generate(llm.tokenize(PROMPT), temp=0.0)
     next(generation)
@@ -275,6 +277,35 @@ def test_a_draft_that_is_set_later(path, plain, dense_path):
     with pytest.raises(GenerationError, match="another draft_model"):
         next(generation)
     assert tokens(llm, 20) == expected
+
+
+def test_batches_of_two_tokens(path, plain):
+    """Fewer than a draft is timed with where there is room."""
+    for draft in (DraftModel.same(budget=0.5), DraftModel(path, n_batch=2, n_threads=1)):
+        llm = Llama(path, **{**SIZES, "n_batch": 2}, draft_model=draft)
+        assert tokens(llm, 20) == tokens(plain, 20)
+        for wrong in ([1, 2, 3], []):
+            with pytest.raises(ValueError, match=f"tokens: found {len(wrong)}, want 1 to 2"):
+                draft._proposer._follower.decode(wrong)
+
+
+def test_a_draft_that_cannot_be_timed(path, plain, monkeypatch):
+    """It is closed, the one before stays, and it can be tried again."""
+    followers = []
+
+    def interrupted(self, *_):
+        followers.append(self)
+        raise KeyboardInterrupt
+
+    first, second = DraftModel.same(budget=0.5, n_draft=3), DraftModel.same(budget=0.5)
+    llm = Llama(path, **SIZES, draft_model=first)
+    with monkeypatch.context() as patch:
+        patch.setattr(SecondContext, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.draft_model = second
+    assert llm.draft_model is first and followers[0].ctx is None
+    llm.draft_model = second
+    assert tokens(llm, 20) == tokens(plain, 20)
 
 
 def test_what_is_only_compared(path, plain):

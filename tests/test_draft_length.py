@@ -91,8 +91,9 @@ MACHINES = [(0.0, 0.02), (0.2, 0.1), (0.6, 0.3), (1.0, 0.0), (1.0, 1.0), (0.5, 0
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.5, 0.7, 0.85, 0.95])
 @pytest.mark.parametrize("more, draft", MACHINES)
-def test_never_more_than_2_percent_slower(acceptance, more, draft):
-    """From 100 tokens on, from the first text on. One text may lose a step more, which its limit did not foresee."""
+def test_at_most_2_percent_slower_in_the_mean(acceptance, more, draft):
+    """From 100 tokens on, from the first text on. A single text may lose a step more, which its limit did not foresee: 3.5%
+    of 100 tokens, 2.4% of 400."""
     for n_texts, n_tokens, one_step in ((12, 100, 0.015), (3, 400, 0.004)):
         mean, least = write(n_texts, n_tokens, acceptance, more, draft)
         assert mean > 0.98 and least > 0.98 - one_step

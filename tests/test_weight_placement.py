@@ -107,6 +107,12 @@ def test_what_fits_is_chosen_whole(testbed_path):
     assert parser().parse_args(["m.gguf", "--n-gpu-layers", "auto"]).n_gpu_layers is None
 
 
+def test_numbers_of_layers_may_be_numpys(testbed_path):
+    llm = Llama(str(testbed_path), n_gpu_layers=np.int64(0), n_cpu_moe=np.int32(2), **SIZES)
+    assert llm.model_params.n_gpu_layers == 0 and llm.__getstate__()["n_cpu_moe"] == 2
+    llm.close()
+
+
 @pytest.mark.parametrize("value", ["all", "3", 1.5, True, -2, 2**31], ids=str)
 def test_what_is_no_choice_of_layers_on_the_gpu_is_refused(testbed_path, value):
     with pytest.raises(ValueError, match="n_gpu_layers: found .*, wanted a number of layers, -1 for all, or 'auto'"):

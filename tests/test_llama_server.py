@@ -47,7 +47,7 @@ def serving(folder, *options, ends=False):
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(3000):
             assert process.poll() is None, log.read_text()
             if f"ready at {url}" in log.read_text():
                 break

@@ -108,7 +108,8 @@ class Llama(CheckedLlama):
             that: sqrt(miss_price) times as large as one at hand has to be, and as one has to be in the plan in the file; its
             estimate stands in for it elsewhere. So at full budget all that is at hand runs, and of the rest what is worth it.
             At 1 the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
-            last, as many experts as the cache holds of a layer: so equal text gives equal output. "auto": what it
+            last, as many experts as the cache holds of a layer: so equal text gives equal output where it is read in the same
+            pieces (a prompt is computed without the price), also after `load_state` and from the `cache`. "auto": what it
             takes on this machine, measured as the model is loaded and rounded to a power of two; give the number that
             `miss_price` then has for the same output on another machine, or under another load. Where it is above 1 and the
             rule is "estimate", what a draft model proposes is passed over.
@@ -989,7 +990,8 @@ class Llama(CheckedLlama):
 
     @in_turn
     def save_state(self):
-        """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, and what that has left over."""
+        """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, what that has left over, and which
+        experts have run."""
         state = super().save_state()
         if not self._logits_all:
             state.scores = np.zeros(
@@ -997,8 +999,28 @@ class Llama(CheckedLlama):
             )  # none were kept; load_state takes any shape that spreads over them
         state.plan = self._plan_of_tokens if self.n_tokens else self._named_plan()
         state.mixed = state.plan is _MIXED
-        state.left = self._left_over()
+        state.left, state.ran = self._left_over(), self._ran()
         return state
+
+    def _ran(self) -> Optional[np.ndarray]:
+        """int16 [n_layer, n_tokens, ...]: which experts the cached tokens have run, as the runtime has it; None without a cache."""
+        size = libllama.allocmoe_ran_size(context_pointer(self))
+        if not (size and self.n_tokens):
+            return None
+        ran = np.zeros((libllama.allocmoe_n_layer(context_pointer(self)), self.n_tokens, size), np.int16)
+        libllama.allocmoe_get_ran_seq(context_pointer(self), 0, ffi.from_buffer("int16_t[]", ran), self.n_tokens)
+        return ran
+
+    def _put_ran(self, ran: Optional[np.ndarray]) -> None:
+        """None, or of another shape, as a state from elsewhere has it: the next token finds nothing at hand."""
+        shape = (
+            libllama.allocmoe_n_layer(context_pointer(self)),
+            self.n_tokens,
+            libllama.allocmoe_ran_size(context_pointer(self)),
+        )
+        fits = isinstance(ran, np.ndarray) and ran.shape == shape and ran.dtype == np.int16
+        pointer = ffi.from_buffer("int16_t[]", np.ascontiguousarray(ran)) if fits else ffi.NULL
+        libllama.allocmoe_set_ran_seq(context_pointer(self), 0, pointer, self.n_tokens)
 
     def _left_over(self) -> Optional[np.ndarray]:
         """float32 [n_layer, n_tokens]: what a strict plan has left over after each cached token; None for any other plan."""
@@ -1041,7 +1063,7 @@ class Llama(CheckedLlama):
                 f"{error}: it is of another model, or of a cache that differs (flash_attn, type_k, type_v, n_ctx)"
             ) from None
         if self._cache_bytes:
-            libllama.allocmoe_forget_ran(context_pointer(self))
+            self._put_ran(getattr(state, "ran", None))
         self._plan_of_tokens, self._left = then, getattr(state, "left", None)
         self._put_left_over(self._left)
 

@@ -288,26 +288,31 @@ int32_t allocmoe_get_spent(const llama_context * ctx, int32_t seq_id, int32_t fi
     });
 }
 
-// (layer's values, caller's values, how many) for every layer
+// (layer, place in what is kept by position, index in the caller's [n_layer][n_tokens]) for every layer and every position that
+// is kept
 template <class F>
-static int32_t for_each_left(llama_context * ctx, int32_t seq_id, int32_t n_tokens, F && f) {
+static int32_t for_each_place(llama_context * ctx, int32_t seq_id, int32_t n_tokens, F && f) {
     return allocmoe_guarded([&] {
         check_sequence(ctx, seq_id);
         llama_synchronize(ctx); // devices write as they run
-        const auto * spent = allocmoe_access::state(ctx).spent.get();
+        const int32_t n_left = allocmoe_access::state(ctx).spent.get()->n_left;
         for (int32_t il = 0; il < allocmoe_n_layer(ctx); ++il) {
-            f(spent[il].left + (int64_t) seq_id * spent[il].n_left, (size_t) il * n_tokens, std::min(n_tokens, spent[il].n_left));
+            for (int32_t position = std::max(0, n_tokens - n_left); position < n_tokens; ++position) {
+                f(il, seq_id * n_left + position % n_left, (size_t) il * n_tokens + position);
+            }
         }
         return (int32_t) ALLOCMOE_OK;
     });
 }
 
 int32_t allocmoe_get_left_seq(llama_context * ctx, int32_t seq_id, float * left, int32_t n_tokens) {
-    return for_each_left(ctx, seq_id, n_tokens, [&](const float * own, size_t first, int32_t n) { std::copy_n(own, n, left + first); });
+    const auto * spent = allocmoe_access::state(ctx).spent.get();
+    return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) { left[i] = spent[il].left[place]; });
 }
 
 int32_t allocmoe_set_left_seq(llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens) {
-    return for_each_left(ctx, seq_id, n_tokens, [&](float * own, size_t first, int32_t n) { std::copy_n(left + first, n, own); });
+    const auto * spent = allocmoe_access::state(ctx).spent.get();
+    return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) { spent[il].left[place] = left[i]; });
 }
 
 void allocmoe_get_left(llama_context * ctx, float * left, int32_t n_tokens) {
@@ -424,10 +429,36 @@ int32_t allocmoe_get_absent(const llama_context * ctx, int64_t * n_absent, int32
     });
 }
 
-void allocmoe_forget_ran(llama_context * ctx) {
-    llama_synchronize(ctx);
-    auto & entries = allocmoe_access::state(ctx).ran.entries;
-    std::fill(entries.begin(), entries.end(), (int16_t) ALLOCMOE_RAN_NOTHING);
+int32_t allocmoe_ran_size(const llama_context * ctx) {
+    return allocmoe_access::state(ctx).ran.n_entry;
+}
+
+int32_t allocmoe_get_ran_seq(llama_context * ctx, int32_t seq_id, int16_t * found, int32_t n_tokens) {
+    auto & ran = allocmoe_access::state(ctx).ran;
+    return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) {
+        if (ran.n_entry > 0) {
+            std::copy_n(ran.at(il, place), ran.n_entry, found + i * ran.n_entry);
+        }
+    });
+}
+
+int32_t allocmoe_set_ran_seq(llama_context * ctx, int32_t seq_id, const int16_t * wanted, int32_t n_tokens) {
+    auto & ran             = allocmoe_access::state(ctx).ran;
+    const int16_t n_expert = allocmoe_access::model(ctx).hparams.n_expert;
+    return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) {
+        if (ran.n_entry == 0) {
+            return;
+        }
+        int16_t * entry = ran.at(il, place);
+        entry[0]        = ALLOCMOE_RAN_NOTHING;
+        if (wanted) {
+            const int16_t * own = wanted + i * ran.n_entry;
+            // it may come from a damaged file
+            if (std::all_of(own + 1, own + ran.n_entry, [&](int16_t id) { return id < n_expert; })) {
+                std::copy_n(own, ran.n_entry, entry);
+            }
+        }
+    });
 }
 
 const char * allocmoe_expert_cache_error(const llama_context * ctx) {

@@ -28,7 +28,7 @@ struct allocmoe_ran {
 };
 
 enum {
-    ALLOCMOE_RAN_NOTHING = 0,
+    ALLOCMOE_RAN_NOTHING = 0, // nobody knows, or another rule had the say
     ALLOCMOE_RAN_TOKEN   = 1,
     ALLOCMOE_RAN_FIRST   = 2, // with none before it
 };

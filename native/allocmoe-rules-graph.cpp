@@ -365,11 +365,16 @@ bool allocmoe_count(const llama_cparams & cparams, const llm_graph_result & res,
         // what each token has spent, where no node notes it
         const bool all    = layer.n_tokens == ubatch.n_tokens;
         const auto & kept = *(cparams.allocmoe.state->spent.get() + layer.il);
+        auto & ran        = cparams.allocmoe.state->ran;
         for (uint32_t t = 0; t < ubatch.n_tokens; ++t) {
             const bool reached  = all || (ubatch.output && ubatch.output[t]);
             const int32_t place = place_of(ubatch, t, 0, kept.n_left);
             if (place >= 0 && (!layer.routed || !reached)) {
                 kept.kept[place] = reached ? layer.rule.n_ranked + 1 : 0;
+            }
+            // not what a text before it has run at this position
+            if (place >= 0 && ran.n_place > 0 && (!layer.routed || !reached || layer.rule.rule != ALLOCMOE_RULE_ESTIMATE)) {
+                ran.at(layer.il, place)[0] = ALLOCMOE_RAN_NOTHING;
             }
         }
     }

@@ -19,10 +19,14 @@ void allocmoe_server_begin(allocmoe_origin & origin, const allocmoe_request & re
 
 void allocmoe_server_take(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin) {
     const auto model = allocmoe_served::now();
-    origin.left.clear();
-    if (model->strict && n_tokens > 0) {
-        origin.left.resize((size_t) model->n_layer * n_tokens);
+    const size_t n   = (size_t) allocmoe_n_layer(ctx) * std::max(n_tokens, 0);
+    origin.left.assign(model->strict ? n : 0, 0.0f);
+    origin.ran.assign(n * allocmoe_ran_size(ctx), 0);
+    if (!origin.left.empty()) {
         allocmoe_get_left_seq(ctx, seq_id, origin.left.data(), n_tokens);
+    }
+    if (!origin.ran.empty()) {
+        allocmoe_get_ran_seq(ctx, seq_id, origin.ran.data(), n_tokens);
     }
 }
 
@@ -31,7 +35,11 @@ void allocmoe_server_put(llama_context * ctx, int32_t seq_id, allocmoe_origin & 
     if (model->strict && !origin.left.empty()) {
         allocmoe_set_left_seq(ctx, seq_id, origin.left.data(), origin.left.size() / model->n_layer);
     }
+    if (!origin.ran.empty()) {
+        allocmoe_set_ran_seq(ctx, seq_id, origin.ran.data(), origin.ran.size() / allocmoe_n_layer(ctx) / allocmoe_ran_size(ctx));
+    }
     origin.left = {};
+    origin.ran  = {};
 }
 
 void allocmoe_server_copy(llama_context * ctx, int32_t from, int32_t to, int32_t n_tokens) {
@@ -44,14 +52,18 @@ void allocmoe_server_shift(llama_context * ctx, int32_t seq_id, int32_t first, i
     allocmoe_origin origin;
     const int32_t n_tokens = std::max(last, last + by);
     allocmoe_server_take(ctx, seq_id, n_tokens, origin);
-    for (size_t row = 0; row < origin.left.size(); row += n_tokens) {
-        const std::vector<float> moved(origin.left.begin() + row + first, origin.left.begin() + row + last);
-        std::copy(moved.begin(), moved.end(), origin.left.begin() + row + first + by);
-    }
+    const auto move = [&](auto & values, size_t size) {
+        for (size_t row = 0; row < values.size(); row += n_tokens * size) {
+            const std::vector moved(values.begin() + row + first * size, values.begin() + row + last * size);
+            std::copy(moved.begin(), moved.end(), values.begin() + row + (first + by) * size);
+        }
+    };
+    move(origin.left, 1);
+    move(origin.ran, allocmoe_ran_size(ctx));
     allocmoe_server_put(ctx, seq_id, origin);
 }
 
-// What stands beside a file with a slot's memory.
+// What stands beside a file with a slot's memory, before its `left` and `ran`.
 struct allocmoe_slot_header {
     char magic[8];
     int64_t total;
@@ -74,6 +86,7 @@ void allocmoe_server_write(llama_context * ctx, int32_t seq_id, int32_t n_tokens
     std::ofstream file(beside(path), std::ios::binary);
     file.write((const char *) &header, sizeof(header));
     file.write((const char *) copy.left.data(), copy.left.size() * sizeof(float));
+    file.write((const char *) copy.ran.data(), copy.ran.size() * sizeof(int16_t));
     if (!file.flush()) {
         LOG_WRN("allocmoe: %s: cannot write it; at another time this slot's text counts as computed at an unknown budget\n", beside(path).c_str());
     }
@@ -82,6 +95,7 @@ void allocmoe_server_write(llama_context * ctx, int32_t seq_id, int32_t n_tokens
 void allocmoe_server_read(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin, const std::string & path) {
     const auto model = allocmoe_served::now();
     origin           = {};
+    allocmoe_set_ran_seq(ctx, seq_id, nullptr, n_tokens); // that of the slot's text before
     if (!model->obstacle.empty()) {
         return;
     }
@@ -95,6 +109,11 @@ void allocmoe_server_read(llama_context * ctx, int32_t seq_id, int32_t n_tokens,
     origin.left.resize(n_left);
     if (file.read((char *) origin.left.data(), n_left * sizeof(float))) {
         origin.total = header.total;
+        // a server without an expert cache has written none
+        origin.ran.resize((size_t) allocmoe_n_layer(ctx) * n_tokens * allocmoe_ran_size(ctx));
+        if (!file.read((char *) origin.ran.data(), origin.ran.size() * sizeof(int16_t))) {
+            origin.ran = {};
+        }
         allocmoe_server_put(ctx, seq_id, origin);
     }
     origin.left = {};

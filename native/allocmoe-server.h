@@ -46,7 +46,9 @@ struct allocmoe_origin {
     static constexpr int64_t MIXED = -1; // at several budgets, or nobody knows
 
     int64_t total = 0;
-    std::vector<float> left; // [n_layer][n_tokens], what a strict rule has left over; only while it is not in the context
+    // only while they are not in the context
+    std::vector<float> left;  // [n_layer][n_tokens], what a strict rule has left over
+    std::vector<int16_t> ran; // [n_layer][n_tokens][allocmoe_ran_size()], which experts have run
 };
 
 // Member of server_metrics: since the server started.
@@ -107,8 +109,8 @@ void allocmoe_server_count(llama_context * ctx, const Tokens & tokens, int32_t o
     }
 }
 
-// What a strict rule has left over goes with a sequence's memory: out of the context, into it, to another sequence, to other
-// positions, to a file beside the one that the server writes.
+// What a strict rule has left over, and which experts have run, go with a sequence's memory: out of the context, into it, to
+// another sequence, to other positions, to a file beside the one that the server writes.
 void allocmoe_server_take(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin);
 void allocmoe_server_put(llama_context * ctx, int32_t seq_id, allocmoe_origin & origin);
 void allocmoe_server_copy(llama_context * ctx, int32_t from, int32_t to, int32_t n_tokens);

@@ -466,7 +466,7 @@ ALLOCMOE_FN int32_t allocmoe_keep_by_size(int32_t * keys, int32_t n_used, int32_
     return n;
 }
 
-// The keys of those of token t's experts that are not worth being read become the lowest.
+// The keys of those of token t's experts that are not worth being read become lower than those of all numbers, in the same order.
 ALLOCMOE_FN void allocmoe_leave_absent(const allocmoe_estimate_args & a, int32_t t, float at_least) {
     int32_t * keys         = allocmoe_row_of(a.routed, t, a.n_used);
     const uint32_t to_read = allocmoe_key((at_least < a.miss_threshold ? a.miss_threshold : at_least) + a.miss_handicap);
@@ -474,7 +474,7 @@ ALLOCMOE_FN void allocmoe_leave_absent(const allocmoe_estimate_args & a, int32_t
         allocmoe_absent & absent = a.absent[(int64_t) t * a.n_used + r];
         if (absent.is && (uint32_t) keys[r] < to_read) {
             absent.left_out = (uint32_t) keys[r] >= allocmoe_key(at_least);
-            keys[r]         = (int32_t) ALLOCMOE_KEY_NAN;
+            keys[r]         = (int32_t) ((uint32_t) keys[r] >> 9); // the highest is below ALLOCMOE_KEY_LOWEST then
         }
     }
 }

@@ -176,8 +176,15 @@ LLAMA_API int32_t allocmoe_set_union_share(struct llama_context * ctx, double sh
 // Activations that were left out since the counts were reset, and would not have been with the expert at hand: [n_layer].
 LLAMA_API int32_t allocmoe_get_absent(const struct llama_context * ctx, int64_t * n_absent, int32_t n_layer);
 
-// Forgets what sequences have run: what their next tokens find at hand begins anew. For memory that comes from elsewhere.
-LLAMA_API void allocmoe_forget_ran(struct llama_context * ctx);
+// Which experts a sequence has run at each of its first n_tokens positions, by which it is decided what its next tokens find at
+// hand: [n_layer][n_tokens][allocmoe_ran_size()], as one context of a model gives it to another. Goes with the memory of those
+// tokens, as what is left over does. NULL, or zeros, where nobody knows: there nothing is at hand. Positions further back than a
+// context keeps are passed over.
+LLAMA_API int32_t allocmoe_get_ran_seq(struct llama_context * ctx, int32_t seq_id, int16_t * ran, int32_t n_tokens);
+LLAMA_API int32_t allocmoe_set_ran_seq(struct llama_context * ctx, int32_t seq_id, const int16_t * ran, int32_t n_tokens);
+
+// 0 where there is no expert cache.
+LLAMA_API int32_t allocmoe_ran_size(const struct llama_context * ctx);
 
 // Why the last decode failed, where that was the expert cache; "" where it was not.
 LLAMA_API const char * allocmoe_expert_cache_error(const struct llama_context * ctx);

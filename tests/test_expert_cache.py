@@ -26,6 +26,7 @@ import expert_cache as expert_cache_bench
 import expert_replay
 import expert_rules
 from gguf_factory import random_estimator
+import llama_cpp
 import numpy as np
 import pytest
 import random_gguf
@@ -423,18 +424,75 @@ def test_at_hand_is_what_the_own_text_has_run(path):
         each.close()
 
 
-def test_a_state_that_is_loaded_has_nothing_at_hand(path):
-    """So what follows depends on the state alone."""
-    llm = load(path, miss_price=50)
-    llm.apply_plan(by_estimates())
+def test_a_state_that_is_loaded_has_at_hand_what_its_text_has_run(path):
+    """What follows is what follows the same text just evaluated, in this context and in another; from the prompts' cache, too."""
+    llm, other = load(path, miss_price=50), load(path, miss_price=50)
+    for each in (llm, other):
+        each.apply_plan(by_estimates())
+    wanted = one_by_one(llm, TEXT)[20:]
+
+    def goes_on(each) -> np.ndarray:
+        for token in TEXT[20:]:
+            each.eval([int(token)])
+        return each.scores[20:30].copy()
+
     one_by_one(llm, TEXT[:20])
-    state, found = llm.save_state(), []
-    for before in (TEXT[:20], TEXT[::-1]):
-        one_by_one(llm, before)
-        llm.load_state(state)
+    state, prompt = llm.save_state(), tuple(map(int, TEXT[:20]))
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    llm.cache[prompt] = state
+    for each, loaded in ((llm, state), (llm, llm.cache[prompt]), (other, pickle.loads(pickle.dumps(state)))):
+        one_by_one(each, TEXT[::-1])
+        each.load_state(loaded)
+        assert np.array_equal(goes_on(each), wanted)
+    # of one from elsewhere nothing is at hand, whatever was there before
+    for wrong in (None, "no array", state.ran[:, 1:], state.ran + np.int16(1000)):
+        state.ran, found = wrong, []
+        for before in (TEXT[:20], TEXT[::-1]):
+            one_by_one(llm, before)
+            llm.load_state(state)
+            found.append(goes_on(llm))
+        assert np.array_equal(*found) and not np.array_equal(found[0], wanted)
+    for each in (llm, other):
+        each.close()
+
+
+def test_at_hand_is_nothing_of_a_text_before_where_none_has_run(path):
+    """A prompt's tokens without logits pass the last layer over, and other rules note nothing."""
+    llm = load(path, miss_price=50, logits_all=False)
+    estimates, found = by_estimates(), []
+
+    def last_rows() -> list:
+        rows = []
         for token in TEXT[20:]:
             llm.eval([int(token)])
-        found.append(llm.scores[20:30].copy())
+            rows.append(np.array(llm._ctx.get_logits()[0 : llm.n_vocab()]))
+        return rows
+
+    for before in (TEXT, TEXT[::-1]):
+        llm.apply_plan(estimates)
+        one_by_one(llm, before)
+        llm.clear_cache()
+        llm.eval([int(token) for token in TEXT[:20]])
+        rows = last_rows()
+        one_by_one(llm, before)
+        llm.clear_cache()
+        llm.apply_plan(Plan([2] * N_LAYER, [N_USED] * N_LAYER, token_rule="batch"))
+        for token in TEXT[:20]:
+            llm.eval([int(token)])
+        llm.apply_plan(estimates)
+        found.append(rows + last_rows())
+    assert np.array_equal(*found)
+    llm.close()
+
+
+def test_where_nothing_is_at_hand_the_largest_runs(path):
+    """At a price that no expert is worth: what runs is what a threshold leaves that none reaches."""
+    llm, found = load(path), []
+    for price, threshold in ((1, np.inf), (1e6, -1.5)):
+        llm.miss_price = price
+        llm.apply_plan(replace(by_estimates(strict=False), threshold=(threshold,) * N_LAYER))
+        found.append([one_by_one(llm, [token])[0] for token in TEXT])
+        assert llm.expert_stats(reset=True)["decode"]["activations"].sum() == N_LAYER * len(TEXT)
     assert np.array_equal(*found)
     llm.close()
 

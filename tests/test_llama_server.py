@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from allocmoe_edge import llama_server
+from allocmoe_edge import expert_cache, llama_server
 from allocmoe_edge._native import llama_cpp
 from allocmoe_edge.command import CommandError
 from conftest import plan_under_rule
@@ -278,6 +278,45 @@ def test_text_from_the_hosts_memory_goes_on_the_same(planned, tmp_path):
         check_same(
             *([(row["id"], row["logprob"], 1.0) for row in run["completion_probabilities"]] for run in (found, wanted))
         )
+
+
+def test_what_has_run_goes_with_a_text(testbed_path, tmp_path):
+    """With a price of misses: a chat goes on the same that has been in the host's memory, or in a file, meanwhile."""
+    path = plan_under_rule(testbed_path, tmp_path / "planned.gguf", "estimate")
+    size = int(expert_cache.least(path) * 20)
+    options = ["-c", "512", "-np", "1", "--slot-save-path", tmp_path, "--expert-cache", size, "--miss-price", "50"]
+    with serving(tmp_path, path, *options) as (url, _, _):
+        body = dict(budget=90, ignore_eos=True, n_probs=1, return_tokens=True)
+        first = answer(url, "/tokenize", content=PROMPT)["tokens"]
+
+        def begins() -> list:
+            return first + answer(url, prompt=first, cache_prompt=False, **body)["tokens"]
+
+        def goes_on(text: list) -> list:
+            found = answer(url, prompt=text, **body)
+            assert cached(found) == len(text) - 1
+            return [(row["id"], row["logprob"]) for row in found["completion_probabilities"]]
+
+        def other() -> None:
+            answer(url, prompt="Something else altogether, and rather long, so that nothing of it is the same", **body)
+
+        def post(action: str) -> None:
+            assert httpx.post(f"{url}/slots/0?action={action}", json={"filename": "a.bin"}).status_code == 200
+
+        text = begins()
+        post("save")
+        other()
+        found = goes_on(text)  # out of the host's memory
+        assert begins() == text
+        wanted = goes_on(text)
+        other()
+        post("restore")
+        assert found == wanted == goes_on(text)
+        # without what stands beside the file nothing is at hand
+        (tmp_path / "a.bin.budget").unlink()
+        body["cache_any_budget"] = True
+        post("restore")
+        assert goes_on(text) != wanted
 
 
 def test_saved_slots_know_their_budget(server):

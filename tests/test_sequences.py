@@ -214,8 +214,8 @@ def test_strict_does_not_depend_on_who_else_is_in_the_batch(model, rule):
                 assert np.array_equal(again, wanted[seq][start : start + 4])
 
 
-def test_what_a_sequence_has_at_hand_is_its_own(built, tmp_path):
-    """With an expert cache and a price of misses: at the file's budget, and at the full one of the other sequence."""
+def priced(built, tmp_path) -> Llama:
+    """Half budget by estimates, with an expert cache and a price of misses."""
     source, path = built["olmoe"].gguf_path, tmp_path / "planned.gguf"
     made = random_estimator(N_LAYER, N_EXPERT, N_EMBD, 10, 7, 5, 2)
     quantiles = np.sort(np.random.default_rng(0).normal(-1.0, 1.0, (N_LAYER, N_QUANTILES)), axis=1)
@@ -225,8 +225,13 @@ def test_what_a_sequence_has_at_hand_is_its_own(built, tmp_path):
     )  # fmt: skip
     output.write_planned(source, path, profile.plan(0.5, FULL), profile)
     size = int(expert_cache.least(path) * 2.6)
+    return Llama(str(path), n_ctx=64, n_threads=1, verbose=False, repack=False, expert_cache=size, miss_price=8)
+
+
+def test_what_a_sequence_has_at_hand_is_its_own(built, tmp_path):
+    """With an expert cache and a price of misses: at the file's budget, and at the full one of the other sequence."""
     budgets = (N_USED * N_LAYER // 2, N_USED * N_LAYER)
-    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False, repack=False, expert_cache=size, miss_price=8)
+    llm = priced(built, tmp_path)
     with Context(llm) as both, Context(llm, n_seq_max=1) as alone:
         assert libllama.allocmoe_set_budget_seq(both.ctx, 1, budgets[1]) == 1
         found, spent = both.run((0, 1), 1), both.spent()
@@ -240,6 +245,48 @@ def test_what_a_sequence_has_at_hand_is_its_own(built, tmp_path):
             alone.spent()
             libllama.allocmoe_set_miss_price(alone.ctx, 8)
         assert abs(spent) <= 4  # rounding may put a size on the other side of a threshold
+    llm.close()
+
+
+def test_what_has_run_goes_with_a_sequences_memory(built, tmp_path):
+    """Copied to another sequence and shifted there, as a server does: what follows is what follows in the first one."""
+    half, cut = N_TOKENS // 2, 6
+    llm = priced(built, tmp_path)
+    with Context(llm) as context:
+        n = libllama.allocmoe_ran_size(context.ctx)
+        assert n == 1 + N_USED
+
+        def ran(seq: int, n_tokens: int) -> np.ndarray:
+            found = np.zeros((N_LAYER, n_tokens, n), np.int16)
+            assert libllama.allocmoe_get_ran_seq(context.ctx, seq, ffi.from_buffer("int16_t[]", found), n_tokens) == 0
+            return found
+
+        def goes_on(seq: int, first: int) -> np.ndarray:
+            return np.concatenate([context.decode([(TOKENS[0][half + i], first + i, seq)]) for i in range(half)])
+
+        for shifted in (False, True):
+            context.run((0, 1), 1)
+            raw.llama_memory_seq_rm(context.memory, 0, half, -1)
+            raw.llama_memory_seq_rm(context.memory, 1, -1, -1)
+            raw.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
+            moved, first = ran(0, half), half
+            if shifted:
+                for seq in (0, 1):
+                    raw.llama_memory_seq_rm(context.memory, seq, cut, 2 * cut)
+                    raw.llama_memory_seq_add(context.memory, seq, 2 * cut, -1, -cut)
+                moved, first = np.delete(moved, range(cut, 2 * cut), axis=1), half - cut
+                pointer = ffi.from_buffer("int16_t[]", np.ascontiguousarray(moved))
+                assert libllama.allocmoe_set_ran_seq(context.ctx, 0, pointer, first) == 0
+            other = goes_on(1, first)
+            raw.llama_memory_seq_rm(context.memory, 1, first, -1)
+            pointer = ffi.from_buffer("int16_t[]", np.ascontiguousarray(moved))
+            assert libllama.allocmoe_set_ran_seq(context.ctx, 1, pointer, first) == 0
+            assert np.array_equal(ran(1, first)[..., 0], moved[..., 0])
+            found, wanted = goes_on(1, first), goes_on(0, first)
+            assert np.array_equal(found, wanted) and not np.array_equal(other, wanted)
+        assert libllama.allocmoe_set_ran_seq(context.ctx, 1, ffi.NULL, half) == 0
+        assert not ran(1, half)[..., 0].any() and ran(0, half)[..., 0].all()
+        assert libllama.allocmoe_set_ran_seq(context.ctx, 2, ffi.NULL, half) < 0
     llm.close()
 
 

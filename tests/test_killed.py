@@ -23,7 +23,7 @@ def command(model: Path, output: Path) -> list:
 
 
 def finish(model: Path, output: Path, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(model, output), capture_output=True, text=True, **kwargs)
+    return subprocess.run(command(model, output), capture_output=True, text=True, cwd="/", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,9 @@ def test_killed_at_random_moments(model, whole, out):
     expected, seconds = whole
     before, rng, reached = model.read_bytes(), random.Random(0), set()
     for i in range(50):
-        process = subprocess.Popen(command(model, out / "o.gguf"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(model, out / "o.gguf"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd="/"
+        )
         time.sleep(seconds * (i + rng.random()) / 50)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -77,7 +79,9 @@ def test_killed_again_and_again(model, whole, out):
     expected, seconds = whole
     before = model.read_bytes()
     for i in range(40):
-        process = subprocess.Popen(command(model, out / "o.gguf"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(model, out / "o.gguf"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd="/"
+        )
         try:
             process.communicate(timeout=seconds * (0.4 + i / 40))
         except subprocess.TimeoutExpired:
@@ -123,11 +127,12 @@ def test_side_file_on_a_full_disk(model, out):
             [*command(model, out / "p.gguf"), "--plan-only"],
             capture_output=True,
             text=True,
+            cwd="/",
             preexec_fn=functools.partial(limited, n_bytes),
         )
         assert done.returncode == 1 and not (out / "p.gguf").exists(), done.stderr
         assert done.stderr.splitlines()[-1].startswith("allocmoe-convert: error: ") and "Traceback" not in done.stderr
-    done = subprocess.run([*command(model, out / "p.gguf"), "--plan-only"], capture_output=True, text=True)
+    done = subprocess.run([*command(model, out / "p.gguf"), "--plan-only"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0
     with GGUFFile(out / "p.gguf") as file:
         assert file.get("general.type") == "allocmoe-plan"

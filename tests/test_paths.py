@@ -45,7 +45,13 @@ def as_others(command, **kwargs) -> subprocess.CompletedProcess:
             assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) == 0
 
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, encoding="utf-8", preexec_fn=without_override, **kwargs
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        preexec_fn=without_override,
+        cwd="/",  # the installed package, not the checkout's folder of that name
+        **kwargs,
     )
 
 

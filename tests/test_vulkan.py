@@ -308,7 +308,7 @@ def test_conversion_on_the_device(backend, tiny, tmp_path):
     outputs = [tmp_path / "cpu.gguf", tmp_path / "gpu.gguf"]
     # with a device, ggml has it compute prompts of the CPU's layers as well
     command = [sys.executable, "-m", "allocmoe_edge.convert.cli", *arguments, "-o", str(outputs[0])]
-    done = subprocess.run(command, env=without_a_driver(), capture_output=True, text=True)
+    done = subprocess.run(command, env=without_a_driver(), capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     assert cli.main([*arguments, "--n-gpu-layers", "-1", "-o", str(outputs[1])]) == 0
     cpu, gpu = map(metadata.read, outputs)

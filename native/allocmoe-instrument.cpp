@@ -284,9 +284,7 @@ int32_t allocmoe_set_instrument(llama_context * ctx, const allocmoe_instrument *
         if (wanted.start_layer < 0 || wanted.start_layer >= std::max(1, n_layer)) {
             return allocmoe_fail(ALLOCMOE_ERR_N_LAYER, format("start_layer: found %d, want 0 to %d", wanted.start_layer, n_layer - 1).c_str());
         }
-        const auto & current = settings.instrument;
-        if (current.record == wanted.record && current.record_inputs == wanted.record_inputs &&
-            current.keep_outputs == wanted.keep_outputs && current.start_layer == wanted.start_layer && current.skip_logits == wanted.skip_logits) {
+        if (settings.instrument == wanted) {
             return (int32_t) ALLOCMOE_OK;
         }
         settings.instrument = wanted;

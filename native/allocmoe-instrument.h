@@ -12,6 +12,11 @@ struct ggml_context;
 struct ggml_tensor;
 struct allocmoe_graph;
 
+inline bool operator==(const allocmoe_instrument & a, const allocmoe_instrument & b) {
+    return a.record == b.record && a.record_inputs == b.record_inputs && a.keep_outputs == b.keep_outputs && a.start_layer == b.start_layer &&
+           a.skip_logits == b.skip_logits;
+}
+
 struct allocmoe_records {
     struct layer {
         std::vector<float> scores;                // [n_tokens][n_used], as values

@@ -192,11 +192,7 @@ bool allocmoe_graph::serves(const std::shared_ptr<const allocmoe_settings> & oth
     if (other == settings) {
         return true;
     }
-    const auto & now  = settings->instrument;
-    const auto & then = other->instrument;
-    if (now.record != then.record || now.record_inputs != then.record_inputs || now.keep_outputs != then.keep_outputs || now.start_layer != then.start_layer ||
-        now.skip_logits != then.skip_logits ||
-        (now.record && settings->plan != other->plan)) {
+    if (!(settings->instrument == other->instrument) || (settings->instrument.record && settings->plan != other->plan)) {
         return false;
     }
     return std::all_of(layers.begin(), layers.end(), [&](const layer & x) {

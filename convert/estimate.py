@@ -1,18 +1,18 @@
-"""Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/plan/estimator.py`), in three runs of the full model
-over a text, and short ones of the reduced model. What each of the first three has found is kept in the checkpoint.
+"""Calibrates what the token rule "estimate" goes by (see `allocmoe_edge/plan/estimator.py`), in two runs of the full model
+over a text, and short ones of the reduced model. What each of the first two has found is kept in the checkpoint.
 
-1. On a part of a long text, inputs and the sizes of the experts' outputs: the directions of the input on which sizes depend
-   linearly.
-2. The same of all of it, on the main directions of the input alone: among them, directions whose positive parts tell more;
-   every expert's size as a function of both, and how sizes are distributed.
-3. With the rule deciding, and all experts computed: what is missing, and a low-rank estimate of it.
-4. With the rule in force, on a part of the text: what layers spend where those before them skip experts.
+1. Inputs and the sizes of the experts' outputs: the directions of the input on which sizes depend linearly; among the main
+   directions of the input, those whose positive parts tell more; every expert's size as a function of both, and how sizes are
+   distributed.
+2. With the rule deciding, and all experts computed: what is missing, and a low-rank estimate of it.
+3. With the rule in force, on a part of the text: what layers spend where those before them skip experts.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 import hashlib
+from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from allocmoe_edge import Llama, Plan, PlanError
@@ -40,11 +40,10 @@ from .estimator_fit import (
     with_outputs,
     with_sizes,
 )
+from .input_file import InputFile
 from .progress import progress_bar
 from .regression import MissingSums, SizeSums, as_it_runs, positive_directions
 
-# the first run needs no more tokens: its regressions are linear
-DIRECTION_TOKENS = 12288
 # of a matrix whose products are too small for several threads, and take little memory
 _FEW_ROWS = 1024
 # runs with the rule in force, each from thresholds that the one before has corrected
@@ -109,24 +108,18 @@ def _calibrate(
     held = token_windows[apart] if apart.any() else token_windows
     if spend_windows is not None:
         held = np.concatenate([held, spread(spend_windows, len(held))])
-    first = spread(token_windows[~apart], max(DIRECTION_TOKENS // n_ctx, 1))
     text = f"{window_name(token_windows)} {token_windows.shape}"
 
     def stage(name: str, compute: Callable[[], Optional[Arrays]]) -> Optional[Arrays]:
         return compute() if checkpoint is None else checkpoint.arrays(f"estimates, {name}", compute)
 
-    linear = stage(
-        f"{n_size} directions on {window_name(first)} {first.shape}",
-        lambda: _directions(llm, full, first, n_size),
-    )
-    if linear is None:
-        return None
-    damage = damages(profile, full)
+    damage, folder = damages(profile, full), checkpoint.path.parent if checkpoint else None
     sizes = stage(
         f"{n_size} and {n_relu} sizes, k_base {profile.k_base}, damages {_name(damage)}, on {text}",
-        lambda: _sizes(llm, full, token_windows, apart, linear, n_relu, damage, profile.k_base),
+        lambda: _sizes(llm, full, token_windows, apart, n_size, n_relu, damage, profile.k_base, folder),
     )
-    assert sizes is not None
+    if sizes is None:
+        return None
     plan = _estimator(sizes).plan(total, full, profile.k_base)
     outputs = stage(
         f"outputs of rank {rank} at {total}, sizes {_name(sizes['log_norm'])}, on {text}",
@@ -158,70 +151,70 @@ def _whole(llm: Llama, full: tuple) -> Plan:
     return Estimator(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()}).plan(sum(full), full)
 
 
-def _directions(llm: Llama, full: tuple, token_windows: np.ndarray, n_size: int) -> Optional[Arrays]:
-    """down: float32 [n_layer, n_size, n_embd]. inputs: float16 [n_layer, at most N_INPUT, n_embd], the main ones."""
-    n_embd = llm.n_embd()
-    sums = {il: SizeSums(n_expert_of(llm), n_embd) for il, k in enumerate(full) if k}
-    down = np.zeros((len(full), n_size, n_embd), np.float32)
-    inputs = np.zeros((len(full), min(N_INPUT, n_embd), n_embd), np.float16)
-    with recording(llm, _whole(llm, full), inputs=True) as recorder:
-        if not recorder.works:
-            return None
-        with progress_bar("estimates, inputs", len(token_windows), "pass") as bar:
-            taken = recorder.layers(token_windows, "inputs", "experts", "norms", progress=bar.update)
-            for il, layer in taken:
-                if not (np.isfinite(layer.norms).all() and np.isfinite(layer.inputs).all()):
-                    raise CalibrationError(f"layer {il}: an input or an expert's output is not finite", finite=False)
-                sums[il].add(layer.inputs, layer.experts, log_sizes(layer))
-
-    def fit(il: int) -> None:
-        of_layer = sums.pop(il)
-        down[il] = as_it_runs(of_layer.directions(n_size))
-        inputs[il] = of_layer.main_inputs(inputs.shape[1])
-        if not (np.isfinite(down[il]).all() and np.isfinite(inputs[il]).all()):
-            raise CalibrationError(f"layer {il}: its inputs are all alike")
-
-    _by_layers("estimates, directions", list(sums), fit, llm.n_threads, n_embd)
-    return {"down": down, "inputs": inputs}
-
-
 def _sizes(
     llm: Llama,
     full: tuple,
     token_windows: np.ndarray,
     apart: np.ndarray,
-    linear: Arrays,
+    n_size: int,
     n_relu: int,
     damage: np.ndarray,
     k_base: int,
-) -> Arrays:
-    """Of an Estimator of sizes alone. linear: from `_directions`."""
-    down, inputs = linear["down"], linear["inputs"]
-    kept: Dict[int, List[SizeRows]] = {il: [] for il, k in enumerate(full) if k}
-    main: Dict[int, List[np.ndarray]] = {il: [] for il in kept}
-    bar = progress_bar("estimates, sizes", len(token_windows), "pass")
-    with bar, recording(llm, _whole(llm, full), inputs=True) as recorder:
-        taken = recorder.layers(token_windows, "inputs", "experts", "norms", "weights", progress=bar.update)
-        for il, layer in taken:
-            kept[il].append((layer.inputs @ down[il].T, layer.experts, log_sizes(layer), log_weights(layer.weights)))
-            main[il].append((layer.inputs @ inputs[il].astype(np.float32).T).astype(np.float16))
-    positive = np.zeros((len(full), n_relu, down.shape[2]), np.float32)
+    folder: Optional[Path],
+) -> Optional[Arrays]:
+    """Of an Estimator of sizes alone, fitted to the windows that are not kept apart. folder: for a temporary file."""
+    n_expert, n_embd = n_expert_of(llm), llm.n_embd()
+    layers = [il for il, k in enumerate(full) if k]
+    sums = {il: SizeSums(n_expert, n_embd) for il in layers}
+    taken: Dict[int, list] = {il: [] for il in layers}  # of each window experts, log sizes, log weights
+    down = np.zeros((len(full), n_size, n_embd), np.float32)
+    main = np.zeros((len(full), min(N_INPUT, n_embd), n_embd), np.float16)
+    positive = np.zeros((len(full), n_relu, n_embd), np.float32)
+    kept: Dict[int, List[SizeRows]] = {}
+    with InputFile(folder, layers, token_windows.shape[1], n_embd) as inputs:
+        with recording(llm, _whole(llm, full), inputs=True) as recorder:
+            if not recorder.works:
+                return None
+            with progress_bar("estimates, sizes", len(token_windows), "pass") as bar:
+                records = recorder.layers(token_windows, "inputs", "experts", "norms", "weights", progress=bar.update)
+                for il, layer in records:
+                    if not (np.isfinite(layer.norms).all() and np.isfinite(layer.inputs).all()):
+                        raise CalibrationError(
+                            f"layer {il}: an input or an expert's output is not finite", finite=False
+                        )
+                    sizes = log_sizes(layer)
+                    if not apart[len(taken[il])]:
+                        sums[il].add(layer.inputs, layer.experts, sizes)
+                    taken[il].append((layer.experts, sizes, log_weights(layer.weights)))
+                    inputs.append(layer.inputs)
 
-    def train(il: int) -> None:
-        x, windows, basis = main.pop(il), kept[il], inputs[il].astype(np.float32)
-        rows = zip(*((of_x, *w[:3]) for of_x, w, a in zip(x, windows, apart) if not a))
-        of_fit, linear_part, experts, sizes = (np.concatenate(row) for row in rows)
-        directions = positive_directions(of_fit, linear_part, experts, sizes, n_expert_of(llm), n_relu)
-        positive[il] = as_it_runs(directions @ basis)
-        directions = positive[il] @ basis.T / (basis**2).sum(axis=1)  # the rounded ones; the basis is orthogonal
-        kept[il] = [
-            (np.concatenate([w[0], np.maximum(of_x.astype(np.float32) @ directions.T, 0.0)], axis=1), *w[1:])
-            for of_x, w in zip(x, windows)
-        ]
+        def find(il: int) -> None:
+            of_layer = sums.pop(il)
+            down[il] = as_it_runs(of_layer.directions(n_size))
+            main[il] = of_layer.main_inputs(main.shape[1])
+            if not (np.isfinite(down[il]).all() and np.isfinite(main[il]).all()):
+                raise CalibrationError(f"layer {il}: its inputs are all alike")
 
-    _by_layers("estimates, positive directions", list(kept), train, llm.n_threads, inputs.shape[1])
-    down = np.concatenate([down, positive], axis=1)
-    return _arrays(with_sizes(down, n_relu, kept, damage, apart, k_base, full, n_expert_of(llm)))
+        def train(il: int) -> None:
+            x, basis = inputs.read(il), main[il].astype(np.float32)
+            linear = [of_x @ down[il].T for of_x in x]
+            rows = [
+                ((of_x @ basis.T).astype(np.float16), u, *of_experts[:2])
+                for of_x, u, of_experts, a in zip(x, linear, taken[il], apart)
+                if not a
+            ]
+            directions = positive_directions(*map(np.concatenate, zip(*rows)), n_expert, n_relu)
+            positive[il] = as_it_runs(directions @ basis)
+            kept[il] = [
+                (np.concatenate([u, np.maximum(of_x @ positive[il].T, 0.0)], axis=1), *of_experts)
+                for of_x, u, of_experts in zip(x, linear, taken.pop(il))
+            ]
+
+        _by_layers("estimates, directions", layers, find, llm.n_threads, n_embd)
+        _by_layers("estimates, positive directions", layers, train, llm.n_threads, main.shape[1])
+    return _arrays(
+        with_sizes(np.concatenate([down, positive], axis=1), n_relu, kept, damage, apart, k_base, full, n_expert)
+    )
 
 
 def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> Arrays:
@@ -270,7 +263,10 @@ def _corrected(
     llm: Llama, estimator: Estimator, plan: Plan, token_windows: np.ndarray, progress: Callable[[], object]
 ) -> Estimator:
     """With distributions of sizes that give what the layers spend under the plan: less reaches a layer where others skip."""
-    spent = _spent(llm, plan, token_windows, progress)
+    llm.apply_plan(plan, skip_logits=True)
+    llm.expert_stats(reset=True)
+    evaluate(llm, token_windows, progress)
+    spent = llm.expert_stats(reset=True)["prefill"]["mean"]
     full, base = np.array(plan.expert_used_count_full), np.minimum(plan.expert_used_count_full, plan.k_base)
     free = full > base
     if not np.isfinite(np.array(plan.threshold)[free]).all():
@@ -278,16 +274,6 @@ def _corrected(
     shares = np.where(free, (spent - base) / np.maximum(full - base, 1), 0.0)
     # layers with nothing to choose keep their zeros
     return estimator.shifted(np.where(free, plan.threshold, 0.0), np.clip(shares, 0.0, 1.0))
-
-
-def _spent(llm: Llama, plan: Plan, token_windows: np.ndarray, progress: Callable[[], object]) -> np.ndarray:
-    """float64 [n_layer], activations per token."""
-    llm.apply_plan(plan, skip_logits=True)
-    llm.expert_stats(reset=True)
-    evaluate(llm, token_windows, progress)
-    spent = llm.expert_stats(reset=True)["prefill"]["mean"]
-    llm.apply_plan(plan)
-    return spent
 
 
 def n_expert_of(llm: Llama) -> int:

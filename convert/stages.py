@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List, Tuple
 
-from . import choose, estimate, sensitivity
+from . import choose, sensitivity
 from .task import Task
 
 # Measured against a token of a window at full budget (docs/notes/2026-11-conversion.md): one that the model writes among 64
@@ -32,9 +32,8 @@ def expected(task: Task) -> List[Tuple[str, float]]:
         found += [("sensitivity", n_profile * (_RECORDED + sum(1 - il / len(full) for il in starts)))]
     if tries:
         found += [
-            ("estimates, inputs", _RECORDED * min(0.75 * n_fit, estimate.DIRECTION_TOKENS)),
-            ("estimates, directions", task.n_embd),
             ("estimates, sizes", _RECORDED * n_fit),
+            ("estimates, directions", task.n_embd),
             ("estimates, positive directions", 0.06 * n_fit),
             ("estimates, outputs", _RECORDED * n_fit),
             ("estimates, ranks", task.n_embd / 3),

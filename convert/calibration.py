@@ -45,7 +45,7 @@ def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0)
     """Windows spread evenly over a UTF-8 text file, put together of pieces from all over it if it is much longer than they are.
 
     Args:
-        n_tokens: tokens for the profile; up to half as many again are held out.
+        n_tokens: tokens for the profile; up to as many again are held out.
         n_ctx: tokens in a window, at most the context of `llm`.
         n_fit: tokens for `fit`, and a quarter as many for `spend`, if that is more and the text has as many.
 
@@ -73,7 +73,7 @@ def self_generated(
     """Short documents that the model samples itself at temperature 1, top-p 0.95; the same seed gives the same text.
 
     Args:
-        n_tokens: tokens for the profile; up to half as many again are held out.
+        n_tokens: tokens for the profile; up to as many again are held out.
         n_ctx: tokens in a window, at most the context of `llm`.
         seed: of the first document; each further one takes the next.
         checkpoint: has the documents that were written before, and takes the new ones.
@@ -134,7 +134,7 @@ def _split(llm: Llama, tokens: np.ndarray, n_tokens: int, n_ctx: int, source: st
     n_profile = max(1, n_tokens // n_ctx)
     profile = spread(fit, n_profile)
     digest = hashlib.sha256(profile.tobytes()).hexdigest()
-    check = spread(spend, max(1, n_profile // 2))
+    check = spread(spend, n_profile)
     return CalibrationText(profile, fit, check, spend, Calibration(source, profile.size, digest))
 
 

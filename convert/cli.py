@@ -13,7 +13,7 @@ from allocmoe_edge.command import run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
 from . import huggingface, pipeline, quantize, sensitivity
-from .settings import Settings, checkpoint_path
+from .settings import CALIB_TOKENS, CALIB_TOKENS_ALONE, Settings, checkpoint_path
 
 _DESCRIPTION = """\
 Works out where a Mixture-of-Experts model needs its experts, and writes a copy of the model that spends a given
@@ -129,7 +129,8 @@ def parser() -> argparse.ArgumentParser:
         "--calib-tokens",
         type=positive,
         metavar="N",
-        help="tokens to profile on; half as many again check the plan. More is slower and less noisy. Default: 2048",
+        help="tokens to profile on; as many again check the plan, where there are as many. More is slower and less noisy. "
+        f"Default: {CALIB_TOKENS}, and {CALIB_TOKENS_ALONE} with a --token-rule that is not estimate",
     )
     text.add_argument(
         "--estimate-tokens",

@@ -16,6 +16,8 @@ from . import ConvertError, quantize, sensitivity
 # how many activations a model has is not known before it is read: any number that one can have (llama.cpp's limits)
 _MOST_ACTIVATIONS = 512 * 1024
 _COSTS = ("activations", "ms")
+# Tokens for the profile, with estimates and without: what estimates take from it is no better known for twice as many.
+CALIB_TOKENS, CALIB_TOKENS_ALONE = 1024, 2048
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Settings:
     k_base: int = 1
     reprofile: bool = False
     calib: Optional[Path] = None
-    calib_tokens: int = 2048
+    calib_tokens: int = 0  # what the token rule takes, see `CALIB_TOKENS`
     estimate_tokens: int = 12288
     ctx_size: int = 512
     seed: int = 0
@@ -60,6 +62,9 @@ class Settings:
     def __post_init__(self) -> None:
         # what is made on the way is made beside it; frozen: this is the one place that may set it
         object.__setattr__(self, "output", followed(self.output))
+        if not self.calib_tokens and "calib_tokens" not in self.given:
+            estimates = self.token_rule in (None, "estimate")
+            object.__setattr__(self, "calib_tokens", CALIB_TOKENS if estimates else CALIB_TOKENS_ALONE)
         choices = {"profile": sensitivity.MODES, "metric": sensitivity.METRICS, "quantize": quantize.FTYPES}
         for name, allowed in {**choices, "cost": _COSTS, "token_rule": TOKEN_RULES}.items():
             value = getattr(self, name)

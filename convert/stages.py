@@ -22,7 +22,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
     tries = task.tries_estimates and not task.calibrated
     n_profile = settings.calib_tokens
     n_fit = max(n_profile, settings.estimate_tokens) if tries else n_profile
-    n_held = n_profile / 2
+    n_held = min(n_profile, n_fit / 4)
     found = []
     if settings.calib is None:
         found += [("calibration text", _WRITTEN * 1.25 * n_fit)]

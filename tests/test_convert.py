@@ -18,7 +18,7 @@ from allocmoe_edge.convert import cli, pipeline, source, task
 from allocmoe_edge.convert.settings import Settings
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.measure.perplexity import negative_log_likelihood
-from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan import TOKEN_RULES, metadata
 from gguf_factory import plan_keys, write_gguf
 import numpy as np
 import pytest
@@ -154,6 +154,15 @@ def test_estimates_are_calibrated_with_stored_sensitivities(tiny_planned, tmp_pa
     assert metadata.read(tmp_path / "half.gguf").plan.token_rule == "estimate"
 
 
+def test_a_profile_for_estimates_takes_less_text():
+    """By default; what the user asks for is what is taken."""
+    tokens = {
+        rule: Settings(Path("m.gguf"), Path("o.gguf"), token_rule=rule).calib_tokens for rule in (None, *TOKEN_RULES)
+    }
+    assert tokens == {None: 1024, "estimate": 1024, "threshold": 2048, "batch": 2048, "off": 2048}
+    assert Settings(Path("m.gguf"), Path("o.gguf"), calib_tokens=64).calib_tokens == 64
+
+
 def test_estimates_are_not_tried_without_the_memory(testbed_path, monkeypatch, capsys):
     settings = Settings(testbed_path, Path("out.gguf"), ctx_size=32, calib_tokens=64, estimate_tokens=64)
     planned = task.plan_task(settings, source.Source(testbed_path, temporary=False))
@@ -190,7 +199,7 @@ def test_calibration_from_a_file(testbed_path, tmp_path):
     assert nll.shape == (len(text.profile), 31) and (nll > 0).all()
     # more for what takes few runs: the same windows and others, apart from what is held out
     more = from_file(llm, tmp_path / "book.txt", 96, 32, n_fit=320)
-    assert more.profile.shape == text.profile.shape and len(more.held_out) == len(text.held_out)
+    assert more.profile.shape == text.profile.shape and len(more.held_out) == 2
     assert len(more.fit) == 10 and len(more.spend) == 2
 
     def rows(windows):

@@ -18,7 +18,9 @@ def test_layers_are_read_as_they_were_written(tmp_path):
                 inputs.append(layer)
         assert not list(tmp_path.iterdir())
         for position, il in enumerate((1, 3)):
-            np.testing.assert_allclose(inputs.read(il), windows[:, position].clip(-65504, 65504), rtol=2**-11, atol=1e-7)
+            np.testing.assert_allclose(
+                inputs.read(il), windows[:, position].clip(-65504, 65504), rtol=2**-11, atol=1e-7
+            )
 
 
 def test_no_space_is_said_and_leaves_nothing(tmp_path):

@@ -91,12 +91,12 @@ sanitize: sanitize-address sanitize-thread
 ASAN := build/asan
 sanitize-address: $(VENV)/.installed-test
 	cmake -S native -B $(ASAN) -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DALLOCMOE_SANITIZE=address,undefined
-	cmake --build $(ASAN) --target llama --parallel $(shell nproc)
+	cmake --build $(ASAN) --target llama mtmd --parallel $(shell nproc)
 	rm -f $(ASAN).log.*
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16:log_path=$(CURDIR)/$(ASAN).log \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16:abort_on_error=1:log_path=$(CURDIR)/$(ASAN).log \
 	UBSAN_OPTIONS=print_stacktrace=1 $(call SANITIZED_PYTEST,libasan,$(ASAN),mul_mat mul_mat_id transpose cache_product \
 	token_rule model_rules estimate estimator llama_estimate metadata budget request_budget sequences expert_cache prefetch \
-	hostile_files)
+	hostile_files projector)
 
 # without children of a fork: this sanitizer takes none that begin threads
 TSAN := build/tsan

@@ -15,13 +15,15 @@ from typing import Any, Callable, ContextManager, Generator, Iterator, List, Map
 import numpy as np
 
 from . import projector
-from ._native import llama_cpp
+from ._native import libggml_base, llama_cpp
 from .sharing import in_turn, keep_over_forks, turns
 
 internals = llama_cpp._internals
 
-# llama.cpp loads a model with one, and ends the process at the first token
-_NO_CACHE_TYPES = tuple(getattr(llama_cpp, f"GGML_TYPE_{name}") for name in ("I8", "I16", "I32", "I64", "F64"))
+# llama.cpp loads a model with one, and ends the process at the first token: numbers, and what only products are computed with
+_NO_CACHE_TYPES = tuple(
+    getattr(llama_cpp, f"GGML_TYPE_{name}") for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+)
 # enum llama_pooling_type
 _POOLING_TYPES = range(-1, 5)
 # GGML_MAX_N_THREADS
@@ -142,7 +144,6 @@ class CheckedLlama(llama_cpp.Llama):
         for name in ("lora_path", "lora_base"):
             if kwargs.get(name) is not None:
                 kwargs[name] = os.fsdecode(kwargs[name])
-        _check_arguments(kwargs)
         # else llama-cpp-python keeps tokens for fewer places than the context has, and fails where a text goes beyond
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
         self._pictures = []
@@ -521,8 +522,14 @@ def _check_bias(bias: Any, n_vocab: int) -> None:
             )
 
 
-def _check_arguments(kwargs: dict) -> None:
+def check_arguments(kwargs: dict) -> None:
     """Refuses what llama.cpp or llama-cpp-python would crash on. Raises ValueError."""
+    overrides = kwargs.get("kv_overrides")
+    if overrides is not None and not (isinstance(overrides, dict) and all(isinstance(key, str) for key in overrides)):
+        raise ValueError(f"kv_overrides: found {overrides!r}, want a dict of keys and values")
+    numa = kwargs.get("numa", False)
+    if not (isinstance(numa, int) and 0 <= numa < llama_cpp.GGML_NUMA_STRATEGY_COUNT):
+        raise ValueError(f"numa: found {numa!r}, want True, False or one of llama_cpp.GGML_NUMA_STRATEGY_*")
     for name in ("n_threads", "n_threads_batch"):
         value = kwargs.get(name) or 1
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _MOST_THREADS:
@@ -533,10 +540,15 @@ def _check_arguments(kwargs: dict) -> None:
             raise ValueError(f"{name}: found {value!r}, want a whole number from {least} up")
     for name in ("type_k", "type_v"):
         value = kwargs.get(name)
-        if value is not None and not (isinstance(value, int) and 0 <= value < llama_cpp.GGML_TYPE_COUNT):
+        if value is None:
+            continue
+        # a type that ggml has given up is still a number, of blocks of no size
+        if not (
+            isinstance(value, int) and 0 <= value < llama_cpp.GGML_TYPE_COUNT and libggml_base.ggml_blck_size(value)
+        ):
             raise ValueError(f"{name}: found {value!r}, want one of llama_cpp.GGML_TYPE_*")
         if value in _NO_CACHE_TYPES:
-            raise ValueError(f"{name}: found {value!r}, a type of numbers that no key-value cache can hold")
+            raise ValueError(f"{name}: found {value!r}, a type that no key-value cache can have")
     if not isinstance(kwargs.get("flash_attn"), (bool, type(None))):
         raise ValueError(f"flash_attn: found {kwargs['flash_attn']!r}, want True, False or None")
     pooling = kwargs.get("pooling_type", -1)

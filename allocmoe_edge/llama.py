@@ -18,7 +18,7 @@ import numpy as np
 from . import expert_cache as cache_size
 from . import gpu_fit, hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
-from .checked_llama import CheckedLlama, GenerationError
+from .checked_llama import CheckedLlama, GenerationError, check_arguments
 from .draft import DraftModel
 from .gguf_file import GGUFFile, model_paths
 from .measure import memory
@@ -198,6 +198,7 @@ class Llama(CheckedLlama):
             # with it llama.cpp rounds a cache of floats to half precision
             floats = llama_cpp.GGML_TYPE_F32 in (kwargs.get("type_k"), kwargs.get("type_v"))
             kwargs["flash_attn"] = not n_gpu_layers and not floats
+        check_arguments(kwargs)
         set_verbose(kwargs.get("verbose", True))
         beside = not (budget is None and token_rule is None and plan_path is None)
         self._vocab_only = bool(kwargs.get("vocab_only"))
@@ -812,7 +813,13 @@ class Llama(CheckedLlama):
 
     @in_turn
     def rewind(self, n_past: int) -> bool:
-        """Forgets the tokens from position n_past on; False where the model's memory cannot forget a part (recurrent ones)."""
+        """Forgets the tokens from position n_past on; False where the model's memory cannot forget a part (recurrent ones).
+
+        Raises:
+            ValueError: n_past is no number from 0 on.
+        """
+        if isinstance(n_past, bool) or not isinstance(n_past, (int, np.integer)) or not 0 <= n_past < 2**31:
+            raise ValueError(f"n_past: found {n_past!r}, want a number of tokens from 0 on")
         self._tokens_change("rewind()")
         self.n_tokens = min(self.n_tokens, n_past)
         self._requires_eval = True
@@ -1077,6 +1084,11 @@ class Llama(CheckedLlama):
                 and state.llama_state_size == len(state.llama_state)
             )
             np.broadcast_to(state.scores, self.scores[:n].shape)
+            fits &= isinstance(state.scores, np.ndarray) and state.scores.dtype == np.single
+            left, n_layer = getattr(state, "left", None), libllama.allocmoe_n_layer(context_pointer(self))
+            fits &= left is None or (
+                isinstance(left, np.ndarray) and left.dtype == np.float32 and left.ndim == 2 and len(left) == n_layer
+            )
         except (AttributeError, TypeError, ValueError):
             fits = False
         if not fits:

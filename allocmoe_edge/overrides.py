@@ -39,10 +39,7 @@ def check_ours(path: Union[str, os.PathLike], overrides: Optional[dict], beside:
 
     Raises:
         PlanError: names the override, the value found and the one wanted.
-        ValueError: no dict of names and values.
     """
-    if not isinstance(overrides or {}, dict) or not all(isinstance(key, str) for key in overrides or {}):
-        raise ValueError(f"kv_overrides: found {overrides!r}, want a dict of keys and values")
     for key, value in (overrides or {}).items():
         if not key.startswith("allocmoe."):
             continue

@@ -67,8 +67,9 @@ def test_arguments_that_there_are_not(path):
     "arguments",
     [
         dict(n_ctx=-1), dict(n_ctx="64"), dict(n_ctx=64.5), dict(n_ctx=2**31), dict(n_batch=0), dict(n_batch=-5),
-        dict(n_ubatch=0), dict(type_k=99), dict(type_v=-1), dict(type_v="f16"), dict(pooling_type=77, embedding=True),
-        dict(lora_path="/no/such/adapter"),
+        dict(n_batch=None), dict(n_batch="8"), dict(n_ubatch=0), dict(n_ubatch=None), dict(pooling_type=77, embedding=True),
+        dict(type_k=99), dict(type_v=-1), dict(type_v="f16"), dict(numa=None), dict(numa=2.0), dict(numa=99),
+        dict(kv_overrides=""), dict(kv_overrides=5), dict(kv_overrides=[], vocab_only=True), dict(lora_path="/no/such/adapter"),
     ],
     ids=str,
 )  # fmt: skip
@@ -420,3 +421,6 @@ def test_position_that_the_context_does_not_have(llm, n_past):
     with pytest.raises(ValueError, match="n_past"):
         llm.decode([1], n_past=n_past)
     assert np.isfinite(llm.decode([1], n_past=0)).all()
+    if n_past != 256:
+        with pytest.raises(ValueError, match="n_past"):
+            llm.rewind(n_past)

@@ -375,6 +375,10 @@ def test_states_that_are_none(planned_path):
         {"n_tokens": 10**6},
         {"scores": state.scores[:0]},
         {"llama_state_size": 7},
+        {"scores": None},
+        {"left": 1.0},
+        {"left": np.zeros((1, len(tokens)), np.float32)},
+        {"left": np.zeros(len(tokens), np.float32)},
     )
     for change in damage:
         damaged = copy.copy(state)
@@ -391,7 +395,13 @@ def test_states_that_are_none(planned_path):
     assert text(llm)
 
 
-@pytest.mark.parametrize("option", [{"type_k": 24}, {"type_v": 28}, {"flash_attn": "x"}, {"flash_attn": 5}], ids=str)
+# 4, 33 and 38 are types that ggml has given up, 9 and 15 what it makes of a vector that it multiplies by quantised weights
+@pytest.mark.parametrize(
+    "option",
+    [*({"type_k": n} for n in (4, 9, 15, 24, 33, 38)), {"type_v": 28}, {"type_v": 5}, {"type_v": 9}, {"flash_attn": "x"},
+     {"flash_attn": 5}],
+    ids=str,
+)  # fmt: skip
 def test_caches_that_there_are_not(planned_path, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         Llama(planned_path, n_ctx=64, verbose=False, **option)

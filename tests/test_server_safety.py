@@ -29,7 +29,9 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="what
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("safety")
     path = odd_models.write_talker(folder / "talker.gguf")
+    (folder / "saved").mkdir()
     options = ["-c", "512", "-np", "2", "-t", "1", "--metrics", "--slots", "--api-key", KEY, "-lv", "5"]
+    options += ["--slot-save-path", folder / "saved"]
     with serving(folder, "-m", path, *options) as (url, log, process):
         yield url, log, process
 
@@ -71,6 +73,87 @@ def test_a_key_is_wanted_and_not_told(server):
     assert not any(KEY in text for text in texts)
     logged = log.read_bytes()
     assert len(logged) > 10_000 and KEY.encode() not in logged
+
+
+FILES = ["/../../etc/passwd", "/..%2f..%2fetc%2fpasswd", "//etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/../../etc/passwd",
+    "/....//etc/passwd", r"/\..\..\etc\passwd", "http://x/etc/passwd", "file:///etc/passwd", "/%00", "/slots/../../etc/passwd", "/server.log"]  # fmt: skip
+NAMES = [
+    "../talker.gguf",
+    "..",
+    ".",
+    "",
+    "a/b",
+    "/etc/passwd",
+    "..\\x",
+    "C:\\x",
+    "a\0b",
+    "a" * 300,
+    " x",
+    "x.",
+    None,
+    5,
+    [],
+]
+
+
+def got(port: int, path: str) -> bytes:
+    """What there is at a path that a client library would have put in order first."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        request = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n\r\n"
+        connection.sendall(request.encode())
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_paths_lead_nowhere_else(server):
+    """Neither those of requests, nor names of files to keep a slot's text in."""
+    url, log, _ = server
+    for path in FILES:
+        found = got(urlsplit(url).port, path)
+        assert found.startswith(b"HTTP/1.1 404 "), (path, found[:200])
+    folder = log.parent
+    before = sorted(folder.rglob("*")), (folder / "talker.gguf").stat().st_mtime_ns
+    for name, action in itertools.product(NAMES, ("save", "restore")):
+        found = httpx.post(f"{url}/slots/0?action={action}", json={"filename": name}, headers=HEADERS, timeout=60)
+        assert found.status_code == 400, (name, action, found.text)
+    assert (sorted(folder.rglob("*")), (folder / "talker.gguf").stat().st_mtime_ns) == before
+
+
+def test_models_are_those_of_the_folder(tmp_path):
+    """By no other path either."""
+    (tmp_path / "models").mkdir()
+    odd_models.write_talker(tmp_path / "models" / "in.gguf")
+    other = odd_models.write_talker(tmp_path / "out.gguf")
+    with serving(tmp_path, "--models-dir", tmp_path / "models", "-c", "256", "-np", "1", "-t", "1") as (url, log, _):
+        for name in (
+            "out",
+            "../out",
+            "../out.gguf",
+            str(other),
+            f"file://{other}",
+            "models/../../out.gguf",
+            "..",
+            "/",
+            "",
+        ):
+            found = httpx.post(f"{url}/completion", json={"model": name, "prompt": "x", "n_predict": 1}, timeout=60)
+            assert found.status_code in (400, 404), (name, found.text)
+        found = httpx.post(f"{url}/completion", json={"model": "in", "prompt": "x", "n_predict": 1}, timeout=60)
+        assert found.status_code == 200, found.text
+
+
+@pytest.mark.parametrize(
+    "prompt", ["abc " * 2000, [1] * 256, [1] * 5000], ids=lambda prompt: f"{len(prompt)} of {type(prompt)}"
+)
+def test_prompts_longer_than_the_context(server, prompt):
+    """Of 256 tokens a slot: refused, whole or streamed, and the next request is served."""
+    for stream in (False, True):
+        body = {"prompt": prompt, "n_predict": 4, "stream": stream}
+        found = httpx.post(f"{server[0]}/completion", json=body, headers=HEADERS, timeout=60)
+        assert found.status_code == 400 and "exceeds the available context size (256 tokens" in found.text, found.text
+    found = httpx.post(
+        f"{server[0]}/completion", json={"prompt": [1] * 250, "n_predict": -1}, headers=HEADERS, timeout=60
+    )
+    assert found.status_code == 200 and 0 < found.json()["tokens_predicted"] <= 6 and found.json()["truncated"]
 
 
 def rude(port: int, number: int) -> None:

@@ -1051,8 +1051,10 @@ class Llama(CheckedLlama):
         """As in `llama_cpp.Llama`; warns if the state was made with another plan than the one in force.
 
         Raises:
-            ValueError: it is none that `save_state` gave, or damaged. Nothing has changed then.
+            ValueError: it is none that `save_state` gave, or damaged.
             RuntimeError: it is of another model, or of a cache that differs.
+
+        After an error nothing has changed, or, where llama.cpp found what is wrong, nothing is cached.
         """
         self._check_state(state)
         self._tokens_change("load_state()")  # what is in force now is what will be
@@ -1066,9 +1068,13 @@ class Llama(CheckedLlama):
         try:
             super().load_state(state)
         except RuntimeError as error:
+            self.clear_cache()  # llama.cpp has emptied it
             raise RuntimeError(
                 f"{error}: it is of another model, or of a cache that differs (flash_attn, type_k, type_v, n_ctx)"
             ) from None
+        if self.n_tokens and llama_cpp.llama_memory_seq_pos_min(self._ctx.memory, 0) < 0:
+            self.clear_cache()  # else tokens of such places stay for all that follows
+            raise ValueError("load_state: the state is damaged: it has tokens at places below 0, or none")
         if self._cache_bytes:
             self._put_ran(getattr(state, "ran", None))
         self._plan_of_tokens, self._left = then, getattr(state, "left", None)

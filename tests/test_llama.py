@@ -407,6 +407,30 @@ def test_caches_that_there_are_not(planned_path, option):
         Llama(planned_path, n_ctx=64, verbose=False, **option)
 
 
+def test_states_that_are_damaged_within(planned_path):
+    """They are taken or an error, and what is generated next is what it was."""
+    llm = Llama(planned_path, n_ctx=256, verbose=False)
+    expected = text(llm)
+    llm.clear_cache()
+    tokens = llm.tokenize(b"A state is saved and damaged")
+    llm.eval(tokens)
+    state = llm.save_state()
+    errors = set()
+    for offset in range(0, 100, 4):  # its header, and the places of the first tokens
+        damaged = copy.copy(state)
+        content = bytearray(state.llama_state)
+        content[offset : offset + 4] = (-7).to_bytes(4, "little", signed=True)
+        damaged.llama_state = bytes(content)
+        try:
+            llm.load_state(damaged)
+        except (RuntimeError, ValueError) as error:
+            errors.add(type(error))
+            assert llm.n_tokens == 0
+            assert llm(tokens, max_tokens=1)["usage"]["completion_tokens"] == 1
+        assert text(llm) == expected, offset
+    assert errors == {RuntimeError, ValueError}
+
+
 def test_state_of_another_plan_says_so(llm):
     llm.reset()
     llm.eval([1, 2, 3])

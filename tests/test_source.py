@@ -91,7 +91,10 @@ def test_missing_and_gated_repositories(folder, out, tmp_path):
         (folder / "config.json").unlink()
         refused("org/name", "-o", out / "m.gguf", expect="has no config.json", env=env)
     with serve(folder, "org/name", gated=True) as (endpoint, _):
-        refused("org/name", "-o", out / "m.gguf", expect="gated", env=hub_env(endpoint, tmp_path))
+        env = {**hub_env(endpoint, tmp_path), "HF_TOKEN": "hf_" + "S" * 34}
+        refused("org/name", "-o", out / "m.gguf", expect="gated", env=env)
+        done = run("org/name", "-o", out / "m.gguf", "--debug", env=env)
+        assert done.returncode == 1 and "gated" in done.stderr and "SSS" not in done.stderr + done.stdout
 
 
 @pytest.mark.slow

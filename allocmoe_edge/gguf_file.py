@@ -77,7 +77,10 @@ class GGUFFile:
         if not self.path.is_file():
             raise GGUFError(f"{self.path}: {_why_no_file(self.path)}")
         with open(self.path, "rb") as file:
-            magic = file.read(4)
+            try:
+                magic = file.read(4)
+            except OSError as error:  # which does not know the file
+                raise GGUFError(f"{self.path}: cannot be read: {error.strerror}") from None
         if magic != b"GGUF":
             raise GGUFError(f"{self.path}: not a GGUF file (it starts with {magic!r}, not with b'GGUF')")
         params = ffi.new("struct gguf_init_params *", {"no_alloc": True})

@@ -1,6 +1,7 @@
 """The allocmoe.* keys: what is written is read back, and one test per malformed file."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from allocmoe_edge import GGUFError, Plan, PlanError
 from allocmoe_edge.gguf_file import GGUFFile
@@ -113,6 +114,12 @@ def test_not_gguf(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04 a zip by its looks")
     with pytest.raises(GGUFError, match="not a GGUF file"):
         metadata.read(tmp_path / "m.gguf")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that opens and cannot be read")
+def test_file_that_cannot_be_read():
+    with pytest.raises(GGUFError, match="/proc/self/mem: cannot be read: Input/output error"):
+        GGUFFile("/proc/self/mem")
 
 
 def test_empty_file(tmp_path):

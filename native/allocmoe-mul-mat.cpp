@@ -36,7 +36,7 @@ constexpr int PANEL_TOKENS = 4;
 
 // acc: [N][ROWS], added to.
 template <typename F, int N>
-static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
+static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, float * acc) {
     for (int v = 0; v < ROWS; v += W) {
         vf sum[N];
         for (int t = 0; t < N; ++t) {
@@ -66,6 +66,56 @@ static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
             store(acc + t * ROWS + v, sum[t]);
         }
     }
+}
+
+#if defined(ALLOCMOE_WHOLE_BLOCKS)
+// The same for one block, whose sub-blocks are added up as integers.
+template <typename F, int N>
+static void multiply_block(const panel & p, const tile & x, float * acc) {
+    constexpr int GROUPS = F::SUB / 4;
+    for (int v = 0; v < ROWS; v += W) {
+        vi sum[N], second[N];
+        for (int t = 0; t < N; ++t) {
+            sum[t] = second[t] = zero();
+        }
+        for (int s = 0; s < CHUNK / F::SUB; ++s) {
+            const __m256i scale = load_32(p.whole.scale[s] + v);
+            __m256i w[GROUPS];
+#pragma GCC unroll 8
+            for (int i = 0; i < GROUPS; ++i) {
+                w[i] = load_32(p.q + (s * F::SUB + 4 * i) * ROWS + v * 4);
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < N; ++t) {
+                sum[t] = multiply_sub_block<F::LARGEST, F::SUB>(sum[t], w, x.q + (s * N + t) * F::SUB, scale);
+            }
+        }
+        for (int s = 0; s < CHUNK / F::SUB / 2; ++s) {
+            const __m256i pairs = load_32(p.whole.pairs[s] + v);
+            for (int t = 0; t < N; ++t) {
+                second[t] = add_products(second[t], pairs, broadcast(x.init + s * N + t));
+            }
+        }
+        for (int t = 0; t < N; ++t) {
+            const vf xd = broadcast(x.d + t);
+            vf y        = fma(to_float(without_offset<F>(sum[t], second[t])), mul(load(p.whole.d + v), xd), load(acc + t * ROWS + v));
+            if (F::MIN) {
+                y = fma(to_float(second[t]), mul(load(p.whole.m + v), xd), y);
+            }
+            store(acc + t * ROWS + v, y);
+        }
+    }
+}
+#endif
+
+template <typename F, int N>
+static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
+#if defined(ALLOCMOE_WHOLE_BLOCKS)
+    if constexpr (whole_blocks<F>) {
+        return multiply_block<F, N>(p, x, acc);
+    } else
+#endif
+        multiply_sub_blocks<F, N>(p, n_sub, x, acc);
 }
 
 template <typename F>
@@ -145,7 +195,7 @@ static void gather(const job & job, int64_t first, int n, workspace & ws) {
     ws.d.resize(n * n_sub);
     ws.sum.resize(n * n_sub);
     ws.init.resize(n * n_sub);
-    constexpr int X_BLOCK = sizeof(X::qs);
+    constexpr int X_BLOCK = sizeof(X::qs), N_SUB = F::BLOCK / F::SUB;
     for (int t0 = 0; t0 < n; t0 += tile_size(n)) {
         const int n_tile = std::min(tile_size(n), n - t0);
         for (int t = 0; t < n_tile; ++t) {
@@ -155,23 +205,26 @@ static void gather(const job & job, int64_t first, int n, workspace & ws) {
                 const int64_t i = t0 * n_sub + b * n_tile + t;
                 int8_t * q      = ws.q.data() + i * F::SUB;
                 int32_t sum;
-                ws.d[i]    = read_activations<F::SUB>(x[b * F::SUB / X_BLOCK], b * F::SUB % X_BLOCK, q, sum);
-                ws.sum[i]  = ws.d[i] * sum;
-                ws.init[i] = -F::OFFSET * sum;
+                const float d = read_activations<F::SUB>(x[b * F::SUB / X_BLOCK], b * F::SUB % X_BLOCK, q, sum);
+                if (whole_blocks<F>) {
+                    ws.d[t0 * n_sub / N_SUB + b / N_SUB * n_tile + t] = d;
+                    const auto sum_16                                 = (int16_t) sum; // of up to 32 numbers up to 127
+                    memcpy((int16_t *) (ws.init.data() + t0 * n_sub / 2 + b / 2 * n_tile + t) + b % 2, &sum_16, sizeof(sum_16));
+                } else {
+                    ws.d[i]    = d;
+                    ws.sum[i]  = d * sum;
+                    ws.init[i] = -F::OFFSET * sum;
+                }
             }
         }
     }
 }
 
-static inline void prefetch(const char * from, size_t n) {
-#if defined(__GNUC__)
-    for (size_t i = 0; i < n; i += 64) {
-        __builtin_prefetch(from + i, 0, 2);
-    }
-#else
-    GGML_UNUSED(from);
-    GGML_UNUSED(n);
-#endif
+// Those from sub-block i on, counted for all tokens together.
+template <typename F>
+static tile activations_from(const workspace & ws, int64_t i) {
+    const int64_t i_d = whole_blocks<F> ? i / (F::BLOCK / F::SUB) : i;
+    return { ws.q.data() + i * F::SUB, ws.d.data() + i_d, ws.sum.data() + i, ws.init.data() + (whole_blocks<F> ? i / 2 : i) };
 }
 
 // Rows row0 to row1 of an expert's product with the gathered activations of n slots.
@@ -195,12 +248,12 @@ static void multiply_rows(
             const int64_t s0 = k0 / L::SUB;
             // while these rows are multiplied, the next ones arrive
             const size_t from = next_size * k0 / n_in;
-            prefetch(next + from, next_size * (k0 + n_k) / n_in - from);
+            prefetch<2>(next + from, next_size * (k0 + n_k) / n_in - from);
             L::unpack(rows, row_size, n_rows, k0, n_k, p);
             for (int t0 = 0; t0 < n; t0 += TILE) {
                 const int n_tile = std::min(TILE, n - t0);
                 const int64_t i  = t0 * n_sub + s0 * n_tile;
-                const tile x     = { ws.q.data() + i * L::SUB, ws.d.data() + i, ws.sum.data() + i, ws.init.data() + i };
+                const tile x     = activations_from<L>(ws, i);
                 multiply<L>(n_tile, p, n_k / L::SUB, x, acc + t0 * ROWS);
             }
         }
@@ -225,7 +278,7 @@ static void multiply_rows_by_one(
         for (int t = 0; t < n; ++t) {
             const int64_t slot = job.slot(first + t);
             float * result     = (float *) ((char *) job.dst->data + slot % job.n_used * job.dst->nb[1] + slot / job.n_used * job.dst_stride);
-            const tile x       = { ws.q.data() + t * n_in, ws.d.data() + t * n_sub, ws.sum.data() + t * n_sub, ws.init.data() + t * n_sub };
+            const tile x       = activations_from<L>(ws, t * n_sub);
             const char * rows[STREAMS];
             float * out[STREAMS];
             for (int s = 0; s < STREAMS; ++s) {
@@ -252,11 +305,12 @@ struct kernel {
     void (*gather)(const job &, int64_t, int, workspace &)                                               = nullptr;
     void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &)        = nullptr;
     void (*multiply_rows_by_one)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
+    bool for_few                                                                                         = false; // as fast as llama.cpp's for 2 or 3 tokens
 };
 
 template <typename L, typename X>
 static kernel kernel_for() {
-    return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L> };
+    return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L>, PANEL_TOKENS == 2 || whole_blocks<L> };
 }
 
 static kernel find_kernel(ggml_type type, int n_rows, int step) {
@@ -345,11 +399,11 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const int ith            = params->ith;
     const int nth            = params->nth;
 
-    // with 2 and 3 tokens for each, llama.cpp's kernels for K-quants are the faster ones, but for AVX-512 (PANEL_TOKENS)
+    // with 2 and 3 tokens for each, llama.cpp's kernels for blocks of 256 are the faster ones, where there is no better one here
     const int64_t n_busy = std::min(n_expert, n_slots);
-    const bool too_few   = n_rows_together == 0 && ggml_blck_size(src0->type) == QK_K && n_slots > n_busy && n_slots < PANEL_TOKENS * n_busy;
+    const bool few       = n_rows_together == 0 && ggml_blck_size(src0->type) == QK_K && n_slots > n_busy && n_slots < PANEL_TOKENS * n_busy;
     const kernel run     = find_kernel(src0->type, n_rows_together, step);
-    if (!run.gather || params->use_ref || (too_few && PANEL_TOKENS > 2) ||
+    if (!run.gather || params->use_ref || (few && !run.for_few) ||
         src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
         src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
         return false;

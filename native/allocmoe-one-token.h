@@ -1,7 +1,8 @@
 // A single token: rows of weights are multiplied as they are read. Making a panel of them would be most of the work.
 //
 // Memory is the limit here, and a thread that reads one place after the other leaves much of it unused: the hardware
-// fetches ahead for each place apart. So a thread multiplies rows from STREAMS places, far apart, at the same time.
+// fetches ahead for each place apart. So a thread multiplies rows from STREAMS places, far apart, at the same time. And it
+// asks for what comes next itself, because the hardware stops at the end of every page.
 //
 // Sub-blocks are added in the panels' order with the same roundings: a token's result is the same, bit for bit, whether it
 // comes alone or with others.
@@ -14,6 +15,27 @@
 namespace allocmoe {
 
 constexpr int STREAMS = 4;
+constexpr int AHEAD   = 2304; // bytes, from a block to what is asked for while that is multiplied; half and twice as many do as well
+
+// While n bytes are multiplied; few at once, because no more than some 16 lines can be on their way. Not on Arm, where it has
+// not been timed.
+inline void prefetch_after(const void * from, size_t n) {
+#if defined(__AVX2__)
+    prefetch<3>((const char *) from + AHEAD, n);
+#else
+    GGML_UNUSED(from);
+    GGML_UNUSED(n);
+#endif
+}
+
+// While block k of a row is, or of rows together: not for each where several lie in a line.
+template <typename X>
+inline void prefetch_after_block(const X * row, int64_t k) {
+    constexpr int TOGETHER = sizeof(X) < 64 ? 64 / sizeof(X) : 1;
+    if (k % TOGETHER == 0) {
+        prefetch_after(row + k, TOGETHER * sizeof(X));
+    }
+}
 
 // For a layout L: GROUP, the rows of each place, and
 // multiply(const char * const rows[STREAMS], int64_t n_in, const tile & x, float * const out[STREAMS]).
@@ -84,20 +106,13 @@ inline vi total(const sums & s) { return STEP == 8 ? vpaddq_s32(s.of[0], s.of[1]
 #endif
 
 // 4-bit codes in the high halves of bytes, 16 times as large where the sums have room for that
-#if defined(ALLOCMOE_VNNI)
+#if defined(ALLOCMOE_AVX512)
 inline vb high_codes(vb x) { return bits<4, 15, 4>(x); }
+inline vi of_high_codes(vi sum) { return _mm512_srai_epi32(sum, 4); }
 #else
 inline vb high_codes(vb x) { return bits<4, 15, 0>(x); }
+inline vi of_high_codes(vi sum) { return sum; }
 #endif
-inline vi of_high_codes(vi sum) {
-#if defined(ALLOCMOE_AVX512)
-    return _mm512_srai_epi32(sum, 4);
-#elif defined(ALLOCMOE_VNNI)
-    return _mm256_srai_epi32(sum, 4);
-#else
-    return sum;
-#endif
-}
 
 // W floats from numbers of 8 rows, and of 8 others where W is 16
 #if defined(ALLOCMOE_AVX512)
@@ -212,6 +227,9 @@ struct one_token_of_32 : rows_together<N, STEP> {
             const int8_t * q = x.q + 32 * k;
             const vf xd      = broadcast(x.d + k);
             const vi init    = broadcast(x.init + k);
+            for (int i = 0; i < STREAMS; ++i) {
+                prefetch_after_block((const X *) rows[i], k);
+            }
 #pragma GCC unroll 4
             for (int v = 0; v < R::REGISTERS; ++v) {
                 const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
@@ -257,6 +275,7 @@ template <typename F, typename X>
 struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X, 8, 8> {};
 #endif
 
+#if !defined(ALLOCMOE_WHOLE_BLOCKS)
 // The 6-bit scales and mins of eight sub-blocks, 8 rows of both: out[sub-block][scale or min][row]
 inline void unpack_scales_k4(const uint8_t * packed, uint8_t (*out)[2][8]) {
 #if defined(ALLOCMOE_AVX512)
@@ -269,15 +288,6 @@ inline void unpack_scales_k4(const uint8_t * packed, uint8_t (*out)[2][8]) {
         _mm512_store_si512(out[4 * h], _mm512_or_si512(
                                            _mm512_and_si512(a, _mm512_broadcast_i32x4(_mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f))),
                                            _mm512_and_si512(b, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x30303030, 0, 0x30303030)))));
-    }
-#elif defined(__AVX2__)
-    for (int i = 0; i < 8; i += 2) { // 12 bytes of each: 4 of what follows too
-        const __m256i x = _mm256_loadu2_m128i((const __m128i *) (packed + 12 * i + 12), (const __m128i *) (packed + 12 * i));
-        const __m256i a = _mm256_srlv_epi32(_mm256_shuffle_epi32(x, 0x98), _mm256_setr_epi32(0, 0, 0, 4, 0, 0, 0, 4));
-        const __m256i b = _mm256_srli_epi32(_mm256_shuffle_epi32(x, 0x40), 2);
-        _mm256_store_si256((__m256i *) out[i], _mm256_or_si256(
-                                                   _mm256_and_si256(a, _mm256_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
-                                                   _mm256_and_si256(b, _mm256_setr_epi32(0, 0x30303030, 0, 0x30303030, 0, 0x30303030, 0, 0x30303030))));
     }
 #else
     for (int i = 0; i < 8; ++i) {
@@ -301,6 +311,7 @@ struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
             alignas(64) uint8_t scales[STREAMS][8][2][8];
             for (int i = 0; i < STREAMS; ++i) {
                 unpack_scales_k4(((const X *) rows[i])[k].scales, scales[i]);
+                prefetch_after((const X *) rows[i] + k, offsetof(X, qs));
             }
             for (int v = 0; v < R::REGISTERS; ++v) {
                 const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
@@ -322,6 +333,10 @@ struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
         };
         const auto add_64 = [&](auto j_) {
             constexpr int j = decltype(j_)::value;
+            prefetch_after(a.qs + 256 * j, 256);
+            if (&a != &b) {
+                prefetch_after(b.qs + 256 * j, 256);
+            }
             sums low, high;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
@@ -354,17 +369,6 @@ struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
     }
 };
 
-// f(h, c) for the 32 columns from 128*h + 32*c on, both as constants
-template <typename F>
-inline void for_halves_and_quarters(const F & f) {
-    const std::integral_constant<int, 0> zero;
-    const std::integral_constant<int, 1> one;
-    const std::integral_constant<int, 2> two;
-    const std::integral_constant<int, 3> three;
-    f(zero, zero), f(zero, one), f(zero, two), f(zero, three);
-    f(one, zero), f(one, one), f(one, two), f(one, three);
-}
-
 template <typename X, int STEP>
 struct one_token<repacked<format_q2_K, X, 8, STEP>> : rows_together<8, STEP> {
     using R = rows_together<8, STEP>;
@@ -379,8 +383,8 @@ struct one_token<repacked<format_q2_K, X, 8, STEP>> : rows_together<8, STEP> {
                 const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
                 const vf d        = halves(a.d + R::first(v), b.d + R::second(v));
                 const vf d_min    = negative(halves(a.dmin + R::first(v), b.dmin + R::second(v)));
-                const auto add_32 = [&](auto h_, auto c_) {
-                    constexpr int h = decltype(h_)::value, c = decltype(c_)::value;
+                const auto add_32 = [&](auto i_) {
+                    constexpr int h = decltype(i_)::value / 4, c = decltype(i_)::value % 4;
                     for (int half = 0; half < 2; ++half) {
                         const int column = 128 * h + 32 * c + 16 * half, s = column / 16;
                         sums products;
@@ -400,12 +404,14 @@ struct one_token<repacked<format_q2_K, X, 8, STEP>> : rows_together<8, STEP> {
                         sum[v]            = fma(mul(d_min, to_float(min)), broadcast(x.sum + sub), sum[v]);
                     }
                 };
-                for_halves_and_quarters(add_32);
+                for_eighths(add_32);
             }
         }
         R::store(sum, out);
     }
 };
+
+#endif // !ALLOCMOE_WHOLE_BLOCKS
 
 #if !defined(__AVX2__)
 template <typename X, int STEP>
@@ -421,8 +427,8 @@ struct one_token<repacked<format_q6_K, X, 8, STEP>> : rows_together<8, STEP> {
             for (int v = 0; v < R::REGISTERS; ++v) {
                 const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
                 const vf d        = halves(a.d + R::first(v), b.d + R::second(v));
-                const auto add_32 = [&](auto h_, auto c_) {
-                    constexpr int h = decltype(h_)::value, c = decltype(c_)::value;
+                const auto add_32 = [&](auto i_) {
+                    constexpr int h = decltype(i_)::value / 4, c = decltype(i_)::value % 4;
                     for (int half = 0; half < 2; ++half) {
                         const int column = 128 * h + 32 * c + 16 * half, s = column / 16;
                         sums products;
@@ -440,7 +446,7 @@ struct one_token<repacked<format_q6_K, X, 8, STEP>> : rows_together<8, STEP> {
                         sum[v]            = fma(to_float(y), mul(mul(d, to_float(scale)), broadcast(x.d + sub)), sum[v]);
                     }
                 };
-                for_halves_and_quarters(add_32);
+                for_eighths(add_32);
             }
         }
         R::store(sum, out);
@@ -558,6 +564,7 @@ struct one_token<plain<F>> {
             alignas(64) float scales[STREAMS][32];
             for (int i = 0; i < STREAMS; ++i) {
                 b[i] = (const block *) rows[i] + k;
+                prefetch_after_block((const block *) rows[i], k);
                 F::codes(*b[i], codes[i]);
                 if (!has_half<F>) {
                     F::scales(*b[i], scales[i]);
@@ -642,6 +649,7 @@ struct one_token<plain<format_q6_K>> {
             __m512i dot[4][STREAMS]; // of 64 columns
             for (int i = 0; i < STREAMS; ++i) {
                 b[i] = (const block_q6_K *) rows[i] + k;
+                prefetch_after_block((const block_q6_K *) rows[i], k);
                 s[i] = _mm_loadu_si128((const __m128i *) b[i]->scales);
                 for (int h = 0; h < 2; ++h) {
                     const __m512i low  = _mm512_loadu_si512(b[i]->ql + 64 * h);
@@ -677,5 +685,7 @@ struct one_token<plain<format_q6_K>> {
 #endif
 
 } // namespace allocmoe
+
+#include "allocmoe-one-token-k.h"
 
 #endif // ALLOCMOE_KERNEL

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "allocmoe-vectors.h"
+#include "allocmoe-whole-blocks.h"
 
 #if defined(ALLOCMOE_KERNEL)
 
@@ -17,16 +18,24 @@ constexpr int ROWS  = 16;
 constexpr int CHUNK = 256;
 
 struct panel {
-    alignas(64) uint8_t q[CHUNK * ROWS];             // [CHUNK/4][ROWS][4]
-    alignas(64) float scales[2 * CHUNK / 16 * ROWS]; // [sub-block][ROWS] of d, then the same of m
+    alignas(64) uint8_t q[CHUNK * ROWS]; // [CHUNK/4][ROWS][4]
+    union {
+        alignas(64) float scales[2 * CHUNK / 16 * ROWS]; // [sub-block][ROWS] of d, then the same of m
+        // where whole_blocks
+        struct {
+            alignas(64) int32_t scale[CHUNK / 16][ROWS]; // of each sub-block, as multiply_sub_block() wants it
+            alignas(64) int32_t pairs[CHUNK / 16][ROWS]; // 16 bits of two sub-blocks each: mins, or scales where codes have an offset
+            alignas(64) float d[ROWS], m[ROWS];
+        } whole;
+    };
 };
 
 // The activations of some tokens, n of them, sub-block by sub-block.
 struct tile {
     const int8_t * q;     // [sub-block][n][SUB]
-    const float * d;      // [sub-block][n]
+    const float * d;      // [sub-block][n]; where whole_blocks: [block][n]
     const float * sum;    // [sub-block][n]: d times the sum of q, for m
-    const int32_t * init; // [sub-block][n]: -offset times the sum of q
+    const int32_t * init; // [sub-block][n]: -offset times the sum of q; where whole_blocks: [two sub-blocks][n], 16 bits of each's sum
 };
 
 // out[i] = in[i]*(i < 8 ? a : b), 16 of them
@@ -138,13 +147,26 @@ inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
 }
 
 //
-// formats: what a type's block holds. codes() writes the codes of one block; scales() writes d, and m CHUNK/SUB floats after it
+// formats: what a type's block holds. codes() writes the codes of one block, codes_of<I>() are those of 32 columns from 32*I on;
+// scales() writes d, and m CHUNK/SUB floats after it
 //
 
 struct format_k { // super-blocks of 256
     static constexpr int BLOCK   = QK_K;
     static constexpr bool SIGNED = false;
 };
+
+// f(i) for the 32 columns of a super-block from 32*i on, i a constant
+template <typename F>
+inline void for_eighths(const F & f) {
+    f(std::integral_constant<int, 0>()), f(std::integral_constant<int, 1>()), f(std::integral_constant<int, 2>()), f(std::integral_constant<int, 3>());
+    f(std::integral_constant<int, 4>()), f(std::integral_constant<int, 5>()), f(std::integral_constant<int, 6>()), f(std::integral_constant<int, 7>());
+}
+
+template <typename F>
+inline void store_codes(const typename F::block & b, uint8_t * q) {
+    for_eighths([&](auto i) { store_32(F::template codes_of<decltype(i)::value>(b), q + 32 * i); });
+}
 
 struct format_32 {
     static constexpr int BLOCK   = 32;
@@ -178,45 +200,32 @@ struct format_with_scales_k4 : format_k {
 };
 
 struct format_q4_K : format_with_scales_k4<block_q4_K> {
-    static void codes(const block & b, uint8_t * q) {
-        for (int j = 0; j < 4; ++j) {
-            const codes_32 x = load_32(b.qs + 32 * j);
-            store_32(bits<0, 15, 0>(x), q + 64 * j);
-            store_32(bits<4, 15, 0>(x), q + 64 * j + 32);
-        }
-    }
+    static constexpr int LARGEST = 15;
+    template <int I>
+    static codes_32 codes_of(const block & b) { return bits<I % 2 * 4, 15, 0>(load_32(b.qs + I / 2 * 32)); }
+    static void codes(const block & b, uint8_t * q) { store_codes<format_q4_K>(b, q); }
 };
 
 struct format_q5_K : format_with_scales_k4<block_q5_K> {
-    template <int J>
-    static void codes_64(const block & b, codes_32 high, uint8_t * q) {
-        const codes_32 x = load_32(b.qs + 32 * J);
-        store_32(either(bits<0, 15, 0>(x), bits<2 * J, 1, 4>(high)), q + 64 * J);
-        store_32(either(bits<4, 15, 0>(x), bits<2 * J + 1, 1, 4>(high)), q + 64 * J + 32);
+    static constexpr int LARGEST = 31;
+    template <int I>
+    static codes_32 codes_of(const block & b) {
+        return either(bits<I % 2 * 4, 15, 0>(load_32(b.qs + I / 2 * 32)), bits<I, 1, 4>(load_32(b.qh)));
     }
-    static void codes(const block & b, uint8_t * q) {
-        const codes_32 high = load_32(b.qh);
-        codes_64<0>(b, high, q);
-        codes_64<1>(b, high, q);
-        codes_64<2>(b, high, q);
-        codes_64<3>(b, high, q);
-    }
+    static void codes(const block & b, uint8_t * q) { store_codes<format_q5_K>(b, q); }
 };
 
 struct format_q6_K : format_k {
-    using block                 = block_q6_K;
-    static constexpr int SUB    = 16;
-    static constexpr bool MIN   = false;
-    static constexpr int OFFSET = 32;
-    static void codes(const block & b, uint8_t * q) {
-        for (int h = 0; h < 2; ++h) {
-            const codes_32 x0 = load_32(b.ql + 64 * h), x1 = load_32(b.ql + 64 * h + 32), high = load_32(b.qh + 32 * h);
-            store_32(either(bits<0, 15, 0>(x0), bits<0, 3, 4>(high)), q + 128 * h);
-            store_32(either(bits<0, 15, 0>(x1), bits<2, 3, 4>(high)), q + 128 * h + 32);
-            store_32(either(bits<4, 15, 0>(x0), bits<4, 3, 4>(high)), q + 128 * h + 64);
-            store_32(either(bits<4, 15, 0>(x1), bits<6, 3, 4>(high)), q + 128 * h + 96);
-        }
+    using block                  = block_q6_K;
+    static constexpr int SUB     = 16;
+    static constexpr bool MIN    = false;
+    static constexpr int OFFSET  = 32;
+    static constexpr int LARGEST = 63;
+    template <int I>
+    static codes_32 codes_of(const block & b) {
+        return either(bits<I % 4 / 2 * 4, 15, 0>(load_32(b.ql + I / 4 * 64 + I % 2 * 32)), bits<I % 4 * 2, 3, 4>(load_32(b.qh + I / 4 * 32)));
     }
+    static void codes(const block & b, uint8_t * q) { store_codes<format_q6_K>(b, q); }
     static void scales(const block & b, float * out) {
         const float d = scale_of(b);
         for (int i = 0; i < 16; ++i) {
@@ -226,23 +235,16 @@ struct format_q6_K : format_k {
 };
 
 struct format_q3_K : format_k {
-    using block                 = block_q3_K;
-    static constexpr int SUB    = 16;
-    static constexpr bool MIN   = false;
-    static constexpr int OFFSET = 4;
-    template <int H>
-    static void codes_128(const block & b, codes_32 high, uint8_t * q) {
-        const codes_32 x = load_32(b.qs + 32 * H);
-        store_32(either(bits<0, 3, 0>(x), bits<4 * H, 1, 2>(high)), q + 128 * H);
-        store_32(either(bits<2, 3, 0>(x), bits<4 * H + 1, 1, 2>(high)), q + 128 * H + 32);
-        store_32(either(bits<4, 3, 0>(x), bits<4 * H + 2, 1, 2>(high)), q + 128 * H + 64);
-        store_32(either(bits<6, 3, 0>(x), bits<4 * H + 3, 1, 2>(high)), q + 128 * H + 96);
+    using block                  = block_q3_K;
+    static constexpr int SUB     = 16;
+    static constexpr bool MIN    = false;
+    static constexpr int OFFSET  = 4;
+    static constexpr int LARGEST = 7;
+    template <int I>
+    static codes_32 codes_of(const block & b) {
+        return either(bits<I % 4 * 2, 3, 0>(load_32(b.qs + I / 4 * 32)), bits<I, 1, 2>(load_32(b.hmask)));
     }
-    static void codes(const block & b, uint8_t * q) {
-        const codes_32 high = load_32(b.hmask);
-        codes_128<0>(b, high, q);
-        codes_128<1>(b, high, q);
-    }
+    static void codes(const block & b, uint8_t * q) { store_codes<format_q3_K>(b, q); }
     static void scales(const block & b, float * out) {
         // four scales at a time: four bits of each in u[0] and u[1], two more in u[2]
         uint32_t u[3];
@@ -260,19 +262,14 @@ struct format_q3_K : format_k {
 };
 
 struct format_q2_K : format_k {
-    using block                 = block_q2_K;
-    static constexpr int SUB    = 16;
-    static constexpr bool MIN   = true;
-    static constexpr int OFFSET = 0;
-    static void codes(const block & b, uint8_t * q) {
-        for (int h = 0; h < 2; ++h) {
-            const codes_32 x = load_32(b.qs + 32 * h);
-            store_32(bits<0, 3, 0>(x), q + 128 * h);
-            store_32(bits<2, 3, 0>(x), q + 128 * h + 32);
-            store_32(bits<4, 3, 0>(x), q + 128 * h + 64);
-            store_32(bits<6, 3, 0>(x), q + 128 * h + 96);
-        }
-    }
+    using block                  = block_q2_K;
+    static constexpr int SUB     = 16;
+    static constexpr bool MIN    = true;
+    static constexpr int OFFSET  = 0;
+    static constexpr int LARGEST = 3;
+    template <int I>
+    static codes_32 codes_of(const block & b) { return bits<I % 4 * 2, 3, 0>(load_32(b.qs + I / 4 * 32)); }
+    static void codes(const block & b, uint8_t * q) { store_codes<format_q2_K>(b, q); }
     static void scales(const block & b, float * out) {
         const float d = scale_of(b), m = -min_of_k(b);
         alignas(32) uint8_t both[32];
@@ -380,13 +377,22 @@ struct format_iq4_xs : format_k {
     }
 };
 
+// Whether the sub-blocks of a block are added up as integers.
+#if defined(ALLOCMOE_WHOLE_BLOCKS)
+template <typename F>
+constexpr bool whole_blocks = std::is_base_of<format_k, F>::value && !F::SIGNED;
+#else
+template <typename F>
+constexpr bool whole_blocks = false;
+#endif
+
 //
 // layouts: where the blocks of 16 rows lie. unpack() makes the panel of n columns from k0 on, of n_rows rows; what it
 // leaves in the panel for the other rows is not used
 //
 
 // Codes and scales of 16 rows, one after the other, before they are interleaved.
-template <typename F>
+template <typename F, bool WHOLE = whole_blocks<F>>
 struct unpacked {
     static constexpr int N_SCALES = (F::MIN ? 2 : 1) * CHUNK / F::SUB;
     alignas(64) uint8_t codes[ROWS][CHUNK];
@@ -402,6 +408,35 @@ struct unpacked {
         interleave<32 * sizeof(float)>((const uint8_t *) scales[0], N_SCALES * sizeof(float), (uint8_t *) p.scales);
     }
 };
+
+#if defined(ALLOCMOE_WHOLE_BLOCKS)
+template <typename F>
+struct unpacked<F, true> {
+    alignas(64) uint8_t codes[ROWS][CHUNK];
+    alignas(64) int32_t scale[ROWS][16], pairs[ROWS][16];
+    alignas(64) float d[ROWS], m[ROWS];
+
+    void add(int row, int, const typename F::block & b) {
+        F::codes(b, codes[row]);
+        const block_scales s(b);
+        s.store<F>(scale[row], pairs[row]);
+        d[row] = scale_of(b);
+        if constexpr (F::MIN) {
+            m[row] = -min_of_k(b);
+        }
+    }
+
+    void finish(int n, panel & p) const {
+        interleave<CHUNK>(codes[0], n, p.q);
+        interleave<sizeof(scale[0])>((const uint8_t *) scale[0], CHUNK / F::SUB * sizeof(int32_t), (uint8_t *) p.whole.scale);
+        interleave<sizeof(pairs[0])>((const uint8_t *) pairs[0], CHUNK / F::SUB / 2 * sizeof(int32_t), (uint8_t *) p.whole.pairs);
+        memcpy(p.whole.d, d, sizeof(d));
+        if (F::MIN) {
+            memcpy(p.whole.m, m, sizeof(m));
+        }
+    }
+};
+#endif
 
 template <typename F>
 struct plain : F {
@@ -547,6 +582,38 @@ struct repacked_nibbles : F {
 #endif
 
 // Q4_K and Q5_K, whose scales are those of one sub-block of eight rows together
+#if defined(ALLOCMOE_WHOLE_BLOCKS)
+template <typename F, typename X, int STEP>
+struct repacked_k4 : F {
+    static_assert(STEP == 8 && std::is_same<F, format_q4_K>::value, "no other layout on x86");
+
+    static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int, panel & p) {
+        for (int r = 0; r < n_rows; r += 8) {
+            const X & x = ((const X *) (rows + r * row_size))[k0 / QK_K];
+            alignas(32) uint8_t scales[8][2][8];
+            unpack_scales_k4(x.scales, scales);
+            for (int i = 0; i < 8; ++i) {
+                const __m128i s = _mm_loadl_epi64((const __m128i *) scales[i][0]);
+                _mm256_store_si256((__m256i *) (p.whole.scale[i] + r), scale_words<F::LARGEST>(_mm256_cvtepu8_epi32(s)));
+            }
+            for (int i = 0; i < 4; ++i) {
+                _mm256_store_si256((__m256i *) (p.whole.pairs[i] + r), two_mins(scales[2 * i], scales[2 * i + 1]));
+            }
+            _mm256_store_ps(p.whole.d + r, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d)));
+            _mm256_store_ps(p.whole.m + r, negative(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.dmin))));
+            for (int i = 0; i < 16; ++i) {
+                uint8_t * q     = p.q + (i / 4 * 64 + i % 4 * 8) * ROWS + 4 * r;
+                const __m256i a = load_32(x.qs + 64 * i), b = load_32(x.qs + 64 * i + 32);
+                for (int odd = 0; odd < 2; ++odd) {
+                    const __m256i four = four_columns(a, b, odd);
+                    store_32(bits<0, 15, 0>(four), q + 4 * ROWS * odd);
+                    store_32(bits<4, 15, 0>(four), q + 4 * ROWS * odd + 32 * ROWS);
+                }
+            }
+        }
+    }
+};
+#else
 template <typename F, typename X, int STEP>
 struct repacked_k4 : F {
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int, panel & p) {
@@ -593,6 +660,7 @@ struct repacked_k4 : F {
         interleave<CHUNK>(codes[0], CHUNK, p.q);
     }
 };
+#endif
 
 } // namespace allocmoe
 

@@ -41,6 +41,19 @@ constexpr int SIGNED_BIAS = 128;
 constexpr int SIGNED_BIAS = 0;
 #endif
 
+// Asks for n bytes. LEVEL: how near to have them, 3 the first-level cache and 2 the second
+template <int LEVEL>
+inline void prefetch(const char * from, size_t n) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch(from + i, 0, LEVEL);
+    }
+#else
+    GGML_UNUSED(from);
+    GGML_UNUSED(n);
+#endif
+}
+
 //
 // registers: W lanes of 32 bits, of integers (vi), floats (vf) and four bytes (vb)
 //

@@ -220,7 +220,8 @@ static void check(
     }
     // where llama.cpp's own kernels may run
     const int n_slots = ids.size(), n_busy = std::min(std::max({ n_expert, -n_expert, 1 }), n_slots);
-    ours = ours && (repack || ggml_blck_size(d.type) != 256 || n_slots <= n_busy || n_slots >= 4 * n_busy || ggml_cpu_has_avx512_vnni());
+    const bool few = n_slots > n_busy && n_slots < 4 * n_busy;
+    ours           = ours && (repack || ggml_blck_size(d.type) != 256 || !few || ggml_cpu_has_avx512_vnni() || (ggml_cpu_has_avx2() && d.type != GGML_TYPE_IQ4_XS));
     for (int n_threads = 1; n_threads <= 3; ++n_threads) {
         // more threads only where they share work differently: on few cores, waiting for each other takes long
         if ((n_threads == 2 && n_expert != N_EXPERT) || (n_threads == 3 && n_out < 64)) {

@@ -1,0 +1,178 @@
+// K-quants with AVX2, on their own or with VNNI: the 256 columns of a block are added up as integers, each sub-block times its
+// integer scale, and become a float once in a block. Without this every sub-block has sums of its own to widen, to add up
+// across registers and to scale, which took more instructions than the products. Scaling costs none: what adds pairs of
+// 16-bit sums multiplies them, too.
+//
+// The sums are exact: at most 256 products of 63, 127 and a scale of 128. So they do not depend on the order, and a panel's are a row's.
+#pragma once
+
+#include "allocmoe-vectors.h"
+
+#include <algorithm>
+
+#if defined(ALLOCMOE_KERNEL) && defined(__AVX2__) && !defined(ALLOCMOE_AVX512)
+#define ALLOCMOE_WHOLE_BLOCKS
+
+namespace allocmoe {
+
+// sums of two 16-bit products added to sums
+inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#if defined(ALLOCMOE_VNNI)
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+
+// GCC adds up in an order of its own, and keeps more products at hand for it than there are registers.
+inline __m256i in_this_order(__m256i sum) {
+#if defined(__GNUC__)
+    asm("" : "+x"(sum));
+#endif
+    return sum;
+}
+
+// How many sums of 2 and of 4 products of codes up to LARGEST and activations fit into 16 bits together.
+template <int LARGEST>
+constexpr int PAIRS_THAT_FIT = 32767 / (2 * 128 * LARGEST);
+#if defined(ALLOCMOE_VNNI)
+// where VNNI's sums of 4 fit at least twice, they are taken, else those of 2; either in the low half of 32 bits or in both
+template <int LARGEST>
+constexpr bool BY_FOUR = 32767 / (4 * 128 * LARGEST) >= 2;
+#else
+template <int LARGEST>
+constexpr bool BY_FOUR = false;
+#endif
+
+// A scale as add_products() wants it beside such sums.
+template <int LARGEST>
+inline __m256i scale_words(__m256i x) { return BY_FOUR<LARGEST> ? x : _mm256_or_si256(x, _mm256_slli_epi32(x, 16)); }
+
+// The integer scales of a block.
+struct block_scales {
+    __m256i scale;  // 16 bits each; with 16 sub-blocks: of those with even numbers, then of the others; with 8: all of them, twice
+    __m256i second; // 16 bits each: mins, or the same scales where codes have an offset; in order
+
+    explicit block_scales(const block_q6_K & b) {
+        const __m128i s = _mm_loadu_si128((const __m128i *) b.scales);
+        scale           = _mm256_cvtepi8_epi16(even_and_odd(s));
+        second          = _mm256_cvtepi8_epi16(s);
+    }
+    explicit block_scales(const block_q3_K & b) {
+        // four bits of each of 16 in 8 bytes, two more in 4
+        int32_t last;
+        memcpy(&last, b.scales + 8, 4);
+        const __m128i low     = _mm_shuffle_epi32(_mm_loadl_epi64((const __m128i *) b.scales), 0x44);
+        const __m128i high    = _mm_srlv_epi32(_mm_set1_epi32(last), _mm_setr_epi32(0, 2, 4, 6));
+        const __m128i s       = _mm_or_si128(_mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 4, 4)), _mm_set1_epi8(15)),
+            _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4));
+        const __m128i centred = _mm_sub_epi8(s, _mm_set1_epi8(32));
+        scale                 = _mm256_cvtepi8_epi16(even_and_odd(centred));
+        second                = _mm256_cvtepi8_epi16(centred);
+    }
+    explicit block_scales(const block_q2_K & b) {
+        const __m128i s = _mm_loadu_si128((const __m128i *) b.scales);
+        scale           = _mm256_cvtepu8_epi16(even_and_odd(_mm_and_si128(s, _mm_set1_epi8(15))));
+        second          = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(s, 4), _mm_set1_epi8(15)));
+    }
+    explicit block_scales(const block_q4_K & b) : block_scales(b.scales) {}
+    explicit block_scales(const block_q5_K & b) : block_scales(b.scales) {}
+
+    // For panels: a word for each sub-block, and one for two.
+    template <typename F>
+    void store(int32_t * scales, int32_t * pairs) const {
+        __m128i first, last; // in order
+        if (F::SUB == 16) {
+            const __m128i even = _mm256_castsi256_si128(scale), odd = _mm256_extracti128_si256(scale, 1);
+            first = _mm_unpacklo_epi16(even, odd), last = _mm_unpackhi_epi16(even, odd);
+        } else {
+            first = last = _mm256_castsi256_si128(scale);
+        }
+        const auto words = [](__m128i x) { return scale_words<F::LARGEST>(_mm256_and_si256(_mm256_cvtepi16_epi32(x), _mm256_set1_epi32(0xffff))); };
+        _mm256_store_si256((__m256i *) scales, words(first));
+        _mm256_store_si256((__m256i *) scales + 1, words(last));
+        _mm256_store_si256((__m256i *) pairs, second);
+    }
+
+private:
+    // Q4_K and Q5_K: 16 bytes are read
+    explicit block_scales(const uint8_t * packed) {
+        const __m128i x     = _mm_loadu_si128((const __m128i *) packed);
+        const __m128i a     = _mm_srlv_epi32(_mm_shuffle_epi32(x, 0x98), _mm_setr_epi32(0, 0, 0, 4));
+        const __m128i b     = _mm_srli_epi32(_mm_shuffle_epi32(x, 0x40), 2);
+        const __m128i both  = _mm_or_si128(_mm_and_si128(a, _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
+            _mm_and_si128(b, _mm_setr_epi32(0, 0x30303030, 0, 0x30303030)));
+        const __m256i words = _mm256_cvtepu8_epi16(both);
+        scale               = _mm256_permute4x64_epi64(words, 0x44);
+        second              = _mm256_zextsi128_si256(_mm256_extracti128_si256(words, 1));
+    }
+
+    static __m128i even_and_odd(__m128i x) {
+        return _mm_shuffle_epi8(x, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    }
+};
+
+// The 6-bit scales and mins of eight sub-blocks of Q4_K, 8 rows of both: out[sub-block][scale or min][row]. The 4 bytes after
+// the packed ones are read, too.
+inline void unpack_scales_k4(const uint8_t * packed, uint8_t (*out)[2][8]) {
+    for (int i = 0; i < 8; i += 2) {
+        const __m256i x = _mm256_loadu2_m128i((const __m128i *) (packed + 12 * i + 12), (const __m128i *) (packed + 12 * i));
+        const __m256i a = _mm256_srlv_epi32(_mm256_shuffle_epi32(x, 0x98), _mm256_setr_epi32(0, 0, 0, 4, 0, 0, 0, 4));
+        const __m256i b = _mm256_srli_epi32(_mm256_shuffle_epi32(x, 0x40), 2);
+        _mm256_store_si256((__m256i *) out[i], _mm256_or_si256(
+                                                   _mm256_and_si256(a, _mm256_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f)),
+                                                   _mm256_and_si256(b, _mm256_setr_epi32(0, 0x30303030, 0, 0x30303030, 0, 0x30303030, 0, 0x30303030))));
+    }
+}
+// the mins of two of those sub-blocks, in 16 bits, row by row
+inline __m256i two_mins(const uint8_t (*a)[8], const uint8_t (*b)[8]) {
+    return _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *) a[1]), _mm_loadl_epi64((const __m128i *) b[1])));
+}
+
+// Of 8 rows, 8 bytes of each in turn: the first four bytes of each, or the others.
+inline __m256i four_columns(__m256i rows0, __m256i rows4, bool others) {
+    const __m256 a = _mm256_castsi256_ps(rows0), b = _mm256_castsi256_ps(rows4);
+    return _mm256_permute4x64_epi64(_mm256_castps_si256(others ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88)), 0xd8);
+}
+
+// 32 columns' products with the codes, each half times its sub-block's scale. I: which 32 of the block
+template <int I>
+inline __m256i add_32(__m256i sum, __m256i codes, const int8_t * x, __m256i scale) {
+    const __m256i word = _mm256_set1_epi16((short) (0x0100 * (2 * I + 1) + 2 * I));
+    return in_this_order(add_products(sum, _mm256_maddubs_epi16(codes, load_32(x)), _mm256_shuffle_epi8(scale, word)));
+}
+
+// A sub-block of 8 rows of a panel, for one token: w: [SUB/4] registers of four columns each.
+template <int LARGEST, int SUB>
+inline __m256i multiply_sub_block(__m256i sum, const __m256i * w, const int8_t * x, __m256i scale) {
+    constexpr int FITS = std::min(SUB / 4, BY_FOUR<LARGEST> ? PAIRS_THAT_FIT<LARGEST> / 2 : PAIRS_THAT_FIT<LARGEST>);
+#pragma GCC unroll 8
+    for (int k = 0; k < SUB / 4; k += FITS) {
+        __m256i some = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (int i = k; i < k + FITS; ++i) {
+            const __m256i four = broadcast_4(x + 4 * i);
+#if defined(ALLOCMOE_VNNI)
+            if (BY_FOUR<LARGEST>) {
+                some = dot_unsigned(some, w[i], four);
+                continue;
+            }
+#endif
+            const __m256i pairs = _mm256_maddubs_epi16(w[i], four);
+            some                = i == k ? pairs : _mm256_add_epi16(some, pairs);
+        }
+        sum = add_products(sum, some, scale);
+    }
+    return sum;
+}
+
+// The sum of a block, of codes without their offset; second: of the same scales times sums of activations.
+template <typename F>
+inline __m256i without_offset(__m256i sum, __m256i second) {
+    static_assert(F::OFFSET == 0 || F::OFFSET == 4 || F::OFFSET == 32, "a shift");
+    return F::OFFSET == 0 ? sum : _mm256_sub_epi32(sum, _mm256_slli_epi32(second, F::OFFSET == 4 ? 2 : 5));
+}
+
+} // namespace allocmoe
+
+#endif

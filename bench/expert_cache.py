@@ -293,6 +293,8 @@ def measure_quality(args: argparse.Namespace) -> None:
         n_threads_batch=args.threads, expert_cache=cache_for(args.model, args.share), logits_all=False,
     )  # fmt: skip
     ids = llm.tokenize(text)[: args.prompt + args.gen]
+    if len(ids) <= args.prompt:
+        sys.exit(f"{args.text}: found {len(ids)} tokens, want more than the {args.prompt} of the prompt (--prompt)")
 
     run = partial(one_by_one, llm, ids, args.prompt)
     llm.set_budget(1.0)
@@ -359,6 +361,8 @@ def main() -> None:
     p.add_argument("--rules", default="estimate,drop")
     p.add_argument("--prices", default="1,2,4,8,16,64")
     args = p.parse_args()
+    if args.what == "quality" and args.text is None:
+        p.error("quality: wanted --text, a file of prose")
     {"time": measure_time, "quality": measure_quality, "one": run_one}[args.what](args)
 
 

@@ -201,6 +201,19 @@ def test_replayed_rules_of_what_stays():
         assert all(rate <= best for rate in found.values()) and best > expected[n] or n == N_EXPERT
 
 
+def test_quality_is_measured_on_a_text(path, tmp_path, monkeypatch, capsys):
+    """bench/expert_cache.py says so where there is none, or one that is too short."""
+    short = tmp_path / "short.txt"
+    short.write_text("<t17><t18>")
+    monkeypatch.setattr(sys, "argv", ["expert_cache.py", "quality", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        expert_cache_bench.main()
+    assert "wanted --text" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--text", str(short), "--prompt", "16"])
+    with pytest.raises(SystemExit, match="short.txt: found .* tokens, want more than the 16 of the prompt"):
+        expert_cache_bench.main()
+
+
 def test_rules_without_estimates_read_what_the_runtime_would(path):
     """bench/expert_rules.py replays the cache: as many reads as the runtime has, but for rounding, and fewer under a rule."""
     llm = load(path)

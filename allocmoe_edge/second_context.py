@@ -43,7 +43,10 @@ class SecondContext:
 
         Raises:
             ValueError: there are no tokens, or more than n_batch.
+            RuntimeError: it is closed, as it is with the model; or llama.cpp cannot evaluate them.
         """
+        if self.ctx is None:
+            raise RuntimeError("this SecondContext has been closed, or its Llama")
         if not 0 < len(tokens) <= self.n_batch:  # llama-cpp-python would write beside the batch
             raise ValueError(f"tokens: found {len(tokens)}, want 1 to {self.n_batch} (n_batch)")
         self._context.kv_cache_seq_rm(0, n_past, -1)

@@ -207,18 +207,20 @@ class CheckedLlama(llama_cpp.Llama):
         sent = None
         try:
             while True:
+                before, self._inside = self._inside, "a step"
                 try:
-                    with self._being_inside("a step"):
-                        token = inner.send(sent)
+                    token = inner.send(sent)
                 except StopIteration:
                     return
+                finally:
+                    self._inside = before
                 generation.n_tokens += 1
                 sent = yield token
                 if generation.ended_by is not None:
                     raise GenerationError(
                         f"{generation.ended_by} since the last token was read: this generation cannot go on, start it again"
                     )
-                if generation.n_verified >= self.n_ctx():
+                if generation.n_verified >= self._n_ctx:
                     return  # no place for the token to be read at: llama.cpp would say no more than "returned 1"
         finally:
             inner.close()
@@ -305,12 +307,17 @@ class CheckedLlama(llama_cpp.Llama):
         Raises:
             ValueError: a token that the vocabulary does not have.
         """
-        _check_tokens(tokens, self.n_vocab())
+        _check_tokens(tokens, self._n_vocab)
         if self._ctx.memory is None:
             raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
-        self._tokens_change("eval()")
+        if self._inside != "a step":
+            self._tokens_change("eval()")
         self._look_for_pictures()
-        if not self._is_drafted(tokens):
+        self._evaluate(tokens, self._is_drafted(tokens))
+        self._end_of_text = self.n_tokens
+
+    def _evaluate(self, tokens: Sequence[int], drafted: bool) -> None:
+        if not drafted:
             super().eval(tokens)
         elif not self.verifies:
             super().eval(tokens[:1])
@@ -318,7 +325,6 @@ class CheckedLlama(llama_cpp.Llama):
             super().eval(tokens[: self.n_batch])
         else:
             self._verify(tokens[: self.n_batch])
-        self._end_of_text = self.n_tokens
 
     def _look_for_pictures(self) -> None:
         """Notes the places that a chat handler has filled with the embeddings of a picture since the last tokens."""
@@ -374,12 +380,15 @@ class CheckedLlama(llama_cpp.Llama):
             ValueError: a grammar that llama.cpp cannot use.
             Exception: whatever a logits processor has raised.
         """
-        idx = _SAMPLE.bind(self, *args, **kwargs).arguments.get("idx")
+        idx = kwargs.get("idx", args[_IDX] if len(args) > _IDX else None)
         at = -1 if idx is None else idx - self.n_tokens
-        if not self.n_tokens or not llama_cpp.llama_get_logits_ith(self.ctx, at):
+        generation = self._generation if self._inside == "a step" else None
+        # the last token of a step has just been evaluated
+        is_new = generation is not None and generation.n_tokens > 0 and at == -1
+        if not is_new and not (self.n_tokens and llama_cpp.llama_get_logits_ith(self.ctx, at)):
             raise RuntimeError("no logits to sample from: evaluate a token first")
-        if self._generation is not None and self._inside == "a step" and idx is not None:
-            self._generation.n_verified = idx + 1
+        if generation is not None and idx is not None:
+            generation.n_verified = idx + 1
         self._raised = None
         try:
             return super().sample(*args, **kwargs)
@@ -493,7 +502,8 @@ class CheckedLlama(llama_cpp.Llama):
 
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
-_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
+# the place of `idx` among the arguments of `sample`
+_IDX = list(inspect.signature(llama_cpp.Llama.sample).parameters).index("idx") - 1
 _COMPLETE = inspect.signature(llama_cpp.Llama._create_completion)
 # llama-cpp-python turns the whole process's stdout and stderr away and back while it loads: one at a time, or they stay away
 _loading = threading.RLock()

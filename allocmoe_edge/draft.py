@@ -24,6 +24,7 @@ _LATE = 32
 _MEASURED = 8
 # what vocabularies of one family differ by: places at their end that no token has
 _PADDING = 128
+_NONE = np.zeros(0, np.intc)
 
 
 class DraftModel(LlamaDraftModel):
@@ -86,11 +87,16 @@ class DraftModel(LlamaDraftModel):
         self._owner: Optional[weakref.ref] = None
         self._proposer: Optional[_Proposer] = None
         self._length = DraftLength(self._most)
-        # (length of the text, what was proposed after it) and the seconds of the step so far; tokens of the text
+        # (length of the text, what was proposed after it), the seconds that this took, and those of the evaluations since, by their
+        # number of tokens
         self._proposed: Optional[Tuple[int, List[int]]] = None
+        self._drafting = 0.0
+        self._evaluated: Dict[int, List[float]] = {}
+        # plain steps until there may be another proposal
+        self._pause = 0
         # where a proposed token would be that is only compared, and that token
         self._compared: Optional[Tuple[int, int]] = None
-        self._step = self._step_drafting = 0.0
+        # tokens of the text
         self._n_written = 0
         self._reset_counts()
 
@@ -157,22 +163,24 @@ class DraftModel(LlamaDraftModel):
 
     def begin(self) -> None:
         # a text begins
+        self._settle_plain()
         if self._n_written:
             self._length.wrote(self._n_written)
         self._n_written, self._proposed, self._compared = 0, None, None
-        self._step = self._step_drafting = 0.0
+        self._evaluated, self._drafting, self._pause = {}, 0.0, 0
 
     def evaluated(self, n_tokens: int, seconds: float, prompt: bool) -> None:
         # so many tokens at once, of a prompt or the last one and what was proposed after it
         if prompt:
             self._length.prompt(n_tokens, seconds)
-            return
-        self._length.verified(n_tokens, seconds)
-        self._seconds["plain" if n_tokens == 1 else "verification"] += seconds
-        self._step += seconds
+        else:
+            self._evaluated.setdefault(n_tokens, []).append(seconds)
 
     def __call__(self, input_ids: np.ndarray, /, **kwargs: Any) -> np.ndarray:
         """The tokens that may come after input_ids, int [at most n_draft or most]; none where that does not pay."""
+        if self._pause:
+            self._pause -= 1
+            return _NONE
         self._judge(input_ids)
         owner = self._owner() if self._owner is not None else None
         if owner is None:
@@ -180,12 +188,14 @@ class DraftModel(LlamaDraftModel):
         # the model needs a place for each, and for the token before them
         room = min(owner.n_ctx() - len(input_ids), owner.n_batch - 1)
         text = owner.without_pictures(input_ids)
-        n, whole, verified = self._choose(text, room if owner.verifies else 0)
-        proposed = self._propose(text, n, whole) if n > 0 else []
+        n, whole, verified = self._choose(text, room)
+        proposed = self._propose(text, n, whole) if n > 0 and owner.verifies else []
         if proposed and not verified:
             self._compared, proposed = (len(input_ids), proposed[0]), []
+        elif n > 0 and not verified:
+            self._pause = self._length.asked_in_vain()
         self._proposed = (len(input_ids), proposed)
-        return np.asarray(proposed, np.intc)
+        return np.asarray(proposed, np.intc) if proposed else _NONE
 
     # steps
 
@@ -198,22 +208,37 @@ class DraftModel(LlamaDraftModel):
             self._counts["compared"] += 1
             self._counts["agreed"] += agreed
             self._compared = None
-        before, self._proposed = self._proposed, None
-        if before is None:
+        if self._proposed is None:
             self._n_written += 1
             return
-        begin, proposed = before
+        begin, proposed = self._proposed
         n_new = len(text) - begin
-        self._n_written += n_new
         if proposed:
             self._length.judged(len(proposed), n_new - 1)
             self._counts["accepted"] += n_new - 1
             self._counts["proposed"] += len(proposed)
-        self._lengths[len(proposed)] += 1
-        self._counts["steps"] += 1
+        self._settle(n_new)
+
+    def _settle(self, n_new: int) -> None:
+        """The evaluations since the last proposal have yielded so many tokens."""
+        assert self._proposed is not None
+        begin, proposed = self._proposed
+        seconds = self._drafting
+        for n_tokens, times in self._evaluated.items():
+            self._length.verified(n_tokens, *times)
+            self._seconds["plain" if n_tokens == 1 else "verification"] += sum(times)
+            seconds += sum(times)
+            self._lengths[len(proposed)] += len(times)
+            self._counts["steps"] += len(times)
         self._counts["tokens"] += n_new
-        self._length.stepped(len(proposed), n_new, self._step, self._step_drafting)
-        self._step = self._step_drafting = 0.0
+        self._n_written += n_new
+        self._length.stepped(len(proposed), n_new, seconds, self._drafting)
+        self._proposed, self._evaluated, self._drafting = (begin + n_new, []), {}, 0.0
+
+    def _settle_plain(self) -> None:
+        """The same where nothing was proposed: each has yielded one."""
+        if self._proposed is not None and not self._proposed[1]:
+            self._settle(sum(map(len, self._evaluated.values())))
 
     def _choose(self, text: np.ndarray, room: int) -> Tuple[int, bool, bool]:
         whole, late = (0, 0) if self._proposer is None else self._proposer.behind(text)
@@ -221,7 +246,9 @@ class DraftModel(LlamaDraftModel):
             room = min(room, self._proposer.n_ctx - len(text))
         if self._n_draft is not None:
             return min(self._n_draft, room), True, True
-        return self._length.choose(whole, late, room)
+        chosen = self._length.choose(whole, late, room)
+        self._pause = self._length.pause
+        return chosen
 
     def _propose(self, text: np.ndarray, n: int, whole: bool) -> List[int]:
         started = time.perf_counter()
@@ -238,8 +265,7 @@ class DraftModel(LlamaDraftModel):
         seconds = time.perf_counter() - started
         self._seconds["reading"] += read
         self._seconds["drafting"] += seconds - read
-        self._step += seconds
-        self._step_drafting += seconds
+        self._drafting += seconds
         if proposed:
             self._length.drafted(len(proposed), seconds - read)
         return proposed
@@ -259,6 +285,7 @@ class DraftModel(LlamaDraftModel):
             evaluations without a draft. And medians of late: `seconds_of_draft`, for one token, and
             `seconds_of_verification` by the number of tokens evaluated at once, 1 being plain decoding.
         """
+        self._settle_plain()
         counts = self._counts
         found = {
             **{name: counts[name] for name in ("steps", "tokens", "proposed", "accepted", "compared", "agreed")},

@@ -32,6 +32,12 @@ _NOTHING = 0.005
 _BURST = 4
 # of the share of accepted tokens: what each verification leaves of those before it
 _FADING = 0.9
+# plain steps that may pass until it is asked again
+_PAUSE = 7
+# no token is drafted that is wanted less often than this: what it costs is never known well enough
+_WANTED = 0.05
+# steps with a draft in a row, for each time that what is gained is as much as what a token takes
+_IN_A_ROW = 16
 
 
 class DraftLength:
@@ -60,6 +66,10 @@ class DraftLength:
         self._prompt: Optional[float] = None
         self._texts: Deque[int] = deque(maxlen=_KEPT)
         self._accepted, self._judged, self._n_judged = 1.0, 2.0, 0
+        # plain steps between two comparisons
+        self._between = 0
+        # plain steps that may follow the one that was chosen last, before there is anything to choose
+        self.pause = 0
         # of this text, in seconds: its steps, what has been lost against plain ones, and that in trials alone
         self._spent = self._lost = self._lost_to_trials = 0.0
         self._is_trial = False
@@ -72,10 +82,10 @@ class DraftLength:
         if n_tokens >= _PROMPT:
             self._prompt = seconds / n_tokens
 
-    def verified(self, n_tokens: int, seconds: float) -> None:
-        """The model has evaluated so many tokens at once: the last one of the text, and what was drafted after it."""
+    def verified(self, n_tokens: int, *seconds: float) -> None:
+        """The model has evaluated so many tokens at once, each time: the last one of the text, and what was drafted after it."""
         times = self._verifying.setdefault(n_tokens, deque(maxlen=_KEPT))
-        times.append(seconds)
+        times.extend(seconds)
         if n_tokens not in self._medians:
             bisect.insort(self._known, n_tokens)
         self._medians[n_tokens] = statistics.median(times)
@@ -91,13 +101,22 @@ class DraftLength:
     def judged(self, n_drafted: int, n_accepted: int) -> None:
         """So many of the drafted tokens, which are the first ones, are those that the model has written."""
         self._n_judged += 1
+        if n_accepted:
+            self._between //= 2
+        else:
+            self.asked_in_vain()
         self._accepted = _FADING * self._accepted + n_accepted
         self._judged = _FADING * self._judged + n_accepted + (n_accepted < n_drafted)
 
+    def asked_in_vain(self) -> int:
+        """The draft had nothing to propose, or nothing that was right: asking it less often costs less. Plain steps until then."""
+        self._between = min(_PAUSE, 2 * self._between + 1)
+        return self._between
+
     def stepped(self, n_verified: int, n_tokens: int, seconds: float, drafting: float) -> None:
         """A step has taken so long, of which drafting took a part, and yielded so many tokens; so many drafted ones were verified."""
-        # a plain one is none, however long it took
-        loss = seconds - n_tokens * self._plain_at_least() if n_verified else drafting
+        # a plain one is none, however long it took; and one with a draft takes longer, unless others have left the machine since
+        loss = seconds - n_tokens * min(seconds, self._plain_at_least()) if n_verified else drafting
         self._spent += seconds
         self._lost += loss
         self._lost_to_trials += self._is_trial * loss
@@ -154,7 +173,7 @@ class DraftLength:
             n_late: the same for its last part.
             most: what there is room for.
         """
-        self._is_trial = False
+        self._is_trial, self.pause = False, 0
         n, whole, verified = self._choose(n_whole, n_late, min(most, self.most))
         self._since_plain = self._since_plain + 1 if n and verified else 0
         return n, whole, verified
@@ -162,6 +181,7 @@ class DraftLength:
     def _choose(self, n_whole: int, n_late: int, most: int) -> Tuple[int, bool, bool]:
         n_plain = len(self._verifying.get(1, ()))
         if most < 1 or n_plain < _FIRST:
+            self.pause = _PAUSE if most < 1 else _FIRST - n_plain - 1
             return 0, False, False
         plain, draft = self.verification_seconds(1), self.draft_seconds
         time = max(self._spent, _SHORTEST * plain)
@@ -177,7 +197,11 @@ class DraftLength:
                 reading = self._seconds_to_read(n_tokens)
                 n, gain = self._best(further, spare - reading)
                 if reading < gain * text:
-                    return n, whole, True
+                    # the less is gained the more often a step is plain: what that takes decides, and others may change it
+                    may_verify = self._since_plain <= _IN_A_ROW * gain / (plain - gain)
+                    if may_verify:
+                        return n, whole, True
+                    break
         self._is_trial = True
         further, reading = further[:2], self._seconds_to_read(n_late)
         spare = min(spare, _LOST_TO_TRIALS * time - self._lost_to_trials) - reading
@@ -189,7 +213,9 @@ class DraftLength:
                 return n, False, True
         # what is saved up for a verification is not spent on comparing, unless that is next to nothing
         if (_BURST if n_late > 2 else 1) * draft <= spare and (costs_nothing or not would_pay):
+            self.pause = self._between if may_verify and costs_nothing else 0
             return 1, False, False
+        self.pause = _PAUSE if may_verify else 0
         return 0, False, False
 
     def _best(self, further: Sequence[float], spare: float, cheaper: float = 1.0) -> Tuple[int, float]:
@@ -201,7 +227,7 @@ class DraftLength:
         plain, draft, a = self.verification_seconds(1), self.draft_seconds, min(self.acceptance, 0.999)
         best, found, tokens = 0, math.inf, 1.0
         for n, more in enumerate(further, 1):
-            if n * draft + more > spare:
+            if n * draft + more > spare or (n > 1 and a**n < _WANTED):
                 break
             tokens += a**n
             seconds = (n * draft + plain + cheaper * more) / tokens

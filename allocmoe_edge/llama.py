@@ -141,6 +141,8 @@ class Llama(CheckedLlama):
     # draft_model, which is opened when there is a context with a plan
     _draft_model: Any = None
     _is_loaded = False
+    # whether an evaluation may go on after it has returned, as on a GPU
+    _is_asynchronous = False
     # why only the full budget works, if an override goes beyond what the file's plan was made for
     _beyond_plan: Optional[str] = None
 
@@ -190,7 +192,8 @@ class Llama(CheckedLlama):
         self._to_fit = n_gpu_layers is None and not kwargs.get("vocab_only") and gpu_fit.is_possible()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if self._to_fit else 0
-        no_gpu = n_gpu_layers and not llama_cpp.llama_supports_gpu_offload()
+        self._is_asynchronous = llama_cpp.llama_supports_gpu_offload()
+        no_gpu = n_gpu_layers and not self._is_asynchronous
         if no_gpu:
             n_gpu_layers = 0
         kwargs["n_gpu_layers"] = n_gpu_layers
@@ -851,8 +854,11 @@ class Llama(CheckedLlama):
         self.rewind(n_past)
         self.n_tokens = 0
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)
-        with self._reading_experts():
+        try:
             self._ctx.decode(self._batch)
+        except RuntimeError as error:
+            self._say_what_failed(error)
+            raise
         return np.ctypeslib.as_array(self._ctx.get_logits(), (len(tokens) if logits_all else 1, self.n_vocab()))
 
     def _warn_if_degraded(self, asked: str) -> None:
@@ -929,44 +935,44 @@ class Llama(CheckedLlama):
         times = ffi.new("double[2]")
         return libllama.allocmoe_get_miss_price(context_pointer(self), times, times + 1), times[0], times[1]
 
-    @contextlib.contextmanager
-    def _reading_experts(self) -> Iterator[None]:
-        """Says why an evaluation failed, where experts stay in the file."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not self._cache_bytes:
-                raise
+    def _say_what_failed(self, error: RuntimeError) -> None:
+        """Raises GenerationError for an evaluation that has failed since an expert in the file cannot be read."""
+        if self._cache_bytes and str(error).endswith("returned -3"):
             why = ffi.string(libllama.allocmoe_expert_cache_error(context_pointer(self))).decode(errors="replace")
-            if not why or not str(error).endswith("returned -3"):
-                raise
-            raise GenerationError(f"{self.model_path}: {why}") from error
+            if why:
+                raise GenerationError(f"{self.model_path}: {why}") from error
 
-    @in_turn
-    def eval(self, tokens: Sequence[int]) -> None:
-        drafted = self._is_drafted(tokens)
-        before = self._counts(_PHASES["prefill"]) if drafted else None
+    def _evaluate(self, tokens: Sequence[int], drafted: bool) -> None:
         now = self._named_plan()
         if not self.n_tokens:
             self._plan_of_tokens = now
-        elif self._plan_of_tokens != now:
+        elif self._plan_of_tokens is not now and self._plan_of_tokens != now:
             self._plan_of_tokens = _MIXED
-        draft = self.draft_model if isinstance(self.draft_model, DraftModel) else None
-        limit = draft.verification_budget if draft is not None and drafted else None
-        if (
-            limit is not None
-            and libllama.allocmoe_get_token_rule(context_pointer(self)) != libllama.ALLOCMOE_RULE_ESTIMATE
-        ):
-            limit = None  # the other token rules have no estimates to go by
+        draft = self._draft_model
         started = time.perf_counter()
-        with self._reading_experts(), self.limited_union(limit):
-            super().eval(tokens)
-        if draft is not None and self._generation is not None:
-            llama_cpp.llama_synchronize(self.ctx)  # a GPU may be at it yet
-            prompt = not self._generation.n_tokens
-            draft.evaluated(len(tokens), time.perf_counter() - started, prompt)
-        if before is not None:
-            self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
+        try:
+            if drafted:
+                self._evaluate_drafted(tokens)
+            else:
+                super()._evaluate(tokens, drafted)
+        except RuntimeError as error:
+            self._say_what_failed(error)
+            raise
+        if isinstance(draft, DraftModel) and self._generation is not None:
+            if self._is_asynchronous:
+                llama_cpp.llama_synchronize(self.ctx)
+            draft.evaluated(len(tokens), time.perf_counter() - started, prompt=not self._generation.n_tokens)
+
+    def _evaluate_drafted(self, tokens: Sequence[int]) -> None:
+        """Counted as generated tokens, which they become, and with their experts limited where that is asked for."""
+        before = self._counts(_PHASES["prefill"])
+        limit = self._draft_model.verification_budget if isinstance(self._draft_model, DraftModel) else None
+        rule = libllama.allocmoe_get_token_rule(context_pointer(self))
+        if rule != libllama.ALLOCMOE_RULE_ESTIMATE:
+            limit = None  # the other token rules have no estimates to go by
+        with self.limited_union(limit):
+            super()._evaluate(tokens, True)
+        self._drafted = self._counts(_PHASES["prefill"]) - before + (self._drafted if self._drafted.size else 0)
 
     @contextlib.contextmanager
     def limited_union(self, share: Optional[float]) -> Iterator[None]:
@@ -1189,7 +1195,8 @@ def _number_of(token_rule: Optional[str]) -> int:
 
 
 def _check_names(kwargs: dict) -> None:
-    known = inspect.signature(Llama.__init__).parameters
+    parameters = inspect.signature(Llama.__init__).parameters.values()
+    known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
     for name in kwargs:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

@@ -61,6 +61,8 @@ def test_arguments_that_there_are_not(path):
         Llama(path, **SIZES, budgt=0.5)
     with pytest.raises(TypeError, match="'n_gqa', which there is not$"):
         Llama(path, **SIZES, n_gqa=8)
+    with pytest.raises(TypeError, match="'kwargs', which there is not$"):
+        Llama(path, **SIZES, kwargs={})
 
 
 @pytest.mark.parametrize(

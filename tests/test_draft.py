@@ -308,6 +308,43 @@ def test_a_draft_that_cannot_be_timed(path, plain, monkeypatch):
     assert tokens(llm, 20) == tokens(plain, 20)
 
 
+def test_steps_without_a_draft_are_left_alone(path, plain):
+    """Where drafts do not pay, most tokens pass without a question, and all of them are counted."""
+    llm = Llama(path, **SIZES, draft_model=DraftModel(recorded(plain, 0.0)))
+    length, asked = llm.draft_model._length, []
+    choose = length.choose
+    length.choose = lambda *args: asked.append(args) or choose(*args)
+    assert tokens(llm, 150) == tokens(plain, 150)
+    found = llm.draft_stats()
+    assert len(asked) < 75
+    if not found["proposed"]:
+        assert found["steps"] == found["tokens"] == found["lengths"][0] == 149 and not length._texts
+    assert found["seconds"]["plain"] > 0
+    tokens(llm, 2)
+    assert list(length._texts) == [150]
+
+
+def test_a_draft_that_has_nothing_is_asked_less_often(path, plain):
+    """As prompt lookup in a text that repeats nothing."""
+    nothing = Recorded([])
+    llm = Llama(path, **SIZES, draft_model=DraftModel(nothing))
+    llm.draft_model._length._choose = lambda *_: (1, False, False)
+    assert tokens(llm, 60) == tokens(plain, 60)
+    assert np.diff(nothing.seen).tolist() == [2, 4, *[8] * 6] and llm.draft_stats()["steps"] == 59
+
+
+def test_a_second_context_ends_with_its_model(path):
+    """llama.cpp would go on in memory that has been freed."""
+    llm = Llama(path, **SIZES)
+    first, second = llm.second_context(0.5), llm.second_context(0.5)
+    first.close()
+    assert second.decode([1, 2]).shape == (1, llm.n_vocab())
+    llm.close()
+    for closed in (first, second):
+        with pytest.raises(RuntimeError, match="has been closed"):
+            closed.decode([1])
+
+
 def test_what_is_only_compared(path, plain):
     """Where it does not pay to verify a token, it is compared with the one that is written."""
     for acceptance in (1.0, 0.0):

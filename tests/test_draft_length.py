@@ -69,6 +69,12 @@ class Machine:
                 unread += 1
             self.length.stepped(n_verified, n_new, drafting + seconds, drafting)
             self.n_tokens += n_new
+            for _ in range(min(self.length.pause, n_tokens - (self.n_tokens - begin[1]))):
+                seconds = self._time(1)
+                self.length.verified(1, seconds)
+                self.length.stepped(0, 1, seconds, 0.0)
+                unread += 1
+                self.n_tokens += 1
         self.length.wrote(self.n_tokens - begin[1])
         return PLAIN * (self.n_tokens - begin[1]) / (self.seconds - begin[0])
 
@@ -111,14 +117,80 @@ def test_nearly_as_fast_as_the_best(acceptance, more, draft):
 
 def test_follows_what_changes():
     """A draft that becomes good is found out, and one that becomes bad is left."""
-    machine = Machine(0.0, 0.2, 0.1)
-    assert machine.write(1000) > 0.98
-    machine.acceptance = 0.9
-    machine.write(2000)
-    assert machine.write(1000) > 0.9 * machine.best()
-    machine.acceptance = 0.0
-    assert machine.write(200) > 0.98
-    assert machine.write(1000) > 0.98
+    machines = [Machine(0.0, 0.2, 0.1, seed=seed) for seed in range(3)]
+    assert min(machine.write(1000) for machine in machines) > 0.98
+    for machine in machines:
+        machine.acceptance = 0.9
+        machine.write(1000)
+    assert np.mean([machine.write(1000) for machine in machines]) > 0.9 * machines[0].best()
+    machines[0].acceptance = 0.0
+    assert machines[0].write(200) > 0.98
+    assert machines[0].write(1000) > 0.98
+
+
+class BusyMachine(Machine):
+    """On which everything takes one to six times as long, for some 60 plain steps each time, while others are at work."""
+
+    def __init__(self, *args, seed, **kwargs):
+        self.others, self.level = np.random.default_rng(1000 + seed), 1.0
+        super().__init__(*args, seed=seed, noise=0.3, **kwargs)
+
+    def _time(self, plain_steps):
+        if self.others.random() < plain_steps / 60:
+            self.level = 1 + 5 * self.others.random()
+        return self.level * super()._time(plain_steps)
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.5])
+def test_where_others_come_and_go(acceptance):
+    """What plain steps took a while ago says little then, and a text that was begun on a busy machine seems to gain much by
+    whatever comes after. 60 texts: their mean is uncertain by some 0.003."""
+    gains = [BusyMachine(acceptance, OLMOE, 0.0, seed=seed).write(100) for seed in range(60)]
+    assert np.mean(gains) > 0.98 and min(gains) > 0.94
+
+
+def test_a_short_verification_is_no_gain():
+    """It cannot take less than a plain step: others have left the machine since that was measured."""
+    length = DraftLength(16)
+    for _ in range(31):
+        length.verified(1, 3 * PLAIN)
+        length.stepped(0, 1, 3 * PLAIN, 0.0)
+    for n_verified, n_tokens in ((1, 1), (2, 2)):
+        before = length._lost
+        length.stepped(n_verified, n_tokens, PLAIN, 0.0)
+        assert before - length._lost == pytest.approx((n_tokens - 1) * PLAIN)
+
+
+def test_no_token_that_is_hardly_wanted():
+    """However cheap several at once seem."""
+    length = DraftLength(16)
+    for _ in range(31):
+        for n, seconds in ((1, 2 * PLAIN), (9, PLAIN)):
+            length.verified(n, seconds)
+    length.drafted(1, 0.0)
+    for _ in range(60):
+        length.judged(1, 0)
+        length.judged(1, 1)
+    assert 0.45 < length.acceptance < 0.55
+    assert length.choose(1, 1, 100) == (4, True, True)  # the fifth: 0.5**5 = 0.03
+
+
+def test_asks_less_often_the_more_often_it_was_in_vain():
+    """And more often again with each token that agrees."""
+    length = DraftLength(16)
+    length.choose(1, 1, 100)
+    assert length.pause == 3  # four plain steps are timed first
+    for _ in range(4):
+        length.verified(1, PLAIN)
+    length.drafted(1, 0.0)
+    pauses = []
+    for agrees in [0] * 12 + [1, 1, 0]:
+        length.judged(1, agrees)
+        assert length.choose(1, 1, 100) == (1, False, False)
+        pauses.append(length.pause)
+    assert pauses == [1, 3, *[7] * 10, 3, 1, 3]
+    length.choose(1, 1, 0)
+    assert length.pause == 7  # no room
 
 
 def test_a_second_text_goes_on_from_what_is_known():
@@ -159,9 +231,12 @@ def test_what_costs_nothing_is_compared_first():
         length.judged(1, 1)
         plain()
         verified.append(length.choose(1, 1, 100)[2])
-    assert verified == sorted(verified) and verified[-1] and not verified[0]
-    n, whole, _ = length.choose(1, 1, 100)
-    assert n == 2 and whole
+    # and plain steps in between, the fewer the more is gained
+    first = verified.index(True)
+    between = np.diff([i for i in range(first, 30) if not verified[i]])
+    assert first > 0 and len(between) >= 3 and between[0] > 1 and sorted(between) == list(between)
+    n, whole, verifies = length.choose(1, 1, 100)
+    assert n == 2 and whole and verifies
     assert length.choose(1, 1, 1)[0] == 1
     length.verified(3, 2 * PLAIN)
     length.judged(2, 0)

@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", type=lambda text: text.split(","), help="these variants alone")
     parser.add_argument("tests", nargs="*", help="for pytest; without any the variants are only looked at")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     prefix = "libggml-cpu-"
     libraries = {file.stem[len(prefix) :]: file for file in sorted(args.folder.resolve().glob(f"{prefix}*.so"))}
     unknown = set(args.only or ()) - set(libraries)

@@ -43,6 +43,10 @@ bool allocmoe_transpose(const struct ggml_compute_params * params, struct ggml_t
 // graph refuses it; true for operations that are not looked at.
 bool allocmoe_has_kernel(const struct ggml_tensor * op);
 
+// Has the system back memory that has not been written yet by large pages, where it can: a weight that is read once a token then
+// costs no walk through page tables.
+void allocmoe_ask_for_large_pages(void * data, size_t size);
+
 #ifdef __cplusplus
 }
 #endif

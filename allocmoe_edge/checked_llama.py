@@ -455,6 +455,7 @@ class CheckedLlama(llama_cpp.Llama):
         for text in texts:
             if not self.tokenize(text.encode()):
                 raise ValueError(f"embed: the text {text!r} has no tokens")
+        self.reset()  # llama-cpp-python empties the cache of what has been read before
         if isinstance(input, str) or self.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE:
             return super().embed(input, normalize, truncate, return_count)
         # without pooling llama-cpp-python mistakes tokens for values where it looks for the second text

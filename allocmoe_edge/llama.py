@@ -1060,7 +1060,7 @@ class Llama(CheckedLlama):
             ValueError: it is none that `save_state` gave, or damaged.
             RuntimeError: it is of another model, or of a cache that differs.
 
-        After an error nothing has changed, or, where llama.cpp found what is wrong, nothing is cached.
+        After an error nothing has changed, or nothing is cached.
         """
         self._check_state(state)
         self._tokens_change("load_state()")  # what is in force now is what will be

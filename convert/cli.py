@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         metavar="N",
         help="tokens to profile on; as many again check the plan, where there are as many. More is slower and less noisy. "
-        f"Default: {CALIB_TOKENS}, and {CALIB_TOKENS_ALONE} with a --token-rule that is not estimate",
+        f"Default: {CALIB_TOKENS}, and {CALIB_TOKENS_ALONE} where no estimates are tried",
     )
     text.add_argument(
         "--estimate-tokens",

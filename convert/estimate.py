@@ -196,18 +196,15 @@ def _sizes(
                 raise CalibrationError(f"layer {il}: its inputs are all alike")
 
         def train(il: int) -> None:
-            x, basis = inputs.read(il), main[il].astype(np.float32)
-            linear = [of_x @ down[il].T for of_x in x]
-            rows = [
-                ((of_x @ basis.T).astype(np.float16), u, *of_experts[:2])
-                for of_x, u, of_experts, a in zip(x, linear, taken[il], apart)
-                if not a
-            ]
-            directions = positive_directions(*map(np.concatenate, zip(*rows)), n_expert, n_relu)
+            basis, rows = main[il].astype(np.float32), []
+            for x in inputs.windows(il):
+                rows.append(((x @ basis.T).astype(np.float16), x @ down[il].T))
+            of_fit = [(*w, *of_experts[:2]) for w, of_experts, a in zip(rows, taken[il], apart) if not a]
+            directions = positive_directions(*map(np.concatenate, zip(*of_fit)), n_expert, n_relu)
             positive[il] = as_it_runs(directions @ basis)
             kept[il] = [
-                (np.concatenate([u, np.maximum(of_x @ positive[il].T, 0.0)], axis=1), *of_experts)
-                for of_x, u, of_experts in zip(x, linear, taken.pop(il))
+                (np.concatenate([linear, np.maximum(x @ positive[il].T, 0.0)], axis=1), *of_experts)
+                for x, (_, linear), of_experts in zip(inputs.windows(il), rows, taken.pop(il))
             ]
 
         _by_layers("estimates, directions", layers, find, llm.n_threads, n_embd)

@@ -44,16 +44,22 @@ def windows_apart(n: int, n_ctx: int) -> np.ndarray:
     return apart
 
 
-def memory(expert_used_count_full: tuple, n_expert: int, n_embd: int, shape: tuple) -> int:
+def memory(expert_used_count_full: tuple, n_expert: int, n_embd: int, shape: tuple, n_threads: int) -> int:
     """Bytes of memory that calibrating needs beside the model for windows of a shape [n, n_ctx]: what one window has recorded, and
     the most of what is summed up: for each layer a matrix of n_embd by n_embd; or for each token a few floats for each of its
-    experts, what counts of its inputs, and in one layer all of them; or for each layer two matrices of about n_embd by n_embd."""
-    full, n_tokens = expert_used_count_full, shape[0] * shape[1]
+    experts and what counts of its inputs, and for each thread the main inputs of a layer, twice in float16; or for each layer two
+    matrices of about n_embd by n_embd."""
+    full, n_tokens, n_input = expert_used_count_full, shape[0] * shape[1], min(N_INPUT, n_embd)
     n_layer = sum(k > 0 for k in full)
     directions = n_layer * n_embd * (n_embd + 2 * n_expert) + 3 * n_tokens * sum(full)
-    sizes = n_tokens * ((N_SIZE + n_relu_for(n_tokens)) * n_layer + 3 * sum(full) + 2 * n_embd)
+    sizes = n_tokens * ((N_SIZE + n_relu_for(n_tokens)) * n_layer + 3 * sum(full) + n_input * min(n_threads, n_layer))
     outputs = n_layer * (n_expert + n_embd) * (n_expert + 2 * n_embd)
     return 4 * (max(directions, sizes, outputs) + n_layer * 2 * shape[1] * n_embd)
+
+
+def disk_space(expert_used_count_full: tuple, n_embd: int, shape: tuple) -> int:
+    """Bytes that calibrating takes in a temporary file for windows of a shape [n, n_ctx]: see `InputFile`."""
+    return 2 * sum(k > 0 for k in expert_used_count_full) * n_embd * shape[0] * shape[1]
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:

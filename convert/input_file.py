@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 import tempfile
-from typing import Optional
+from typing import Iterator, Optional
 
 import numpy as np
 
@@ -43,17 +43,14 @@ class InputFile:
             raise self._failed(error) from None
         self._n_written += 1
 
-    def read(self, il: int) -> np.ndarray:
-        """float32 [n_windows, n_ctx, n_embd], of a layer, rounded to float16."""
-        n_layer, first = len(self._layers), self._layers[il]
-        try:
-            windows = [
-                os.pread(self._file.fileno(), self._n_bytes, i * self._n_bytes)
-                for i in range(first, self._n_written, n_layer)
-            ]
-        except OSError as error:
-            raise self._failed(error) from None
-        return np.frombuffer(b"".join(windows), np.float16).reshape(-1, *self._shape).astype(np.float32)
+    def windows(self, il: int) -> Iterator[np.ndarray]:
+        """float32 [n_ctx, n_embd] of a layer, window by window, rounded to float16."""
+        for i in range(self._layers[il], self._n_written, len(self._layers)):
+            try:
+                data = os.pread(self._file.fileno(), self._n_bytes, i * self._n_bytes)
+            except OSError as error:
+                raise self._failed(error) from None
+            yield np.frombuffer(data, np.float16).reshape(self._shape).astype(np.float32)
 
     def _failed(self, error: OSError) -> ConvertError:
         return ConvertError(f"{self._folder}: a temporary file of the experts' inputs: {error.strerror}")

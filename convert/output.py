@@ -78,11 +78,16 @@ def _files(paths: list) -> Iterator[Path]:
             yield path
 
 
-def check_space(folder: Path, needed: int, purpose: str) -> None:
-    """Raises ConvertError if less than `needed` bytes are free where `folder` is (or will be)."""
+def free_space(folder: Path) -> int:
+    """Bytes, where `folder` is (or will be)."""
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free
+
+
+def check_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raises ConvertError if less than `needed` bytes are free where `folder` is (or will be)."""
+    free = free_space(folder)
     if free < needed:
         raise ConvertError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {purpose}")
 

@@ -53,6 +53,7 @@ def convert(settings: Settings) -> Written:
     with conversion() as progress, source.as_gguf(settings) as gguf:
         task = plan_task(settings, gguf)
         if task.runs_the_model:
+            task = _with_room(task)
             progress.expect(stages.expected(task))
             choice = measure(task)
             profile, plan = choice.profile, choice.plan
@@ -79,23 +80,23 @@ def replan(task: Task) -> tuple:
 def measure(task: Task) -> choose.Choice:
     """The plan by running the model; its sensitivities are measured unless the task has some."""
     settings = task.settings
-    fits = _has_memory(task)
     with Checkpoint(settings.checkpoint, task.source.path) as results:
         if results.restarted:
             say(f"{results.path} was of another model: measuring anew")
         llm = load(task)
         try:
             # what the model itself has taken is known now
-            return _measured(task, llm, results, fits and _has_memory(task))
+            return _measured(_with_room(task), llm, results)
         except CalibrationError as error:
             raise ConvertError(_why_not_finite(task, error)) from error
         finally:
             llm.close()
 
 
-def _measured(task: Task, llm: Llama, results: Checkpoint, fits: bool) -> choose.Choice:
+def _measured(task: Task, llm: Llama, results: Checkpoint) -> choose.Choice:
     settings, full = task.settings, task.full
-    text = calibration_text(task, llm, results, settings.estimate_tokens if fits and not task.calibrated else 0)
+    n_fit = settings.estimate_tokens if task.tries_estimates and not task.calibrated else 0
+    text = calibration_text(task, llm, results, n_fit)
     decoded = text.held_out.ravel()
     cost = None
     if settings.cost == "ms" or settings.target_tps is not None:
@@ -115,8 +116,8 @@ def _measured(task: Task, llm: Llama, results: Checkpoint, fits: bool) -> choose
         profile = replace(profile, cost=cost.activation_ms, cost_unit="ms")
     elif settings.cost == "activations":
         profile = replace(profile, cost=(1.0,) * len(full), cost_unit="activations")
-    tries = fits and task.tries_estimates
-    profile = replace(profile, estimator=_estimator(task, llm, profile, text, results) if tries else None)
+    estimator = _estimator(task, llm, profile, text, results) if task.tries_estimates else None
+    profile = replace(profile, estimator=estimator)
     if settings.max_ppl_increase is not None:
         say(f"looking for the smallest budget within {settings.max_ppl_increase:.1%} of the full model's perplexity")
         task = replace(task, total=choose.smallest_total(llm, profile, full, text, settings.max_ppl_increase))
@@ -134,9 +135,9 @@ def calibration_text(task: Task, llm: Llama, results: Checkpoint, n_fit: int) ->
     settings = task.settings
     if settings.calib is not None:
         with waiting("reading the calibration text"):
-            return calibration.from_file(llm, settings.calib, settings.calib_tokens, settings.ctx_size, n_fit)
+            return calibration.from_file(llm, settings.calib, task.calib_tokens, settings.ctx_size, n_fit)
     say("the model writes its own calibration text (--calib FILE gives it one)")
-    return calibration.self_generated(llm, settings.calib_tokens, settings.ctx_size, settings.seed, results, n_fit)
+    return calibration.self_generated(llm, task.calib_tokens, settings.ctx_size, settings.seed, results, n_fit)
 
 
 def profiled(task: Task, llm: Llama, text: CalibrationText, results: Checkpoint) -> Profile:
@@ -173,23 +174,32 @@ def load(task: Task) -> Llama:
     return llm
 
 
-def _has_memory(task: Task) -> bool:
-    """Whether estimates are to be tried and there is memory to calibrate them, said where there is not."""
+def _with_room(task: Task) -> Task:
+    """Without estimates, and a line that says so, where they may be left out and there is no room to calibrate them."""
     settings = task.settings
-    if not task.tries_estimates:
-        return False
-    if task.calibrated:
-        return True
-    tokens = max(settings.estimate_tokens, settings.calib_tokens)
+    if not task.tries_estimates or task.calibrated or settings.token_rule == "estimate":
+        return task
+    tokens = max(settings.estimate_tokens, task.calib_tokens)
     shape = max(tokens // settings.ctx_size, 1), settings.ctx_size
-    needed, free = estimator_fit.memory(task.full, task.n_expert, task.n_embd, shape), memory.available()
-    if settings.token_rule == "estimate" or free is None or needed <= free:
-        return True
-    say(
-        f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
-        "are free (--token-rule estimate tries them all the same)"
-    )
-    return False
+    room = {
+        "memory": (_memory_needed(task, shape), memory.available()),
+        "disk space": (
+            estimator_fit.disk_space(task.full, task.n_embd, shape),
+            output.free_space(settings.output.parent),
+        ),
+    }
+    for what, (needed, free) in room.items():
+        if free is not None and needed > free:
+            say(
+                f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of {what}, and "
+                f"{free / 1e9:.1f} GB are free (--token-rule estimate tries them all the same)"
+            )
+            return replace(task, has_room=False)
+    return task
+
+
+def _memory_needed(task: Task, shape: tuple) -> int:
+    return estimator_fit.memory(task.full, task.n_expert, task.n_embd, shape, task.settings.threads)
 
 
 def _estimator(
@@ -198,7 +208,7 @@ def _estimator(
     """The profile's Estimator or a new one; None, with a line that says why, where there can be none."""
     if profile.estimator is not None:
         return profile.estimator
-    needed = estimator_fit.memory(task.full, task.n_expert, task.n_embd, text.fit.shape)
+    needed = _memory_needed(task, text.fit.shape)
     say(f"calibrating estimates of experts on {text.fit.size} tokens, {needed / 1e9:.1f} GB beside the model")
     # at full budget nothing is skipped to learn from
     half = parse_budget("0.5", sum(task.full), sum(k > 0 for k in task.full))

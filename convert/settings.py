@@ -16,7 +16,7 @@ from . import ConvertError, quantize, sensitivity
 # how many activations a model has is not known before it is read: any number that one can have (llama.cpp's limits)
 _MOST_ACTIVATIONS = 512 * 1024
 _COSTS = ("activations", "ms")
-# Tokens for the profile, with estimates and without: what estimates take from it is no better known for twice as many.
+# Tokens for the profile, where estimates are tried and elsewhere: what they take from it is no better known for twice as many.
 CALIB_TOKENS, CALIB_TOKENS_ALONE = 1024, 2048
 
 
@@ -45,7 +45,7 @@ class Settings:
     k_base: int = 1
     reprofile: bool = False
     calib: Optional[Path] = None
-    calib_tokens: int = 0  # what the token rule takes, see `CALIB_TOKENS`
+    calib_tokens: Optional[int] = None  # None: see `Task.calib_tokens`
     estimate_tokens: int = 12288
     ctx_size: int = 512
     seed: int = 0
@@ -62,9 +62,6 @@ class Settings:
     def __post_init__(self) -> None:
         # what is made on the way is made beside it; frozen: this is the one place that may set it
         object.__setattr__(self, "output", followed(self.output))
-        if not self.calib_tokens and "calib_tokens" not in self.given:
-            estimates = self.token_rule in (None, "estimate")
-            object.__setattr__(self, "calib_tokens", CALIB_TOKENS if estimates else CALIB_TOKENS_ALONE)
         choices = {"profile": sensitivity.MODES, "metric": sensitivity.METRICS, "quantize": quantize.FTYPES}
         for name, allowed in {**choices, "cost": _COSTS, "token_rule": TOKEN_RULES}.items():
             value = getattr(self, name)
@@ -72,8 +69,9 @@ class Settings:
                 raise ConvertError(f"{option(name)} {value}: want one of: {', '.join(allowed)}")
         least = {"k_base": 1, "calib_tokens": 1, "estimate_tokens": 1, "ctx_size": 2, "seed": 0, "threads": 1}
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConvertError(f"{option(name)} {getattr(self, name)}: want at least {low}")
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConvertError(f"{option(name)} {value}: want at least {low}")
         try:
             parse_budget(self.budget, _MOST_ACTIVATIONS, 1)
         except PlanError:

@@ -20,7 +20,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
     """The bars of a conversion that runs the model, in their order, and the work of each in tokens through the whole model."""
     settings, full = task.settings, task.full
     tries = task.tries_estimates and not task.calibrated
-    n_profile = settings.calib_tokens
+    n_profile = task.calib_tokens
     n_fit = max(n_profile, settings.estimate_tokens) if tries else n_profile
     n_held = min(n_profile, n_fit / 4)
     found = []

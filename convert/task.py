@@ -12,7 +12,7 @@ from allocmoe_edge.plan.profile import Profile
 
 from . import ConvertError
 from .progress import say
-from .settings import Settings
+from .settings import CALIB_TOKENS, CALIB_TOKENS_ALONE, Settings
 from .source import Source
 
 
@@ -24,6 +24,7 @@ class Task:
     total: the budget in activations per token, unless the settings have it found.
     stored: the file's profile, if its sensitivities are to be used.
     n_expert, n_embd: of the model, 0 where the file is a plan alone.
+    has_room: whether there is memory and disk space to calibrate estimates.
     """
 
     settings: Settings
@@ -33,6 +34,7 @@ class Task:
     stored: Optional[Profile] = None
     n_expert: int = 0
     n_embd: int = 0
+    has_room: bool = True
 
     @property
     def full(self) -> tuple:
@@ -49,7 +51,12 @@ class Task:
     def tries_estimates(self) -> bool:
         """Whether token rule "estimate" is asked for, or among those to be tried and possible at this budget."""
         rule = self.settings.token_rule
-        return rule == "estimate" or (rule is None and self.least <= self.total < sum(self.full))
+        return self.has_room and (rule == "estimate" or (rule is None and self.least <= self.total < sum(self.full)))
+
+    @property
+    def calib_tokens(self) -> int:
+        """Tokens for the profile."""
+        return self.settings.calib_tokens or (CALIB_TOKENS if self.tries_estimates else CALIB_TOKENS_ALONE)
 
     @property
     def k_base(self) -> int:

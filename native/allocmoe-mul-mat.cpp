@@ -3,7 +3,7 @@
 // Each thread unpacks 16 rows by 256 columns of the weights at a time into a panel (allocmoe-panel.h) that stays in its
 // first-level cache, and multiplies it with the 8-bit activations of all tokens of that expert. Activations are quantised
 // by llama.cpp's own functions, and every product is exact in 32-bit integers as in its kernels: results differ from those
-// by the order in which the sub-blocks' floats are added. That order is the same for any number of tokens.
+// by the order in which the floats of sub-blocks, or of blocks, are added. That order is the same for any number of tokens.
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for ours
@@ -305,7 +305,7 @@ struct kernel {
     void (*gather)(const job &, int64_t, int, workspace &)                                               = nullptr;
     void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &)        = nullptr;
     void (*multiply_rows_by_one)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
-    bool for_few                                                                                         = false; // as fast as llama.cpp's for 2 or 3 tokens
+    bool for_few                                                                                         = false; // of types with blocks of 256: as fast as llama.cpp's for 2 or 3 tokens
 };
 
 template <typename L, typename X>
@@ -339,7 +339,9 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
 #if defined(__AVX2__)
                 case GGML_TYPE_IQ4_NL: return kernel_for<repacked_8x8<format_iq4_nl, block_iq4_nlx8>, block_q8_0>();
                 case GGML_TYPE_MXFP4: return kernel_for<repacked_8x8<format_mxfp4, block_mxfp4x8>, block_q8_0>();
+#if defined(__AVX512F__) // llama.cpp repacks it for no other
                 case GGML_TYPE_Q2_K: return kernel_for<repacked<format_q2_K, block_q2_Kx8, 8, 8>, block_q8_K>();
+#endif
 #else
                 case GGML_TYPE_Q5_K: return kernel_for<repacked_k4<format_q5_K, block_q5_Kx8, 8>, block_q8_K>();
                 case GGML_TYPE_Q6_K: return kernel_for<repacked<format_q6_K, block_q6_Kx8, 8, 8>, block_q8_K>();

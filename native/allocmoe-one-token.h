@@ -140,9 +140,6 @@ inline void store_rows(vf sum, float * a, float * b) {
 }
 #elif defined(__AVX2__)
 inline vi whole_numbers(const uint8_t * a, const uint8_t *) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) a)); }
-inline vi pairs_of_bytes(const uint8_t * a, const uint8_t *) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) a)); }
-template <int SHIFT>
-inline vi four_bits(vi x) { return _mm256_and_si256(_mm256_srli_epi32(x, SHIFT), _mm256_set1_epi32(15)); }
 inline vf halves(const ggml_half * a, const ggml_half *) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) a)); }
 inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
     const vi e      = whole_numbers(a, b);

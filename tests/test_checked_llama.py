@@ -1,9 +1,11 @@
 """What llama-cpp-python crashes on, or gets wrong and says nothing: an error in our class. On a tiny dense model."""
 
+import ctypes
 import gc
 import itertools
 from pathlib import Path
 import pickle
+import struct
 import weakref
 
 from allocmoe_edge import GenerationError, Llama
@@ -426,3 +428,27 @@ def test_position_that_the_context_does_not_have(llm, n_past):
     if n_past != 256:
         with pytest.raises(ValueError, match="n_past"):
             llm.rewind(n_past)
+
+
+def test_a_sequence_at_negative_places_is_refused_by_llama_cpp(tiny):
+    """What a slot's file of the server is read by: such tokens stayed in the cache for good."""
+    llm = Llama(str(tiny.gguf_path), n_ctx=64, verbose=False)
+    llm.eval([1, 2, 3])
+    size = llama_cpp.llama_state_seq_get_size(llm.ctx, 0)
+    data = (ctypes.c_uint8 * size)()
+    assert llama_cpp.llama_state_seq_get_data(llm.ctx, data, size, 0) == size
+    second = struct.pack("<ii", 1, 1)  # position, number of sequences
+    assert bytes(data).count(second) == 1
+    damaged = bytes(data).replace(second, struct.pack("<ii", -5, 1))
+    assert llama_cpp.llama_state_seq_set_data(llm.ctx, (ctypes.c_uint8 * size)(*damaged), size, 0) == 0
+    llm.reset()
+    assert llama_cpp.llama_state_seq_set_data(llm.ctx, data, size, 0) == size
+
+
+def test_embedding_leaves_nothing_cached(tiny):
+    """llama-cpp-python empties the cache for it; tokens read before counted as there all the same."""
+    llm = Llama(str(tiny.gguf_path), n_ctx=64, embedding=True, verbose=False)
+    llm.eval([1, 2, 3])
+    llm.embed("a b")
+    assert llm.n_tokens == 0
+    llm.load_state(llm.save_state())

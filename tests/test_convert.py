@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+import re
 import resource
 import shutil
 import signal
@@ -154,21 +155,38 @@ def test_estimates_are_calibrated_with_stored_sensitivities(tiny_planned, tmp_pa
     assert metadata.read(tmp_path / "half.gguf").plan.token_rule == "estimate"
 
 
-def test_a_profile_for_estimates_takes_less_text():
-    """By default; what the user asks for is what is taken."""
-    tokens = {
-        rule: Settings(Path("m.gguf"), Path("o.gguf"), token_rule=rule).calib_tokens for rule in (None, *TOKEN_RULES)
-    }
+@pytest.fixture(scope="module")
+def planned_task(testbed_path):
+    def plan(**options):
+        settings = Settings(testbed_path, Path("out.gguf"), ctx_size=32, **options)
+        return task.plan_task(settings, source.Source(testbed_path, temporary=False))
+
+    return plan
+
+
+def test_a_profile_for_estimates_takes_less_text(planned_task):
+    """By default; what the user asks for is what is taken. At full budget nothing is estimated."""
+    tokens = {rule: planned_task(token_rule=rule).calib_tokens for rule in (None, *TOKEN_RULES)}
     assert tokens == {None: 1024, "estimate": 1024, "threshold": 2048, "batch": 2048, "off": 2048}
-    assert Settings(Path("m.gguf"), Path("o.gguf"), calib_tokens=64).calib_tokens == 64
+    assert planned_task(calib_tokens=64).calib_tokens == 64 and planned_task(budget="1.0").calib_tokens == 2048
 
 
-def test_estimates_are_not_tried_without_the_memory(testbed_path, monkeypatch, capsys):
-    settings = Settings(testbed_path, Path("out.gguf"), ctx_size=32, calib_tokens=64, estimate_tokens=64)
-    planned = task.plan_task(settings, source.Source(testbed_path, temporary=False))
+def test_estimates_are_not_tried_without_the_memory(planned_task, monkeypatch, capsys):
+    planned = planned_task(estimate_tokens=64)
     monkeypatch.setattr(pipeline.memory, "available", lambda: 10**6)
-    assert not pipeline._has_memory(planned)
-    assert "not tried: to calibrate them takes 0.1 GB of memory, and 0.0 GB are free" in capsys.readouterr().err
+    found = pipeline._with_room(planned)
+    assert not found.tries_estimates and found.calib_tokens == 2048
+    assert re.search(
+        r"not tried: to calibrate them takes 0\.\d GB of memory, and 0\.0 GB are free", capsys.readouterr().err
+    )
+
+
+def test_estimates_are_not_tried_without_the_disk_space(planned_task, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline.output, "free_space", lambda folder: 10**8)
+    assert not pipeline._with_room(planned_task()).tries_estimates
+    assert "takes 0.4 GB of disk space, and 0.1 GB are free" in capsys.readouterr().err
+    asked = planned_task(token_rule="estimate")
+    assert pipeline._with_room(asked) is asked
 
 
 def test_memory_is_looked_at_before_the_work(tiny, tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ PAGE = 2 << 20
 def in_large_pages(first: int) -> int:
     """KB of the mapping that begins at an address."""
     mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
-    [found] = [of for of in mappings if of and int(of.split("-")[0], 16) <= first < int(of.split("-")[1].split()[0], 16)]
+    [found] = [
+        of for of in mappings if of and int(of.split("-")[0], 16) <= first < int(of.split("-")[1].split()[0], 16)
+    ]
     return int(re.search(r"AnonHugePages: +(\d+)", found)[1])
 
 

@@ -200,7 +200,8 @@ def _sizes(
             for x in inputs.windows(il):
                 rows.append(((x @ basis.T).astype(np.float16), x @ down[il].T))
             of_fit = [(*w, *of_experts[:2]) for w, of_experts, a in zip(rows, taken[il], apart) if not a]
-            directions = positive_directions(*map(np.concatenate, zip(*of_fit)), n_expert, n_relu)
+            x_fit, linear_fit, experts, sizes = map(np.concatenate, zip(*of_fit))
+            directions = positive_directions(x_fit, linear_fit, experts, sizes, n_expert, n_relu)
             positive[il] = as_it_runs(directions @ basis)
             kept[il] = [
                 (np.concatenate([linear, np.maximum(x @ positive[il].T, 0.0)], axis=1), *of_experts)

@@ -71,6 +71,13 @@ struct whole_sums {
 inline __m256i total(whole_sums y) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(y.of[0], y.of[1]), 0xd8); }
 inline __m256 halves_8(const ggml_half * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
 
+// What a block of 8 rows gives, added to their sums; second: of the mins.
+template <typename X>
+inline __m256 add_block(__m256 sum, const X & b, whole_sums y, __m256i second, __m256 xd) {
+    sum = fma(to_float(total(y)), mul(halves_8(b.d), xd), sum);
+    return fma(to_float(second), mul(negative(halves_8(b.dmin)), xd), sum);
+}
+
 // Adds sums of a sub-block, in 16 bits or the low half of 32, times the scale of its row: byte `FIRST + STEP*row`.
 template <bool LOW_HALF, int FIRST, int STEP>
 inline void add_scaled(whole_sums & y, whole_sums products, __m256i scales) {
@@ -130,8 +137,7 @@ struct one_token<repacked_k4<format_q4_K, X, 8>> {
                     add_scaled<BY_4, 0, 1>(y, high, broadcast_8((const int8_t *) scales[2 * j + 1][0]));
                     second = add_products(second, two_mins(scales[2 * j], scales[2 * j + 1]), broadcast(x.init + 4 * k + j));
                 }
-                sum[v] = fma(to_float(total(y)), mul(halves_8(b.d), xd), sum[v]);
-                sum[v] = fma(to_float(second), mul(negative(halves_8(b.dmin)), xd), sum[v]);
+                sum[v] = add_block(sum[v], b, y, second, xd);
             }
         }
         for (int v = 0; v < STREAMS; ++v) {
@@ -176,8 +182,7 @@ struct one_token<repacked<format_q2_K, X, 8, 8>> {
                     const __m256i mins = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), _mm_set1_epi8(15)));
                     second             = add_products(second, mins, broadcast(x.init + 8 * k + I));
                 });
-                sum[v] = fma(to_float(total(y)), mul(halves_8(b.d), xd), sum[v]);
-                sum[v] = fma(to_float(second), mul(negative(halves_8(b.dmin)), xd), sum[v]);
+                sum[v] = add_block(sum[v], b, y, second, xd);
             }
         }
         for (int v = 0; v < STREAMS; ++v) {

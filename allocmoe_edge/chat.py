@@ -352,6 +352,8 @@ def read_chat(path: Path) -> Messages:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise CommandError(f"{path}: is no chat: not JSON") from None
+    except OSError as error:  # one of reading names no file
+        raise CommandError(f"{path}: {error.strerror}") from None
     messages = found.get("messages") if isinstance(found, dict) else None
     if not isinstance(messages, list):
         raise CommandError(f'{path}: is no chat: want an object with "messages"')

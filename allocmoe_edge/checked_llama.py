@@ -16,7 +16,9 @@ import numpy as np
 
 from . import projector
 from ._native import libggml_base, llama_cpp
+from .plan import shown
 from .sharing import in_turn, keep_over_forks, turns
+from .whole_numbers import MOST_INT32, MOST_THREADS, whole
 
 internals = llama_cpp._internals
 
@@ -24,10 +26,23 @@ internals = llama_cpp._internals
 _NO_CACHE_TYPES = tuple(
     getattr(llama_cpp, f"GGML_TYPE_{name}") for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
 )
+# what ctypes would cut to 32 bits
+_NUMBERS = {
+    "seed": (-1, 2**32 - 1),
+    "split_mode": (0, MOST_INT32),
+    "main_gpu": (-1, MOST_INT32),
+    "rope_scaling_type": (-1, MOST_INT32),
+    "attention_type": (-1, MOST_INT32),
+    "yarn_orig_ctx": (0, MOST_INT32),
+    "last_n_tokens_size": (-1, MOST_INT32),
+}
+_OPTIONAL = ("rope_scaling_type", "seed")
+_REALS = (
+    *("rope_freq_base", "rope_freq_scale", "lora_scale"),
+    *(f"yarn_{name}" for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")),
+)
 # enum llama_pooling_type
 _POOLING_TYPES = range(-1, 5)
-# GGML_MAX_N_THREADS
-_MOST_THREADS = 512
 # llama.cpp makes every context a multiple of so many tokens
 _CONTEXT_UNIT = 256
 # GBNF of a request: llama.cpp's parser calls itself at each "(", and runs out of stack some 20 times as deep
@@ -113,7 +128,7 @@ class _Tokenizer(llama_cpp.LlamaTokenizer):
 
     def detokenize(self, tokens: List[int], prev_tokens: Optional[List[int]] = None, special: bool = False) -> bytes:
         with self._model.vocab_in_use:
-            _check_tokens(tokens, self._model.n_vocab())
+            check_tokens(tokens, self._model.n_vocab())
             return super().detokenize(tokens, prev_tokens, special)
 
 
@@ -307,7 +322,7 @@ class CheckedLlama(llama_cpp.Llama):
         Raises:
             ValueError: a token that the vocabulary does not have.
         """
-        _check_tokens(tokens, self._n_vocab)
+        check_tokens(tokens, self._n_vocab)
         if self._ctx.memory is None:
             raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
         if self._inside != "a step":
@@ -510,11 +525,10 @@ _COMPLETE = inspect.signature(llama_cpp.Llama._create_completion)
 _loading = threading.RLock()
 
 
-def _check_tokens(tokens: Sequence[int], n_vocab: int) -> None:
+def check_tokens(tokens: Sequence[int], n_vocab: int) -> None:
     """Refuses tokens that the vocabulary does not have. Raises ValueError."""
     for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < n_vocab:
-            raise ValueError(f"tokens: found {token!r}, want 0 to {n_vocab - 1}, the vocabulary's")
+        whole("tokens", token, 0, n_vocab - 1, f"0 to {n_vocab - 1}, the vocabulary's")
 
 
 def _check_bias(bias: Any, n_vocab: int) -> None:
@@ -542,13 +556,17 @@ def check_arguments(kwargs: dict) -> None:
     if not (isinstance(numa, int) and 0 <= numa < llama_cpp.GGML_NUMA_STRATEGY_COUNT):
         raise ValueError(f"numa: found {numa!r}, want True, False or one of llama_cpp.GGML_NUMA_STRATEGY_*")
     for name in ("n_threads", "n_threads_batch"):
-        value = kwargs.get(name) or 1
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= _MOST_THREADS:
-            raise ValueError(f"{name}: found {value!r}, want 1 to {_MOST_THREADS}")
+        whole(name, kwargs.get(name) or 1, 1, MOST_THREADS)
     for name, least in (("n_ctx", 0), ("n_batch", 1), ("n_ubatch", 1)):
-        value = kwargs.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**31:
-            raise ValueError(f"{name}: found {value!r}, want a whole number from {least} up")
+        whole(name, kwargs.get(name, least), least)
+    for name, (least, most) in _NUMBERS.items():
+        if name in kwargs and not (kwargs[name] is None and name in _OPTIONAL):
+            whole(name, kwargs[name], least, most)
+    for name in _REALS:
+        try:
+            float(kwargs.get(name, 0.0))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name}: found {shown(kwargs[name])}, want a number") from None
     for name in ("type_k", "type_v"):
         value = kwargs.get(name)
         if value is None:

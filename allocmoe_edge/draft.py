@@ -13,6 +13,7 @@ import numpy as np
 
 from ._native import llama_cpp
 from .draft_length import DraftLength
+from .whole_numbers import whole
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -73,8 +74,7 @@ class DraftModel(LlamaDraftModel):
         for name, value in (("n_draft", n_draft), ("most", most)):
             if value is None and name == "n_draft":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name}: found {value!r}, want a number of tokens from 1 on")
+            whole(name, value, 1, want="a number of tokens from 1 on")
         if verification_budget is not None and not (
             isinstance(verification_budget, (int, float, np.number)) and 0 < verification_budget < 1
         ):

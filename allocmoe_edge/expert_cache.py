@@ -58,6 +58,11 @@ def least(path: Union[str, os.PathLike]) -> int:
     return max(layers.values(), default=0)
 
 
+def of_experts(path: Union[str, os.PathLike]) -> int:
+    """Bytes of all routed experts, with what is read around them."""
+    return sum(n_bytes for _, n_bytes in _experts(path))
+
+
 def choose(
     path: Union[str, os.PathLike], value: Union[int, str, None], by_default: bool, n_ctx: int = 0, n_ubatch: int = 512
 ) -> int:
@@ -124,7 +129,7 @@ def context_bytes(path: Union[str, os.PathLike], n_ctx: int, n_ubatch: int) -> i
 
 def default(path: Union[str, os.PathLike], free: int) -> int:
     """What `free` bytes of memory leave for experts beside the other weights; 0 where that is less than a cache needs."""
-    in_files = sum(n_bytes for _, n_bytes in _experts(path))
+    in_files = of_experts(path)
     others = sum(os.path.getsize(each) for each in model_paths(path)) - in_files
     n_bytes = min(int(free * (1 - _LEFT_FREE)) - others, in_files)
     # room for one layer's experts goes off before any is kept

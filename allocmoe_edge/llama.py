@@ -18,7 +18,7 @@ import numpy as np
 from . import expert_cache as cache_size
 from . import gpu_fit, hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
-from .checked_llama import CheckedLlama, GenerationError, check_arguments
+from .checked_llama import CheckedLlama, GenerationError, check_arguments, check_tokens
 from .draft import DraftModel
 from .gguf_file import GGUFFile, model_paths
 from .measure import memory
@@ -28,6 +28,7 @@ from .plan.estimator import Estimator
 from .prompt_cache import CacheOfOnePlan
 from .second_context import SecondContext
 from .sharing import in_turn, turns
+from .whole_numbers import whole
 
 Budget = Union[float, int, str]
 
@@ -162,16 +163,11 @@ class Llama(CheckedLlama):
         **kwargs,
     ):
         _check_names(kwargs)
-        n_gpu_layers = int(n_gpu_layers) if isinstance(n_gpu_layers, np.integer) else n_gpu_layers
-        n_cpu_moe = int(n_cpu_moe) if isinstance(n_cpu_moe, np.integer) else n_cpu_moe
-        n_gpu_layers = None if n_gpu_layers == "auto" else n_gpu_layers
-        is_number = isinstance(n_gpu_layers, int) and not isinstance(n_gpu_layers, bool) and -1 <= n_gpu_layers < 2**31
-        if n_gpu_layers is not None and not is_number:
-            raise ValueError(
-                f"n_gpu_layers: found {str(n_gpu_layers)[:40]!r}, wanted a number of layers, -1 for all, or 'auto'"
-            )
-        if not isinstance(n_cpu_moe, int) or isinstance(n_cpu_moe, bool) or n_cpu_moe < 0:
-            raise ValueError(f"n_cpu_moe: found {n_cpu_moe!r}, wanted a number of layers, 0 or more")
+        if isinstance(n_gpu_layers, str) and n_gpu_layers == "auto":
+            n_gpu_layers = None
+        if n_gpu_layers is not None:
+            n_gpu_layers = whole("n_gpu_layers", n_gpu_layers, -1, want="a number of layers, -1 for all, or 'auto'")
+        n_cpu_moe = whole("n_cpu_moe", n_cpu_moe, 0, want="a number of layers, 0 or more")
         if n_gpu_layers is None and n_cpu_moe:
             raise ValueError("n_cpu_moe: beside n_gpu_layers=None, which chooses that, too: wanted 0, or n_gpu_layers")
         if not isinstance(repack, bool):
@@ -501,12 +497,12 @@ class Llama(CheckedLlama):
 
     def _put_budget(self, total: int, token_rule: Optional[str], strict: Optional[bool]) -> bool:
         """Whether that changed the plan in force. Raises PlanError."""
-        self._put_instrument()
         changed = self._check(
             libllama.allocmoe_set_budget(
                 context_pointer(self), total, _number_of(token_rule), -1 if strict is None else bool(strict)
             )
         )
+        self._put_instrument()
         self._by_hand = self._handed_over = None
         self._plan_in_force = _UNKNOWN
         return changed
@@ -753,22 +749,31 @@ class Llama(CheckedLlama):
 
         Raises:
             PlanError: the plan does not fit the model.
+            ValueError: there is no such start_layer, or one of the others is no bool.
+
+        After an error nothing has changed.
         """
         if not isinstance(plan, Plan):
             raise PlanError(f"plan: found {type(plan).__name__}, want a Plan (set_plan takes a list of counts, too)")
-        instrument = [record, record_inputs, keep_outputs, start_layer, skip_logits]
+        flags = record, record_inputs, keep_outputs, skip_logits
+        if not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+            raise ValueError(f"record, record_inputs, keep_outputs, skip_logits: found {flags}, want True or False")
+        n_layer = libllama.allocmoe_n_layer(context_pointer(self))
+        start_layer = whole("start_layer", start_layer, 0, max(0, n_layer - 1))
+        instrument = [*map(bool, flags[:3]), start_layer, bool(skip_logits)]
         changed, self._before = self._put_plan(plan, instrument), None
         return changed
 
     def _put_plan(self, plan: Optional[Plan], instrument: Sequence[int] = ()) -> bool:
         """Whether that changed the plan in force; None for the model's own counts. Raises PlanError."""
         self._plan_in_force = _UNKNOWN
-        self._put_instrument(instrument)
         if plan is None:
+            self._put_instrument(instrument)
             self._by_hand = None
             had = libllama.allocmoe_has_plan(context_pointer(self))
             libllama.allocmoe_clear_plan(context_pointer(self))
             return had
+        handed_over = self._handed_over
         if plan.token_rule == "estimate":
             self._hand_over(plan.estimator)
         threshold = ffi.NULL if plan.threshold is None else ffi.new("float[]", plan.threshold)
@@ -777,7 +782,12 @@ class Llama(CheckedLlama):
         rule.value = VALUES.index(plan.value)
         rule.k_base, rule.strict, rule.threshold = plan.k_base, plan.strict, threshold
         counts = list(plan.expert_used_count)
-        changed = self._check(libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule))
+        try:
+            changed = self._check(libllama.allocmoe_set_plan(context_pointer(self), counts, len(counts), rule))
+        except PlanError:
+            self._hand_over(handed_over)
+            raise
+        self._put_instrument(instrument)
         self._by_hand = plan
         return changed
 
@@ -821,8 +831,7 @@ class Llama(CheckedLlama):
         Raises:
             ValueError: n_past is no number from 0 on.
         """
-        if isinstance(n_past, bool) or not isinstance(n_past, (int, np.integer)) or not 0 <= n_past < 2**31:
-            raise ValueError(f"n_past: found {n_past!r}, want a number of tokens from 0 on")
+        n_past = whole("n_past", n_past, 0)
         self._tokens_change("rewind()")
         self.n_tokens = min(self.n_tokens, n_past)
         self._requires_eval = True
@@ -846,11 +855,12 @@ class Llama(CheckedLlama):
         Raises:
             GenerationError: an expert cannot be read (see expert_cache).
             RuntimeError: llama.cpp cannot evaluate them, for instance beyond the context's size.
+            ValueError: a token that the vocabulary does not have, none or more than n_batch of them, or an n_past beyond the context.
         """
-        if isinstance(n_past, bool) or not isinstance(n_past, (int, np.integer)) or not 0 <= n_past < self.n_ctx():
-            raise ValueError(f"n_past: found {n_past!r}, want 0 to {self.n_ctx() - 1}")
+        n_past = whole("n_past", n_past, 0, self.n_ctx() - 1)
         if not 0 < len(tokens) <= self.n_batch:
             raise ValueError(f"tokens: found {len(tokens)}, want 1 to {self.n_batch} (n_batch)")
+        check_tokens(tokens, self._n_vocab)
         self.rewind(n_past)
         self.n_tokens = 0
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=logits_all)

@@ -7,6 +7,8 @@ from typing import Optional, Sequence
 import numpy as np
 
 from ._native import llama_cpp
+from .checked_llama import check_tokens
+from .whole_numbers import MOST_THREADS, whole
 
 internals = llama_cpp._internals
 
@@ -19,12 +21,13 @@ class SecondContext:
         n_threads: None for as many as that has.
 
     Raises:
-        ValueError: llama.cpp cannot make it, for instance for lack of memory.
+        ValueError: llama.cpp cannot make it, for instance for lack of memory, or with so many threads.
     """
 
     def __init__(self, llm: llama_cpp.Llama, n_threads: Optional[int] = None):
         params = type(llm.context_params).from_buffer_copy(llm.context_params)
         if n_threads is not None:
+            n_threads = whole("n_threads", n_threads, 1, MOST_THREADS)
             params.n_threads = params.n_threads_batch = n_threads
         self._context = internals.LlamaContext(model=llm._model, params=params, verbose=llm.verbose)
         self.n_batch, self._n_vocab = llm.n_batch, llm.n_vocab()
@@ -42,13 +45,15 @@ class SecondContext:
         """As `Llama.decode` for the last token: float32 [1, n_vocab], overwritten by the next call.
 
         Raises:
-            ValueError: there are no tokens, or more than n_batch.
+            ValueError: there are no tokens, more than n_batch, one that the vocabulary does not have, or an n_past beyond the context.
             RuntimeError: it is closed, as it is with the model; or llama.cpp cannot evaluate them.
         """
         if self.ctx is None:
             raise RuntimeError("this SecondContext has been closed, or its Llama")
         if not 0 < len(tokens) <= self.n_batch:  # llama-cpp-python would write beside the batch
             raise ValueError(f"tokens: found {len(tokens)}, want 1 to {self.n_batch} (n_batch)")
+        check_tokens(tokens, self._n_vocab)
+        n_past = whole("n_past", n_past, 0, self.n_ctx() - 1)
         self._context.kv_cache_seq_rm(0, n_past, -1)
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=False)
         self._context.decode(self._batch)

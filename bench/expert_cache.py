@@ -337,8 +337,7 @@ def without_estimates(llm, text) -> Plan:
 def cache_for(path: Path, share: float) -> int:
     from allocmoe_edge import expert_cache
 
-    experts = sum(n_bytes for _, n_bytes in expert_cache._experts(path))
-    return int(expert_cache.least(path) * (1 - share) + experts * share) + (2 << 20)
+    return int(expert_cache.least(path) * (1 - share) + expert_cache.of_experts(path) * share) + (2 << 20)
 
 
 def main() -> None:

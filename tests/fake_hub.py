@@ -6,13 +6,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
 from pathlib import Path
 import threading
+from typing import Optional
 
 COMMIT = "1" * 40
 
 
 @contextmanager
-def serve(folder: Path, repository: str, gated: bool = False):
-    """Yields the endpoint, for HF_ENDPOINT, and the list of paths that were asked for."""
+def serve(folder: Path, repository: str, token: Optional[str] = None):
+    """token: its files are for those who send it, alone. Yields the endpoint, for HF_ENDPOINT, and the list of paths that were asked for."""
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -40,7 +41,7 @@ def serve(folder: Path, repository: str, gated: bool = False):
             if "/api/models/" in path:
                 info = dict(id=repository, sha=COMMIT, siblings=[{"rfilename": f.name} for f in files])
                 return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
-            if gated:
+            if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
                 return self.answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
             file = folder / path.rpartition("/")[2]
             if not file.is_file():

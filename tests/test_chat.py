@@ -315,6 +315,7 @@ def test_models_without_a_choice(tmp_path):
         (["MODEL", "--temperature", "nan"], 2, "want a number from 0 to 100"),
         (["MODEL", "--ctx-size", "-1"], 2, "want a whole number"),
         (["MODEL", "--load", "none.json"], 1, "none.json"),
+        (["MODEL", "--load", "/proc/self/mem"], 1, "/proc/self/mem: Input/output error"),
         (["MODEL", "--plan", "none.gguf"], 1, "none.gguf"),
         (["."], 1, ".: a folder; of a model in Hugging Face's format allocmoe-convert makes a file"),
         ([], 2, "MODEL"),

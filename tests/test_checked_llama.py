@@ -73,9 +73,11 @@ def test_arguments_that_there_are_not(path):
         dict(n_ctx=-1), dict(n_ctx="64"), dict(n_ctx=64.5), dict(n_ctx=2**31), dict(n_batch=0), dict(n_batch=-5),
         dict(n_batch=None), dict(n_batch="8"), dict(n_ubatch=0), dict(n_ubatch=None), dict(pooling_type=77, embedding=True),
         dict(type_k=99), dict(type_v=-1), dict(type_v="f16"), dict(numa=None), dict(numa=2.0), dict(numa=99),
+        dict(seed=2**40), dict(seed=1.5), dict(main_gpu=2**40), dict(split_mode=None), dict(yarn_orig_ctx="x"),
+        dict(last_n_tokens_size=2**31), dict(rope_scaling_type=float("nan")), dict(rope_freq_base=10**400), dict(lora_scale="1x"),
         dict(kv_overrides=""), dict(kv_overrides=5), dict(kv_overrides=[], vocab_only=True), dict(lora_path="/no/such/adapter"),
     ],
-    ids=str,
+    ids=lambda arguments: str(arguments)[:40],
 )  # fmt: skip
 def test_arguments_that_llama_cpp_would_crash_on(path, arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
@@ -428,6 +430,12 @@ def test_position_that_the_context_does_not_have(llm, n_past):
     if n_past != 256:
         with pytest.raises(ValueError, match="n_past"):
             llm.rewind(n_past)
+
+
+@pytest.mark.parametrize("token", [-1, 10**20, 1.5])
+def test_a_token_to_decode_that_there_is_not(llm, token):
+    with pytest.raises(ValueError, match="tokens: found"):
+        llm.decode([1, token])
 
 
 def test_a_sequence_at_negative_places_is_refused_by_llama_cpp(tiny):

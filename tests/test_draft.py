@@ -338,6 +338,13 @@ def test_a_second_context_ends_with_its_model(path):
     llm = Llama(path, **SIZES)
     first, second = llm.second_context(0.5), llm.second_context(0.5)
     first.close()
+    for wrong in (-1, llm.n_ctx(), 2**40, 0.5):
+        with pytest.raises(ValueError, match="n_past: found"):
+            second.decode([1], wrong)
+        with pytest.raises(ValueError, match="tokens: found"):
+            second.decode([1, wrong + 2**20 * (wrong >= 0)])
+        with pytest.raises(ValueError, match="n_threads: found"):
+            llm.second_context(0.5, n_threads=wrong + 1000 * (wrong > 0))
     assert second.decode([1, 2]).shape == (1, llm.n_vocab())
     llm.close()
     for closed in (first, second):

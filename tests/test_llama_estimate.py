@@ -5,6 +5,7 @@ import pickle
 import warnings
 
 from allocmoe_edge import Llama, Plan, PlanError
+from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.convert import choose, output
 from allocmoe_edge.convert.calibration import CalibrationText
 from allocmoe_edge.plan import metadata
@@ -57,6 +58,11 @@ def planned(source, profile, tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(planned):
     return load(planned)
+
+
+def n_recorded(llm) -> int:
+    """Values that the runtime has kept of the first layer."""
+    return libllama.allocmoe_take_scores(context_pointer(llm), 0, ffi.NULL, 0)
 
 
 def test_plan_comes_from_the_file(planned, source, profile):
@@ -142,6 +148,32 @@ def test_estimators_can_be_exchanged(llm, profile):
     # one without any runs by the file's
     llm.set_plan(replace(profile.plan(8, FULL), estimator=None))
     assert np.array_equal(logits(llm), first)
+    llm.set_budget()
+
+
+def test_what_is_refused_changes_nothing(llm):
+    """Plan, estimator, and what is recorded, whichever of them is wrong."""
+    kept = random_estimator(seed=1).plan(8, FULL)
+    beyond = Plan((9,) * 4, (9,) * 4, "estimate", threshold=(0.0,) * 4, estimator=random_estimator(seed=2))
+    other = replace(kept, estimator=random_estimator(n_embd=32))
+    for record in (False, True):
+        llm.apply_plan(kept, record=record)
+        expected, n_values = logits(llm), n_recorded(llm)
+        assert bool(n_values) is record
+        libllama.allocmoe_take_scores(context_pointer(llm), 0, ffi.new("float[]", n_values), n_values)
+        for refused in (
+            lambda: llm.apply_plan(beyond, record=not record),
+            lambda: llm.apply_plan(other, record=not record),
+            lambda: llm.apply_plan(kept, start_layer=2**31),
+            lambda: llm.apply_plan(kept, start_layer=4),
+            lambda: llm.apply_plan(kept, record=5),
+            lambda: llm.set_plan(other),
+            lambda: llm.set_budget(0.01),
+        ):
+            with pytest.raises(ValueError):
+                refused()
+            assert llm.plan == kept and llm.plan.estimator is kept.estimator is llm._handed_over
+        assert np.array_equal(logits(llm), expected) and n_recorded(llm) == n_values
     llm.set_budget()
 
 

@@ -84,17 +84,26 @@ def test_dense_repository_is_not_downloaded(folder, out, tmp_path):
         assert not [path for path in asked if "safetensors" in path]
 
 
-def test_missing_and_gated_repositories(folder, out, tmp_path):
+def test_missing_repositories(folder, out, tmp_path):
     with serve(folder, "org/name") as (endpoint, _):
         env = hub_env(endpoint, tmp_path)
         refused("org/none", "-o", out / "m.gguf", expect="no such folder here, and no such repository", env=env)
         (folder / "config.json").unlink()
         refused("org/name", "-o", out / "m.gguf", expect="has no config.json", env=env)
-    with serve(folder, "org/name", gated=True) as (endpoint, _):
-        env = {**hub_env(endpoint, tmp_path), "HF_TOKEN": "hf_" + "S" * 34}
-        refused("org/name", "-o", out / "m.gguf", expect="gated", env=env)
-        done = run("org/name", "-o", out / "m.gguf", "--debug", env=env)
-        assert done.returncode == 1 and "gated" in done.stderr and "SSS" not in done.stderr + done.stdout
+
+
+def test_gated_repository(folder, out, tmp_path):
+    """The token is sent, and said to nobody else."""
+    edit_config(folder, num_experts=0, num_local_experts=0, moe_intermediate_size=None)  # which shows that it was read
+    wanted, other = "hf_" + "S" * 34, "hf_" + "SSS" + "T" * 31
+    with serve(folder, "org/name", token=wanted) as (endpoint, _):
+        for token, expected in ((None, "gated"), (other, "gated"), (wanted, "no experts to allocate")):
+            env = {name: value for name, value in hub_env(endpoint, tmp_path).items() if name != "HF_TOKEN"}
+            if token is not None:
+                env["HF_TOKEN"] = token
+            done = run("org/name", "-o", out / "m.gguf", "--debug", env=env)
+            assert done.returncode == 1 and expected in done.stderr, (token, done.stderr)
+            assert "SSS" not in done.stderr + done.stdout
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_numbers_of_layers_may_be_numpys(testbed_path):
 
 @pytest.mark.parametrize("value", ["all", "3", 1.5, True, -2, 2**31], ids=str)
 def test_what_is_no_choice_of_layers_on_the_gpu_is_refused(testbed_path, value):
-    with pytest.raises(ValueError, match="n_gpu_layers: found .*, wanted a number of layers, -1 for all, or 'auto'"):
+    with pytest.raises(ValueError, match="n_gpu_layers: found .*, want a number of layers, -1 for all, or 'auto'"):
         Llama(str(testbed_path), n_gpu_layers=value, **SIZES)
 
 

@@ -240,9 +240,21 @@ class CheckedLlama(llama_cpp.Llama):
         finally:
             inner.close()
             if self._generation is generation:
+                self._forget_drafted()
                 self._generation = None
-                if self.draft_model is not None and 0 < generation.n_verified < self.n_tokens:
-                    self.n_tokens, self._requires_eval = generation.n_verified, True  # the rest was proposed alone
+
+    def _n_read(self) -> int:
+        """Cached tokens but for those that a draft model has proposed beyond the one that was read last."""
+        generation = self._generation
+        if self.draft_model is None or generation is None or not generation.n_verified:
+            return self.n_tokens
+        return min(self.n_tokens, generation.n_verified)
+
+    def _forget_drafted(self) -> None:
+        """The tokens that `_n_read` leaves out are computed anew, if they come."""
+        n_read = self._n_read()
+        if n_read < self.n_tokens:
+            self.n_tokens, self._requires_eval = n_read, True
 
     def _before_generation(self, reset: bool) -> None:
         """Called before a generation looks for a part of its prompt among the cached tokens."""
@@ -323,7 +335,7 @@ class CheckedLlama(llama_cpp.Llama):
             ValueError: a token that the vocabulary does not have.
         """
         check_tokens(tokens, self._n_vocab)
-        if self._ctx.memory is None:
+        if not self.goes_on:
             raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
         if self._inside != "a step":
             self._tokens_change("eval()")
@@ -354,6 +366,11 @@ class CheckedLlama(llama_cpp.Llama):
         for begin, end in reversed(self._pictures):
             input_ids = np.delete(input_ids, slice(begin, end))
         return input_ids
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the model has a memory of the tokens before, without which it cannot go on from a text."""
+        return self._ctx.memory is not None
 
     @property
     def verifies(self) -> bool:

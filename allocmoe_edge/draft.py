@@ -12,7 +12,9 @@ from llama_cpp.llama_speculative import LlamaDraftModel
 import numpy as np
 
 from ._native import llama_cpp
+from .checked_llama import check_tokens
 from .draft_length import DraftLength
+from .plan import shown
 from .whole_numbers import whole
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ class DraftModel(LlamaDraftModel):
         ValueError: n_draft or most is no number from 1 on, verification_budget no share. What `Llama(draft_model=...)` raises
             for it: ValueError where the vocabularies differ, where model or draft cannot forget tokens (recurrent ones), or
             where it belongs to another `Llama`; PlanError where a verification_budget cannot be had; and what `Llama` raises for the file.
-        TypeError: arguments of a `Llama` for a draft that has none.
+        TypeError: model is neither a file nor a LlamaDraftModel, or is a `DraftModel`; arguments of a `Llama` for a draft that has none.
+        A generation raises ValueError where a LlamaDraftModel proposes what is no token.
     """
 
     def __init__(
@@ -80,6 +83,10 @@ class DraftModel(LlamaDraftModel):
         ):
             raise ValueError(f"verification_budget: found {verification_budget!r}, want a share above 0 and below 1")
         self.verification_budget = verification_budget
+        if isinstance(model, DraftModel) or not isinstance(model, (str, os.PathLike, LlamaDraftModel, _Same)):
+            raise TypeError(
+                f"model: found {type(model).__name__}, want a GGUF file, or a LlamaDraftModel of another kind"
+            )
         if isinstance(model, LlamaDraftModel) and kwargs:
             raise TypeError(f"DraftModel: {', '.join(kwargs)}: for a draft from a file, not for {type(model).__name__}")
         self._model, self._n_draft, self._kwargs = model, n_draft, kwargs
@@ -188,8 +195,11 @@ class DraftModel(LlamaDraftModel):
         # the model needs a place for each, and for the token before them
         room = min(owner.n_ctx() - len(input_ids), owner.n_batch - 1)
         text = owner.without_pictures(input_ids)
+        if self._proposer is not None:
+            text = self._proposer.known(text)
         n, whole, verified = self._choose(text, room)
         proposed = self._propose(text, n, whole) if n > 0 and owner.verifies else []
+        check_tokens(proposed, owner.n_vocab())
         if proposed and not verified:
             self._compared, proposed = (len(input_ids), proposed[0]), []
         elif n > 0 and not verified:
@@ -253,8 +263,7 @@ class DraftModel(LlamaDraftModel):
     def _propose(self, text: np.ndarray, n: int, whole: bool) -> List[int]:
         started = time.perf_counter()
         if self._proposer is None:
-            proposed = [int(token) for token in self._model(text)[:n]]  # type: ignore[operator]
-            read = 0.0
+            proposed, read = _proposed_by(self._model, text)[:n], 0.0
         else:
             n_read, read = self._proposer.read(text, whole)
             if n_read > 2:
@@ -325,15 +334,21 @@ class _Proposer:
 
     Args:
         follower: a `Llama` or a `SecondContext`.
-        n_vocab: tokens below this are proposed.
+        n_vocab: the model's tokens.
     """
 
     def __init__(self, follower: Union[Llama, SecondContext], n_vocab: int):
-        self._follower, self._n_vocab = follower, n_vocab
+        self._follower = follower
+        self._n_vocab = min(n_vocab, follower.n_vocab())
+        self._knows_all = follower.n_vocab() >= n_vocab
         self.n_ctx, self._n_batch = follower.n_ctx(), follower.n_batch
         self._begin = 0  # of the part of the text that is cached
         self._cached: List[int] = []
         self._likeliest = 0
+
+    def known(self, text: np.ndarray) -> np.ndarray:
+        """The text without tokens that the follower does not have, as where the model's vocabulary is a little larger."""
+        return text if self._knows_all else text[text < self._n_vocab]
 
     def behind(self, text: np.ndarray) -> Tuple[int, int]:
         """Tokens to be read before it can go on from all of the text, and from its last part."""
@@ -396,6 +411,15 @@ class _Proposer:
         self._follower.forked()
 
 
+def _proposed_by(model: Any, text: np.ndarray) -> List[int]:
+    """What a proposer says comes after a text. Raises ValueError where that is no list of whole numbers."""
+    found = model(text)
+    proposed = np.asarray(found)
+    if proposed.ndim != 1 or (proposed.size and proposed.dtype.kind not in "iu"):
+        raise ValueError(f"draft_model: {type(model).__name__} proposes {shown(found)}, want token ids")
+    return proposed.tolist()
+
+
 def _load(path: Union[str, os.PathLike], kwargs: Dict[str, Any], llm: Llama) -> Llama:
     from .llama import Llama
 
@@ -403,6 +427,10 @@ def _load(path: Union[str, os.PathLike], kwargs: Dict[str, Any], llm: Llama) -> 
     try:
         if not draft.forgets:
             raise ValueError(f"draft_model: {draft.model_path} cannot forget tokens, as a recurrent model cannot")
+        if not draft.goes_on:
+            raise ValueError(
+                f"draft_model: {draft.model_path} cannot go on from a text: a model for embeddings, or loaded with vocab_only"
+            )
         _check_vocabulary(draft, llm)
     except ValueError:
         draft.close()

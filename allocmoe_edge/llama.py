@@ -307,9 +307,8 @@ class Llama(CheckedLlama):
                 libllama.allocmoe_set_miss_price(context_pointer(self), self._miss_price)
             ):
                 return
-            if self._generation is None:
-                self.clear_cache()
-            else:
+            self._forget_others()
+            if self._generation is not None:
                 self._plan_of_tokens = _MIXED
 
     @property
@@ -541,8 +540,15 @@ class Llama(CheckedLlama):
     def _plan_set(self, changed: bool) -> None:
         """What is in force now stays. Tokens of the plan before are forgotten, or left to the generation that needs them."""
         self._before = None
-        if changed and self._generation is None:
+        if changed:
+            self._forget_others()
+
+    def _forget_others(self) -> None:
+        """What was computed under another plan than the one in force, as far as no generation needs it."""
+        if self._generation is None:
             self.clear_cache()
+        else:
+            self._forget_drafted()
 
     def _before_generation(self, reset: bool) -> None:
         if isinstance(self.draft_model, DraftModel):
@@ -989,11 +995,14 @@ class Llama(CheckedLlama):
         """Tokens that are evaluated together inside run this share of their experts together, see `DraftModel`; None for all.
 
         Raises:
+            ValueError: share is none, above 0 and up to 1.
             PlanError: the token rule is not "estimate", or does not run on the CPU.
         """
         if share is None:
             yield
             return
+        if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 < share <= 1:
+            raise ValueError(f"share of experts: found {shown(share)}, want a number above 0 and up to 1")
         self._check(libllama.allocmoe_set_union_share(context_pointer(self), share))
         try:
             yield
@@ -1015,15 +1024,19 @@ class Llama(CheckedLlama):
     def save_state(self):
         """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, what that has left over, and which
         experts have run."""
-        state = super().save_state()
-        if not self._logits_all:
-            state.scores = np.zeros(
-                (1, 1), np.single
-            )  # none were kept; load_state takes any shape that spreads over them
-        state.plan = self._plan_of_tokens if self.n_tokens else self._named_plan()
-        state.mixed = state.plan is _MIXED
-        state.left, state.ran = self._left_over(), self._ran()
-        return state
+        n_tokens, self.n_tokens = self.n_tokens, self._n_read()
+        try:
+            state = super().save_state()
+            if not self._logits_all:
+                state.scores = np.zeros(
+                    (1, 1), np.single
+                )  # none were kept; load_state takes any shape that spreads over them
+            state.plan = self._plan_of_tokens if self.n_tokens else self._named_plan()
+            state.mixed = state.plan is _MIXED
+            state.left, state.ran = self._left_over(), self._ran()
+            return state
+        finally:
+            self.n_tokens = n_tokens
 
     def _ran(self) -> Optional[np.ndarray]:
         """int16 [n_layer, n_tokens, ...]: which experts the cached tokens have run, as the runtime has it; None without a cache."""

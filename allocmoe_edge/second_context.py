@@ -41,6 +41,9 @@ class SecondContext:
     def n_ctx(self) -> int:
         return self._context.n_ctx()
 
+    def n_vocab(self) -> int:
+        return self._n_vocab
+
     def decode(self, tokens: Sequence[int], n_past: int = 0) -> np.ndarray:
         """As `Llama.decode` for the last token: float32 [1, n_vocab], overwritten by the next call.
 

@@ -12,6 +12,8 @@ from conftest import plan_from_made_up_profile
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 import numpy as np
+import odd_models
+import other_models
 import pytest
 
 SIZES = dict(n_ctx=256, n_batch=32, flash_attn=True, n_threads=1, verbose=False)
@@ -221,6 +223,51 @@ def test_budgets_change_while_a_draft_proposes(path, plain):
     assert llm(PROMPT.decode(), max_tokens=8, temperature=0.0, budget=0.7) is not None
 
 
+CHANGES = {
+    "budget": lambda llm: llm.set_budget(0.4),
+    "full": lambda llm: llm.set_budget(1.0),
+    "rule": lambda llm: llm.set_budget(0.4, token_rule="batch"),
+    "by hand": lambda llm: llm.set_plan([1] * len(llm.plan.expert_used_count)),
+    "none": lambda llm: llm.set_plan(None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_plan_that_changes_in_the_middle_of_a_stream(path, plain, name):
+    """It takes effect with the next token, also where more than that one have been verified."""
+    n = 2  # of which the second one has been verified with those after it
+    llm = Llama(path, **SIZES, draft_model=recorded(plain))
+    texts = []
+    try:
+        for each in (llm, plain):
+            generation = each.generate(each.tokenize(PROMPT), temp=0.0)
+            text = [next(generation) for _ in range(n)]
+            if each is llm:
+                assert each.n_tokens > len(each.tokenize(PROMPT)) + n
+            CHANGES[name](each)
+            texts.append(text + list(itertools.islice(generation, 20)))
+            generation.close()
+            texts.append(tokens(each, 20))
+    finally:
+        plain.set_budget(None)
+    assert texts[:2] == texts[2:] and texts[0] != tokens(plain, n + 20)
+
+
+def test_a_state_in_the_middle_of_a_stream(path, plain):
+    """It has the text that was read, and nothing that is proposed after it."""
+    llm, expected = Llama(path, **SIZES, draft_model=recorded(plain, 0.7)), tokens(plain, 30)
+    prompt = llm.tokenize(PROMPT)
+    generation = llm.generate(prompt, temp=0.0)
+    for n in range(1, 12):
+        assert next(generation) == expected[n - 1]
+        state = llm.save_state()
+        plain.load_state(state)
+        assert plain.input_ids[: plain.n_tokens].tolist() == (prompt + expected)[: len(prompt) + n - 1]
+        plain.eval([expected[n - 1]])
+        assert plain.sample(temp=0.0) == expected[n]
+    assert list(itertools.islice(generation, 19)) == expected[11:]
+
+
 def test_rules_under_which_tokens_are_not_alone(path, plain):
     """Under "batch" those of one verification would share their experts."""
     draft = recorded(plain)
@@ -372,12 +419,18 @@ def test_what_cannot_be_a_draft(path, tiny, dense_path, tmp_path):
             DraftModel.same(most=wrong)
     with pytest.raises(TypeError, match="n_threads: for a draft from a file"):
         DraftModel(LlamaPromptLookupDecoding(), n_threads=2)
+    for wrong in (DraftModel(path), DraftModel.same(), None, LlamaPromptLookupDecoding, lambda text: text):
+        with pytest.raises(TypeError, match="model: found .* want a GGUF file, or a LlamaDraftModel of another kind"):
+            DraftModel(wrong)
     for draft, error, message in (
         (DraftModel(dense_path), ValueError, "its vocabulary is not that of"),
         (DraftModel(tmp_path / "none.gguf"), ValueError, "none.gguf"),
         (DraftModel(path, n_treads=1), TypeError, "n_treads"),
         (DraftModel.same(budget=7.5), PlanError, "budget"),
         (DraftModel.same(budget="slow"), PlanError, "slow"),
+        (DraftModel(path, vocab_only=True), ValueError, "cannot go on from a text"),
+        (DraftModel(other_models.write_bert(tmp_path / "bert.gguf")), ValueError, "cannot go on from a text"),
+        (DraftModel.same(n_threads=513), ValueError, "n_threads"),
     ):
         with pytest.raises(error, match=message):
             Llama(path, **SIZES, draft_model=draft)
@@ -385,6 +438,40 @@ def test_what_cannot_be_a_draft(path, tiny, dense_path, tmp_path):
         Llama(tiny.gguf_path, **SIZES, draft_model=DraftModel.same(budget=0.5))
     with pytest.raises(ValueError, match="want a DraftModel"):
         Llama(path, **SIZES).draft_stats()
+
+
+@pytest.mark.parametrize("proposed", [None, 5, "abc", [1.5], [[1]], {1}, [-1], [10**6], [10**20]], ids=str)
+def test_a_draft_that_proposes_no_tokens(path, plain, proposed):
+    class Wrong(LlamaDraftModel):
+        def __call__(self, input_ids, /, **kwargs):
+            return proposed
+
+    llm = Llama(path, **SIZES, draft_model=DraftModel(Wrong(), n_draft=2))
+    with pytest.raises(ValueError, match="Wrong proposes .*, want token ids|tokens: found"):
+        tokens(llm, 5)
+    llm.draft_model = None
+    assert tokens(llm, 5) == tokens(plain, 5)
+
+
+@pytest.mark.parametrize("n_draft", [3, None])
+def test_tokens_that_the_draft_does_not_have(tmp_path, n_draft):
+    """Vocabularies of one family differ in size; the draft reads the text without them."""
+    large = odd_models.write_qwen3moe(tmp_path / "large.gguf", more=[f"<{i}>" for i in range(20)])
+    small = odd_models.write_qwen3moe(tmp_path / "small.gguf")
+    llm = Llama(large, **SIZES, draft_model=DraftModel(small, n_draft=n_draft, n_threads=1))
+    alone, n_vocab = Llama(large, **SIZES), llm.n_vocab()
+    prompt = [*llm.tokenize(PROMPT), n_vocab - 1, n_vocab - 5, *llm.tokenize(b"over")]
+
+    def text(each, bias):
+        logits = lambda _, scores: scores + np.where(np.arange(n_vocab) >= n_vocab - 20, bias, 0)  # noqa: E731
+        processors = llama_cpp.LogitsProcessorList([logits])
+        return list(itertools.islice(each.generate(prompt, temp=0.0, logits_processor=processors), 30))
+
+    for bias in (0.0, 3.0, 50.0):
+        assert text(llm, bias) == text(alone, bias)
+    assert max(text(alone, 50.0)) >= n_vocab - 20
+    if n_draft:
+        assert llm.draft_stats()["proposed"] > 0
 
 
 def test_a_vocabulary_that_differs_by_one_token(path, tmp_path):

@@ -121,5 +121,6 @@ def test_limits_that_there_are_not(llm, source):  # noqa: F811
             verbose=False,
             draft_model=DraftModel(LlamaPromptLookupDecoding(), verification_budget=0.5),
         )
-    with pytest.raises(PlanError, match="above 0, up to 1"), llm.limited_union(0.0):
-        pass
+    for share in (0.0, -1, 2, "half", float("nan"), 10**400, True):
+        with pytest.raises(ValueError, match="share of experts: found .* above 0 and up to 1"), llm.limited_union(share):
+            pass

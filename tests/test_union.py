@@ -122,5 +122,8 @@ def test_limits_that_there_are_not(llm, source):  # noqa: F811
             draft_model=DraftModel(LlamaPromptLookupDecoding(), verification_budget=0.5),
         )
     for share in (0.0, -1, 2, "half", float("nan"), 10**400, True):
-        with pytest.raises(ValueError, match="share of experts: found .* above 0 and up to 1"), llm.limited_union(share):
+        with (
+            pytest.raises(ValueError, match="share of experts: found .* above 0 and up to 1"),
+            llm.limited_union(share),
+        ):
             pass

@@ -425,21 +425,28 @@ def _load(path: Union[str, os.PathLike], kwargs: Dict[str, Any], llm: Llama) -> 
 
     draft = Llama(path, **{"n_ctx": llm.n_ctx(), "verbose": llm.verbose, **kwargs})
     try:
-        if not draft.forgets:
-            raise ValueError(f"draft_model: {draft.model_path} cannot forget tokens, as a recurrent model cannot")
         if not draft.goes_on:
             raise ValueError(
                 f"draft_model: {draft.model_path} cannot go on from a text: a model for embeddings, or loaded with vocab_only"
             )
-        _check_vocabulary(draft, llm)
+        check(draft, llm)
     except ValueError:
         draft.close()
         raise
     return draft
 
 
-def _check_vocabulary(draft: Llama, llm: Llama) -> None:
-    """Raises ValueError where a token of one is not the same text in the other."""
+def check(draft: Llama, llm: Llama, ends: bool = False) -> None:
+    """Whether one can draft for the other; of both the vocabulary is enough.
+
+    Args:
+        ends: what stands at the begin and the end of a text has to be the same, too, as llama-server wants it.
+
+    Raises:
+        ValueError: it cannot forget tokens, or a token of one is not the same text in the other.
+    """
+    if not draft.forgets:
+        raise ValueError(f"draft_model: {draft.model_path} cannot forget tokens, as a recurrent model cannot")
     vocabs = [llama_cpp.llama_model_get_vocab(each.model) for each in (draft, llm)]
     where = f"draft_model: {draft.model_path}: its vocabulary is not that of {llm.model_path}"
     types = [llama_cpp.llama_vocab_type(vocab) for vocab in vocabs]
@@ -452,6 +459,11 @@ def _check_vocabulary(draft: Llama, llm: Llama) -> None:
         found, wanted = (llama_cpp.llama_vocab_get_text(vocab, token) for vocab in vocabs)
         if found != wanted:
             raise ValueError(f"{where}: token {token} is {_shown(found)}, want {_shown(wanted)}")
+    for name in ("bos", "eos") if ends else ():
+        added = [getattr(llama_cpp, f"llama_vocab_get_add_{name}")(vocab) for vocab in vocabs]
+        marks = [getattr(llama_cpp, f"llama_vocab_{name}")(vocab) if add else None for vocab, add in zip(vocabs, added)]
+        if marks[0] != marks[1]:
+            raise ValueError(f"{where}: its {name.upper()} token at a text is {marks[0]}, want {marks[1]}")
 
 
 def _shown(text: Optional[bytes]) -> str:

@@ -19,10 +19,11 @@ from . import __version__, expert_cache, projector
 from . import server_address as address
 from ._native import BUILD_DIR
 from .arguments import add_expert_cache
-from .command import CommandError, run_command
+from .command import CommandError, load_errors, run_command
 from .gguf_file import GGUFFile, model_paths
 from .measure import memory
 from .plan import PlanError, metadata
+from .whole_numbers import MOST_THREADS
 
 _DESCRIPTION = """\
 llama.cpp's server, with an activation budget for each request ("budget": 0.5). It takes llama-server's options, listed
@@ -41,8 +42,27 @@ _VARIABLES = {
 _MODEL_OPTIONS = {
     "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo", "--models-dir", "--models-preset",
 }  # fmt: skip
-# slots where --parallel says nothing: the most that there are
-_SLOTS = 4
+# slots where --parallel says nothing: the most that there are; tokens where --batch-size does
+_SLOTS, _BATCH = 4, 2048
+# options and their variables
+_THREAD_OPTIONS = (
+    (("-t", "--threads"), "LLAMA_ARG_THREADS"),
+    (("-tb", "--threads-batch"), ""),
+    (("--spec-draft-threads", "-td", "--threads-draft"), ""),
+    (("--spec-draft-threads-batch", "-tbd", "--threads-batch-draft"), ""),
+    (("--threads-http",), "LLAMA_ARG_THREADS_HTTP"),
+)
+# how many tokens each kind of drafts (--spec-type) may have: the option, and what it is otherwise
+_DRAFTED_BY_MODELS = "--spec-draft-n-max", 3
+_DRAFTED = {
+    "ngram-simple": ("--spec-ngram-simple-size-m", 48),
+    "ngram-map-k": ("--spec-ngram-map-k-size-m", 48),
+    "ngram-map-k4v": ("--spec-ngram-map-k4v-size-m", 48),
+    "ngram-mod": ("--spec-ngram-mod-n-max", 64),
+    "ngram-cache": ("", 8),
+}
+# by which the draft is a file on the hub
+_HUB_DRAFTS = {"--spec-draft-hf", "-hfd", "-hfrd", "--hf-repo-draft"}
 # by which it prints something, and serves nothing
 _PRINTING_OPTIONS = {"-cl", "--cache-list", "--list-devices", "--license", "--completion-bash"}
 _MODEL_VARIABLES = {
@@ -110,7 +130,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if model is not None:
             _check_files(model, args.plan)
         _check_projector(args.rest)
-        _check_batch(args.rest)
+        _check_threads(args.rest)
+        draft = _draft_options(model, args.rest)
+        _check_batch(args.rest, _n_drafted([*args.rest, *draft]))
         cache = _cache_options(model, args)
         if args.prefetch == "auto":
             args.prefetch = "on" if model is not None and not cache and memory.is_beyond(model_paths(model)) else "off"
@@ -125,7 +147,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             *(["-m", model] if model is not None else []),
             *cache,
             *args.rest,
-            *_draft_options(args.rest),
+            *draft,
         ]
         found = address.of(args.rest)
         if found is not None and hasattr(os, "fork"):
@@ -152,25 +174,61 @@ def _check_files(model: str, plan: Optional[str]) -> None:
         metadata.read_for(plan, stored, estimator=False)
 
 
+def _given(options: Sequence[str], names: Sequence[str], variable: str = "") -> Optional[str]:
+    """The value of an option as llama-server reads it: the last one, else that of its environment variable."""
+    values = [value for name, value in zip(options, options[1:]) if name in names]
+    return values[-1] if values else os.environ.get(variable)
+
+
+def _number(options: Sequence[str], names: Sequence[str], variable: str = "") -> Optional[int]:
+    """The same of a whole number; None where llama-server will refuse it."""
+    value = (_given(options, names, variable) or "").strip()
+    return int(value) if value.lstrip("-").isdecimal() and len(value) <= 20 else None
+
+
 def _check_projector(options: Sequence[str]) -> None:
     """The same of one that is a file here. Raises GGUFError."""
-    given = [value for name, value in zip(options, options[1:]) if name in ("-mm", "--mmproj")]
-    path = given[-1] if given else os.environ.get("LLAMA_ARG_MMPROJ")
+    path = _given(options, ("-mm", "--mmproj"), "LLAMA_ARG_MMPROJ")
     if path:
         projector.check(path)
 
 
-def _check_batch(options: Sequence[str]) -> None:
-    """llama-server ends in an assert where a batch has no room for a token of each slot, or for two. Raises CommandError."""
+def _check_threads(options: Sequence[str]) -> None:
+    """llama-server ends in a crash where it cannot make them. Raises CommandError."""
+    for names, variable in _THREAD_OPTIONS:
+        n_threads = _number(options, names, variable)
+        if n_threads is not None and n_threads > MOST_THREADS:
+            raise CommandError(f"{names[-1]}: found {n_threads}, want at most {MOST_THREADS}")
 
-    def given(*names: str) -> Optional[int]:
-        values = [value for name, value in zip(options, options[1:]) if name in names and value.lstrip("-").isdecimal()]
-        return int(values[-1]) if values else None
 
-    n_batch, n_slots = given("-b", "--batch-size"), given("-np", "--parallel")
-    least = max(2, n_slots if n_slots is not None and n_slots > 0 else _SLOTS)
-    if n_batch is not None and n_batch < least:
-        raise CommandError(f"--batch-size: found {n_batch}, want at least {least}, a token of each slot (--parallel)")
+def _n_drafted(options: Sequence[str]) -> int:
+    """Tokens that llama-server may draft at once. Raises CommandError for a number at which it ends in an assert."""
+    found = 0
+    for kind in (_given(options, ("--spec-type",), "LLAMA_ARG_SPEC_TYPE") or "").split(","):
+        name, otherwise = _DRAFTED.get(kind.strip(), (_DRAFTED_BY_MODELS if kind.startswith("draft-") else ("", 0)))
+        n = _number(options, (name,), f"LLAMA_ARG_{name[2:].upper().replace('-', '_')}") if name else None
+        n = otherwise if n is None else n
+        if name == _DRAFTED_BY_MODELS[0] and n == 0:
+            raise CommandError(f"{name}: found 0, want at least 1")
+        found = max(found, n)
+    return found
+
+
+def _check_batch(options: Sequence[str], n_drafted: int) -> None:
+    """llama-server ends in an assert where a batch has no room for the tokens of each slot, or for two. Raises CommandError."""
+    n_batch = _number(options, ("-b", "--batch-size"), "LLAMA_ARG_BATCH")
+    n_slots = _number(options, ("-np", "--parallel"), "LLAMA_ARG_N_PARALLEL")
+    if n_batch is None:
+        if not n_drafted:
+            return
+        n_batch = _BATCH
+    n_slots = n_slots if n_slots is not None and n_slots > 0 else _SLOTS
+    least = max(2, n_slots * (1 + n_drafted))
+    if n_batch < least:
+        more = f", and {n_drafted} that may be drafted after it" if n_drafted else ""
+        raise CommandError(
+            f"--batch-size: found {n_batch}, want at least {least}, a token of each slot (--parallel){more}"
+        )
 
 
 def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
@@ -198,20 +256,45 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
     ]  # fmt: skip
 
 
-def _draft_options(options: Sequence[str]) -> List[str]:
+def _draft_options(model: Optional[str], options: Sequence[str]) -> List[str]:
     """What makes llama-server use a draft model: it loads one that is no head of the model, and leaves it unused.
 
     Raises CommandError or GGUFError for a file that is none.
     """
-    names = ("--model-draft", "-md", "--spec-draft-model")
-    given = [value for name, value in zip(options, options[1:]) if name in names]
-    if not given or "--spec-type" in options or {"LLAMA_ARG_SPEC_TYPE"} & os.environ.keys():
+    path = _given(options, ("--model-draft", "-md", "--spec-draft-model"), "LLAMA_ARG_SPEC_DRAFT_MODEL")
+    kinds = _given(options, ("--spec-type",), "LLAMA_ARG_SPEC_TYPE")
+    if path is None or (kinds is not None and "draft-simple" not in kinds.split(",")) or _HUB_DRAFTS & {*options}:
         return []
-    with GGUFFile(given[-1]) as file:
+    with GGUFFile(path) as file:
         arch = file.get("general.architecture")
         # these it knows by themselves
-        is_head = arch in ("dflash", "eagle3") or file.get(f"{arch}.nextn_predict_layers", 0)
-    return [] if is_head else ["--spec-type", "draft-simple"]
+        if arch in ("dflash", "eagle3") or file.get(f"{arch}.nextn_predict_layers", 0):
+            return []
+        if not file.get(f"{arch}.attention.causal", True):
+            raise CommandError(f"--model-draft: {path} cannot go on from a text: a model for embeddings")
+    if model is not None:
+        _check_draft(model, path)
+    return [] if kinds is not None else ["--spec-type", "draft-simple"]
+
+
+def _check_draft(model: str, path: str) -> None:
+    """llama-server goes on without a draft that does not fit, or ends at the first token. Raises CommandError or GGUFError."""
+    from . import draft
+    from .llama import Llama
+
+    llms = []
+    try:
+        with load_errors(path):
+            llms.append(Llama(path, vocab_only=True, verbose=False))
+        with load_errors(model):
+            llms.append(Llama(model, vocab_only=True, verbose=False))
+        try:
+            draft.check(llms[0], llms[1], ends=True)
+        except ValueError as error:
+            raise CommandError(str(error).replace("draft_model:", "--model-draft:", 1)) from None
+    finally:
+        for llm in llms:
+            llm.close()
 
 
 def rpc_binary() -> Path:
@@ -247,8 +330,8 @@ def _with_long_help(arguments: Sequence[str]) -> List[str]:
 
 def _context_size(options: Sequence[str]) -> int:
     """Of --ctx-size; 0 for the model's own."""
-    given = [value for name, value in zip(options, options[1:]) if name in ("-c", "--ctx-size")]
-    return int(given[-1]) if given and given[-1].isdecimal() and len(given[-1]) < 10 else 0
+    n_ctx = _number(options, ("-c", "--ctx-size")) or 0
+    return n_ctx if 0 < n_ctx < 10**9 else 0
 
 
 def _become(command: List[str]) -> None:

@@ -123,11 +123,16 @@ def random_estimator(n_layer: int, n_expert: int, n_embd: int, n_down: int, rank
     )
 
 
-def changed_token(source: Path, target: Path, token: int, text: str) -> Path:
-    """Writes a model again with another text for one token of its vocabulary."""
+def changed_keys(source: Path, target: Path, values: dict) -> Path:
+    """Writes a model again with other values for keys that it has."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(str(target), reader.get_field("general.architecture").contents())
-    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
-    tokens[token] = text
-    _copy(reader, writer, {"tokenizer.ggml.tokens": tokens})
+    _copy(reader, writer, values)
     return target
+
+
+def changed_token(source: Path, target: Path, token: int, text: str) -> Path:
+    """Writes a model again with another text for one token of its vocabulary."""
+    tokens = gguf.GGUFReader(source).get_field("tokenizer.ggml.tokens").contents()
+    tokens[token] = text
+    return changed_keys(source, target, {"tokenizer.ggml.tokens": tokens})

@@ -17,6 +17,9 @@ from allocmoe_edge import expert_cache, llama_server
 from allocmoe_edge._native import llama_cpp
 from allocmoe_edge.command import CommandError
 from conftest import plan_under_rule
+from gguf_factory import changed_keys, changed_token
+import odd_models
+import other_models
 import pytest
 from test_docs import LLAMA_SERVER_OPTIONS
 
@@ -582,15 +585,73 @@ def test_a_draft_model(server, planned, dense_path, tmp_path):
 
 def test_a_draft_model_is_used(dense_path, tmp_path, monkeypatch):
     """llama-server leaves one unused that is no head of the model, unless it is told to use it."""
+    options = lambda *given: llama_server._draft_options(None, [*map(str, given)])  # noqa: E731
     used = ["--spec-type", "draft-simple"]
     for name in ("--model-draft", "-md", "--spec-draft-model"):
-        assert llama_server._draft_options(["--port", "1", name, str(dense_path)]) == used
-    assert llama_server._draft_options(["--model-draft", str(dense_path), "--spec-type", "ngram-simple"]) == []
-    assert llama_server._draft_options(["--port", "1"]) == llama_server._draft_options(["--model-draft"]) == []
+        assert options("--port", "1", name, dense_path) == used
+    assert options("--model-draft", dense_path, "--spec-type", "ngram-simple") == []
+    assert options("--port", "1") == options("--model-draft") == options("-hfd", "a/b", "-md", "c.gguf") == []
     done = subprocess.run(
         [sys.executable, "-m", "allocmoe_edge.llama_server", dense_path, "--model-draft", tmp_path / "none.gguf"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and "none.gguf" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setenv("LLAMA_ARG_SPEC_DRAFT_MODEL", str(dense_path))
+    assert options() == used
     monkeypatch.setenv("LLAMA_ARG_SPEC_TYPE", "none")
-    assert llama_server._draft_options(["--model-draft", str(dense_path)]) == []
+    assert options() == options("--model-draft", dense_path) == []
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory):
+    """A model, and files that cannot be a draft for it."""
+    folder = tmp_path_factory.mktemp("drafts")
+    paths = {
+        name: write(folder / f"{name}.gguf")
+        for name, write in (
+            ("model", odd_models.write_talker), ("letters", odd_models.write_qwen3moe), ("bert", other_models.write_bert),
+            ("mamba", other_models.write_mamba), ("jamba", other_models.write_jamba),
+        )
+    }  # fmt: skip
+    paths["begins"] = changed_keys(paths["model"], folder / "begins.gguf", {"tokenizer.ggml.add_bos_token": True})
+    paths["token"] = changed_token(paths["model"], folder / "token.gguf", 7, "another")
+    return paths
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["letters"], "letters.gguf: its vocabulary is not that of"),
+        (["token"], "token 7 is 'another', want"),
+        (["begins"], "its BOS token at a text is 256, want None"),
+        (["bert"], "cannot go on from a text"),
+        (["mamba"], "cannot forget tokens"),
+        (["jamba"], "cannot forget tokens"),
+        (["letters", "--spec-type", "draft-simple"], "its vocabulary is not that of"),
+        (["model", "--spec-draft-n-max", "0"], "--spec-draft-n-max: found 0, want at least 1"),
+        (["model", "--spec-draft-n-max", "600"], "--batch-size: found 2048, want at least 2404"),
+        (["model", "-b", "16", "-np", "5"], "--batch-size: found 16, want at least 20"),
+        (["model", "-td", "1000"], "--threads-draft: found 1000, want at most 512"),
+        (["model", "-tbd", "1000"], "--threads-batch-draft: found 1000, want at most 512"),
+    ],
+    ids=str,
+)
+def test_drafts_that_there_are_not(drafts, capsys, options, message):
+    """llama-server would go on without the draft, or end at the first tokens."""
+    assert llama_server.main([str(drafts["model"]), "--model-draft", str(drafts[options[0]]), *options[1:]]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--threads", "100000"], "--threads: found 100000, want at most 512"),
+        (["--threads-http", "513"], "--threads-http: found 513"),
+        (["--spec-type", "ngram-mod", "-b", "64", "-np", "1"], "--batch-size: found 64, want at least 65"),
+        (["--spec-type", "ngram-cache", "-b", "8", "-np", "1"], "--batch-size: found 8, want at least 9"),
+    ],
+    ids=str,
+)
+def test_numbers_that_end_it(drafts, capsys, options, message):
+    assert llama_server.main([str(drafts["model"]), *options]) == 1
+    assert message in capsys.readouterr().err

@@ -217,6 +217,9 @@ class CheckedLlama(llama_cpp.Llama):
             options["stopping_criteria"] = self._callback(options["stopping_criteria"])
         self._tokens_change("another generation")
         self._before_generation(reset)
+        if reset and self.n_tokens and not self._remembers(tokens):
+            self.reset()
+            self._ctx.kv_cache_clear()
         generation = self._generation = _Generation()
         inner = super().generate(*call.args[1:], **call.kwargs)
         sent = None
@@ -255,6 +258,19 @@ class CheckedLlama(llama_cpp.Llama):
         n_read = self._n_read()
         if n_read < self.n_tokens:
             self.n_tokens, self._requires_eval = n_read, True
+
+    def _remembers(self, tokens: List[int]) -> bool:
+        """Whether a text can go on from the cached tokens that it begins with. Of layers with a window of attention, what has left it
+        may have been written over (swa_full=False); llama-cpp-python does not look."""
+        n_window = llama_cpp.llama_model_n_swa(self.model)
+        first = llama_cpp.llama_memory_seq_pos_min(self._ctx.memory, 0) if n_window and self.goes_on else 0
+        if first <= 0:
+            return True
+        n = min(len(tokens), self.n_tokens)
+        differ = np.flatnonzero(self.input_ids[:n] != tokens[:n])
+        # the last token of a prompt is always read anew
+        place = int(differ[0]) if len(differ) else min(n, len(tokens) - 1)
+        return first <= max(0, place - n_window + 1)
 
     def _before_generation(self, reset: bool) -> None:
         """Called before a generation looks for a part of its prompt among the cached tokens."""

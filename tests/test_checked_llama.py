@@ -372,6 +372,17 @@ def test_draft_model_gives_the_same_text(path, llm):
     assert tokens(drafted, 40) == tokens(llm, 40)
 
 
+def test_what_has_left_the_window_of_attention(built):
+    """Is not there to go on from: the text that begins with it is computed anew."""
+    llm = Llama(built["gpt-oss"].gguf_path, n_ctx=512, n_batch=32, n_threads=1, swa_full=False, verbose=False)
+    prompt = llm.tokenize(PROMPT.encode())
+    text = prompt + list(itertools.islice(llm.generate(prompt, temp=0.0), 450))
+    for n in (30, len(prompt), len(text) - 5, 200):
+        assert list(itertools.islice(llm.generate(text[:n], temp=0.0), 5)) == text[n : n + 5]
+        assert llm.n_tokens < len(text)
+        next(llm.generate(text[:-1], temp=0.0))
+
+
 def test_generation_ends_where_the_context_is_full(llm):
     """In llama-cpp-python it ends in "llama_decode returned 1"; every token but the last has a place."""
     prompt = llm.tokenize(PROMPT.encode())

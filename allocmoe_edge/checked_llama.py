@@ -356,6 +356,10 @@ class CheckedLlama(llama_cpp.Llama):
         if self._inside != "a step":
             self._tokens_change("eval()")
         self._look_for_pictures()
+        if len(tokens):
+            self._requires_eval = (
+                True  # until there are the last token's logits: what fails, or Ctrl-C, may leave others
+            )
         self._evaluate(tokens, self._is_drafted(tokens))
         self._end_of_text = self.n_tokens
 

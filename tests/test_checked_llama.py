@@ -8,7 +8,7 @@ import pickle
 import struct
 import weakref
 
-from allocmoe_edge import GenerationError, Llama
+from allocmoe_edge import DraftModel, GenerationError, Llama
 import llama_cpp
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
 import numpy as np
@@ -370,6 +370,28 @@ def test_draft_model_gives_the_same_text(path, llm):
 
     drafted = Llama(path, **SIZES, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=3))
     assert tokens(drafted, 40) == tokens(llm, 40)
+
+
+@pytest.mark.parametrize("n_draft", [None, 3])
+def test_interrupted_after_the_first_token(path, llm, monkeypatch, n_draft):
+    """The prompt is cached as a whole, and the logits at hand are of what comes after it."""
+    draft = None if n_draft is None else DraftModel(path, n_draft=n_draft, n_threads=1)
+    other, expected = Llama(path, **SIZES, draft_model=draft), tokens(llm)
+    decode, calls = other._ctx.decode, []
+
+    def interrupted(batch):
+        decode(batch)
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other._ctx, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokens(other)
+    prompt = other.tokenize(PROMPT.encode())
+    assert other.n_tokens == len(prompt)
+    assert list(itertools.islice(other.generate(prompt, temp=0.0), 12)) == expected
 
 
 def test_what_has_left_the_window_of_attention(built):

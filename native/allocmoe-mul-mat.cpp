@@ -11,6 +11,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "allocmoe-amx.h"
 #include "allocmoe-cpu.h"
 #include "allocmoe-one-token.h"
 #include "allocmoe-panel.h"
@@ -33,6 +34,7 @@ constexpr int PANEL_TOKENS = 2;
 #else
 constexpr int PANEL_TOKENS = 4;
 #endif
+constexpr int AMX_TOKENS = 12; // and on using AMX
 
 // acc: [N][ROWS], added to.
 template <typename F, int N>
@@ -79,11 +81,11 @@ static void multiply_block(const panel & p, const tile & x, float * acc) {
             sum[t] = second[t] = zero();
         }
         for (int s = 0; s < CHUNK / F::SUB; ++s) {
-            const __m256i scale = load_32(p.whole.scale[s] + v);
-            __m256i w[GROUPS];
+            const vi scale = load_bytes(p.whole.scale[s] + v);
+            vb w[GROUPS];
 #pragma GCC unroll 8
             for (int i = 0; i < GROUPS; ++i) {
-                w[i] = load_32(p.q + (s * F::SUB + 4 * i) * ROWS + v * 4);
+                w[i] = load_bytes(p.q + (s * F::SUB + 4 * i) * ROWS + v * 4);
             }
 #pragma GCC unroll 8
             for (int t = 0; t < N; ++t) {
@@ -91,7 +93,7 @@ static void multiply_block(const panel & p, const tile & x, float * acc) {
             }
         }
         for (int s = 0; s < CHUNK / F::SUB / 2; ++s) {
-            const __m256i pairs = load_32(p.whole.pairs[s] + v);
+            const vi pairs = load_bytes(p.whole.pairs[s] + v);
             for (int t = 0; t < N; ++t) {
                 second[t] = add_products(second[t], pairs, broadcast(x.init + s * N + t));
             }
@@ -152,6 +154,51 @@ static float read_activations(const B & b, int first, int8_t * q, int32_t & sum)
     return scale_of(b);
 }
 
+#if defined(__AVX2__)
+// What quantize_row_q8_K() does, which goes number by number and takes as long as a fifth of a prompt's products.
+static void quantise_q8_K(const float * x, void * to, int64_t n) {
+    auto * b = (block_q8_K *) to;
+    for (const float * end = x + n; x < end; x += QK_K, ++b) {
+        const __m256 sign = _mm256_set1_ps(-0.0f);
+        __m256 most       = _mm256_setzero_ps(); // what is not a number does not count
+        for (int i = 0; i < QK_K; i += 8) {
+            most = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), most);
+        }
+        most = _mm256_max_ps(most, _mm256_permute2f128_ps(most, most, 1));
+        most = _mm256_max_ps(most, _mm256_permute_ps(most, 0x4e));
+        most = _mm256_max_ps(most, _mm256_permute_ps(most, 0xb1));
+        if (_mm256_cvtss_f32(most) == 0) {
+            memset(b, 0, sizeof(*b));
+            continue;
+        }
+        // the first of that size becomes -127
+        int first = 0, found = 0;
+        for (; !found; first += 8) {
+            found = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + first)), most, _CMP_EQ_OQ));
+        }
+        const float inverse = -127.0f / x[first - 8 + __builtin_ctz(found)];
+        const auto eight    = [&](int i) {
+            const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(inverse));
+            return _mm256_cvtps_epi32(_mm256_and_ps(y, _mm256_cmp_ps(_mm256_andnot_ps(sign, y), _mm256_set1_ps(128), _CMP_LT_OQ)));
+        };
+        for (int i = 0; i < QK_K; i += 128) {
+            __m256i sums[4];
+            for (int j = 0; j < 4; ++j) {
+                const int k       = i + 32 * j;
+                const __m256i q16 = _mm256_packs_epi32(eight(k), eight(k + 8)), q16b = _mm256_packs_epi32(eight(k + 16), eight(k + 24));
+                const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(q16, q16b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+                store_32(q, b->qs + k);
+                sums[j] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
+            }
+            const __m256i all  = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+            const __m128i even = _mm256_castsi256_si128(all), odd = _mm256_extracti128_si256(all, 1);
+            _mm_storeu_si128((__m128i *) (b->bsums + i / 16), _mm_packs_epi32(_mm_unpacklo_epi32(even, odd), _mm_unpackhi_epi32(even, odd)));
+        }
+        b->d = 1 / inverse;
+    }
+}
+#endif
+
 // Tokens that go through an expert's weights at once: their activations stay in the second-level cache.
 constexpr int SLAB = 128;
 
@@ -163,11 +210,15 @@ struct workspace {
     struct buffers {
         panel p;
         alignas(64) float acc[SLAB * ROWS];
+#if defined(ALLOCMOE_AMX)
+        amx_panel amx;
+#endif
     };
     std::unique_ptr<buffers, free_aligned> fixed{ (buffers *) ggml_aligned_malloc(sizeof(buffers)) };
     std::vector<int8_t> q;
     std::vector<float> d, sum;
     std::vector<int32_t> init;
+    std::vector<float *> out;
 };
 
 struct job {
@@ -181,6 +232,12 @@ struct job {
     size_t x_size;         // of a row of it
 
     int64_t slot(int64_t i) const { return slots ? slots[i] : i; }
+    const char * input(int64_t slot) const {
+        return x + (slots ? slot % n_used % src1->ne[1] + slot / n_used * src1->ne[1] : slot) * x_size;
+    }
+    float * output(int64_t slot) const {
+        return (float *) ((char *) dst->data + slot % n_used * dst->nb[1] + slot / n_used * dst_stride);
+    }
 };
 
 // Tokens of a tile of n in all: each by itself where they are multiplied so.
@@ -199,8 +256,7 @@ static void gather(const job & job, int64_t first, int n, workspace & ws) {
     for (int t0 = 0; t0 < n; t0 += tile_size(n)) {
         const int n_tile = std::min(tile_size(n), n - t0);
         for (int t = 0; t < n_tile; ++t) {
-            const int64_t slot = job.slot(first + t0 + t), rank = slot % job.n_used, token = slot / job.n_used;
-            const auto * x = (const X *) (job.x + (job.slots ? rank % job.src1->ne[1] + token * job.src1->ne[1] : token) * job.x_size);
+            const auto * x = (const X *) job.input(job.slot(first + t0 + t));
             for (int64_t b = 0; b < n_sub; ++b) {
                 const int64_t i = t0 * n_sub + b * n_tile + t;
                 int8_t * q      = ws.q.data() + i * F::SUB;
@@ -258,12 +314,105 @@ static void multiply_rows(
             }
         }
         for (int t = 0; t < n; ++t) {
-            const int64_t slot = job.slot(first + t);
-            char * out         = (char *) job.dst->data + slot % job.n_used * job.dst->nb[1] + slot / job.n_used * job.dst_stride;
-            memcpy(out + row * sizeof(float), acc + t * ROWS, n_rows * sizeof(float));
+            memcpy(job.output(job.slot(first + t)) + row, acc + t * ROWS, n_rows * sizeof(float));
         }
     }
 }
+
+#if defined(ALLOCMOE_AMX)
+// Copies the activations of n slots for AMX: 64 columns of a tile's tokens are a tile.
+template <typename F>
+static void gather_amx(const job & job, int64_t first, int n, workspace & ws) {
+    const int64_t n_in = job.src0->ne[0], n_blocks = n_in / QK_K;
+    const int size        = amx_tile_size(n);
+    const int64_t n_lines = (n + size - 1) / size * size;
+    constexpr int N_SUMS  = QK_K / F::SUB / 2;
+    ws.q.resize(n_lines * n_in);
+    ws.d.resize(n_lines * n_blocks);
+    ws.init.resize(n_lines * n_blocks * N_SUMS);
+    ws.out.resize(n);
+    for (int i = 0; i < n; ++i) {
+        const int t = i % size, t0 = i - t;
+        const auto * x = (const block_q8_K *) job.input(job.slot(first + i));
+        ws.out[i]      = job.output(job.slot(first + i));
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            const int64_t line = t0 * n_blocks + b * size; // of blocks
+            for (int k = 0; k < QK_K; k += TILE_COLUMNS) {
+                memcpy(ws.q.data() + line * QK_K + k * size + t * TILE_COLUMNS, x[b].qs + k, TILE_COLUMNS);
+            }
+            ws.d[line + t] = x[b].d;
+            if (F::MIN) {
+                __m256i sums = load_32(x[b].bsums);
+                if (F::SUB == 32) {
+                    sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+                    sums = _mm256_permute4x64_epi64(_mm256_packs_epi32(sums, sums), 0xd8);
+                }
+                alignas(32) int32_t pairs[QK_K / 32];
+                store_32(sums, pairs);
+                for (int s = 0; s < N_SUMS; ++s) {
+                    ws.init[line * N_SUMS + s * size + t] = pairs[s];
+                }
+            }
+        }
+    }
+}
+
+// multiply_rows() with AMX.
+template <typename L>
+ALLOCMOE_USES_AMX static void multiply_rows_amx(
+    const job & job, const char * weights, int64_t row0, int64_t row1, int64_t, int n, workspace & ws) {
+    const int64_t n_in    = job.src0->ne[0];
+    const int64_t n_sub   = n_in / L::SUB;
+    const size_t row_size = job.src0->nb[1];
+    panel & p             = ws.fixed->p;
+    amx_panel & amx       = ws.fixed->amx;
+    const int size = amx_tile_size(n), n_tiles = (n + size - 1) / size, n_steps = (n_tiles + 1) / 2 * STEPS;
+    int64_t n_started = 0, n_finished = 0, n_blocks = 0, n_pairs = 0;
+    const amx_shapes shapes(size);
+
+    for (int64_t row = row0; row < row1; row += ROWS) {
+        const int n_rows       = std::min<int64_t>(ROWS, row1 - row);
+        const char * rows      = weights + row * row_size;
+        const char * next      = rows + n_rows * row_size;
+        const size_t next_size = std::min<int64_t>(ROWS, row1 - row - n_rows) * row_size;
+        for (int64_t k0 = 0; k0 < n_in; k0 += CHUNK) {
+            block_scaling & by = amx.by[n_blocks++ % 3];
+            L::unpack(rows, row_size, n_rows, k0, CHUNK, p);
+            multiply_scales<L>(p, amx, by);
+            // while these rows are multiplied, the next ones arrive
+            size_t asked     = next_size * k0 / n_in;
+            const size_t end = next_size * (k0 + CHUNK) / n_in, each = (end - asked + n_steps - 1) / n_steps;
+            for (int i = 0; i < n_tiles; i += 2) {
+                tile_sums * sums     = amx.sums[n_pairs++ % 2];
+                const auto x_of      = [&](int tile) { return activations_from<L>(ws, tile * size * n_sub + k0 / L::SUB * size); };
+                const tile x[2]      = { x_of(i), x_of(std::min(i + 1, n_tiles - 1)) };
+                const auto meanwhile = [&](int step) {
+                    const size_t n_bytes = std::min(each, end - asked);
+                    prefetch<2>(next + asked, n_bytes);
+                    asked += n_bytes;
+                    if (n_started - n_finished == LAG) {
+                        finish<L>(amx.queue[n_finished++ % MAX_UNFINISHED]);
+                    }
+                    // half a tile
+                    const int second = step / 2, first = (i + second) * size, n_tokens = std::max(0, std::min(size, n - first));
+                    const int t0 = step % 2 ? n_tokens / 2 : 0, t1 = step % 2 ? n_tokens : n_tokens / 2;
+                    float ** out                            = k0 + CHUNK == n_in ? ws.out.data() + first : nullptr;
+                    amx.queue[n_started++ % MAX_UNFINISHED] = { &by, x[second], size, t0, t1, sums + 2 * second, k0 == 0,
+                        ws.fixed->acc + first * ROWS, out, row, (__mmask16) ((1 << n_rows) - 1) };
+                };
+                if (i + 1 < n_tiles) {
+                    multiply_block<L, 2>(amx, x[0].q, x[1].q, size, sums, meanwhile);
+                } else {
+                    multiply_block<L, 1>(amx, x[0].q, nullptr, size, sums, meanwhile);
+                }
+            }
+        }
+    }
+    while (n_finished < n_started) {
+        finish<L>(amx.queue[n_finished++ % MAX_UNFINISHED]);
+    }
+}
+#endif
 
 // The same for fewer tokens than make a panel worth it, one after the other.
 template <typename L>
@@ -276,9 +425,8 @@ static void multiply_rows_by_one(
 
     for (int64_t i = 0; i < n_each; ++i) {
         for (int t = 0; t < n; ++t) {
-            const int64_t slot = job.slot(first + t);
-            float * result     = (float *) ((char *) job.dst->data + slot % job.n_used * job.dst->nb[1] + slot / job.n_used * job.dst_stride);
-            const tile x       = activations_from<L>(ws, t * n_sub);
+            float * result = job.output(job.slot(first + t));
+            const tile x   = activations_from<L>(ws, t * n_sub);
             const char * rows[STREAMS];
             float * out[STREAMS];
             for (int s = 0; s < STREAMS; ++s) {
@@ -301,16 +449,27 @@ using repacked_8x8 = repacked<F, X, 8, 8>;
 #endif
 
 // The functions for a type in a layout.
+struct method {
+    void (*gather)(const job &, int64_t, int, workspace &)                                        = nullptr;
+    void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
+};
 struct kernel {
-    void (*gather)(const job &, int64_t, int, workspace &)                                               = nullptr;
-    void (*multiply_rows)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &)        = nullptr;
-    void (*multiply_rows_by_one)(const job &, const char *, int64_t, int64_t, int64_t, int, workspace &) = nullptr;
-    bool for_few                                                                                         = false; // of types with blocks of 256: as fast as llama.cpp's for 2 or 3 tokens
+    method one_by_one, panels, amx;
+    bool for_few = false; // of types with blocks of 256: as fast as llama.cpp's for 2 or 3 tokens
 };
 
 template <typename L, typename X>
 static kernel kernel_for() {
-    return { gather<L, X>, multiply_rows<L>, multiply_rows_by_one<L>, PANEL_TOKENS == 2 || whole_blocks<L> };
+    kernel k;
+    k.one_by_one = { gather<L, X>, multiply_rows_by_one<L> };
+    k.panels     = { gather<L, X>, multiply_rows<L> };
+#if defined(ALLOCMOE_AMX)
+    if constexpr (whole_blocks<L>) {
+        k.amx = { gather_amx<L>, multiply_rows_amx<L> };
+    }
+#endif
+    k.for_few = PANEL_TOKENS == 2 || whole_blocks<L>;
+    return k;
 }
 
 static kernel find_kernel(ggml_type type, int n_rows, int step) {
@@ -380,6 +539,7 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
 } // namespace allocmoe
 
 bool allocmoe_cpu_kernels = true;
+bool allocmoe_cpu_amx     = true;
 
 void allocmoe_use_cpu_kernels(bool use) {
     allocmoe_cpu_kernels = use;
@@ -405,7 +565,7 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const int64_t n_busy = std::min(n_expert, n_slots);
     const bool few       = n_rows_together == 0 && ggml_blck_size(src0->type) == QK_K && n_slots > n_busy && n_slots < PANEL_TOKENS * n_busy;
     const kernel run     = find_kernel(src0->type, n_rows_together, step);
-    if (!run.gather || params->use_ref || (few && !run.for_few) ||
+    if (!run.panels.gather || params->use_ref || (few && !run.for_few) ||
         src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
         src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
         return false;
@@ -430,7 +590,12 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
         return *(const int32_t *) ((const char *) ids->data + slot / n_used * ids->nb[1] + slot % n_used * ids->nb[0]);
     };
 
-    const auto quantise = ggml_get_type_traits_cpu(x_type)->from_float;
+    auto quantise = ggml_get_type_traits_cpu(x_type)->from_float;
+#if defined(__AVX2__)
+    if (x_type == GGML_TYPE_Q8_K) {
+        quantise = quantise_q8_K;
+    }
+#endif
     for (int64_t r = ith; r < n_rows; r += nth) {
         if (ids && n_rows == n_slots && id_of(r) < 0) {
             continue;
@@ -505,12 +670,14 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
         if (row0 >= row1) {
             continue;
         }
+        const bool amx        = n >= AMX_TOKENS && run.amx.gather && allocmoe_cpu_amx && has_amx();
+        const method & chosen = amx ? run.amx : n < PANEL_TOKENS ? run.one_by_one
+                                                                 : run.panels;
         if (gathered != slab) {
-            run.gather(job, begin, n, ws);
+            chosen.gather(job, begin, n, ws);
             gathered = slab;
         }
-        const auto multiply = n < PANEL_TOKENS ? run.multiply_rows_by_one : run.multiply_rows;
-        multiply(job, allocmoe_expert(dst, e), row0, row1, begin, n, ws);
+        chosen.multiply_rows(job, allocmoe_expert(dst, e), row0, row1, begin, n, ws);
     }
     return true;
 #else

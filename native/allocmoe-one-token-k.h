@@ -1,4 +1,4 @@
-// The end of allocmoe-one-token.h: K-quants with AVX2, for one token, in whole blocks (allocmoe-whole-blocks.h).
+// The end of allocmoe-one-token.h: K-quants on x86, for one token, in whole blocks (allocmoe-whole-blocks.h).
 #pragma once
 
 #include "allocmoe-one-token.h"
@@ -14,6 +14,40 @@ inline __m256i multiply_sums(__m256i second, const int32_t * pairs) {
                      : _mm256_zextsi128_si256(_mm_madd_epi16(_mm256_castsi256_si128(second), _mm_loadu_si128((const __m128i *) pairs)));
 }
 
+// The products of a block's codes, each times the scale of its sub-block, in sums that are yet to be added up.
+template <typename F>
+inline __m256i multiply_codes(const typename F::block & b, const block_scales & s, const int8_t * x) {
+    __m256i sum = _mm256_setzero_si256();
+    for_eighths([&](auto i_) {
+        constexpr int I = decltype(i_)::value;
+        sum             = add_32<I>(sum, F::template codes_of<I>(b), x + 32 * I, s.scale);
+    });
+    return sum;
+}
+
+#if defined(ALLOCMOE_AVX512)
+// 64 columns at a time: a lane of their sums of four, which fit into 16 bits, is a sub-block
+template <>
+inline __m256i multiply_codes<format_q6_K>(const block_q6_K & b, const block_scales &, const int8_t * x) {
+    const __m512i up = _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2), down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
+    const __m512i each4  = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i scales = _mm512_and_si512(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) b.scales)), _mm512_set1_epi32(0xffff));
+    __m512i sum          = zero();
+    const auto add_64    = [&](int i, __m512i low, __m512i high) {
+        const __m512i codes = either(bits<0, 15, 0>(low), _mm512_and_si512(high, _mm512_set1_epi8(0x30)));
+        const __m512i scale = _mm512_permutexvar_epi32(_mm512_add_epi32(each4, _mm512_set1_epi32(4 * i)), scales);
+        sum                 = add_products(sum, dot_unsigned(zero(), codes, load_bytes(x + 64 * i)), scale);
+    };
+    for (int h = 0; h < 2; ++h) {
+        const __m512i low  = load_bytes(b.ql + 64 * h);
+        const __m512i high = _mm512_broadcast_i64x4(load_32(b.qh + 32 * h));
+        add_64(2 * h, low, _mm512_sllv_epi64(high, up));
+        add_64(2 * h + 1, _mm512_srli_epi16(low, 4), _mm512_srlv_epi64(high, down));
+    }
+    return add(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+}
+#endif
+
 template <typename F>
 struct one_token_of_whole_blocks {
     static constexpr int GROUP = 1;
@@ -28,13 +62,8 @@ struct one_token_of_whole_blocks {
                 const block & b = ((const block *) rows[i])[k];
                 prefetch_after_block((const block *) rows[i], k);
                 const block_scales s(b);
-                __m256i products = _mm256_setzero_si256();
-                for_eighths([&](auto i_) {
-                    constexpr int I = decltype(i_)::value;
-                    products        = add_32<I>(products, F::template codes_of<I>(b), x.q + k * QK_K + 32 * I, s.scale);
-                });
                 second[i].of = multiply_sums<F::SUB>(s.second, x.init + k * (QK_K / F::SUB / 2));
-                y[i].of      = without_offset<F>(products, second[i].of);
+                y[i].of      = without_offset<F>(multiply_codes<F>(b, s, x.q + k * QK_K), second[i].of);
                 d[i]         = scale_of(b);
                 if constexpr (F::MIN) {
                     m[i] = -min_of_k(b);
@@ -63,12 +92,26 @@ struct one_token<plain<format_q5_K>> : one_token_of_whole_blocks<format_q5_K> {}
 template <>
 struct one_token<plain<format_q6_K>> : one_token_of_whole_blocks<format_q6_K> {};
 
-// Of 8 rows together: sums of a row's 8 columns lie beside each other, rows 0 to 3 in one register and 4 to 7 in the other.
+// Of 8 rows together: sums of a row's 8 columns lie beside each other, the rows one after the other in a register or two.
+constexpr int REGISTERS_OF_8 = 16 / W;
 struct whole_sums {
-    __m256i of[2];
+    vi of[REGISTERS_OF_8];
 };
+inline whole_sums no_sums() {
+    whole_sums y;
+    for (auto & r : y.of) {
+        r = zero();
+    }
+    return y;
+}
 
+#if defined(ALLOCMOE_AVX512)
+inline __m256i total(whole_sums y) { return _mm512_cvtepi64_epi32(_mm512_add_epi32(y.of[0], _mm512_srli_epi64(y.of[0], 32))); }
+inline vb repeated(__m128i x) { return _mm512_broadcast_i32x4(x); }
+#else
 inline __m256i total(whole_sums y) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(y.of[0], y.of[1]), 0xd8); }
+inline vb repeated(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+#endif
 inline __m256 halves_8(const ggml_half * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
 
 // What a block of 8 rows gives, added to their sums; second: of the mins.
@@ -78,14 +121,24 @@ inline __m256 add_block(__m256 sum, const X & b, whole_sums y, __m256i second, _
     return fma(to_float(second), mul(negative(halves_8(b.dmin)), xd), sum);
 }
 
-// Adds sums of a sub-block, in 16 bits or the low half of 32, times the scale of its row: byte `FIRST + STEP*row`.
+// For each 32 bits of such sums, where their scales lie: byte `FIRST + STEP*row`, in 16 bits, or the low half of 32 alone.
 template <bool LOW_HALF, int FIRST, int STEP>
-inline void add_scaled(whole_sums & y, whole_sums products, __m256i scales) {
-    constexpr auto word = [](int row) { return LOW_HALF ? (int) 0x80808000 + FIRST + STEP * row : (int) 0x80008000 + (FIRST + STEP * row) * 0x10001; };
-    for (int r = 0; r < 2; ++r) {
-        const __m256i rows = _mm256_setr_epi32(word(4 * r), word(4 * r), word(4 * r + 1), word(4 * r + 1), word(4 * r + 2),
-            word(4 * r + 2), word(4 * r + 3), word(4 * r + 3));
-        y.of[r]            = add_products(y.of[r], products.of[r], _mm256_shuffle_epi8(scales, rows));
+struct scale_bytes {
+    alignas(64) uint32_t of[16];
+    constexpr scale_bytes() : of() {
+        for (int i = 0; i < 16; ++i) {
+            const uint32_t byte = FIRST + STEP * (i / 2);
+            of[i]               = LOW_HALF ? 0x80808000 + byte : 0x80008000 + byte * 0x10001;
+        }
+    }
+};
+
+// Adds sums of a sub-block, in 16 bits or the low half of 32, times the scale of its row.
+template <bool LOW_HALF, int FIRST, int STEP>
+inline void add_scaled(whole_sums & y, whole_sums products, vb scales) {
+    static constexpr scale_bytes<LOW_HALF, FIRST, STEP> bytes;
+    for (int r = 0; r < REGISTERS_OF_8; ++r) {
+        y.of[r] = add_products(y.of[r], products.of[r], shuffle_bytes(scales, load_bytes(bytes.of + W * r)));
     }
 }
 
@@ -101,41 +154,41 @@ struct one_token<repacked_k4<format_q4_K, X, 8>> {
             s = _mm256_setzero_ps();
         }
         for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            const __m256 xd = broadcast(x.d + k);
+            const __m256 xd = _mm256_broadcast_ss(x.d + k);
             for (int v = 0; v < STREAMS; ++v) {
                 const X & b = ((const X *) rows[v])[k];
                 prefetch_after(&b, offsetof(X, qs));
                 alignas(32) uint8_t scales[8][2][8];
                 unpack_scales_k4(b.scales, scales);
-                whole_sums y   = { { zero(), zero() } };
-                __m256i second = zero();
+                whole_sums y   = no_sums();
+                __m256i second = _mm256_setzero_si256();
 #pragma GCC unroll 1
                 for (int j = 0; j < 4; ++j) {
                     const int8_t * q = x.q + k * QK_K + 64 * j;
                     prefetch_after(b.qs + 256 * j, 256);
-                    whole_sums low = { { zero(), zero() } }, high = low;
+                    whole_sums low = no_sums(), high = low;
 #pragma GCC unroll 4
                     for (int i = 0; i < 4; ++i) {
-                        const __m256i x0 = broadcast_8(q + 8 * i), x1 = broadcast_8(q + 8 * i + 32);
-                        for (int r = 0; r < 2; ++r) {
-                            const __m256i codes = load_32(b.qs + 256 * j + 64 * i + 32 * r);
+                        const vb x0 = broadcast_8(q + 8 * i), x1 = broadcast_8(q + 8 * i + 32);
+                        for (int r = 0; r < REGISTERS_OF_8; ++r) {
+                            const vb codes = load_bytes(b.qs + 256 * j + 64 * i + 4 * W * r);
 #if defined(ALLOCMOE_VNNI)
                             low.of[r]  = in_this_order(dot_unsigned(low.of[r], bits<0, 15, 0>(codes), x0));
                             high.of[r] = in_this_order(dot_unsigned(high.of[r], bits<4, 15, 4>(codes), x1));
 #else
-                            low.of[r]  = in_this_order(_mm256_add_epi16(low.of[r], _mm256_maddubs_epi16(bits<0, 15, 0>(codes), x0)));
-                            high.of[r] = in_this_order(_mm256_add_epi16(high.of[r], _mm256_maddubs_epi16(bits<4, 15, 0>(codes), x1)));
+                            low.of[r]  = in_this_order(add_16(low.of[r], multiply_pairs(bits<0, 15, 0>(codes), x0)));
+                            high.of[r] = in_this_order(add_16(high.of[r], multiply_pairs(bits<4, 15, 0>(codes), x1)));
 #endif
                         }
                     }
 #if defined(ALLOCMOE_VNNI)
                     for (auto & r : high.of) {
-                        r = _mm256_srai_epi32(r, 4); // the codes were 16 times as large
+                        r = shift_right<4>(r); // the codes were 16 times as large
                     }
 #endif
                     add_scaled<BY_4, 0, 1>(y, low, broadcast_8((const int8_t *) scales[2 * j][0]));
                     add_scaled<BY_4, 0, 1>(y, high, broadcast_8((const int8_t *) scales[2 * j + 1][0]));
-                    second = add_products(second, two_mins(scales[2 * j], scales[2 * j + 1]), broadcast(x.init + 4 * k + j));
+                    second = add_products(second, two_mins(scales[2 * j], scales[2 * j + 1]), _mm256_set1_epi32(x.init[4 * k + j]));
                 }
                 sum[v] = add_block(sum[v], b, y, second, xd);
             }
@@ -157,30 +210,30 @@ struct one_token<repacked<format_q2_K, X, 8, 8>> {
             s = _mm256_setzero_ps();
         }
         for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            const __m256 xd = broadcast(x.d + k);
+            const __m256 xd = _mm256_broadcast_ss(x.d + k);
             for (int v = 0; v < STREAMS; ++v) {
                 const X & b = ((const X *) rows[v])[k];
                 prefetch_after_block((const X *) rows[v], k);
-                whole_sums y   = { { zero(), zero() } };
-                __m256i second = zero();
+                whole_sums y   = no_sums();
+                __m256i second = _mm256_setzero_si256();
                 for_eighths([&](auto i_) {
                     constexpr int I = decltype(i_)::value;
                     // two sub-blocks' scales take turns, each with its min in the high half
-                    const __m128i both   = _mm_loadu_si128((const __m128i *) (b.scales + 16 * I));
-                    const __m256i scales = _mm256_broadcastsi128_si256(_mm_and_si128(both, _mm_set1_epi8(15)));
+                    const __m128i both = _mm_loadu_si128((const __m128i *) (b.scales + 16 * I));
+                    const vb scales    = repeated(_mm_and_si128(both, _mm_set1_epi8(15)));
                     whole_sums halves[2];
                     for (int half = 0; half < 2; ++half) {
                         const int8_t * q = x.q + k * QK_K + 32 * I + 16 * half;
-                        for (int r = 0; r < 2; ++r) {
-                            const uint8_t * codes = b.qs + (4 * (I / 4) + 2 * half) * 64 + 32 * r;
-                            halves[half].of[r]    = _mm256_add_epi16(_mm256_maddubs_epi16(bits<I % 4 * 2, 3, 0>(load_32(codes)), broadcast_8(q)),
-                                _mm256_maddubs_epi16(bits<I % 4 * 2, 3, 0>(load_32(codes + 64)), broadcast_8(q + 8)));
+                        for (int r = 0; r < REGISTERS_OF_8; ++r) {
+                            const uint8_t * codes = b.qs + (4 * (I / 4) + 2 * half) * 64 + 4 * W * r;
+                            halves[half].of[r]    = add_16(multiply_pairs(bits<I % 4 * 2, 3, 0>(load_bytes(codes)), broadcast_8(q)),
+                                multiply_pairs(bits<I % 4 * 2, 3, 0>(load_bytes(codes + 64)), broadcast_8(q + 8)));
                         }
                     }
                     add_scaled<false, 0, 2>(y, halves[0], scales);
                     add_scaled<false, 1, 2>(y, halves[1], scales);
                     const __m256i mins = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), _mm_set1_epi8(15)));
-                    second             = add_products(second, mins, broadcast(x.init + 8 * k + I));
+                    second             = add_products(second, mins, _mm256_set1_epi32(x.init[8 * k + I]));
                 });
                 sum[v] = add_block(sum[v], b, y, second, xd);
             }

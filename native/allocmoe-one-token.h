@@ -105,25 +105,11 @@ inline vi total(const sums & s) { return STEP == 8 ? vpaddq_s32(s.of[0], s.of[1]
 
 #endif
 
-// 4-bit codes in the high halves of bytes, 16 times as large where the sums have room for that
-#if defined(ALLOCMOE_AVX512)
-inline vb high_codes(vb x) { return bits<4, 15, 4>(x); }
-inline vi of_high_codes(vi sum) { return _mm512_srai_epi32(sum, 4); }
-#else
-inline vb high_codes(vb x) { return bits<4, 15, 0>(x); }
-inline vi of_high_codes(vi sum) { return sum; }
-#endif
-
 // W floats from numbers of 8 rows, and of 8 others where W is 16
 #if defined(ALLOCMOE_AVX512)
 inline vi whole_numbers(const uint8_t * a, const uint8_t * b) {
     return _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) a), _mm_loadl_epi64((const __m128i *) b)));
 }
-inline vi pairs_of_bytes(const uint8_t * a, const uint8_t * b) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu2_m128i((const __m128i *) b, (const __m128i *) a));
-}
-template <int SHIFT>
-inline vi four_bits(vi x) { return _mm512_and_si512(_mm512_srli_epi32(x, SHIFT), _mm512_set1_epi32(15)); }
 inline vf halves(const ggml_half * a, const ggml_half * b) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) a))),
         _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) b)), 1);
@@ -275,28 +261,14 @@ struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X, 8, 8> {};
 #if !defined(ALLOCMOE_WHOLE_BLOCKS)
 // The 6-bit scales and mins of eight sub-blocks, 8 rows of both: out[sub-block][scale or min][row]
 inline void unpack_scales_k4(const uint8_t * packed, uint8_t (*out)[2][8]) {
-#if defined(ALLOCMOE_AVX512)
-    const __m512i low  = _mm512_setr_epi32(0, 2, 1, 2, 3, 5, 4, 5, 6, 8, 7, 8, 9, 11, 10, 11);
-    const __m512i high = _mm512_setr_epi32(0, 0, 0, 1, 3, 3, 3, 4, 6, 6, 6, 7, 9, 9, 9, 10);
-    for (int h = 0; h < 2; ++h) {
-        const __m512i x = _mm512_loadu_si512(packed + 48 * h); // 48 bytes of it: 16 of what follows too
-        const __m512i a = _mm512_srlv_epi32(_mm512_permutexvar_epi32(low, x), _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0, 0, 4)));
-        const __m512i b = _mm512_srli_epi32(_mm512_permutexvar_epi32(high, x), 2);
-        _mm512_store_si512(out[4 * h], _mm512_or_si512(
-                                           _mm512_and_si512(a, _mm512_broadcast_i32x4(_mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f))),
-                                           _mm512_and_si512(b, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x30303030, 0, 0x30303030)))));
-    }
-#else
     for (int i = 0; i < 8; ++i) {
         memcpy(out[i], scales_k4(packed + 12 * i).of, 16);
     }
-#endif
 }
 
 template <typename F, typename X, int STEP>
 struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
     using R = rows_together<8, STEP>;
-    static_assert(sizeof(X::scales) == 96 && sizeof(X::qs) >= 16, "what unpack_scales_k4() reads");
 
     static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
         vf sum[R::REGISTERS];
@@ -308,7 +280,6 @@ struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
             alignas(64) uint8_t scales[STREAMS][8][2][8];
             for (int i = 0; i < STREAMS; ++i) {
                 unpack_scales_k4(((const X *) rows[i])[k].scales, scales[i]);
-                prefetch_after((const X *) rows[i] + k, offsetof(X, qs));
             }
             for (int v = 0; v < R::REGISTERS; ++v) {
                 const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
@@ -330,10 +301,6 @@ struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
         };
         const auto add_64 = [&](auto j_) {
             constexpr int j = decltype(j_)::value;
-            prefetch_after(a.qs + 256 * j, 256);
-            if (&a != &b) {
-                prefetch_after(b.qs + 256 * j, 256);
-            }
             sums low, high;
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
@@ -348,15 +315,14 @@ struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
                 } else {
                     for (int r = 0; r < 2; ++r) {
                         l.of[r] = bits<0, 15, 0>(q.of[r]);
-                        h.of[r] = high_codes(q.of[r]);
+                        h.of[r] = bits<4, 15, 0>(q.of[r]);
                     }
                 }
                 accumulate<false, STEP>(low, l, x.q + 64 * j + 8 * i);
                 accumulate<false, STEP>(high, h, x.q + 64 * j + 8 * i + 32);
             }
             add_sub_block(2 * j, total<false, STEP>(low));
-            const vi y = total<false, STEP>(high);
-            add_sub_block(2 * j + 1, std::is_same<F, format_q5_K>::value ? y : of_high_codes(y));
+            add_sub_block(2 * j + 1, total<false, STEP>(high));
         };
         add_64(std::integral_constant<int, 0>());
         add_64(std::integral_constant<int, 1>());
@@ -621,65 +587,6 @@ struct one_token<plain<F>> {
     static constexpr bool has_half =
         std::is_same<G, format_q4_0>::value || std::is_same<G, format_q5_0>::value || std::is_same<G, format_q8_0>::value || std::is_same<G, format_iq4_nl>::value;
 };
-
-#if defined(ALLOCMOE_AVX512)
-// the sums of each 128-bit lane: [lane][STREAMS]
-inline __m512i sum_lanes(const __m512i * row) {
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(row[0], row[1]), _mm512_unpackhi_epi32(row[0], row[1]));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(row[2], row[3]), _mm512_unpackhi_epi32(row[2], row[3]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-}
-
-template <>
-struct one_token<plain<format_q6_K>> {
-    static constexpr int GROUP = 1;
-
-    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        const __m512i mask_low = _mm512_set1_epi8(0x0f), mask_high = _mm512_set1_epi8(0x30);
-        const __m512i up = _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2), down = _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2);
-        const __m512i each4 = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-        __m128 sum          = _mm_setzero_ps();
-        for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            const int8_t * q = x.q + k * QK_K;
-            const block_q6_K * b[STREAMS];
-            __m128i s[STREAMS];
-            __m512i dot[4][STREAMS]; // of 64 columns
-            for (int i = 0; i < STREAMS; ++i) {
-                b[i] = (const block_q6_K *) rows[i] + k;
-                prefetch_after_block((const block_q6_K *) rows[i], k);
-                s[i] = _mm_loadu_si128((const __m128i *) b[i]->scales);
-                for (int h = 0; h < 2; ++h) {
-                    const __m512i low  = _mm512_loadu_si512(b[i]->ql + 64 * h);
-                    const __m512i high = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) (b[i]->qh + 32 * h)));
-                    const __m512i q0   = _mm512_or_si512(_mm512_and_si512(low, mask_low),
-                        _mm512_and_si512(_mm512_sllv_epi64(high, up), mask_high));
-                    const __m512i q1   = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(low, 4), mask_low),
-                        _mm512_and_si512(_mm512_srlv_epi64(high, down), mask_high));
-                    dot[2 * h][i]      = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q0, _mm512_loadu_si512(q + 128 * h));
-                    dot[2 * h + 1][i]  = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q1, _mm512_loadu_si512(q + 128 * h + 64));
-                }
-            }
-            const __m512 d       = _mm512_broadcast_f32x4(halves_of(b));
-            const __m512 xd      = _mm512_set1_ps(x.d[k * 16]);
-            const __m128i s01[2] = { _mm_unpacklo_epi8(s[0], s[1]), _mm_unpackhi_epi8(s[0], s[1]) };
-            const __m128i s23[2] = { _mm_unpacklo_epi8(s[2], s[3]), _mm_unpackhi_epi8(s[2], s[3]) };
-            for (int c = 0; c < 4; ++c) { // four sub-blocks
-                const __m128i sc   = c % 2 ? _mm_unpackhi_epi16(s01[c / 2], s23[c / 2]) : _mm_unpacklo_epi16(s01[c / 2], s23[c / 2]);
-                const __m512i init = _mm512_permutexvar_epi32(each4, _mm512_castsi128_si512(
-                                                                         _mm_loadu_si128((const __m128i *) (x.init + k * 16 + 4 * c))));
-                const __m512 y     = _mm512_cvtepi32_ps(_mm512_add_epi32(sum_lanes(dot[c]), init));
-                const __m512 f     = _mm512_mul_ps(_mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sc))), xd);
-                sum                = _mm_fmadd_ps(_mm512_castps512_ps128(y), _mm512_castps512_ps128(f), sum);
-                sum                = _mm_fmadd_ps(_mm512_extractf32x4_ps(y, 1), _mm512_extractf32x4_ps(f, 1), sum);
-                sum                = _mm_fmadd_ps(_mm512_extractf32x4_ps(y, 2), _mm512_extractf32x4_ps(f, 2), sum);
-                sum                = _mm_fmadd_ps(_mm512_extractf32x4_ps(y, 3), _mm512_extractf32x4_ps(f, 3), sum);
-            }
-        }
-        store_each(sum, out);
-    }
-};
-
-#endif
 
 } // namespace allocmoe
 

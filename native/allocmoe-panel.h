@@ -1,6 +1,6 @@
 // Quantised weights as panels: 16 rows by up to 256 columns of 8-bit codes, interleaved so that one vector register holds
 // four columns of many rows. A weight is d*(code - offset) + m, with one d and m for each row and sub-block of columns.
-// Every type that has a format below can be multiplied by the kernels in allocmoe-mul-mat.cpp: that one, or for K-quants with AVX2
+// Every type that has a format below can be multiplied by the kernels in allocmoe-mul-mat.cpp: that one, or for K-quants on x86
 // the one that adds up a block's sub-blocks as integers, with one d and m for each row and block.
 #pragma once
 
@@ -41,24 +41,15 @@ struct tile {
 
 // out[i] = in[i]*(i < 8 ? a : b), 16 of them
 inline void scale_16(const uint8_t * in, float a, float b, float * out) {
-#if defined(__AVX512F__)
-    const __m512 factors = _mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1);
-    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) in))), factors));
-#else
     for (int i = 0; i < 16; ++i) {
         out[i] = in[i] * (i < 8 ? a : b);
     }
-#endif
 }
 
-// 16 bytes, aligned, in one piece: they are read so afterwards
+// 16 bytes in one piece: they are read so afterwards
 inline void store_16(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void * out) {
-#if defined(__AVX2__)
-    _mm_store_si128((__m128i *) out, _mm_setr_epi32((int) a, (int) b, (int) c, (int) d));
-#else
     const uint32_t all[4] = { a, b, c, d };
     memcpy(out, all, 16);
-#endif
 }
 
 // Eight 6-bit scales and then eight mins of Q4_K and Q5_K from their 12 bytes; also those of eight rows in the repacked layouts.
@@ -602,6 +593,7 @@ struct repacked_k4 : F {
             }
             _mm256_store_ps(p.whole.d + r, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d)));
             _mm256_store_ps(p.whole.m + r, negative(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.dmin))));
+#if !defined(__AVX512F__)
             for (int i = 0; i < 16; ++i) {
                 uint8_t * q     = p.q + (i / 4 * 64 + i % 4 * 8) * ROWS + 4 * r;
                 const __m256i a = load_32(x.qs + 64 * i), b = load_32(x.qs + 64 * i + 32);
@@ -611,7 +603,18 @@ struct repacked_k4 : F {
                     store_32(bits<4, 15, 0>(four), q + 4 * ROWS * odd + 32 * ROWS);
                 }
             }
+#endif
         }
+#if defined(__AVX512F__)
+        const X *x0 = (const X *) rows + k0 / QK_K, *x1 = n_rows > 8 ? (const X *) (rows + 8 * row_size) + k0 / QK_K : x0;
+        for (int j = 0; j < 4; ++j) {
+            for (int i = 0; i < 4; ++i) {
+                uint8_t * q  = p.q + (64 * j + 8 * i) * ROWS;
+                const int at = 256 * j + 64 * i;
+                interleave_8x8(x0->qs + at, x1->qs + at, _mm512_setzero_si512(), nullptr, q, q + 32 * ROWS);
+            }
+        }
+#endif
     }
 };
 #else
@@ -629,29 +632,11 @@ struct repacked_k4 : F {
         for (int i = 0; i < 8; ++i) {
             const scales_k4 s0(x[0]->scales + 12 * i), s1(x[1]->scales + 12 * i);
             float * out = p.scales + i * ROWS;
-#if defined(__AVX512F__)
-            const __m128i a = _mm_load_si128((const __m128i *) s0.of), b = _mm_load_si128((const __m128i *) s1.of);
-            _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(d), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi64(a, b)))));
-            _mm512_store_ps(out + 8 * ROWS, _mm512_mul_ps(_mm512_load_ps(m), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi64(a, b)))));
-#else
             for (int r = 0; r < ROWS; ++r) {
                 out[r]            = d[r] * (r < 8 ? s0 : s1).of[r % 8];
                 out[r + 8 * ROWS] = m[r] * (r < 8 ? s0 : s1).of[r % 8 + 8];
             }
-#endif
         }
-#if defined(__AVX512F__)
-        if constexpr (STEP == 8 && std::is_same<F, format_q4_K>::value) {
-            for (int j = 0; j < 4; ++j) {
-                for (int i = 0; i < 4; ++i) {
-                    uint8_t * q  = p.q + (64 * j + 8 * i) * ROWS;
-                    const int at = 256 * j + 64 * i;
-                    interleave_8x8(x[0]->qs + at, x[1]->qs + at, _mm512_setzero_si512(), nullptr, q, q + 32 * ROWS);
-                }
-            }
-            return;
-        }
-#endif
         alignas(64) uint8_t codes[ROWS][CHUNK];
         for (int r = 0; r < n_rows; ++r) {
             typename F::block b;

@@ -58,6 +58,14 @@ inline void prefetch(const char * from, size_t n) {
 // registers: W lanes of 32 bits, of integers (vi), floats (vf) and four bytes (vb)
 //
 
+#if defined(__AVX2__)
+inline __m256i add(__m256i a, __m256i b) { return _mm256_add_epi32(a, b); }
+inline __m256 to_float(__m256i x) { return _mm256_cvtepi32_ps(x); }
+inline __m256 negative(__m256 x) { return _mm256_xor_ps(x, _mm256_set1_ps(-0.0f)); }
+inline __m256 mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+#endif
+
 #if defined(ALLOCMOE_AVX512)
 constexpr int W = 16;
 using vi        = __m512i;
@@ -86,11 +94,6 @@ inline vf load(const float * x) { return _mm256_load_ps(x); }
 inline void store(float * x, vf y) { _mm256_store_ps(x, y); }
 inline vi zero() { return _mm256_setzero_si256(); }
 inline vf zero_f() { return _mm256_setzero_ps(); }
-inline vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
-inline vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
-inline vf negative(vf x) { return _mm256_xor_ps(x, _mm256_set1_ps(-0.0f)); }
-inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vb load_bytes(const void * x) { return _mm256_loadu_si256((const __m256i *) x); }
 #else
 constexpr int W = 4;

@@ -1,4 +1,4 @@
-// K-quants with AVX2, on their own or with VNNI: the 256 columns of a block are added up as integers, each sub-block times its
+// K-quants on x86: the 256 columns of a block are added up as integers, each sub-block times its
 // integer scale, and become a float once in a block. Without this every sub-block has sums of its own to widen, to add up
 // across registers and to scale, which took more instructions than the products. Scaling costs none: what adds pairs of
 // 16-bit sums multiplies them, too.
@@ -10,24 +10,49 @@
 
 #include <algorithm>
 
-#if defined(ALLOCMOE_KERNEL) && defined(__AVX2__) && !defined(ALLOCMOE_AVX512)
+#if defined(ALLOCMOE_KERNEL) && defined(__AVX2__)
 #define ALLOCMOE_WHOLE_BLOCKS
 
 namespace allocmoe {
 
 // sums of two 16-bit products added to sums
 inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
-#if defined(ALLOCMOE_VNNI)
+#if defined(ALLOCMOE_AVX512)
+    return _mm256_dpwssd_epi32(sum, a, b);
+#elif defined(ALLOCMOE_VNNI)
     return _mm256_dpwssd_avx_epi32(sum, a, b);
 #else
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 #endif
 }
 
+// sums of two products of bytes, and sums of those
+inline __m256i multiply_pairs(__m256i w, __m256i x) { return _mm256_maddubs_epi16(w, x); }
+inline __m256i add_16(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
+template <int N>
+inline __m256i shift_left(__m256i x) { return _mm256_slli_epi32(x, N); }
+template <int N>
+inline __m256i shift_right(__m256i x) { return _mm256_srai_epi32(x, N); }
+inline __m256i subtract(__m256i a, __m256i b) { return _mm256_sub_epi32(a, b); }
+inline __m256i shuffle_bytes(__m256i x, __m256i from) { return _mm256_shuffle_epi8(x, from); }
+
+#if defined(ALLOCMOE_AVX512)
+inline __m512i add_products(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
+inline __m512i multiply_pairs(__m512i w, __m512i x) { return _mm512_maddubs_epi16(w, x); }
+inline __m512i add_16(__m512i a, __m512i b) { return _mm512_add_epi16(a, b); }
+template <int N>
+inline __m512i shift_left(__m512i x) { return _mm512_slli_epi32(x, N); }
+template <int N>
+inline __m512i shift_right(__m512i x) { return _mm512_srai_epi32(x, N); }
+inline __m512i subtract(__m512i a, __m512i b) { return _mm512_sub_epi32(a, b); }
+inline __m512i shuffle_bytes(__m512i x, __m512i from) { return _mm512_shuffle_epi8(x, from); }
+#endif
+
 // GCC adds up in an order of its own, and keeps more products at hand for it than there are registers.
-inline __m256i in_this_order(__m256i sum) {
+template <typename V>
+inline V in_this_order(V sum) {
 #if defined(__GNUC__)
-    asm("" : "+x"(sum));
+    asm("" : "+v"(sum));
 #endif
     return sum;
 }
@@ -142,24 +167,24 @@ inline __m256i add_32(__m256i sum, __m256i codes, const int8_t * x, __m256i scal
     return in_this_order(add_products(sum, _mm256_maddubs_epi16(codes, load_32(x)), _mm256_shuffle_epi8(scale, word)));
 }
 
-// A sub-block of 8 rows of a panel, for one token: w: [SUB/4] registers of four columns each.
+// A sub-block of W rows of a panel, for one token: w: [SUB/4] registers of four columns each.
 template <int LARGEST, int SUB>
-inline __m256i multiply_sub_block(__m256i sum, const __m256i * w, const int8_t * x, __m256i scale) {
+inline vi multiply_sub_block(vi sum, const vb * w, const int8_t * x, vi scale) {
     constexpr int FITS = std::min(SUB / 4, BY_FOUR<LARGEST> ? PAIRS_THAT_FIT<LARGEST> / 2 : PAIRS_THAT_FIT<LARGEST>);
 #pragma GCC unroll 8
     for (int k = 0; k < SUB / 4; k += FITS) {
-        __m256i some = _mm256_setzero_si256();
+        vi some = zero();
 #pragma GCC unroll 8
         for (int i = k; i < k + FITS; ++i) {
-            const __m256i four = broadcast_4(x + 4 * i);
+            const vb four = broadcast_4(x + 4 * i);
 #if defined(ALLOCMOE_VNNI)
             if (BY_FOUR<LARGEST>) {
                 some = dot_unsigned(some, w[i], four);
                 continue;
             }
 #endif
-            const __m256i pairs = _mm256_maddubs_epi16(w[i], four);
-            some                = i == k ? pairs : _mm256_add_epi16(some, pairs);
+            const vi pairs = multiply_pairs(w[i], four);
+            some           = i == k ? pairs : add_16(some, pairs);
         }
         sum = add_products(sum, some, scale);
     }
@@ -167,10 +192,10 @@ inline __m256i multiply_sub_block(__m256i sum, const __m256i * w, const int8_t *
 }
 
 // The sum of a block, of codes without their offset; second: of the same scales times sums of activations.
-template <typename F>
-inline __m256i without_offset(__m256i sum, __m256i second) {
+template <typename F, typename V>
+inline V without_offset(V sum, V second) {
     static_assert(F::OFFSET == 0 || F::OFFSET == 4 || F::OFFSET == 32, "a shift");
-    return F::OFFSET == 0 ? sum : _mm256_sub_epi32(sum, _mm256_slli_epi32(second, F::OFFSET == 4 ? 2 : 5));
+    return F::OFFSET == 0 ? sum : subtract(sum, shift_left<F::OFFSET == 4 ? 2 : 5>(second));
 }
 
 } // namespace allocmoe

@@ -25,14 +25,14 @@ constexpr double MAX_ERROR = 1e-6;
 constexpr double MAX_ERROR_UPSTREAM = 1e-3;
 
 constexpr int N_EXPERT   = 5; // at most
-constexpr int N_TOKENS[] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 127, 128, 129, 257 };
+constexpr int N_TOKENS[] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 33, 127, 128, 129, 257 };
 
 struct shape {
     int n_in, n_out, max_tokens;
 };
 // whole and broken panels and chunks; the last one is shared by several threads
 constexpr shape SHAPES_32[] = { { 32, 40, 257 }, { 96, 8, 257 }, { 256, 24, 257 }, { 288, 16, 257 }, { 32, 520, 17 } };
-constexpr shape SHAPES_K[]  = { { 256, 40, 257 }, { 512, 8, 257 }, { 256, 24, 257 }, { 512, 16, 257 }, { 256, 520, 17 } };
+constexpr shape SHAPES_K[]  = { { 256, 40, 257 }, { 512, 8, 257 }, { 256, 24, 257 }, { 1280, 16, 33 }, { 256, 520, 17 } };
 
 constexpr ggml_type TYPES[] = {
     GGML_TYPE_Q4_0,
@@ -49,6 +49,9 @@ constexpr ggml_type TYPES[] = {
     GGML_TYPE_Q6_K,
     GGML_TYPE_IQ4_XS,
 };
+
+// whether those of our kernels that can use AMX do
+extern "C" bool allocmoe_cpu_amx;
 
 static ggml_backend_t backend;
 static ggml_backend_buffer_type_t repack_buffer_type;
@@ -83,6 +86,9 @@ struct data {
                 factor = std::ldexp(1.0f, random_below(5) - 2);
             }
             x[i] = factor * (i % 32 == 7 ? (random_below(2) ? 127 : -127) : random_below(255) - 127);
+            if (n_in > 256 && i / n_in % 4 == 2 && i % n_in < 256) {
+                x[i] = 0; // a block of nothing else
+            }
         }
 
         expected.resize(size_t(n_rows) * n_x);
@@ -198,8 +204,8 @@ struct result {
     std::string failure;
 };
 
-// Runs one op with 1 to 3 threads. ours: it has a kernel, whose results equal, bit for bit, those of any other op in any layout
-// for the same weights and input.
+// Runs one op with 1 to 3 threads, and without AMX. ours: it has a kernel, whose results equal, bit for bit, those of any other op
+// in any layout for the same weights and input.
 static void check(
     data & d, bool repack, bool ours, int n_expert, int n_used, int n_inputs, int n_tokens, int n_first, result & result) {
     op op(d, repack, n_expert, n_used, n_inputs, n_tokens);
@@ -220,11 +226,14 @@ static void check(
     }
     // where llama.cpp's own kernels may run
     const int n_slots = ids.size(), n_busy = std::min(std::max({ n_expert, -n_expert, 1 }), n_slots);
-    const bool few = n_slots > n_busy && n_slots < 4 * n_busy;
-    ours           = ours && (repack || ggml_blck_size(d.type) != 256 || !few || ggml_cpu_has_avx512_vnni() || (ggml_cpu_has_avx2() && d.type != GGML_TYPE_IQ4_XS));
-    for (int n_threads = 1; n_threads <= 3; ++n_threads) {
+    const bool few         = n_slots > n_busy && n_slots < 4 * n_busy;
+    const bool can_use_amx = ggml_cpu_has_avx512_vnni() && ggml_blck_size(d.type) == 256 && n_tokens >= 12;
+    ours                   = ours && (repack || ggml_blck_size(d.type) != 256 || !few || ggml_cpu_has_avx512_vnni() || (ggml_cpu_has_avx2() && d.type != GGML_TYPE_IQ4_XS));
+    for (int run = 0; run <= 3; ++run) {
+        const int n_threads = std::max(1, run);
+        allocmoe_cpu_amx    = run > 0;
         // more threads only where they share work differently: on few cores, waiting for each other takes long
-        if ((n_threads == 2 && n_expert != N_EXPERT) || (n_threads == 3 && n_out < 64)) {
+        if ((run == 0 && !can_use_amx) || (n_threads == 2 && n_expert != N_EXPERT) || (n_threads == 3 && n_out < 64)) {
             continue;
         }
         const std::vector<float> out = op.run(n_threads);

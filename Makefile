@@ -95,8 +95,8 @@ sanitize-address: $(VENV)/.installed-test
 	rm -f $(ASAN).log.*
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16:abort_on_error=1:log_path=$(CURDIR)/$(ASAN).log \
 	UBSAN_OPTIONS=print_stacktrace=1 $(call SANITIZED_PYTEST,libasan,$(ASAN),mul_mat mul_mat_id transpose cache_product \
-	token_rule model_rules estimate estimator llama_estimate metadata budget request_budget sequences expert_cache prefetch \
-	hostile_files projector)
+	flash_attention token_rule model_rules estimate estimator llama_estimate union draft metadata budget request_budget sequences \
+	expert_cache prefetch hostile_files projector)
 
 # without children of a fork: this sanitizer takes none that begin threads
 TSAN := build/tsan

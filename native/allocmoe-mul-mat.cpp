@@ -36,6 +36,7 @@ constexpr int PANEL_TOKENS = 4;
 #endif
 constexpr int AMX_TOKENS = 12; // and on using AMX
 
+#if defined(__AVX2__)
 // acc: [N][ROWS], added to.
 template <typename F, int N>
 static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, float * acc) {
@@ -105,6 +106,74 @@ static void multiply_block(const panel & p, const tile & x, float * acc) {
                 y = fma(to_float(second[t]), mul(load(p.whole.m + v), xd), y);
             }
             store(acc + t * ROWS + v, y);
+        }
+    }
+}
+#endif
+
+#else
+// The same on Arm, 4 rows at a time.
+template <typename F, int N>
+static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, float * acc) {
+    for (int v = 0; v < ROWS; v += W) {
+        vf sum[N];
+        for (int t = 0; t < N; ++t) {
+            sum[t] = load(acc + t * ROWS + v);
+        }
+        for (int s = 0; s < n_sub; ++s) {
+            const vf d = load(p.scales + s * ROWS + v);
+            const vf m = load(p.scales + (F::MIN ? CHUNK / F::SUB + s : s) * ROWS + v);
+            vb w[F::SUB / 4];
+            load_panel<F::SUB, ROWS>(p.q + s * F::SUB * ROWS + v * TOGETHER, w);
+            multiply_tokens<F::SUB, N>(w, x.q + s * N * F::SUB, [&](int group, const row_sums & y) {
+#pragma GCC unroll 2
+                for (int t = group * TOKENS_AT_ONCE; t < std::min(N, (group + 1) * TOKENS_AT_ONCE); ++t) {
+                    const int i = s * N + t;
+                    sum[t]      = fma(to_float(of_token(y, t % TOKENS_AT_ONCE)), mul(d, broadcast(x.d + i)), sum[t]);
+                    if (F::MIN) {
+                        sum[t] = fma(m, broadcast(x.sum + i), sum[t]);
+                    }
+                }
+            });
+        }
+        for (int t = 0; t < N; ++t) {
+            store(acc + t * ROWS + v, sum[t]);
+        }
+    }
+}
+
+template <typename F, int N>
+static void multiply_block(const panel & p, const tile & x, float * acc) {
+    for (int v = 0; v < ROWS; v += W) {
+        row_sums sum[(N + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE];
+        for (int s = 0; s < CHUNK / F::SUB; ++s) {
+            const row_scales scale(p.whole.scale[s] + v);
+            vb w[F::SUB / 4];
+            load_panel<F::SUB, ROWS>(p.q + s * F::SUB * ROWS + v * TOGETHER, w);
+            multiply_tokens<F::SUB, N>(w, x.q + s * N * F::SUB, [&](int group, const row_sums & y) { add_scaled(sum[group], y, scale); });
+        }
+        vi second[N];
+        for (int t = 0; F::MIN && t < N; ++t) {
+            second[t] = zero();
+        }
+        for (int s = 0; F::MIN && s < CHUNK / F::SUB / 2; ++s) {
+            const vi pairs       = vld1q_s32(p.whole.pairs[s] + v);
+            const int16x4_t even = vmovn_s32(pairs), odd = vshrn_n_s32(pairs, 16);
+#pragma GCC unroll 8
+            for (int t = 0; t < N; ++t) {
+                const int16x4_t sums = vreinterpret_s16_s32(vld1_dup_s32(x.init + s * N + t));
+                second[t]            = vmlal_lane_s16(vmlal_lane_s16(second[t], even, sums, 0), odd, sums, 1);
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < N; ++t) {
+            const vf xd = broadcast(x.d + t);
+            const vi y  = of_token(sum[t / TOKENS_AT_ONCE], t % TOKENS_AT_ONCE);
+            vf total    = fma(to_float(y), mul(load(p.whole.d + v), xd), load(acc + t * ROWS + v));
+            if (F::MIN) {
+                total = fma(to_float(second[t]), mul(load(p.whole.m + v), xd), total);
+            }
+            store(acc + t * ROWS + v, total);
         }
     }
 }
@@ -262,6 +331,11 @@ static void gather(const job & job, int64_t first, int n, workspace & ws) {
                 int8_t * q      = ws.q.data() + i * F::SUB;
                 int32_t sum;
                 const float d = read_activations<F::SUB>(x[b * F::SUB / X_BLOCK], b * F::SUB % X_BLOCK, q, sum);
+#if !defined(__AVX2__)
+                if (TOKENS_AT_ONCE == 2 && t % 2 == 1) {
+                    pair_up<F::SUB>(q - F::SUB);
+                }
+#endif
                 if (whole_blocks<F>) {
                     ws.d[t0 * n_sub / N_SUB + b / N_SUB * n_tile + t] = d;
                     const auto sum_16                                 = (int16_t) sum; // of up to 32 numbers up to 127

@@ -3,7 +3,7 @@
 
 #include "allocmoe-one-token.h"
 
-#if defined(ALLOCMOE_WHOLE_BLOCKS)
+#if defined(ALLOCMOE_WHOLE_BLOCKS) && defined(__AVX2__)
 
 namespace allocmoe {
 

@@ -15,18 +15,12 @@
 namespace allocmoe {
 
 constexpr int STREAMS = 4;
-constexpr int AHEAD   = 2304; // bytes, from a block to what is asked for while that is multiplied; half and twice as many do as well
+// Bytes, from a block to what is asked for while that is multiplied; half and twice as many do as well. Not timed on Arm, where
+// four times as many are a fifth of a first-level cache or less.
+constexpr int AHEAD = 2304;
 
-// While n bytes are multiplied; few at once, because no more than some 16 lines can be on their way. Not on Arm, where it has
-// not been timed.
-inline void prefetch_after(const void * from, size_t n) {
-#if defined(__AVX2__)
-    prefetch<3>((const char *) from + AHEAD, n);
-#else
-    GGML_UNUSED(from);
-    GGML_UNUSED(n);
-#endif
-}
+// While n bytes are multiplied; few at once, because no more than some 16 lines can be on their way.
+inline void prefetch_after(const void * from, size_t n) { prefetch<3>((const char *) from + AHEAD, n); }
 
 // While block k of a row is, or of rows together: not for each where several lie in a line.
 template <typename X>
@@ -42,6 +36,7 @@ inline void prefetch_after_block(const X * row, int64_t k) {
 template <typename L>
 struct one_token;
 
+#if defined(__AVX2__) // Arm's: allocmoe-one-token-neon.h
 //
 // repacked layouts: N rows together, STEP bytes of each in turn. A register of sums is of W rows: of one group or a part
 // of it, or of two groups in a wide register
@@ -57,8 +52,6 @@ struct piece {
 struct sums {
     vi of[2] = { zero(), zero() };
 };
-
-#if defined(__AVX2__)
 
 template <bool SIGNED, int STEP>
 inline void accumulate(sums & s, piece w, const int8_t * x) {
@@ -91,20 +84,6 @@ inline vi total(sums s) {
 #endif
 }
 
-#else
-
-template <bool SIGNED, int STEP>
-inline void accumulate(sums & s, piece w, const int8_t * x) {
-    for (int i = 0; i < 2; ++i) {
-        s.of[i] = dot<SIGNED>(s.of[i], w.of[i], STEP == 8 ? broadcast_8(x) : broadcast_4(x + 4 * i));
-    }
-}
-
-template <bool SIGNED, int STEP>
-inline vi total(const sums & s) { return STEP == 8 ? vpaddq_s32(s.of[0], s.of[1]) : add(s.of[0], s.of[1]); }
-
-#endif
-
 // W floats from numbers of 8 rows, and of 8 others where W is 16
 #if defined(ALLOCMOE_AVX512)
 inline vi whole_numbers(const uint8_t * a, const uint8_t * b) {
@@ -124,7 +103,7 @@ inline void store_rows(vf sum, float * a, float * b) {
     _mm256_storeu_ps(a, _mm512_castps512_ps256(sum));
     _mm256_storeu_ps(b, _mm512_extractf32x8_ps(sum, 1));
 }
-#elif defined(__AVX2__)
+#else
 inline vi whole_numbers(const uint8_t * a, const uint8_t *) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) a)); }
 inline vf halves(const ggml_half * a, const ggml_half *) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) a)); }
 inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
@@ -134,30 +113,6 @@ inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
     return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
 }
 inline void store_rows(vf sum, float * a, float *) { _mm256_storeu_ps(a, sum); }
-#else
-inline vi whole_numbers(const uint8_t * a, const uint8_t *) {
-    uint32_t four;
-    memcpy(&four, a, 4);
-    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
-}
-inline vi whole_numbers(const int8_t * a, const int8_t *) {
-    uint32_t four;
-    memcpy(&four, a, 4);
-    return vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
-}
-inline vi pairs_of_bytes(const uint8_t * a, const uint8_t *) {
-    return vreinterpretq_s32_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(a))));
-}
-template <int SHIFT>
-inline vi four_bits(vi x) { return vandq_s32(SHIFT ? vshrq_n_s32(x, SHIFT ? SHIFT : 1) : x, vdupq_n_s32(15)); }
-inline vf halves(const ggml_half * a, const ggml_half *) { return vcvt_f32_f16(vld1_f16((const __fp16 *) a)); }
-inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
-    const vi e      = whole_numbers(a, b);
-    const vi normal = vshlq_n_s32(vsubq_s32(e, vdupq_n_s32(1)), 23);
-    const vi small  = vshlq_s32(vdupq_n_s32(0x00200000), e);
-    return vreinterpretq_f32_s32(vbslq_s32(vcltq_s32(e, vdupq_n_s32(2)), small, normal));
-}
-inline void store_rows(vf sum, float * a, float *) { vst1q_f32(a, sum); }
 #endif
 
 // A register's rows: from row FIRST of group A on, and the second half of them from row SECOND of group B on.
@@ -258,164 +213,7 @@ template <typename F, typename X>
 struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X, 8, 8> {};
 #endif
 
-#if !defined(ALLOCMOE_WHOLE_BLOCKS)
-// The 6-bit scales and mins of eight sub-blocks, 8 rows of both: out[sub-block][scale or min][row]
-inline void unpack_scales_k4(const uint8_t * packed, uint8_t (*out)[2][8]) {
-    for (int i = 0; i < 8; ++i) {
-        memcpy(out[i], scales_k4(packed + 12 * i).of, 16);
-    }
-}
-
-template <typename F, typename X, int STEP>
-struct one_token<repacked_k4<F, X, STEP>> : rows_together<8, STEP> {
-    using R = rows_together<8, STEP>;
-
-    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        vf sum[R::REGISTERS];
-        for (auto & s : sum) {
-            s = zero_f();
-        }
-        for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            const tile part = { x.q + k * QK_K, x.d + k * 8, x.sum + k * 8, nullptr };
-            alignas(64) uint8_t scales[STREAMS][8][2][8];
-            for (int i = 0; i < STREAMS; ++i) {
-                unpack_scales_k4(((const X *) rows[i])[k].scales, scales[i]);
-            }
-            for (int v = 0; v < R::REGISTERS; ++v) {
-                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
-                sum[v] = add_block(v, a, b, scales[R::a(v)], scales[R::b(v)], part, sum[v]);
-            }
-        }
-        R::store(sum, out);
-    }
-
-    using unpacked_scales = const uint8_t (*)[2][8];
-    static vf add_block(int v, const X & a, const X & b, unpacked_scales sa, unpacked_scales sb, const tile & x, vf sum) {
-        const vf d               = halves(a.d + R::first(v), b.d + R::second(v));
-        const vf d_min           = negative(halves(a.dmin + R::first(v), b.dmin + R::second(v)));
-        const auto add_sub_block = [&](int i, vi dot) {
-            const vi s = whole_numbers(sa[i][0] + R::first(v), sb[i][0] + R::second(v));
-            const vi m = whole_numbers(sa[i][1] + R::first(v), sb[i][1] + R::second(v));
-            sum        = fma(to_float(dot), mul(mul(d, to_float(s)), broadcast(x.d + i)), sum);
-            sum        = fma(mul(d_min, to_float(m)), broadcast(x.sum + i), sum);
-        };
-        const auto add_64 = [&](auto j_) {
-            constexpr int j = decltype(j_)::value;
-            sums low, high;
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                const piece q = R::load(v, a.qs + 256 * j, b.qs + 256 * j, i);
-                piece l, h;
-                if constexpr (std::is_same<F, format_q5_K>::value) {
-                    const piece fifth = R::load(v, a.qh, b.qh, i);
-                    for (int r = 0; r < 2; ++r) {
-                        l.of[r] = either(bits<0, 15, 0>(q.of[r]), bits<2 * j, 1, 4>(fifth.of[r]));
-                        h.of[r] = either(bits<4, 15, 0>(q.of[r]), bits<2 * j + 1, 1, 4>(fifth.of[r]));
-                    }
-                } else {
-                    for (int r = 0; r < 2; ++r) {
-                        l.of[r] = bits<0, 15, 0>(q.of[r]);
-                        h.of[r] = bits<4, 15, 0>(q.of[r]);
-                    }
-                }
-                accumulate<false, STEP>(low, l, x.q + 64 * j + 8 * i);
-                accumulate<false, STEP>(high, h, x.q + 64 * j + 8 * i + 32);
-            }
-            add_sub_block(2 * j, total<false, STEP>(low));
-            add_sub_block(2 * j + 1, total<false, STEP>(high));
-        };
-        add_64(std::integral_constant<int, 0>());
-        add_64(std::integral_constant<int, 1>());
-        add_64(std::integral_constant<int, 2>());
-        add_64(std::integral_constant<int, 3>());
-        return sum;
-    }
-};
-
-template <typename X, int STEP>
-struct one_token<repacked<format_q2_K, X, 8, STEP>> : rows_together<8, STEP> {
-    using R = rows_together<8, STEP>;
-
-    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        vf sum[R::REGISTERS];
-        for (auto & s : sum) {
-            s = zero_f();
-        }
-        for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            for (int v = 0; v < R::REGISTERS; ++v) {
-                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
-                const vf d        = halves(a.d + R::first(v), b.d + R::second(v));
-                const vf d_min    = negative(halves(a.dmin + R::first(v), b.dmin + R::second(v)));
-                const auto add_32 = [&](auto i_) {
-                    constexpr int h = decltype(i_)::value / 4, c = decltype(i_)::value % 4;
-                    for (int half = 0; half < 2; ++half) {
-                        const int column = 128 * h + 32 * c + 16 * half, s = column / 16;
-                        sums products;
-                        for (int i = 0; i < 2; ++i) {
-                            piece q = R::load(v, a.qs, b.qs, 4 * h + 2 * half + i);
-                            for (auto & r : q.of) {
-                                r = bits<2 * c, 3, 0>(r);
-                            }
-                            accumulate<false, STEP>(products, q, x.q + k * QK_K + column + 8 * i);
-                        }
-                        // two sub-blocks' scales take turns, each with its min in the high half
-                        const vi pairs    = pairs_of_bytes(a.scales + s / 2 * 16 + 2 * R::first(v), b.scales + s / 2 * 16 + 2 * R::second(v));
-                        const vi scale    = half == 0 ? four_bits<0>(pairs) : four_bits<8>(pairs);
-                        const vi min      = half == 0 ? four_bits<4>(pairs) : four_bits<12>(pairs);
-                        const int64_t sub = k * 16 + s;
-                        sum[v]            = fma(to_float(total<false, STEP>(products)), mul(mul(d, to_float(scale)), broadcast(x.d + sub)), sum[v]);
-                        sum[v]            = fma(mul(d_min, to_float(min)), broadcast(x.sum + sub), sum[v]);
-                    }
-                };
-                for_eighths(add_32);
-            }
-        }
-        R::store(sum, out);
-    }
-};
-
-#endif // !ALLOCMOE_WHOLE_BLOCKS
-
-#if !defined(__AVX2__)
-template <typename X, int STEP>
-struct one_token<repacked<format_q6_K, X, 8, STEP>> : rows_together<8, STEP> {
-    using R = rows_together<8, STEP>;
-
-    static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        vf sum[R::REGISTERS];
-        for (auto & s : sum) {
-            s = zero_f();
-        }
-        for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            for (int v = 0; v < R::REGISTERS; ++v) {
-                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
-                const vf d        = halves(a.d + R::first(v), b.d + R::second(v));
-                const auto add_32 = [&](auto i_) {
-                    constexpr int h = decltype(i_)::value / 4, c = decltype(i_)::value % 4;
-                    for (int half = 0; half < 2; ++half) {
-                        const int column = 128 * h + 32 * c + 16 * half, s = column / 16;
-                        sums products;
-                        for (int i = 0; i < 2; ++i) {
-                            piece q          = R::load(v, a.ql, b.ql, 8 * h + 4 * (c % 2) + 2 * half + i);
-                            const piece high = R::load(v, a.qh, b.qh, 4 * h + 2 * half + i);
-                            for (int r = 0; r < 2; ++r) {
-                                q.of[r] = either(bits<c / 2 * 4, 15, 0>(q.of[r]), bits<2 * c, 3, 4>(high.of[r]));
-                            }
-                            accumulate<false, STEP>(products, q, x.q + k * QK_K + column + 8 * i);
-                        }
-                        const int64_t sub = k * 16 + s;
-                        const vi scale    = whole_numbers(a.scales + 8 * s + R::first(v), b.scales + 8 * s + R::second(v));
-                        const vi y        = add(total<false, STEP>(products), broadcast(x.init + sub));
-                        sum[v]            = fma(to_float(y), mul(mul(d, to_float(scale)), broadcast(x.d + sub)), sum[v]);
-                    }
-                };
-                for_eighths(add_32);
-            }
-        }
-        R::store(sum, out);
-    }
-};
-#endif
+#endif // __AVX2__
 
 //
 // rows as they are in the file, one of each place
@@ -591,5 +389,6 @@ struct one_token<plain<F>> {
 } // namespace allocmoe
 
 #include "allocmoe-one-token-k.h"
+#include "allocmoe-one-token-neon.h"
 
 #endif // ALLOCMOE_KERNEL

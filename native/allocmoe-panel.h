@@ -4,6 +4,7 @@
 // the one that adds up a block's sub-blocks as integers, with one d and m for each row and block.
 #pragma once
 
+#include "allocmoe-neon.h"
 #include "allocmoe-vectors.h"
 #include "allocmoe-whole-blocks.h"
 
@@ -138,6 +139,25 @@ inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
 #endif
 }
 
+// The same for codes, as panels hold them: on Arm signed, without their offset, and perhaps more columns of a row together.
+#if defined(__AVX2__)
+template <int STRIDE, int>
+inline void interleave_codes(const uint8_t * codes, int n, uint8_t * q) { interleave<STRIDE>(codes, n, q); }
+#else
+template <int STRIDE, int OFFSET>
+inline void interleave_codes(const uint8_t * codes, int n, uint8_t * q) {
+    for (int c = 0; c < n; c += 16) {
+        for (int r = 0; r < ROWS; r += 4) {
+            vb x[4];
+            for (int i = 0; i < 4; ++i) {
+                x[i] = less<OFFSET>(vld1q_u8(codes + (r + i) * STRIDE + c));
+            }
+            store_16_columns<ROWS>(x, q + c * ROWS + r * TOGETHER);
+        }
+    }
+}
+#endif
+
 //
 // formats: what a type's block holds. codes() writes the codes of one block, codes_of<I>() are those of 32 columns from 32*I on;
 // scales() writes d, and m CHUNK/SUB floats after it
@@ -202,7 +222,7 @@ struct format_q5_K : format_with_scales_k4<block_q5_K> {
     static constexpr int LARGEST = 31;
     template <int I>
     static codes_32 codes_of(const block & b) {
-        return either(bits<I % 2 * 4, 15, 0>(load_32(b.qs + I / 2 * 32)), bits<I, 1, 4>(load_32(b.qh)));
+        return insert_bits<I, 1, 4>(bits<I % 2 * 4, 15, 0>(load_32(b.qs + I / 2 * 32)), load_32(b.qh));
     }
     static void codes(const block & b, uint8_t * q) { store_codes<format_q5_K>(b, q); }
 };
@@ -215,7 +235,7 @@ struct format_q6_K : format_k {
     static constexpr int LARGEST = 63;
     template <int I>
     static codes_32 codes_of(const block & b) {
-        return either(bits<I % 4 / 2 * 4, 15, 0>(load_32(b.ql + I / 4 * 64 + I % 2 * 32)), bits<I % 4 * 2, 3, 4>(load_32(b.qh + I / 4 * 32)));
+        return insert_bits<I % 4 * 2, 3, 4>(bits<I % 4 / 2 * 4, 15, 0>(load_32(b.ql + I / 4 * 64 + I % 2 * 32)), load_32(b.qh + I / 4 * 32));
     }
     static void codes(const block & b, uint8_t * q) { store_codes<format_q6_K>(b, q); }
     static void scales(const block & b, float * out) {
@@ -234,7 +254,7 @@ struct format_q3_K : format_k {
     static constexpr int LARGEST = 7;
     template <int I>
     static codes_32 codes_of(const block & b) {
-        return either(bits<I % 4 * 2, 3, 0>(load_32(b.qs + I / 4 * 32)), bits<I, 1, 2>(load_32(b.hmask)));
+        return insert_bits<I, 1, 2>(bits<I % 4 * 2, 3, 0>(load_32(b.qs + I / 4 * 32)), load_32(b.hmask));
     }
     static void codes(const block & b, uint8_t * q) { store_codes<format_q3_K>(b, q); }
     static void scales(const block & b, float * out) {
@@ -396,7 +416,7 @@ struct unpacked {
     }
 
     void finish(int n, panel & p) const {
-        interleave<CHUNK>(codes[0], n, p.q);
+        interleave_codes<CHUNK, F::OFFSET>(codes[0], n, p.q);
         interleave<32 * sizeof(float)>((const uint8_t *) scales[0], N_SCALES * sizeof(float), (uint8_t *) p.scales);
     }
 };
@@ -419,7 +439,7 @@ struct unpacked<F, true> {
     }
 
     void finish(int n, panel & p) const {
-        interleave<CHUNK>(codes[0], n, p.q);
+        interleave_codes<CHUNK, F::OFFSET>(codes[0], n, p.q);
         interleave<sizeof(scale[0])>((const uint8_t *) scale[0], CHUNK / F::SUB * sizeof(int32_t), (uint8_t *) p.whole.scale);
         interleave<sizeof(pairs[0])>((const uint8_t *) pairs[0], CHUNK / F::SUB / 2 * sizeof(int32_t), (uint8_t *) p.whole.pairs);
         memcpy(p.whole.d, d, sizeof(d));
@@ -444,6 +464,7 @@ struct plain : F {
     }
 };
 
+#if defined(__AVX2__) // Arm's: allocmoe-panel-neon.h
 // llama.cpp's repacked layouts hold the blocks of N rows together, their codes taking turns, STEP bytes at a time
 template <int N, int STEP>
 inline void take_turns(const void * from, int row, size_t n, void * out) {
@@ -574,7 +595,6 @@ struct repacked_nibbles : F {
 #endif
 
 // Q4_K and Q5_K, whose scales are those of one sub-block of eight rows together
-#if defined(ALLOCMOE_WHOLE_BLOCKS)
 template <typename F, typename X, int STEP>
 struct repacked_k4 : F {
     static_assert(STEP == 8 && std::is_same<F, format_q4_K>::value, "no other layout on x86");
@@ -617,37 +637,11 @@ struct repacked_k4 : F {
 #endif
     }
 };
-#else
-template <typename F, typename X, int STEP>
-struct repacked_k4 : F {
-    static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int, panel & p) {
-        const X * x[2];
-        x[0] = (const X *) rows + k0 / QK_K;
-        x[1] = n_rows > 8 ? (const X *) (rows + 8 * row_size) + k0 / QK_K : x[0];
-        alignas(64) float d[ROWS], m[ROWS];
-        for (int r = 0; r < ROWS; ++r) {
-            d[r] = GGML_CPU_FP16_TO_FP32(x[r / 8]->d[r % 8]);
-            m[r] = -GGML_CPU_FP16_TO_FP32(x[r / 8]->dmin[r % 8]);
-        }
-        for (int i = 0; i < 8; ++i) {
-            const scales_k4 s0(x[0]->scales + 12 * i), s1(x[1]->scales + 12 * i);
-            float * out = p.scales + i * ROWS;
-            for (int r = 0; r < ROWS; ++r) {
-                out[r]            = d[r] * (r < 8 ? s0 : s1).of[r % 8];
-                out[r + 8 * ROWS] = m[r] * (r < 8 ? s0 : s1).of[r % 8 + 8];
-            }
-        }
-        alignas(64) uint8_t codes[ROWS][CHUNK];
-        for (int r = 0; r < n_rows; ++r) {
-            typename F::block b;
-            take_block<8, STEP>(*x[r / 8], r % 8, b);
-            F::codes(b, codes[r]);
-        }
-        interleave<CHUNK>(codes[0], CHUNK, p.q);
-    }
-};
-#endif
+
+#endif // __AVX2__
 
 } // namespace allocmoe
+
+#include "allocmoe-panel-neon.h"
 
 #endif // ALLOCMOE_KERNEL

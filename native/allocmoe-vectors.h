@@ -179,6 +179,9 @@ inline codes_32 bits(codes_32 x) {
     }
     return _mm256_and_si256(x, _mm256_set1_epi8((char) (mask << up)));
 }
+// the bits of y with those of x from mask << up on, which y does not have
+template <int shift, int mask, int up>
+inline codes_32 insert_bits(codes_32 y, codes_32 x) { return either(y, bits<shift, mask, up>(x)); }
 // the low halves of 16 bytes and then the high ones
 inline codes_32 nibbles(const uint8_t * in) {
     const __m128i x = _mm_loadu_si128((const __m128i *) in);
@@ -224,6 +227,13 @@ inline vb bits(vb x) {
     }
     return shift > up && (mask << up) == 0xff >> (shift > up ? shift - up : 0) ? x : vandq_u8(x, vdupq_n_u8(mask << up));
 }
+template <int shift, int mask, int up>
+inline vb insert_bits(vb y, vb x) {
+    if (shift != up) {
+        x = shift > up ? vshrq_n_u8(x, shift > up ? shift - up : 1) : vshlq_n_u8(x, shift > up ? 0 : up - shift);
+    }
+    return vbslq_u8(vdupq_n_u8(mask << up), x, y);
+}
 inline vb look_up(const uint8_t * table, vb x) { return vqtbl1q_u8(vld1q_u8(table), x); }
 
 struct codes_32 {
@@ -238,6 +248,8 @@ inline codes_32 either(codes_32 a, codes_32 b) { return { either(a.low, b.low), 
 inline codes_32 flip(codes_32 a, uint8_t mask) { return { flip(a.low, mask), flip(a.high, mask) }; }
 template <int shift, int mask, int up>
 inline codes_32 bits(codes_32 x) { return { bits<shift, mask, up>(x.low), bits<shift, mask, up>(x.high) }; }
+template <int shift, int mask, int up>
+inline codes_32 insert_bits(codes_32 y, codes_32 x) { return { insert_bits<shift, mask, up>(y.low, x.low), insert_bits<shift, mask, up>(y.high, x.high) }; }
 inline codes_32 nibbles(const uint8_t * in) {
     const vb x = load_bytes(in);
     return { bits<0, 15, 0>(x), bits<4, 15, 0>(x) };

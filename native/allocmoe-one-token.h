@@ -16,7 +16,7 @@ namespace allocmoe {
 
 constexpr int STREAMS = 4;
 // Bytes, from a block to what is asked for while that is multiplied; half and twice as many do as well. Not timed on Arm, where
-// four times as many are a fifth of a first-level cache or less.
+// four times as many are less than a third of a first-level cache.
 constexpr int AHEAD = 2304;
 
 // While n bytes are multiplied; few at once, because no more than some 16 lines can be on their way.

@@ -1,6 +1,6 @@
 // Quantised weights as panels: 16 rows by up to 256 columns of 8-bit codes, interleaved so that one vector register holds
 // four columns of many rows. A weight is d*(code - offset) + m, with one d and m for each row and sub-block of columns.
-// Every type that has a format below can be multiplied by the kernels in allocmoe-mul-mat.cpp: that one, or for K-quants on x86
+// Every type that has a format below can be multiplied by the kernels in allocmoe-mul-mat.cpp: that one, or for K-quants
 // the one that adds up a block's sub-blocks as integers, with one d and m for each row and block.
 #pragma once
 
@@ -20,13 +20,13 @@ constexpr int ROWS  = 16;
 constexpr int CHUNK = 256;
 
 struct panel {
-    alignas(64) uint8_t q[CHUNK * ROWS]; // [CHUNK/4][ROWS][4]
+    alignas(64) uint8_t q[CHUNK * ROWS]; // [CHUNK/4][ROWS][4], on Arm with i8mm [CHUNK/8][ROWS][8]
     union {
         alignas(64) float scales[2 * CHUNK / 16 * ROWS]; // [sub-block][ROWS] of d, then the same of m
         // where whole_blocks
         struct {
-            alignas(64) int32_t scale[CHUNK / 16][ROWS]; // of each sub-block, as multiply_sub_block() wants it
-            alignas(64) int32_t pairs[CHUNK / 16][ROWS]; // 16 bits of two sub-blocks each: mins, or scales where codes have an offset
+            alignas(64) int32_t scale[CHUNK / 16][ROWS]; // of each sub-block, as multiply_sub_block() wants it; on Arm the number itself
+            alignas(64) int32_t pairs[CHUNK / 16][ROWS]; // 16 bits of two sub-blocks each: mins, or scales where codes have an offset (not on Arm)
             alignas(64) float d[ROWS], m[ROWS];
         } whole;
     };

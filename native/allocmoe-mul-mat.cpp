@@ -126,7 +126,6 @@ static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, floa
             vb w[F::SUB / 4];
             load_panel<F::SUB, ROWS>(p.q + s * F::SUB * ROWS + v * TOGETHER, w);
             multiply_tokens<F::SUB, N>(w, x.q + s * N * F::SUB, [&](int group, const row_sums & y) {
-#pragma GCC unroll 2
                 for (int t = group * TOKENS_AT_ONCE; t < std::min(N, (group + 1) * TOKENS_AT_ONCE); ++t) {
                     const int i = s * N + t;
                     sum[t]      = fma(to_float(of_token(y, t % TOKENS_AT_ONCE)), mul(d, broadcast(x.d + i)), sum[t]);

@@ -469,7 +469,10 @@ ALLOCMOE_USES_AMX static void multiply_rows_amx(
                     // half a tile
                     const int second = step / 2, first = (i + second) * size, n_tokens = std::max(0, std::min(size, n - first));
                     const int t0 = step % 2 ? n_tokens / 2 : 0, t1 = step % 2 ? n_tokens : n_tokens / 2;
-                    float ** out                            = k0 + CHUNK == n_in ? ws.out.data() + first : nullptr;
+                    float ** out = k0 + CHUNK == n_in ? ws.out.data() + first : nullptr;
+                    for (int t = t0; out && t < t1; ++t) {
+                        __builtin_prefetch(out[t] + row, 1);
+                    }
                     amx.queue[n_started++ % MAX_UNFINISHED] = { &by, x[second], size, t0, t1, sums + 2 * second, k0 == 0,
                         ws.fixed->acc + first * ROWS, out, row, (__mmask16) ((1 << n_rows) - 1) };
                 };

@@ -71,7 +71,6 @@ static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, floa
     }
 }
 
-#if defined(ALLOCMOE_WHOLE_BLOCKS)
 // The same for one block, whose sub-blocks are added up as integers.
 template <typename F, int N>
 static void multiply_block(const panel & p, const tile & x, float * acc) {
@@ -109,7 +108,6 @@ static void multiply_block(const panel & p, const tile & x, float * acc) {
         }
     }
 }
-#endif
 
 #else
 // The same on Arm, 4 rows at a time.
@@ -180,12 +178,11 @@ static void multiply_block(const panel & p, const tile & x, float * acc) {
 
 template <typename F, int N>
 static void multiply(const panel & p, int n_sub, const tile & x, float * acc) {
-#if defined(ALLOCMOE_WHOLE_BLOCKS)
     if constexpr (whole_blocks<F>) {
-        return multiply_block<F, N>(p, x, acc);
-    } else
-#endif
+        multiply_block<F, N>(p, x, acc);
+    } else {
         multiply_sub_blocks<F, N>(p, n_sub, x, acc);
+    }
 }
 
 template <typename F>

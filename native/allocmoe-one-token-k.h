@@ -3,7 +3,7 @@
 
 #include "allocmoe-one-token.h"
 
-#if defined(ALLOCMOE_WHOLE_BLOCKS) && defined(__AVX2__)
+#if defined(ALLOCMOE_KERNEL) && defined(__AVX2__)
 
 namespace allocmoe {
 
@@ -247,4 +247,4 @@ struct one_token<repacked<format_q2_K, X, 8, 8>> {
 
 } // namespace allocmoe
 
-#endif // ALLOCMOE_WHOLE_BLOCKS
+#endif // ALLOCMOE_KERNEL

@@ -40,31 +40,6 @@ struct tile {
     const int32_t * init; // [sub-block][n]: -offset times the sum of q; where whole_blocks: [two sub-blocks][n], 16 bits of each's sum
 };
 
-// out[i] = in[i]*(i < 8 ? a : b), 16 of them
-inline void scale_16(const uint8_t * in, float a, float b, float * out) {
-    for (int i = 0; i < 16; ++i) {
-        out[i] = in[i] * (i < 8 ? a : b);
-    }
-}
-
-// 16 bytes in one piece: they are read so afterwards
-inline void store_16(uint32_t a, uint32_t b, uint32_t c, uint32_t d, void * out) {
-    const uint32_t all[4] = { a, b, c, d };
-    memcpy(out, all, 16);
-}
-
-// Eight 6-bit scales and then eight mins of Q4_K and Q5_K from their 12 bytes; also those of eight rows in the repacked layouts.
-struct scales_k4 {
-    alignas(16) uint8_t of[16];
-    explicit scales_k4(const uint8_t * packed) {
-        uint32_t u[3];
-        memcpy(u, packed, 12);
-        const uint32_t s1 = (u[2] & 0x0f0f0f0f) | (((u[0] >> 6) & 0x03030303) << 4);
-        const uint32_t m1 = ((u[2] >> 4) & 0x0f0f0f0f) | (((u[1] >> 6) & 0x03030303) << 4);
-        store_16(u[0] & 0x3f3f3f3f, s1, u[1] & 0x3f3f3f3f, m1, of);
-    }
-};
-
 // n bytes of each of 16 rows, `stride` bytes apart, to [n/4][ROWS][4]. Reads and writes up to the next 64 bytes.
 template <int STRIDE>
 inline void interleave(const uint8_t * codes, int n, uint8_t * q) {
@@ -160,7 +135,7 @@ inline void interleave_codes(const uint8_t * codes, int n, uint8_t * q) {
 
 //
 // formats: what a type's block holds. codes() writes the codes of one block, codes_of<I>() are those of 32 columns from 32*I on;
-// scales() writes d, and m CHUNK/SUB floats after it
+// scales(), where sub-blocks have sums of their own, writes d, and m CHUNK/SUB floats after it
 //
 
 struct format_k { // super-blocks of 256
@@ -208,7 +183,6 @@ struct format_with_scales_k4 : format_k {
     static constexpr int SUB    = 32;
     static constexpr bool MIN   = true;
     static constexpr int OFFSET = 0;
-    static void scales(const B & b, float * out) { scale_16(scales_k4(b.scales).of, scale_of(b), -min_of_k(b), out); }
 };
 
 struct format_q4_K : format_with_scales_k4<block_q4_K> {
@@ -238,12 +212,6 @@ struct format_q6_K : format_k {
         return insert_bits<I % 4 * 2, 3, 4>(bits<I % 4 / 2 * 4, 15, 0>(load_32(b.ql + I / 4 * 64 + I % 2 * 32)), load_32(b.qh + I / 4 * 32));
     }
     static void codes(const block & b, uint8_t * q) { store_codes<format_q6_K>(b, q); }
-    static void scales(const block & b, float * out) {
-        const float d = scale_of(b);
-        for (int i = 0; i < 16; ++i) {
-            out[i] = d * b.scales[i];
-        }
-    }
 };
 
 struct format_q3_K : format_k {
@@ -257,20 +225,6 @@ struct format_q3_K : format_k {
         return insert_bits<I, 1, 2>(bits<I % 4 * 2, 3, 0>(load_32(b.qs + I / 4 * 32)), load_32(b.hmask));
     }
     static void codes(const block & b, uint8_t * q) { store_codes<format_q3_K>(b, q); }
-    static void scales(const block & b, float * out) {
-        // four scales at a time: four bits of each in u[0] and u[1], two more in u[2]
-        uint32_t u[3];
-        memcpy(u, b.scales, 12);
-        const auto four = [&](int i) {
-            return (u[i % 2] >> (i / 2 * 4) & 0x0f0f0f0f) | ((u[2] >> (2 * i) & 0x03030303) << 4);
-        };
-        alignas(16) int8_t codes[16];
-        store_16(four(0), four(1), four(2), four(3), codes);
-        const float d = scale_of(b);
-        for (int i = 0; i < 16; ++i) {
-            out[i] = d * (codes[i] - 32);
-        }
-    }
 };
 
 struct format_q2_K : format_k {
@@ -282,13 +236,6 @@ struct format_q2_K : format_k {
     template <int I>
     static codes_32 codes_of(const block & b) { return bits<I % 4 * 2, 3, 0>(load_32(b.qs + I / 4 * 32)); }
     static void codes(const block & b, uint8_t * q) { store_codes<format_q2_K>(b, q); }
-    static void scales(const block & b, float * out) {
-        const float d = scale_of(b), m = -min_of_k(b);
-        alignas(32) uint8_t both[32];
-        store_32(nibbles(b.scales), both);
-        scale_16(both, d, d, out);
-        scale_16(both + 16, m, m, out + 16);
-    }
 };
 
 template <typename B>
@@ -390,13 +337,8 @@ struct format_iq4_xs : format_k {
 };
 
 // Whether the sub-blocks of a block are added up as integers.
-#if defined(ALLOCMOE_WHOLE_BLOCKS)
 template <typename F>
 constexpr bool whole_blocks = std::is_base_of<format_k, F>::value && !F::SIGNED;
-#else
-template <typename F>
-constexpr bool whole_blocks = false;
-#endif
 
 //
 // layouts: where the blocks of 16 rows lie. unpack() makes the panel of n columns from k0 on, of n_rows rows; what it
@@ -421,7 +363,6 @@ struct unpacked {
     }
 };
 
-#if defined(ALLOCMOE_WHOLE_BLOCKS)
 template <typename F>
 struct unpacked<F, true> {
     alignas(64) uint8_t codes[ROWS][CHUNK];
@@ -448,7 +389,6 @@ struct unpacked<F, true> {
         }
     }
 };
-#endif
 
 template <typename F>
 struct plain : F {

@@ -11,7 +11,6 @@
 #include <algorithm>
 
 #if defined(ALLOCMOE_KERNEL) && defined(__AVX2__)
-#define ALLOCMOE_WHOLE_BLOCKS
 
 namespace allocmoe {
 

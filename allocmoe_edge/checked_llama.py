@@ -262,6 +262,8 @@ class CheckedLlama(llama_cpp.Llama):
     def _remembers(self, tokens: List[int]) -> bool:
         """Whether a text can go on from the cached tokens that it begins with. Of layers with a window of attention, what has left it
         may have been written over (swa_full=False); llama-cpp-python does not look."""
+        if not self.forgets:  # a recurrent state: only its last place is there, and llama.cpp refuses any other
+            return True
         n_window = llama_cpp.llama_model_n_swa(self.model)
         first = llama_cpp.llama_memory_seq_pos_min(self._ctx.memory, 0) if n_window and self.goes_on else 0
         if first <= 0:
@@ -307,6 +309,7 @@ class CheckedLlama(llama_cpp.Llama):
         if self._inside == "a callback":
             raise GenerationError(f"{by} in a callback of a generation, which could not go on")
         if self._inside is None and self._generation is not None:
+            self._forget_drafted()
             self._generation.ended_by, self._generation = by, None
 
     def _create_completion(self, *args: Any, **kwargs: Any):
@@ -356,11 +359,11 @@ class CheckedLlama(llama_cpp.Llama):
         if self._inside != "a step":
             self._tokens_change("eval()")
         self._look_for_pictures()
-        if len(tokens):
-            self._requires_eval = (
-                True  # until there are the last token's logits: what fails, or Ctrl-C, may leave others
-            )
-        self._evaluate(tokens, self._is_drafted(tokens))
+        try:
+            self._evaluate(tokens, self._is_drafted(tokens))
+        except BaseException:  # Ctrl-C, too: the logits at hand may be of another token than the last one that counts
+            self._requires_eval = True
+            raise
         self._end_of_text = self.n_tokens
 
     def _evaluate(self, tokens: Sequence[int], drafted: bool) -> None:
@@ -564,8 +567,11 @@ _loading = threading.RLock()
 
 def check_tokens(tokens: Sequence[int], n_vocab: int) -> None:
     """Refuses tokens that the vocabulary does not have. Raises ValueError."""
+    if not len(tokens) or {*map(type, tokens)} == {int} and min(tokens) >= 0 and max(tokens) < n_vocab:
+        return  # llama-cpp-python makes text of all tokens so far at each further one
+    want = f"0 to {n_vocab - 1}, the vocabulary's"
     for token in tokens:
-        whole("tokens", token, 0, n_vocab - 1, f"0 to {n_vocab - 1}, the vocabulary's")
+        whole("tokens", token, 0, n_vocab - 1, want)
 
 
 def _check_bias(bias: Any, n_vocab: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 from typing import List, Optional, Sequence
@@ -183,7 +184,7 @@ def _given(options: Sequence[str], names: Sequence[str], variable: str = "") -> 
 def _number(options: Sequence[str], names: Sequence[str], variable: str = "") -> Optional[int]:
     """The same of a whole number; None where llama-server will refuse it."""
     value = (_given(options, names, variable) or "").strip()
-    return int(value) if value.lstrip("-").isdecimal() and len(value) <= 20 else None
+    return int(value) if re.fullmatch(r"-?[0-9]{1,19}", value) else None
 
 
 def _check_projector(options: Sequence[str]) -> None:
@@ -201,11 +202,18 @@ def _check_threads(options: Sequence[str]) -> None:
             raise CommandError(f"{names[-1]}: found {n_threads}, want at most {MOST_THREADS}")
 
 
+def _draft_kinds(options: Sequence[str]) -> List[str]:
+    """Those that are asked for, which llama-server adds up: of all --spec-type, of the variable, and of --spec-default."""
+    values = [value for name, value in zip(options, options[1:]) if name == "--spec-type"]
+    values += [_given([], [], "LLAMA_ARG_SPEC_TYPE") or "", "ngram-mod" if "--spec-default" in options else ""]
+    return [kind.strip() for kind in ",".join(values).split(",") if kind.strip()]
+
+
 def _n_drafted(options: Sequence[str]) -> int:
     """Tokens that llama-server may draft at once. Raises CommandError for a number at which it ends in an assert."""
     found = 0
-    for kind in (_given(options, ("--spec-type",), "LLAMA_ARG_SPEC_TYPE") or "").split(","):
-        name, otherwise = _DRAFTED.get(kind.strip(), (_DRAFTED_BY_MODELS if kind.startswith("draft-") else ("", 0)))
+    for kind in _draft_kinds(options):
+        name, otherwise = _DRAFTED.get(kind, (_DRAFTED_BY_MODELS if kind.startswith("draft-") else ("", 0)))
         n = _number(options, (name,), f"LLAMA_ARG_{name[2:].upper().replace('-', '_')}") if name else None
         n = otherwise if n is None else n
         if name == _DRAFTED_BY_MODELS[0] and n == 0:
@@ -262,8 +270,8 @@ def _draft_options(model: Optional[str], options: Sequence[str]) -> List[str]:
     Raises CommandError or GGUFError for a file that is none.
     """
     path = _given(options, ("--model-draft", "-md", "--spec-draft-model"), "LLAMA_ARG_SPEC_DRAFT_MODEL")
-    kinds = _given(options, ("--spec-type",), "LLAMA_ARG_SPEC_TYPE")
-    if path is None or (kinds is not None and "draft-simple" not in kinds.split(",")) or _HUB_DRAFTS & {*options}:
+    kinds = _draft_kinds(options)
+    if not path or (kinds and "draft-simple" not in kinds) or _HUB_DRAFTS & {*options}:
         return []
     with GGUFFile(path) as file:
         arch = file.get("general.architecture")
@@ -274,7 +282,7 @@ def _draft_options(model: Optional[str], options: Sequence[str]) -> List[str]:
             raise CommandError(f"--model-draft: {path} cannot go on from a text: a model for embeddings")
     if model is not None:
         _check_draft(model, path)
-    return [] if kinds is not None else ["--spec-type", "draft-simple"]
+    return [] if kinds else ["--spec-type", "draft-simple"]
 
 
 def _check_draft(model: str, path: str) -> None:

@@ -8,7 +8,7 @@
 
 #include "allocmoe-panel.h"
 
-#if defined(ALLOCMOE_AVX512) && defined(__linux__) && (defined(__clang__) || __has_include(<amxtileintrin.h>)) // assemblers that know it
+#if defined(ALLOCMOE_AVX512) && defined(__linux__) && (__has_include(<amxtileintrin.h>) || __clang_major__ + 0 >= 11) // whose assemblers know it
 #define ALLOCMOE_AMX
 
 #include <cpuid.h>
@@ -156,7 +156,7 @@ inline void multiply_scales(const panel & p, amx_panel & amx, block_scaling & by
 
 // Products of one or two tiles of tokens with a block; after each step meanwhile(step) is called.
 template <typename F, int N, typename G>
-ALLOCMOE_USES_AMX inline void multiply_block(
+ALLOCMOE_USES_AMX inline void multiply_block_amx(
     const amx_panel & amx, const int8_t * x, const int8_t * x1, int size, tile_sums * sums, const G & meanwhile) {
     constexpr bool SIGNED = LOW_BITS<F> == 0; // high bytes
     zero_tile<0>(), zero_tile<1>();

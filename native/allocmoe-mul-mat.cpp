@@ -2,7 +2,7 @@
 //
 // Each thread unpacks 16 rows by 256 columns of the weights at a time into a panel (allocmoe-panel.h) that stays in its
 // first-level cache, and multiplies it with the 8-bit activations of all tokens of that expert. Activations are quantised
-// by llama.cpp's own functions, and every product is exact in 32-bit integers as in its kernels: results differ from those
+// as by llama.cpp's own functions, and every product is exact in 32-bit integers as in its kernels: results differ from those
 // by the order in which the floats of sub-blocks, or of blocks, are added. That order is the same for any number of tokens.
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -350,7 +350,8 @@ static void gather(const job & job, int64_t first, int n, workspace & ws) {
 template <typename F>
 static tile activations_from(const workspace & ws, int64_t i) {
     const int64_t i_d = whole_blocks<F> ? i / (F::BLOCK / F::SUB) : i;
-    return { ws.q.data() + i * F::SUB, ws.d.data() + i_d, ws.sum.data() + i, ws.init.data() + (whole_blocks<F> ? i / 2 : i) };
+    const float * sum = whole_blocks<F> ? nullptr : ws.sum.data() + i;
+    return { ws.q.data() + i * F::SUB, ws.d.data() + i_d, sum, ws.init.data() + (whole_blocks<F> ? i / 2 : i) };
 }
 
 // Rows row0 to row1 of an expert's product with the gathered activations of n slots.
@@ -466,7 +467,7 @@ ALLOCMOE_USES_AMX static void multiply_rows_amx(
                     // half a tile
                     const int second = step / 2, first = (i + second) * size, n_tokens = std::max(0, std::min(size, n - first));
                     const int t0 = step % 2 ? n_tokens / 2 : 0, t1 = step % 2 ? n_tokens : n_tokens / 2;
-                    float ** out = k0 + CHUNK == n_in ? ws.out.data() + first : nullptr;
+                    float ** out = k0 + CHUNK == n_in && n_tokens ? ws.out.data() + first : nullptr;
                     for (int t = t0; out && t < t1; ++t) {
                         __builtin_prefetch(out[t] + row, 1);
                     }
@@ -474,9 +475,9 @@ ALLOCMOE_USES_AMX static void multiply_rows_amx(
                         ws.fixed->acc + first * ROWS, out, row, (__mmask16) ((1 << n_rows) - 1) };
                 };
                 if (i + 1 < n_tiles) {
-                    multiply_block<L, 2>(amx, x[0].q, x[1].q, size, sums, meanwhile);
+                    multiply_block_amx<L, 2>(amx, x[0].q, x[1].q, size, sums, meanwhile);
                 } else {
-                    multiply_block<L, 1>(amx, x[0].q, nullptr, size, sums, meanwhile);
+                    multiply_block_amx<L, 1>(amx, x[0].q, nullptr, size, sums, meanwhile);
                 }
             }
         }

@@ -437,26 +437,6 @@ inline void take_block(const X & x, int row, block_q2_K & b) {
     take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
 }
 
-template <int N, int STEP, typename X>
-inline void take_block(const X & x, int row, block_q6_K & b) {
-    b.d = x.d[row];
-    take_turns<N, 1>(x.scales, row, sizeof(b.scales), b.scales);
-    take_turns<N, STEP>(x.ql, row, sizeof(b.ql), b.ql);
-    take_turns<N, STEP>(x.qh, row, sizeof(b.qh), b.qh);
-}
-
-// without the scales, which the layout holds otherwise
-template <int N, int STEP, typename X>
-inline void take_block(const X & x, int row, block_q4_K & b) {
-    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
-}
-
-template <int N, int STEP, typename X>
-inline void take_block(const X & x, int row, block_q5_K & b) {
-    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
-    take_turns<N, STEP>(x.qh, row, sizeof(b.qh), b.qh);
-}
-
 template <int N, int STEP, typename X, typename B>
 inline void take_block(const X & x, int row, B & b) {
     b.d = x.d[row];

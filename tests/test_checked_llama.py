@@ -394,13 +394,49 @@ def test_interrupted_after_the_first_token(path, llm, monkeypatch, n_draft):
     assert list(itertools.islice(other.generate(prompt, temp=0.0), 12)) == expected
 
 
-def test_what_has_left_the_window_of_attention(built):
-    """Is not there to go on from: the text that begins with it is computed anew."""
+def test_interrupted_in_the_middle_of_a_prompt(path, monkeypatch):
+    """What of it is cached is not begun with the logits of the batch after it."""
+    llm = Llama(path, **SIZES, n_batch=32)
+    prompt = (llm.tokenize(PROMPT.encode()) * 40)[:64]
+    expected = list(itertools.islice(llm.generate(prompt[:32], temp=0.0), 5))
+    llm.reset()
+    decode, calls = llm._ctx.decode, []
+
+    def interrupted(batch):
+        decode(batch)
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._ctx, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(llm.generate(prompt, temp=0.0))
+    assert llm.n_tokens == 32
+    assert list(itertools.islice(llm.generate(prompt[:32], temp=0.0), 5)) == expected
+
+
+def test_another_draft_forgets_what_the_first_has_proposed(path):
+    llm = Llama(path, **SIZES, draft_model=DraftModel(path, n_draft=3, n_threads=1))
+    prompt = llm.tokenize(PROMPT.encode())
+    stream = llm.generate(prompt, temp=0.0)
+    next(stream), next(stream)
+    assert llm.n_tokens > len(prompt) + 1
+    llm.draft_model = None
+    assert llm.n_tokens == len(prompt) + 1
+
+
+def test_what_has_left_the_window_of_attention(built, monkeypatch):
+    """Is not there to go on from: the text that begins with it is computed anew. What is there is not."""
     llm = Llama(built["gpt-oss"].gguf_path, n_ctx=512, n_batch=32, n_threads=1, swa_full=False, verbose=False)
     prompt = llm.tokenize(PROMPT.encode())
     text = prompt + list(itertools.islice(llm.generate(prompt, temp=0.0), 450))
-    for n in (30, len(prompt), len(text) - 5, 200):
+    decode, calls = llm._ctx.decode, []
+    monkeypatch.setattr(llm._ctx, "decode", lambda batch: (calls.append(batch), decode(batch)))
+    for n, anew in ((30, True), (len(prompt), True), (len(text) - 5, False), (200, True)):
+        calls.clear()
         assert list(itertools.islice(llm.generate(text[:n], temp=0.0), 5)) == text[n : n + 5]
+        assert len(calls) == 5 + (n - 1) // 32 * anew
         assert llm.n_tokens < len(text)
         next(llm.generate(text[:-1], temp=0.0))
 

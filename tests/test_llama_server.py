@@ -628,6 +628,7 @@ def drafts(tmp_path_factory):
         (["mamba"], "cannot forget tokens"),
         (["jamba"], "cannot forget tokens"),
         (["letters", "--spec-type", "draft-simple"], "its vocabulary is not that of"),
+        (["letters", "--spec-type", "draft-simple", "--spec-type", "ngram-mod"], "its vocabulary is not that of"),
         (["model", "--spec-draft-n-max", "0"], "--spec-draft-n-max: found 0, want at least 1"),
         (["model", "--spec-draft-n-max", "600"], "--batch-size: found 2048, want at least 2404"),
         (["model", "-b", "16", "-np", "5"], "--batch-size: found 16, want at least 20"),
@@ -636,8 +637,9 @@ def drafts(tmp_path_factory):
     ],
     ids=str,
 )
-def test_drafts_that_there_are_not(drafts, capsys, options, message):
+def test_drafts_that_there_are_not(drafts, capsys, monkeypatch, options, message):
     """llama-server would go on without the draft, or end at the first tokens."""
+    monkeypatch.delattr(llama_server, "_become")
     assert llama_server.main([str(drafts["model"]), "--model-draft", str(drafts[options[0]]), *options[1:]]) == 1
     assert message in capsys.readouterr().err
 
@@ -649,9 +651,15 @@ def test_drafts_that_there_are_not(drafts, capsys, options, message):
         (["--threads-http", "513"], "--threads-http: found 513"),
         (["--spec-type", "ngram-mod", "-b", "64", "-np", "1"], "--batch-size: found 64, want at least 65"),
         (["--spec-type", "ngram-cache", "-b", "8", "-np", "1"], "--batch-size: found 8, want at least 9"),
+        (
+            ["--spec-type", "ngram-mod", "--spec-type", "none", "-b", "64", "-np", "1"],
+            "--batch-size: found 64, want at least 65",
+        ),
+        (["--spec-default", "-b", "64", "-np", "1"], "--batch-size: found 64, want at least 65"),
     ],
     ids=str,
 )
-def test_numbers_that_end_it(drafts, capsys, options, message):
+def test_numbers_that_end_it(drafts, capsys, monkeypatch, options, message):
+    monkeypatch.delattr(llama_server, "_become")
     assert llama_server.main([str(drafts["model"]), *options]) == 1
     assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What llama-cpp-python crashes on, or gets wrong and says nothing: an error in our class. On a tiny dense model."""
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -372,12 +373,10 @@ def test_draft_model_gives_the_same_text(path, llm):
     assert tokens(drafted, 40) == tokens(llm, 40)
 
 
-@pytest.mark.parametrize("n_draft", [None, 3])
-def test_interrupted_after_the_first_token(path, llm, monkeypatch, n_draft):
-    """The prompt is cached as a whole, and the logits at hand are of what comes after it."""
-    draft = None if n_draft is None else DraftModel(path, n_draft=n_draft, n_threads=1)
-    other, expected = Llama(path, **SIZES, draft_model=draft), tokens(llm)
-    decode, calls = other._ctx.decode, []
+@contextlib.contextmanager
+def interrupted_in_second_batch(llm, monkeypatch):
+    """Ctrl-C right behind it."""
+    decode, calls = llm._ctx.decode, []
 
     def interrupted(batch):
         decode(batch)
@@ -385,10 +384,18 @@ def test_interrupted_after_the_first_token(path, llm, monkeypatch, n_draft):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(other._ctx, "decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tokens(other)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm._ctx, "decode", interrupted)
+        yield
+
+
+@pytest.mark.parametrize("n_draft", [None, 3])
+def test_interrupted_after_the_first_token(path, llm, monkeypatch, n_draft):
+    """The prompt is cached as a whole, and the logits at hand are of what comes after it."""
+    draft = None if n_draft is None else DraftModel(path, n_draft=n_draft, n_threads=1)
+    other, expected = Llama(path, **SIZES, draft_model=draft), tokens(llm)
+    with interrupted_in_second_batch(other, monkeypatch):
+        tokens(other)
     prompt = other.tokenize(PROMPT.encode())
     assert other.n_tokens == len(prompt)
     assert list(itertools.islice(other.generate(prompt, temp=0.0), 12)) == expected
@@ -400,18 +407,8 @@ def test_interrupted_in_the_middle_of_a_prompt(path, monkeypatch):
     prompt = (llm.tokenize(PROMPT.encode()) * 40)[:64]
     expected = list(itertools.islice(llm.generate(prompt[:32], temp=0.0), 5))
     llm.reset()
-    decode, calls = llm._ctx.decode, []
-
-    def interrupted(batch):
-        decode(batch)
-        calls.append(batch)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(llm._ctx, "decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            next(llm.generate(prompt, temp=0.0))
+    with interrupted_in_second_batch(llm, monkeypatch):
+        next(llm.generate(prompt, temp=0.0))
     assert llm.n_tokens == 32
     assert list(itertools.islice(llm.generate(prompt[:32], temp=0.0), 5)) == expected
 

@@ -20,6 +20,8 @@ extern bool allocmoe_cpu_kernels;
 void allocmoe_use_cpu_kernels(bool use);
 // Whether these use AMX where there is any: true at first. For tests, which compare it with what it stands in for.
 extern bool allocmoe_cpu_amx;
+// Whether they read the weights of a single token from several places at once: at first where the CPU gains by it. For tests, too.
+extern bool allocmoe_cpu_streams;
 
 // MUL_MAT_ID and MUL_MAT by our own kernels, skipped slots included. Returns false, in every thread, where they do not apply:
 // nothing has been done then. Weights are in blocks of n_rows_together rows whose codes take turns, `step` bytes at a time,

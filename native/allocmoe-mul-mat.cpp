@@ -496,6 +496,7 @@ static void multiply_rows_by_one(
     const int64_t n_sub    = n_in / L::SUB;
     const int64_t n_groups = (row1 - row0) / one_token<L>::GROUP;
     const int64_t n_each   = (n_groups + STREAMS - 1) / STREAMS;
+    const bool neighbours  = place_after_place<L> && !allocmoe_cpu_streams;
 
     for (int64_t i = 0; i < n_each; ++i) {
         for (int t = 0; t < n; ++t) {
@@ -505,7 +506,7 @@ static void multiply_rows_by_one(
             float * out[STREAMS];
             for (int s = 0; s < STREAMS; ++s) {
                 // where there are fewer, the last one again
-                const int64_t row = row0 + std::min(s * n_each + i, n_groups - 1) * one_token<L>::GROUP;
+                const int64_t row = row0 + std::min(neighbours ? i * STREAMS + s : s * n_each + i, n_groups - 1) * one_token<L>::GROUP;
                 rows[s]           = weights + row * job.src0->nb[1];
                 out[s]            = result + row;
             }
@@ -612,8 +613,18 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
 
 } // namespace allocmoe
 
+#if defined(__x86_64__) && defined(__GNUC__)
+static bool is_amd() {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd");
+}
+#else
+static bool is_amd() { return false; }
+#endif
+
 bool allocmoe_cpu_kernels = true;
 bool allocmoe_cpu_amx     = true;
+bool allocmoe_cpu_streams = !is_amd();
 
 void allocmoe_use_cpu_kernels(bool use) {
     allocmoe_cpu_kernels = use;

@@ -143,59 +143,69 @@ inline void add_scaled(whole_sums & y, whole_sums products, vb scales) {
 }
 
 template <typename X>
+constexpr bool place_after_place<repacked_k4<format_q4_K, X, 8>> = true;
+
+template <typename X>
 struct one_token<repacked_k4<format_q4_K, X, 8>> {
     static constexpr int GROUP = 8;
     static_assert(sizeof(X::scales) == 96 && sizeof(X::qs) >= 16, "what unpack_scales_k4() reads");
 
     static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        constexpr bool BY_4 = BY_FOUR<format_q4_K::LARGEST>;
+        const int64_t n_blocks = n_in / QK_K;
         __m256 sum[STREAMS];
         for (auto & s : sum) {
             s = _mm256_setzero_ps();
         }
-        for (int64_t k = 0; k < n_in / QK_K; ++k) {
-            const __m256 xd = _mm256_broadcast_ss(x.d + k);
-            for (int v = 0; v < STREAMS; ++v) {
-                const X & b = ((const X *) rows[v])[k];
-                prefetch_after(&b, offsetof(X, qs));
-                alignas(32) uint8_t scales[8][2][8];
-                unpack_scales_k4(b.scales, scales);
-                whole_sums y   = no_sums();
-                __m256i second = _mm256_setzero_si256();
-#pragma GCC unroll 1
-                for (int j = 0; j < 4; ++j) {
-                    const int8_t * q = x.q + k * QK_K + 64 * j;
-                    prefetch_after(b.qs + 256 * j, 256);
-                    whole_sums low = no_sums(), high = low;
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; ++i) {
-                        const vb x0 = broadcast_8(q + 8 * i), x1 = broadcast_8(q + 8 * i + 32);
-                        for (int r = 0; r < REGISTERS_OF_8; ++r) {
-                            const vb codes = load_bytes(b.qs + 256 * j + 64 * i + 4 * W * r);
-#if defined(ALLOCMOE_VNNI)
-                            low.of[r]  = in_this_order(dot_unsigned(low.of[r], bits<0, 15, 0>(codes), x0));
-                            high.of[r] = in_this_order(dot_unsigned(high.of[r], bits<4, 15, 4>(codes), x1));
-#else
-                            low.of[r]  = in_this_order(add_16(low.of[r], multiply_pairs(bits<0, 15, 0>(codes), x0)));
-                            high.of[r] = in_this_order(add_16(high.of[r], multiply_pairs(bits<4, 15, 0>(codes), x1)));
-#endif
-                        }
-                    }
-#if defined(ALLOCMOE_VNNI)
-                    for (auto & r : high.of) {
-                        r = shift_right<4>(r); // the codes were 16 times as large
-                    }
-#endif
-                    add_scaled<BY_4, 0, 1>(y, low, broadcast_8((const int8_t *) scales[2 * j][0]));
-                    add_scaled<BY_4, 0, 1>(y, high, broadcast_8((const int8_t *) scales[2 * j + 1][0]));
-                    second = add_products(second, two_mins(scales[2 * j], scales[2 * j + 1]), _mm256_set1_epi32(x.init[4 * k + j]));
-                }
-                sum[v] = add_block(sum[v], b, y, second, xd);
+        const bool together = allocmoe_cpu_streams;
+        for (int64_t i = 0; i < (together ? n_blocks : STREAMS); ++i) {
+            for (int64_t j = 0; j < (together ? STREAMS : n_blocks); ++j) {
+                const int64_t k = together ? i : j;
+                const int v     = together ? j : i;
+                sum[v]          = add_product(sum[v], ((const X *) rows[v])[k], x, k);
             }
         }
         for (int v = 0; v < STREAMS; ++v) {
             _mm256_storeu_ps(out[v], sum[v]);
         }
+    }
+
+    // With block k of 8 rows times the activations.
+    static __m256 add_product(__m256 sum, const X & b, const tile & x, int64_t k) {
+        constexpr bool BY_4 = BY_FOUR<format_q4_K::LARGEST>;
+        prefetch_after(&b, offsetof(X, qs));
+        alignas(32) uint8_t scales[8][2][8];
+        unpack_scales_k4(b.scales, scales);
+        whole_sums y   = no_sums();
+        __m256i second = _mm256_setzero_si256();
+#pragma GCC unroll 1
+        for (int j = 0; j < 4; ++j) {
+            const int8_t * q = x.q + k * QK_K + 64 * j;
+            prefetch_after(b.qs + 256 * j, 256);
+            whole_sums low = no_sums(), high = low;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const vb x0 = broadcast_8(q + 8 * i), x1 = broadcast_8(q + 8 * i + 32);
+                for (int r = 0; r < REGISTERS_OF_8; ++r) {
+                    const vb codes = load_bytes(b.qs + 256 * j + 64 * i + 4 * W * r);
+#if defined(ALLOCMOE_VNNI)
+                    low.of[r]  = in_this_order(dot_unsigned(low.of[r], bits<0, 15, 0>(codes), x0));
+                    high.of[r] = in_this_order(dot_unsigned(high.of[r], bits<4, 15, 4>(codes), x1));
+#else
+                    low.of[r]  = in_this_order(add_16(low.of[r], multiply_pairs(bits<0, 15, 0>(codes), x0)));
+                    high.of[r] = in_this_order(add_16(high.of[r], multiply_pairs(bits<4, 15, 0>(codes), x1)));
+#endif
+                }
+            }
+#if defined(ALLOCMOE_VNNI)
+            for (auto & r : high.of) {
+                r = shift_right<4>(r); // the codes were 16 times as large
+            }
+#endif
+            add_scaled<BY_4, 0, 1>(y, low, broadcast_8((const int8_t *) scales[2 * j][0]));
+            add_scaled<BY_4, 0, 1>(y, high, broadcast_8((const int8_t *) scales[2 * j + 1][0]));
+            second = add_products(second, two_mins(scales[2 * j], scales[2 * j + 1]), _mm256_set1_epi32(x.init[4 * k + j]));
+        }
+        return add_block(sum, b, y, second, _mm256_broadcast_ss(x.d + k));
     }
 };
 

@@ -50,8 +50,8 @@ constexpr ggml_type TYPES[] = {
     GGML_TYPE_IQ4_XS,
 };
 
-// whether those of our kernels that can use AMX do
-extern "C" bool allocmoe_cpu_amx;
+// whether those of our kernels that can use AMX do, and whether a single token's read several places at once
+extern "C" bool allocmoe_cpu_amx, allocmoe_cpu_streams;
 
 static ggml_backend_t backend;
 static ggml_backend_buffer_type_t repack_buffer_type;
@@ -204,7 +204,7 @@ struct result {
     std::string failure;
 };
 
-// Runs one op with 1 to 3 threads, and without AMX. ours: it has a kernel, whose results equal, bit for bit, those of any other op
+// Runs one op with 1 to 3 threads, without AMX, and for single tokens the way that other CPUs read weights. ours: it has a kernel, whose results equal, bit for bit, those of any other op
 // in any layout for the same weights and input.
 static void check(
     data & d, bool repack, bool ours, int n_expert, int n_used, int n_inputs, int n_tokens, int n_first, result & result) {
@@ -226,14 +226,17 @@ static void check(
     }
     // where llama.cpp's own kernels may run
     const int n_slots = ids.size(), n_busy = std::min(std::max({ n_expert, -n_expert, 1 }), n_slots);
-    const bool few         = n_slots > n_busy && n_slots < 4 * n_busy;
-    const bool can_use_amx = ggml_cpu_has_avx512_vnni() && ggml_blck_size(d.type) == 256 && n_tokens >= 12;
-    ours                   = ours && (repack || ggml_blck_size(d.type) != 256 || !few || ggml_cpu_has_avx512_vnni() || ((ggml_cpu_has_avx2() || ggml_cpu_has_dotprod()) && d.type != GGML_TYPE_IQ4_XS));
+    const bool few            = n_slots > n_busy && n_slots < 4 * n_busy;
+    const bool can_use_amx    = ggml_cpu_has_avx512_vnni() && ggml_blck_size(d.type) == 256 && n_tokens >= 12;
+    const bool other_way      = can_use_amx || n_tokens <= 3;
+    static const bool streams = allocmoe_cpu_streams;
+    ours                      = ours && (repack || ggml_blck_size(d.type) != 256 || !few || ggml_cpu_has_avx512_vnni() || ((ggml_cpu_has_avx2() || ggml_cpu_has_dotprod()) && d.type != GGML_TYPE_IQ4_XS));
     for (int run = 0; run <= 3; ++run) {
-        const int n_threads = std::max(1, run);
-        allocmoe_cpu_amx    = run > 0;
+        const int n_threads  = std::max(1, run);
+        allocmoe_cpu_amx     = run > 0;
+        allocmoe_cpu_streams = streams == (run > 0);
         // more threads only where they share work differently: on few cores, waiting for each other takes long
-        if ((run == 0 && !can_use_amx) || (n_threads == 2 && n_expert != N_EXPERT) || (n_threads == 3 && n_out < 64)) {
+        if ((run == 0 && !other_way) || (n_threads == 2 && n_expert != N_EXPERT) || (n_threads == 3 && n_out < 64)) {
             continue;
         }
         const std::vector<float> out = op.run(n_threads);

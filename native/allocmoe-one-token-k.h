@@ -81,17 +81,6 @@ struct one_token_of_whole_blocks {
     }
 };
 
-template <>
-struct one_token<plain<format_q2_K>> : one_token_of_whole_blocks<format_q2_K> {};
-template <>
-struct one_token<plain<format_q3_K>> : one_token_of_whole_blocks<format_q3_K> {};
-template <>
-struct one_token<plain<format_q4_K>> : one_token_of_whole_blocks<format_q4_K> {};
-template <>
-struct one_token<plain<format_q5_K>> : one_token_of_whole_blocks<format_q5_K> {};
-template <>
-struct one_token<plain<format_q6_K>> : one_token_of_whole_blocks<format_q6_K> {};
-
 // Of 8 rows together: sums of a row's 8 columns lie beside each other, the rows one after the other in a register or two.
 constexpr int REGISTERS_OF_8 = 16 / W;
 struct whole_sums {

@@ -58,17 +58,6 @@ struct one_token_of_whole_blocks {
     static vi total(const vi * y) { return vpaddq_s32(vpaddq_s32(y[0], y[1]), vpaddq_s32(y[2], y[3])); }
 };
 
-template <>
-struct one_token<plain<format_q2_K>> : one_token_of_whole_blocks<format_q2_K> {};
-template <>
-struct one_token<plain<format_q3_K>> : one_token_of_whole_blocks<format_q3_K> {};
-template <>
-struct one_token<plain<format_q4_K>> : one_token_of_whole_blocks<format_q4_K> {};
-template <>
-struct one_token<plain<format_q5_K>> : one_token_of_whole_blocks<format_q5_K> {};
-template <>
-struct one_token<plain<format_q6_K>> : one_token_of_whole_blocks<format_q6_K> {};
-
 //
 // repacked layouts: of each place a group of N rows, 4 of them in a register
 //

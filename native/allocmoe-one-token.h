@@ -58,8 +58,8 @@ constexpr bool place_after_place = false;
 
 #if defined(__AVX2__) // Arm's: allocmoe-one-token-neon.h
 //
-// repacked layouts: N rows together, STEP bytes of each in turn. A register of sums is of W rows: of one group or a part
-// of it, or of two groups in a wide register
+// repacked layouts: 8 rows together, 8 bytes of each in turn. A register of sums is of W rows: of one group, or of two groups in
+// a wide register
 //
 
 // 8 columns of W rows
@@ -67,15 +67,14 @@ struct piece {
     vb of[2];
 };
 
-// For each row two sums: beside each other, or in two registers where STEP is 4. In 16 bits where there is no VNNI and the
-// codes are so small that four products of two of them fit.
+// For each row two sums, beside each other. In 16 bits where there is no VNNI and the codes are so small that four products of
+// two of them fit.
 struct sums {
     vi of[2] = { zero(), zero() };
 };
 
-template <bool SIGNED, int STEP>
+template <bool SIGNED>
 inline void accumulate(sums & s, piece w, const int8_t * x) {
-    static_assert(STEP == 8, "no other layout on x86");
     for (int i = 0; i < 2; ++i) {
 #if defined(ALLOCMOE_VNNI)
         s.of[i] = dot<SIGNED>(s.of[i], w.of[i], broadcast_8(x));
@@ -86,7 +85,7 @@ inline void accumulate(sums & s, piece w, const int8_t * x) {
     }
 }
 
-template <bool SIGNED, int STEP>
+template <bool SIGNED>
 inline vi total(sums s) {
 #if defined(ALLOCMOE_AVX512)
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -135,26 +134,22 @@ inline vf powers_of_two(const uint8_t * a, const uint8_t * b) {
 inline void store_rows(vf sum, float * a, float *) { _mm256_storeu_ps(a, sum); }
 #endif
 
-// A register's rows: from row FIRST of group A on, and the second half of them from row SECOND of group B on.
-template <int N, int STEP>
-struct rows_together {
-    static constexpr int GROUP     = N;
-    static constexpr int REGISTERS = STREAMS * N / W;
+// A register's rows: the first ones of group a, and the second half of them from row SECOND of group b on.
+struct rows_of_8 {
+    static constexpr int GROUP     = 8;
+    static constexpr int REGISTERS = STREAMS * 8 / W, SECOND = W / 2 % 8;
 
-    static constexpr int a(int v) { return v * W / N; }
-    static constexpr int b(int v) { return (v * W + W / 2) / N; }
-    static constexpr int first(int v) { return v * W % N; }
-    static constexpr int second(int v) { return (v * W + W / 2) % N; }
+    static constexpr int a(int v) { return v * W / 8; }
+    static constexpr int b(int v) { return (v * W + W / 2) / 8; }
 
     // 8 columns from the codes of blocks a and b on, piece i of what a row has there
-    static piece load(int v, const uint8_t * a, const uint8_t * b, int i) {
-        const int at = i * 8 * N;
-        return { { load_bytes(a + at + first(v) * STEP), load_bytes(b + at + (STEP == 8 ? second(v) * STEP : (N + first(v)) * STEP)) } };
+    static piece load(const uint8_t * a, const uint8_t * b, int i) {
+        return { { load_bytes(a + 64 * i), load_bytes(b + 64 * i + 8 * SECOND) } };
     }
 
     static void store(const vf * sum, float * const * out) {
         for (int v = 0; v < REGISTERS; ++v) {
-            store_rows(sum[v], out[a(v)] + first(v), out[b(v)] + second(v));
+            store_rows(sum[v], out[a(v)], out[b(v)] + SECOND);
         }
     }
 };
@@ -171,13 +166,11 @@ inline vb value_of(vb codes) {
     }
 }
 
-// one scale for 32 codes: 4-bit ones that may stand for others, or 8-bit ones
-template <typename F, typename X, int N, int STEP>
-struct one_token_of_32 : rows_together<N, STEP> {
-    using R = rows_together<N, STEP>;
-
+// one scale for 32 codes of 4 bits, which may stand for others
+template <typename F, typename X>
+struct one_token_of_32 : rows_of_8 {
     static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        vf sum[R::REGISTERS];
+        vf sum[REGISTERS];
         for (auto & s : sum) {
             s = zero_f();
         }
@@ -187,48 +180,40 @@ struct one_token_of_32 : rows_together<N, STEP> {
             const vi init    = broadcast(x.init + k);
             prefetch_after_blocks<X>(rows, k);
 #pragma GCC unroll 4
-            for (int v = 0; v < R::REGISTERS; ++v) {
-                const X &a = ((const X *) rows[R::a(v)])[k], &b = ((const X *) rows[R::b(v)])[k];
-                const auto * qa = (const uint8_t *) a.qs;
-                const auto * qb = (const uint8_t *) b.qs;
+            for (int v = 0; v < REGISTERS; ++v) {
+                const X &block_a = ((const X *) rows[a(v)])[k], &block_b = ((const X *) rows[b(v)])[k];
                 sums s;
-                if constexpr (std::is_same<F, format_q8_0>::value) {
-                    for (int i = 0; i < 4; ++i) {
-                        accumulate<F::SIGNED, STEP>(s, R::load(v, qa, qb, i), q + 8 * i);
+                for (int i = 0; i < 2; ++i) {
+                    const piece both = load((const uint8_t *) block_a.qs, (const uint8_t *) block_b.qs, i);
+                    piece low, high;
+                    for (int r = 0; r < 2; ++r) {
+                        const vb codes = std::is_same<F, format_q4_0>::value ? flip(both.of[r], 0x88) : both.of[r];
+                        low.of[r]      = value_of<F>(bits<0, 15, 0>(codes));
+                        high.of[r]     = value_of<F>(bits<4, 15, 0>(codes));
                     }
-                } else {
-                    for (int i = 0; i < 2; ++i) {
-                        const piece both = R::load(v, qa, qb, i);
-                        piece low, high;
-                        for (int r = 0; r < 2; ++r) {
-                            const vb codes = std::is_same<F, format_q4_0>::value ? flip(both.of[r], 0x88) : both.of[r];
-                            low.of[r]      = value_of<F>(bits<0, 15, 0>(codes));
-                            high.of[r]     = value_of<F>(bits<4, 15, 0>(codes));
-                        }
-                        accumulate<F::SIGNED, STEP>(s, low, q + 8 * i);
-                        accumulate<F::SIGNED, STEP>(s, high, q + 8 * i + 16);
-                    }
+                    accumulate<F::SIGNED>(s, low, q + 8 * i);
+                    accumulate<F::SIGNED>(s, high, q + 8 * i + 16);
                 }
-                sum[v] = fma(to_float(add(total<F::SIGNED, STEP>(s), init)), mul(scales(v, a, b), xd), sum[v]);
+                sum[v] = fma(to_float(add(total<F::SIGNED>(s), init)), mul(scales(block_a, block_b), xd), sum[v]);
             }
         }
-        R::store(sum, out);
+        store(sum, out);
     }
 
-    static vf scales(int v, const X & a, const X & b) {
+    static vf scales(const X & a, const X & b) {
         if constexpr (std::is_same<F, format_mxfp4>::value) {
-            return powers_of_two(a.e + R::first(v), b.e + R::second(v));
+            return powers_of_two(a.e, b.e + SECOND);
         } else {
-            return halves(a.d + R::first(v), b.d + R::second(v));
+            return halves(a.d, b.d + SECOND);
         }
     }
 };
 
-template <typename F, typename X, int N, int STEP>
-struct one_token<repacked<F, X, N, STEP>> : one_token_of_32<F, X, N, STEP> {};
+template <typename F, typename X>
+struct one_token<repacked<F, X, 8, 8>> : one_token_of_32<F, X> {};
 #if defined(__AVX512F__)
 template <typename F, typename X>
-struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X, 8, 8> {};
+struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X> {};
 #endif
 
 #endif // __AVX2__
@@ -330,7 +315,7 @@ inline void store_each(f4 sum, float * const * out) {
 }
 
 template <typename F>
-struct one_token<plain<F>> {
+struct one_token_by_sub_blocks {
     static constexpr int GROUP = 1;
     using block                = typename F::block;
 
@@ -408,5 +393,12 @@ struct one_token<plain<F>> {
 
 #include "allocmoe-one-token-k.h"
 #include "allocmoe-one-token-neon.h"
+
+namespace allocmoe {
+
+template <typename F>
+struct one_token<plain<F>> : std::conditional_t<whole_blocks<F>, one_token_of_whole_blocks<F>, one_token_by_sub_blocks<F>> {};
+
+} // namespace allocmoe
 
 #endif // ALLOCMOE_KERNEL

@@ -10,6 +10,9 @@ from allocmoe_edge._native import BUILD_DIR, LIB_DIR, _library_path
 import cffi
 import llama_cpp.llama_cpp as raw
 
+# whether attention has kernels of ours on this CPU; llama.cpp's, which run elsewhere, round to half precision
+OUR_FLOATS = any(name in raw.llama_print_system_info().decode() for name in ("AVX2 = 1", "AVX512 = 1", "NEON = 1"))
+
 
 def _tensor_struct() -> str:
     """struct ggml_tensor from the header that the library was built with, so that no copy of it can grow stale."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from ggml_ffi import base, compute, ffi
+from ggml_ffi import OUR_FLOATS, base, compute, ffi
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 
-# elsewhere llama.cpp's own kernels run, which go by half precision
-OURS = ("AVX2 = 1", "AVX512 = 1", "NEON = 1")
-pytestmark = pytest.mark.skipif(
-    not any(name in llama_cpp.llama_print_system_info().decode() for name in OURS),
-    reason="no kernel of ours for this CPU",
-)
+pytestmark = pytest.mark.skipif(not OUR_FLOATS, reason="no kernel of ours for this CPU")
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # ggml.h
 N_KEY, N_VALUE = 96, 64

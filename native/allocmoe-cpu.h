@@ -20,7 +20,8 @@ extern bool allocmoe_cpu_kernels;
 void allocmoe_use_cpu_kernels(bool use);
 // Whether these use AMX where there is any: true at first. For tests, which compare it with what it stands in for.
 extern bool allocmoe_cpu_amx;
-// Whether they read the weights of a single token from several places at once: at first where the CPU gains by it. For tests, too.
+// Whether for a single token they ask for weights ahead, and read repacked Q4_K from several places at once: at first where the CPU
+// gains by it. For tests, too.
 extern bool allocmoe_cpu_streams;
 
 // MUL_MAT_ID and MUL_MAT by our own kernels, skipped slots included. Returns false, in every thread, where they do not apply:

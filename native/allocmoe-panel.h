@@ -288,18 +288,22 @@ struct codes_q8_0 : format_32 {
 };
 using format_q8_0 = with_scale<codes_q8_0>;
 
-// the values of the types whose 4-bit codes stand for unevenly spaced numbers, with the offset added
+// The values of the types whose 4-bit codes stand for unevenly spaced numbers, with the offset added. Known to the compiler: what
+// runs as the library is loaded must not need the instructions that it is built for, since a variant is asked afterwards whether
+// this CPU has them.
 struct value_table {
-    uint8_t values[16];
-    value_table(const int8_t * from, int offset) noexcept {
+    uint8_t values[16] = {};
+    constexpr value_table(const int8_t (&from)[16], int offset) {
         for (int i = 0; i < 16; ++i) {
             values[i] = (uint8_t) (from[i] + offset);
         }
     }
 };
+constexpr int8_t VALUES_IQ4_NL[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+constexpr int8_t VALUES_MXFP4[16]  = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
 
-static const value_table values_iq4_nl(kvalues_iq4nl, SIGNED_BIAS);
-static const value_table values_mxfp4(kvalues_mxfp4, 12);
+constexpr value_table values_iq4_nl(VALUES_IQ4_NL, SIGNED_BIAS);
+constexpr value_table values_mxfp4(VALUES_MXFP4, 12);
 
 struct format_iq4_nl : with_scale<format_nibbles<block_iq4_nl>> {
     static constexpr bool SIGNED = true;

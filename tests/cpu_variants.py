@@ -48,7 +48,7 @@ def run(folder: Path, library: Path, tests: list[str]) -> tuple[bool, str]:
         for name in (library.name, "libggml-cpu.so"):
             os.link(library, Path(alone, name))
         env = {**os.environ, "LLAMA_CPP_LIB_PATH": alone, "MTMD_CPP_LIB": alone}
-        # not -m, which would take the checkout's package for the installed one
+        # not -m: pytest itself would take the checkout's package for the installed one. Programs that tests start still do
         command = [str(Path(sys.executable).parent / "pytest"), "-q", *tests]
         process = subprocess.run(command, env=env, capture_output=True, text=True)
     lines = process.stdout.splitlines() or process.stderr.splitlines() or [f"exit code {process.returncode}"]

@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 from pathlib import Path
+import platform
 import re
 import shutil
 import subprocess
@@ -171,6 +172,22 @@ def test_structs_have_the_layout_that_ctypes_declares(tmp_path):
     compiled = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
     in_c = {name: int(value) for name, value in (line.split() for line in compiled.splitlines())}
     assert {name: (declared[name], in_c[name]) for name in declared if declared[name] != in_c[name]} == KNOWN_MISMATCHES
+
+
+def test_what_runs_at_load_needs_no_vector_instructions():
+    """A build for any CPU loads all variants of the backend before it asks which of them can run. With tables filled by AVX
+    there it would end on CPUs without."""
+    if not shutil.which("objdump") or platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("needs objdump, and an x86-64")
+    code = ""
+    for library in LIB_DIR.glob("*ggml-cpu*"):
+        code += subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
+        ).stdout
+    at_load = re.findall(r"^\w+ <_GLOBAL__sub_I_\w*allocmoe[^>]*>:\n(?:.+\n)+", code, re.MULTILINE)
+    if not at_load:
+        pytest.skip("this build's functions have no names")
+    assert not [line for function in at_load for line in function.splitlines() if re.search("%[xyz]mm", line)]
 
 
 def test_version_is_the_packages():

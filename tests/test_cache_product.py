@@ -56,7 +56,7 @@ def test_tokens_together_are_as_alone(cpu_backend, n_heads, n_tokens):
     lines = rng.standard_normal((MATRICES, 67, 72)).astype(np.float16)
     heads = rng.standard_normal((n_tokens, MATRICES * n_heads, 72)).astype(np.float32)
     together = product(cpu_backend, lines, heads)
-    for t in range(n_tokens if OUR_FLOATS else 0):
+    for t in range(n_tokens if OUR_FLOATS else 0):  # elsewhere the second half alone is asked
         assert np.array_equal(together[:, t], product(cpu_backend, lines, heads[t : t + 1])[:, 0])
     terms = np.einsum("mln,tmhn->mhtln", lines.astype(np.float64), heads.reshape(n_tokens, MATRICES, n_heads, 72))
     wanted, size = terms.sum(-1).reshape(together.shape), np.abs(terms).sum(-1).max()

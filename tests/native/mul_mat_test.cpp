@@ -205,8 +205,8 @@ struct result {
     std::string failure;
 };
 
-// Runs one op with 1 to 3 threads, without AMX, and for single tokens the way that other CPUs read weights. ours: it has a kernel, whose results equal, bit for bit, those of any other op
-// in any layout for the same weights and input.
+// Runs one op with 1 to 3 threads, without AMX, and for single tokens the way that other CPUs read weights. ours: it has a kernel,
+// whose results equal, bit for bit, those of any other op in any layout for the same weights and input.
 static void check(
     data & d, bool repack, bool ours, int n_expert, int n_used, int n_inputs, int n_tokens, int n_first, result & result) {
     op op(d, repack, n_expert, n_used, n_inputs, n_tokens);
@@ -298,7 +298,7 @@ static void check_all(data & d, bool repack, bool ours, result & result) {
 }
 
 // Whether inputs that 8 bits do not hold are rounded as llama.cpp rounds them: by the results of its kernels. A single one that is
-// rounded to its neighbour changes a result by 1e-5 and more.
+// rounded to its neighbour changes some result by 1e-5 and more.
 static bool check_rounding(ggml_type type) {
     data d(type, { 512, 40, 16 });
     const auto size_of = [&](const float * x) {
@@ -311,15 +311,15 @@ static bool check_rounding(ggml_type type) {
     const double row_size = d.scale[0] / size_of(d.x.data()); // of weights: all are of about the same
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < d.x.size(); ++i) {
-        const int block = i / 256, k = i % 256;
-        if (block % 4 == 0) {
+        const int kind = i / d.size.n_in % 4, k = i % 256;
+        if (kind == 0) {
             d.x[i] = normal(rng);
-        } else if (block % 4 == 1) { // halves, and several of the largest size, with either sign
-            d.x[i] = k % 50 == block % 50 ? (random_below(2) ? 127 : -127) : random_below(253) - 126 + 0.5f;
-        } else if (block % 4 == 2) { // next to nothing
-            d.x[i] = std::ldexp(normal(rng), -120);
+        } else if (kind == 1) { // halves, and several of the largest size, with either sign
+            d.x[i] = k % 50 == 7 ? (random_below(2) ? 127 : -127) : random_below(253) - 126 + 0.5f;
+        } else if (kind == 2) { // next to nothing
+            d.x[i] = std::ldexp(normal(rng), -100);
         } else { // one that is far larger than the others
-            d.x[i] = k == block % 256 ? -1e6f : normal(rng);
+            d.x[i] = k == 100 ? -1e3f : normal(rng);
         }
     }
     op op(d, false, 0, 1, 1, 2 * d.size.max_tokens);

@@ -38,6 +38,12 @@ FOREIGN_OPTIONS = {
     "--build",
     "--target",
     "--api-key-file",
+    # pip's and debootstrap's, for another machine
+    "--platform",
+    "--only-binary",
+    "--foreign",
+    "--arch",
+    "--include",
     # the evaluation harness's
     "--model",
     "--model_args",

@@ -175,7 +175,7 @@ def rude(port: int, number: int) -> None:
             }
             connection.request("POST", "/completion", json.dumps(body), HEADERS)
             response = connection.getresponse()
-            assert response.status == 200
+            assert response.status == 200, response.read()
             response.read(100)
     finally:
         connection.close()

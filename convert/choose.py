@@ -35,11 +35,14 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """profile, plan: the best. scores: of all plans that were compared, the full model under the name "full"."""
+    """profile, plan: the best. scores: of all plans that were compared, the full model under the name "full". further: of the two
+    best and the full model on further text, n_further tokens; empty where there was none."""
 
     profile: Profile
     plan: Plan
     scores: Dict[str, Score]
+    further: Dict[str, Score]
+    n_further: int
 
 
 def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.ndarray) -> Dict[str, Score]:
@@ -111,13 +114,21 @@ def choose(
     if token_rule in (None, "estimate"):
         candidates |= _estimates(profile, total, full)
     measured = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
-    limit = measured["full"].perplexity * (1 + max_increase)
 
-    def best_of(names: list) -> str:
-        return min(names, key=lambda name: (measured[name].perplexity > limit, measured[name].kl))
+    def by_score(names: list, found: Dict[str, Score]) -> list:
+        limit = found["full"].perplexity * (1 + max_increase)
+        return sorted(names, key=lambda name: (found[name].perplexity > limit, found[name].kl))
 
-    estimates = [name for name in candidates if name in _ESTIMATES]
-    best = best_of(estimates if token_rule == "estimate" else list(candidates))
+    rivals = [name for name in candidates if name in _ESTIMATES] if token_rule == "estimate" else list(candidates)
+    best, *second = by_score(rivals, measured)[:2]
+    further: Dict[str, Score] = {}
+    rest = _others(text.spend, text.held_out)
+    if second and len(rest):
+        further = scores(llm, full, {name: candidates[name][1] for name in (best, *second)}, rest)
+        weights = len(text.held_out), len(rest)
+        best = by_score(
+            [best, *second], {name: _mean(measured[name], score, *weights) for name, score in further.items()}
+        )[0]
     if not np.isfinite(measured[best].kl):
         raise CalibrationError("no plan's predictions on held-out text are finite", finite=False)
     uniform = next(measured[name] for name in candidates if name.startswith("uniform"))
@@ -130,10 +141,23 @@ def choose(
         measured[best].kl,
     )
     # what else the profile says is for other rules
-    chosen = replace(candidates[best_of(others)][0], held_out=held_out)
+    chosen = replace(candidates[by_score(others, measured)[0]][0], held_out=held_out)
     estimator = candidates[best][0].estimator if best in _ESTIMATES else None
     chosen = replace(chosen, token_rule="estimate" if estimator else chosen.token_rule, estimator=estimator)
-    return Choice(chosen, candidates[best][1], measured)
+    return Choice(chosen, candidates[best][1], measured, further, int(rest.size))
+
+
+def _others(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """The rows that are not among others."""
+    return rows[~(rows[:, None] == of).all(axis=2).any(axis=1)]
+
+
+def _mean(first: Score, second: Score, *weights: int) -> Score:
+    """Of the scores on two texts, their lengths being the weights."""
+    nll, kl, spent = np.average(
+        [[np.log(s.perplexity), s.kl, s.spent] for s in (first, second)], axis=0, weights=weights
+    )
+    return Score(float(np.exp(nll)), kl, spent)
 
 
 def _estimates(profile: Profile, total: int, full: tuple) -> Dict[str, Tuple[Profile, Plan]]:
@@ -151,6 +175,10 @@ def report(choice: Choice) -> None:
     """Says what was compared, and where the choice is not what one would expect."""
     say("on held-out text:  perplexity  divergence (nats)  activations")
     for name, score in choice.scores.items():
+        say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
+    if choice.further:
+        say(f"the two best on {choice.n_further} further tokens:")
+    for name, score in choice.further.items():
         say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
     held_out = choice.profile.held_out
     if choice.plan.token_rule == "estimate":

@@ -28,6 +28,7 @@ from .calibration import spread
 from .checkpoint import Checkpoint, window_name
 from .estimator_fit import (
     N_INPUT,
+    N_RELU,
     N_SIZE,
     RANK,
     SizeRows,
@@ -35,7 +36,6 @@ from .estimator_fit import (
     keeps,
     log_sizes,
     log_weights,
-    n_relu_for,
     windows_apart,
     with_outputs,
     with_sizes,
@@ -60,7 +60,7 @@ def calibrate(
     token_windows: np.ndarray,
     spend_windows: Optional[np.ndarray] = None,
     n_size: int = N_SIZE,
-    n_relu: Optional[int] = None,
+    n_relu: int = N_RELU,
     rank: int = RANK,
     checkpoint: Optional[Checkpoint] = None,
 ) -> Optional[Estimator]:
@@ -74,7 +74,6 @@ def calibrate(
         token_windows: int32, shape [n_windows, n_ctx]; n_ctx is at most the micro-batch of `llm`.
         spend_windows: further windows; nothing is fitted to them, but what they spend under the rule counts when thresholds
             are corrected, as many of them as are kept apart of the others. A few windows alone can be some 10% off.
-        n_relu: by default `n_relu_for` the tokens.
         checkpoint: has what earlier runs found, and takes what this one finds.
 
     Returns:
@@ -98,12 +97,11 @@ def _calibrate(
     token_windows: np.ndarray,
     spend_windows: Optional[np.ndarray],
     n_size: int,
-    n_relu: Optional[int],
+    n_relu: int,
     rank: int,
     checkpoint: Optional[Checkpoint],
 ) -> Optional[Estimator]:
     n_ctx = token_windows.shape[1]
-    n_relu = n_relu_for(token_windows.size) if n_relu is None else n_relu
     apart = windows_apart(len(token_windows), n_ctx)
     held = token_windows[apart] if apart.any() else token_windows
     if spend_windows is not None:

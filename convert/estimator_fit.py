@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
+from typing import Dict, Iterator, Tuple
 
 from allocmoe_edge.measure.recording import LayerRecord
 from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
 from allocmoe_edge.plan.profile import Profile
 import numpy as np
 
-from .regression import fit_sizes
+from .regression import PRIOR_TOKENS, fit_sizes, sizes_of
 from .sensitivity import half_of
 
-# directions for sizes, and rank of the estimate of outputs
-N_SIZE, RANK = 8, 96
-# further directions for sizes, of which what is positive counts: one for so many tokens, no fewer and no more than so many
-_TOKENS_A_RELU, _LEAST_RELU, MOST_RELU = 1024, 40, 128
+# directions for sizes, further ones of which what is positive counts, and rank of the estimate of outputs
+N_SIZE, N_RELU, RANK = 8, 128, 96
 # main directions of the input among which those are sought
 N_INPUT = 768
 # one window in so many, and no more tokens than so many, are not fitted on, and say how sizes are distributed: on the others the
@@ -23,17 +21,13 @@ N_INPUT = 768
 _APART, _APART_TOKENS = 4, 4096
 # an output smaller than this share of its layer's mean counts as being of this share
 _LEAST = np.exp(-4.0)
+# What of `PRIOR_TOKENS` is tried in each layer, on the windows apart: how alike experts are depends on it.
+_PRIORS = 20.0, 60.0, 200.0, PRIOR_TOKENS, 2000.0
 # a layer whose sensitivity was found smaller than this share of the largest has that: so little is noise
 _LEAST_SENSITIVITY = 0.01
 
 # of one window and layer: (directions of the input [n, n_down], experts, log sizes, log weights [n, K])
 SizeRows = Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def n_relu_for(n_tokens: int) -> int:
-    """How many directions of which what is positive counts that many tokens can tell."""
-    # rows are repacked by eights
-    return int(np.clip(n_tokens // (8 * _TOKENS_A_RELU) * 8, _LEAST_RELU, MOST_RELU))
 
 
 def windows_apart(n: int, n_ctx: int) -> np.ndarray:
@@ -52,7 +46,7 @@ def memory(expert_used_count_full: tuple, n_expert: int, n_embd: int, shape: tup
     full, n_tokens, n_input = expert_used_count_full, shape[0] * shape[1], min(N_INPUT, n_embd)
     n_layer = sum(k > 0 for k in full)
     directions = n_layer * n_embd * (n_embd + 2 * n_expert) + 3 * n_tokens * sum(full)
-    sizes = n_tokens * ((N_SIZE + n_relu_for(n_tokens)) * n_layer + 3 * sum(full) + n_input * min(n_threads, n_layer))
+    sizes = n_tokens * ((N_SIZE + N_RELU) * n_layer + 3 * sum(full) + n_input * min(n_threads, n_layer))
     outputs = n_layer * (n_expert + n_embd) * (n_expert + 2 * n_embd)
     return 4 * (max(directions, sizes, outputs) + n_layer * 2 * shape[1] * n_embd)
 
@@ -84,17 +78,22 @@ def with_sizes(
 
     kept: for each layer with experts a `SizeRows` a window. damage: see `damages`. apart: bool, which windows are not fitted on.
     """
+
+    def rows(il: int, of: np.ndarray) -> Iterator[np.ndarray]:
+        return (np.concatenate(arrays) for arrays in zip(*(w for w, one in zip(kept[il], of) if one)))
+
+    held, priors = (apart, _PRIORS) if apart.any() else (~apart, (PRIOR_TOKENS,))
     log_norm = np.zeros((len(full), n_expert, down.shape[1] + 1))
-    for il, windows in kept.items():
-        u, experts, sizes, _ = (np.concatenate(rows) for rows in zip(*(w for w, a in zip(windows, apart) if not a)))
-        log_norm[il] = fit_sizes(u, experts, sizes, n_expert)
+    for il in kept:
+        u, experts, sizes, _ = rows(il, ~apart)
+        fits = fit_sizes(u, experts, sizes, n_expert, *priors)
+        u, experts, sizes, _ = rows(il, held)
+        log_norm[il] = min(fits, key=lambda fitted: np.square(sizes_of(fitted, u, experts) - sizes).mean())
 
     def candidates(il: int) -> np.ndarray:
         """What the rule compares with the threshold, beyond the k_base best: [n_tokens, K - k_base], rising."""
-        u, experts, _, weights = (
-            np.concatenate(rows) for rows in zip(*(w for w, a in zip(kept[il], apart) if a or not apart.any()))
-        )
-        v = weights + np.einsum("tri,ti->tr", log_norm[il, experts, :-1], u) + log_norm[il, experts, -1]
+        u, experts, _, weights = rows(il, held)
+        v = weights + sizes_of(log_norm[il], u, experts)
         return np.sort(v, axis=1)[:, : full[il] - k_base]
 
     layers, free = list(kept), [il for il in kept if full[il] > k_base]

@@ -7,6 +7,8 @@ squares is added to the diagonal of their matrix of products.
 
 from __future__ import annotations
 
+from typing import List
+
 import gguf
 import numpy as np
 
@@ -15,13 +17,14 @@ _RIDGE, _RIDGE_WEIGHTS = 0.03, 0.02
 # The directions for sizes are to hold on text unlike the calibration's: with a ridge of 0.03, inputs that vary little there and
 # more elsewhere had sizes estimated too small by up to 0.5 in the testbed's last layers, on a manual, and 0.77 of the budget spent.
 _RIDGE_DIRECTIONS = 1.0
-# tokens' worth of belief that an expert's output is of the same size whatever the input
-_PRIOR_TOKENS = 16.0
+# tokens' worth of belief that an expert's sizes depend on the input as all experts' do
+PRIOR_TOKENS = 600.0
 # a token with more than so many times the median of what is missing counts as if it had so much
 _OUTLIER = 8.0
-# of the training of directions that count where positive: AdamW's, the rate falling to zero. At a rate of 3e-3 up to half of the
-# directions ended where no token is.
-_EPOCHS, _BATCH, _RATE, _DECAY = 15, 128, 1e-3, 1e-2
+# Of the training of directions that count where positive: Adam's, the rate falling to zero. The penalty on the parameters' squares
+# is what keeps them from learning the text by heart, a part of the gradient and not a decay beside it (as AdamW has it): where the
+# text has something to say it weighs little. At a rate of 3e-3 without it up to half of the directions ended where no token is.
+_EPOCHS, _BATCH, _RATE, _PENALTY = 10, 128, 2e-3, 1e-3
 # Of subspaces towards the main ones: where the smallest of those that are wanted hardly differ from those that are not, a few
 # will do, and where their number is the rank of what is fitted, more.
 _ITERATIONS, _ITERATIONS_OF_RANK = 3, 10
@@ -114,27 +117,43 @@ def _main_directions(slopes: np.ndarray, covariance: np.ndarray, n_down: int) ->
     return down
 
 
-def fit_sizes(u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: int) -> np.ndarray:
-    """Each expert's log size as a linear function of u, by ridge regression over the tokens that use it.
+def fit_sizes(
+    u: np.ndarray, experts: np.ndarray, sizes: np.ndarray, n_expert: int, *prior_tokens: float
+) -> List[np.ndarray]:
+    """Each expert's log size as a linear function of u, by ridge regression over the tokens that use it. Its slopes are drawn not
+    to zero but to those that fit all experts at once, which are known from K times as many sizes.
 
     Args:
-        u: [n, n_down]. experts: int [n, K]. sizes: [n, K].
+        u: [n, n_down], of variance about 1. experts: int [n, K]. sizes: [n, K].
+        prior_tokens: how strongly they are drawn there, and those in common to zero: as by so many tokens.
 
     Returns:
-        float64 [n_expert, n_down + 1], the constant last; that of the mean expert for experts that no token uses.
+        For each of prior_tokens float64 [n_expert, n_down + 1], the constant last; those of all experts for one that no token uses.
     """
     n_down = u.shape[1]
-    found = np.zeros((n_expert, n_down + 1))
-    found[:, -1] = sizes.mean()
+    means, products, targets = {}, {}, {}
     for e in np.unique(experts):
         token, rank = np.nonzero(experts == e)
         inputs, values = u[token].astype(np.float64), sizes[token, rank].astype(np.float64)
-        mean = inputs.mean(axis=0)
-        inputs = inputs - mean
-        matrix = inputs.T @ inputs + (_RIDGE * len(token) + _PRIOR_TOKENS) * np.eye(n_down)
-        slope = np.linalg.solve(matrix, inputs.T @ (values - values.mean()))
-        found[e] = np.append(slope, values.mean() - slope @ mean)
-    return found
+        means[e] = inputs.mean(axis=0), values.mean()
+        inputs -= means[e][0]
+        products[e], targets[e] = inputs.T @ inputs, inputs.T @ (values - means[e][1])
+
+    def with_prior(prior: float) -> np.ndarray:
+        diagonal = prior * np.eye(n_down)
+        common = np.linalg.solve(sum(products.values()) + diagonal, sum(targets.values()))
+        found = np.tile(np.append(common, sizes.mean() - common @ u.mean(axis=0)), (n_expert, 1))
+        for e, (mean, value) in means.items():
+            slope = common + np.linalg.solve(products[e] + diagonal, targets[e] - products[e] @ common)
+            found[e] = np.append(slope, value - slope @ mean)
+        return found
+
+    return [with_prior(prior) for prior in prior_tokens]
+
+
+def sizes_of(fitted: np.ndarray, u: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """[n, K]: the experts' log sizes by what `fit_sizes` gives, u [n, n_down], experts int [n, K]."""
+    return np.einsum("tri,ti->tr", fitted[experts, :-1], u) + fitted[experts, -1]
 
 
 def positive_directions(
@@ -142,8 +161,8 @@ def positive_directions(
 ) -> np.ndarray:
     """Directions whose positive parts tell about the experts' sizes what is not linear: the first layer of a small network.
 
-    Trained by AdamW (Loshchilov and Hutter, ICLR 2019) to predict the sizes from relu(directions x) and u; the same input gives
-    the same directions.
+    Trained by Adam (Kingma and Ba, ICLR 2015) to predict the sizes from relu(directions x) and u; the same input gives the same
+    directions.
 
     Args:
         x: float16 or float32 [n_tokens, n_input], of variance about 1. u: float32 [n_tokens, n_down], what sizes depend on linearly.
@@ -155,7 +174,7 @@ def positive_directions(
     rng = np.random.default_rng(0)
     used, wanted = (np.zeros((len(x), n_expert), np.float32) for _ in range(2))
     np.put_along_axis(used, experts, 1.0, axis=1)
-    linear = fit_sizes(u, experts, sizes, n_expert).astype(np.float32)
+    linear = fit_sizes(u, experts, sizes, n_expert, PRIOR_TOKENS)[0].astype(np.float32)
     np.put_along_axis(wanted, experts, sizes, axis=1)
     wanted -= used * linear[:, -1]
     directions = rng.standard_normal((x.shape[1], n), np.float32) / np.float32(np.sqrt(x.shape[1]))
@@ -174,10 +193,10 @@ def positive_directions(
         gradients = _gradients(parameters, x[rows].astype(np.float32), u[rows], used[rows], wanted[rows])
         rate = _RATE * (1 - step / (_EPOCHS * n_batches))
         for parameter, gradient, (first, second) in zip(parameters, gradients, moments):
+            gradient = gradient + np.float32(_PENALTY) * parameter
             first += 0.1 * (gradient - first)
             second += 0.001 * (gradient**2 - second)
             corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
-            parameter *= 1 - rate * _DECAY
             parameter -= rate * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
     return directions.T
 

@@ -34,7 +34,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
         found += [
             ("estimates, sizes", _RECORDED * n_fit),
             ("estimates, directions", task.n_embd),
-            ("estimates, positive directions", 0.06 * n_fit),
+            ("estimates, positive directions", 0.12 * n_fit),
             ("estimates, outputs", _RECORDED * n_fit),
             ("estimates, ranks", task.n_embd / 3),
             ("estimates, spend", _HALF * 4 * min(n_fit / 4, 4096)),
@@ -46,5 +46,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
     if settings.token_rule in (None, "threshold"):
         found += [("thresholds", _HALF * n_profile)] * 2
     found += [check]
+    if n_held < n_fit / 4 and n_plans > 1:
+        found += [("held-out check", (n_fit / 4 - n_held) * (1 + _HALF * 2))]
     file = _FILE * sum(work for _, work in found)
     return [("loading the model", file), *found, ("writing the model", file)]

@@ -251,3 +251,20 @@ def test_the_best_division_among_layers_is_chosen(llm, profile):
     assert found.profile.plan(8, FULL) == found.plan and found.plan.budget_total == 8
     counts = {name: plan.expert_used_count for name, (_, plan) in choose._estimates(found.profile, 8, FULL).items()}
     assert counts["token rule estimate, layers alike"] == (2, 2, 2, 2)
+
+
+def test_the_two_best_are_told_apart_on_further_text(llm, profile):
+    """Windows that are held out and have been compared on are not compared on again; what is written is best on all together."""
+    windows = np.random.default_rng(2).integers(3, 300, (4, 64)).astype(np.int32)
+    text = CalibrationText(windows[:1], windows[:1], windows[:1], windows, profile.calibration)
+    found = choose.choose(llm, profile, 8, FULL, text, "estimate")
+    estimates = [name for name in found.scores if "estimate" in name]
+    best = sorted(estimates, key=lambda name: found.scores[name].kl)[:2]
+    assert found.n_further == 3 * 64 and set(found.further) == {*best, "full"}
+    kl = {name: (found.scores[name].kl + 3 * found.further[name].kl) / 4 for name in best}
+    chosen = min(kl, key=kl.get)
+    plans = {name: plan for name, (_, plan) in choose._estimates(profile, 8, FULL).items()}
+    assert found.plan.expert_used_count == plans[chosen].expert_used_count
+    everything = choose.scores(llm, FULL, {chosen: plans[chosen]}, windows)[chosen]
+    assert kl[chosen] == pytest.approx(everything.kl, rel=1e-9)
+    assert found.profile.held_out.n_tokens == 64

@@ -48,6 +48,19 @@ inline __m256i multiply_codes<format_q6_K>(const block_q6_K & b, const block_sca
 }
 #endif
 
+// The scales of four blocks, and those of their mins. Written to memory one by one they could not be read back together without waiting.
+template <typename B>
+inline void halves_of_pairs(const B * const * b, f4 & d, f4 & m) {
+    int32_t both[STREAMS];
+    for (int i = 0; i < STREAMS; ++i) {
+        memcpy(both + i, &b[i]->GGML_COMMON_AGGR_U, sizeof(both[i]));
+    }
+    const __m128i x = _mm_shuffle_epi8(_mm_setr_epi32(both[0], both[1], both[2], both[3]), _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m256 y  = _mm256_cvtph_ps(x);
+    d               = _mm256_castps256_ps128(y);
+    m               = _mm256_extractf128_ps(y, 1);
+}
+
 template <typename F>
 struct one_token_of_whole_blocks {
     static constexpr int GROUP = 1;
@@ -57,24 +70,26 @@ struct one_token_of_whole_blocks {
         f4 sum = zero_four();
         for (int64_t k = 0; k < n_in / QK_K; ++k) {
             products y[STREAMS], second[STREAMS];
-            alignas(16) float d[STREAMS], m[STREAMS];
+            const block * b[STREAMS];
+#pragma GCC unroll 4 // sums stay in registers
             for (int i = 0; i < STREAMS; ++i) {
-                const block & b = ((const block *) rows[i])[k];
+                b[i] = (const block *) rows[i] + k;
                 prefetch_after_block((const block *) rows[i], k);
-                const block_scales s(b);
+                const block_scales s(*b[i]);
                 second[i].of = multiply_sums<F::SUB>(s.second, x.init + k * (QK_K / F::SUB / 2));
-                y[i].of      = without_offset<F>(multiply_codes<F>(b, s, x.q + k * QK_K), second[i].of);
-                d[i]         = scale_of(b);
-                if constexpr (F::MIN) {
-                    m[i] = -min_of_k(b);
-                }
+                y[i].of      = without_offset<F>(multiply_codes<F>(*b[i], s, x.q + k * QK_K), second[i].of);
             }
+            const f4 xd = four_of(x.d + k);
             i4 total[1];
             add_up(y, total);
-            sum = fma(to_float(total[0]), mul(load_four(d), four_of(x.d + k)), sum);
-            if (F::MIN) {
+            if constexpr (F::MIN) {
+                f4 d, m;
+                halves_of_pairs(b, d, m);
+                sum = fma(to_float(total[0]), mul(d, xd), sum);
                 add_up(second, total);
-                sum = fma(to_float(total[0]), mul(load_four(m), four_of(x.d + k)), sum);
+                sum = fma(to_float(total[0]), mul(negative(m), xd), sum);
+            } else {
+                sum = fma(to_float(total[0]), mul(halves_of(b), xd), sum);
             }
         }
         store_each(sum, out);

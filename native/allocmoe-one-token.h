@@ -233,6 +233,7 @@ inline f4 load_four(const float * x) { return _mm_load_ps(x); }
 inline i4 add(i4 a, i4 b) { return _mm_add_epi32(a, b); }
 inline f4 to_float(i4 x) { return _mm_cvtepi32_ps(x); }
 inline f4 mul(f4 a, f4 b) { return _mm_mul_ps(a, b); }
+inline f4 negative(f4 x) { return _mm_xor_ps(x, _mm_set1_ps(-0.0f)); }
 inline f4 fma(f4 a, f4 b, f4 c) { return _mm_fmadd_ps(a, b, c); }
 inline f4 zero_four() { return _mm_setzero_ps(); }
 inline void store_four(f4 x, float * out) { _mm_store_ps(out, x); }

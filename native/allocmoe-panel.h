@@ -326,23 +326,14 @@ struct format_iq4_xs : format_k {
     static constexpr bool MIN    = false;
     static constexpr bool SIGNED = true;
     static constexpr int OFFSET  = SIGNED_BIAS;
-    static void codes(const block & b, uint8_t * q) {
-        for (int i = 0; i < 8; ++i) {
-            store_32(look_up(values_iq4_nl.values, nibbles(b.qs + 16 * i)), q + 32 * i);
-        }
-    }
-    static void scales(const block & b, float * out) {
-        const float d = scale_of(b);
-        for (int i = 0; i < 8; ++i) {
-            const int s = ((b.scales_l[i / 2] >> 4 * (i % 2)) & 15) | (((b.scales_h >> 2 * i) & 3) << 4);
-            out[i]      = d * (s - 32);
-        }
-    }
+    template <int I>
+    static codes_32 codes_of(const block & b) { return look_up(values_iq4_nl.values, nibbles(b.qs + 16 * I)); }
+    static void codes(const block & b, uint8_t * q) { store_codes<format_iq4_xs>(b, q); }
 };
 
 // Whether the sub-blocks of a block are added up as integers.
 template <typename F>
-constexpr bool whole_blocks = std::is_base_of<format_k, F>::value && !F::SIGNED;
+constexpr bool whole_blocks = std::is_base_of<format_k, F>::value;
 
 //
 // layouts: where the blocks of 16 rows lie. unpack() makes the panel of n columns from k0 on, of n_rows rows; what it

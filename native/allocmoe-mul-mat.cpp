@@ -27,14 +27,9 @@ namespace allocmoe {
 
 #if defined(ALLOCMOE_KERNEL)
 
-constexpr int TILE = 8; // tokens at a time: as many as their sums fit into registers
-// an expert's tokens from which on making panels is worth it
-#if defined(ALLOCMOE_AVX512)
-constexpr int PANEL_TOKENS = 2;
-#else
-constexpr int PANEL_TOKENS = 4;
-#endif
-constexpr int AMX_TOKENS = 12; // and on using AMX
+constexpr int TILE         = 8;  // tokens at a time: as many as their sums fit into registers
+constexpr int PANEL_TOKENS = 4;  // an expert's tokens from which on making panels is worth it
+constexpr int AMX_TOKENS   = 12; // and on using AMX
 
 #if defined(__AVX2__)
 // acc: [N][ROWS], added to.

@@ -510,7 +510,7 @@ static void multiply_rows_by_one(
     }
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 template <typename F, typename X>
 using repacked_8x8 = repacked_nibbles<F, X>;
 #else

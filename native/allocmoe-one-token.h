@@ -211,11 +211,7 @@ struct one_token_of_32 : rows_of_8 {
 };
 
 template <typename F, typename X>
-struct one_token<repacked<F, X, 8, 8>> : one_token_of_32<F, X> {};
-#if defined(__AVX512F__)
-template <typename F, typename X>
 struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X> {};
-#endif
 
 #endif // __AVX2__
 

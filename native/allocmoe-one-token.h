@@ -80,8 +80,10 @@ inline void accumulate(sums & s, piece w, const int8_t * x) {
 #if defined(ALLOCMOE_VNNI)
         s.of[i] = dot<SIGNED>(s.of[i], w.of[i], broadcast_8(x));
 #else
-        s.of[i] = SIGNED ? dot<true>(s.of[i], w.of[i], broadcast_8(x))
-                         : _mm256_add_epi16(s.of[i], _mm256_maddubs_epi16(w.of[i], broadcast_8(x)));
+        // rows share the activations' absolute values
+        const __m256i y = broadcast_8(x);
+        s.of[i]         = SIGNED ? dot<false>(s.of[i], _mm256_abs_epi8(y), _mm256_sign_epi8(w.of[i], y))
+                                 : _mm256_add_epi16(s.of[i], _mm256_maddubs_epi16(w.of[i], y));
 #endif
     }
 }

@@ -27,14 +27,9 @@ namespace allocmoe {
 
 #if defined(ALLOCMOE_KERNEL)
 
-constexpr int TILE = 8; // tokens at a time: as many as their sums fit into registers
-// an expert's tokens from which on making panels is worth it
-#if defined(ALLOCMOE_AVX512)
-constexpr int PANEL_TOKENS = 2;
-#else
-constexpr int PANEL_TOKENS = 4;
-#endif
-constexpr int AMX_TOKENS = 12; // and on using AMX
+constexpr int TILE         = 8;  // tokens at a time: as many as their sums fit into registers
+constexpr int PANEL_TOKENS = 4;  // an expert's tokens from which on making panels is worth it
+constexpr int AMX_TOKENS   = 12; // and on using AMX
 
 #if defined(__AVX2__)
 // acc: [N][ROWS], added to.
@@ -89,7 +84,7 @@ static void multiply_block(const panel & p, const tile & x, float * acc) {
             }
 #pragma GCC unroll 8
             for (int t = 0; t < N; ++t) {
-                sum[t] = multiply_sub_block<F::LARGEST, F::SUB>(sum[t], w, x.q + (s * N + t) * F::SUB, scale);
+                sum[t] = multiply_sub_block<F>(sum[t], w, x.q + (s * N + t) * F::SUB, scale);
             }
         }
         for (int s = 0; s < CHUNK / F::SUB / 2; ++s) {
@@ -515,7 +510,7 @@ static void multiply_rows_by_one(
     }
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 template <typename F, typename X>
 using repacked_8x8 = repacked_nibbles<F, X>;
 #else
@@ -530,7 +525,6 @@ struct method {
 };
 struct kernel {
     method one_by_one, panels, amx;
-    bool for_few = false; // of types with blocks of 256: as fast as llama.cpp's for 2 or 3 tokens
 };
 
 template <typename L, typename X>
@@ -539,11 +533,10 @@ static kernel kernel_for() {
     k.one_by_one = { gather<L, X>, multiply_rows_by_one<L> };
     k.panels     = { gather<L, X>, multiply_rows<L> };
 #if defined(ALLOCMOE_AMX)
-    if constexpr (whole_blocks<L>) {
+    if constexpr (whole_blocks<L> && !L::SIGNED) { // IQ4_XS: its scales lie otherwise
         k.amx = { gather_amx<L>, multiply_rows_amx<L> };
     }
 #endif
-    k.for_few = PANEL_TOKENS == 2 || whole_blocks<L>;
     return k;
 }
 
@@ -646,11 +639,8 @@ bool allocmoe_mul_mat(const ggml_compute_params * params, ggml_tensor * dst, int
     const int ith            = params->ith;
     const int nth            = params->nth;
 
-    // with 2 and 3 tokens for each, llama.cpp's kernels for blocks of 256 are the faster ones, where there is no better one here
-    const int64_t n_busy = std::min(n_expert, n_slots);
-    const bool few       = n_rows_together == 0 && ggml_blck_size(src0->type) == QK_K && n_slots > n_busy && n_slots < PANEL_TOKENS * n_busy;
-    const kernel run     = find_kernel(src0->type, n_rows_together, step);
-    if (!run.panels.gather || params->use_ref || (few && !run.for_few) ||
+    const kernel run = find_kernel(src0->type, n_rows_together, step);
+    if (!run.panels.gather || params->use_ref ||
         src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || src1->ne[3] != 1 || src0->ne[3] != 1 ||
         src0->nb[1] != ggml_row_size(src0->type, src0->ne[0]) || (!ids && src0->ne[2] != src1->ne[2])) {
         return false;

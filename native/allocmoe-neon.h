@@ -55,6 +55,16 @@ struct block_scales {
         second[0] = vmovl_s8(vget_low_s8(as_signed(m)));
         second[1] = vmovl_high_s8(as_signed(m));
     }
+    explicit block_scales(const block_iq4_xs & b) {
+        // four bits of each of 8 in 4 bytes, two more in 2
+        static constexpr int16_t down[8] = { 0, -2, -4, -6, -8, -10, -12, -14 };
+        uint32_t first;
+        memcpy(&first, b.scales_l, 4);
+        const uint8x8_t packed = vcreate_u8(first);
+        const uint16x8_t low   = vmovl_u8(vzip1_u8(vand_u8(packed, vdup_n_u8(15)), vshr_n_u8(packed, 4)));
+        const uint16x8_t high  = vandq_u16(vshlq_u16(vdupq_n_u16(b.scales_h), vld1q_s16(down)), vdupq_n_u16(3));
+        scale[0] = scale[1] = second[0] = second[1] = vsubq_s16(vreinterpretq_s16_u16(vsliq_n_u16(low, high, 4)), vdupq_n_s16(32));
+    }
     explicit block_scales(const block_q4_K & b) { set_k4(b.scales); }
     explicit block_scales(const block_q5_K & b) { set_k4(b.scales); }
 

@@ -48,6 +48,46 @@ inline __m256i multiply_codes<format_q6_K>(const block_q6_K & b, const block_sca
 }
 #endif
 
+// A register's codes are of whole sub-blocks, 16 bytes each: the first halves of these, and the others.
+template <>
+inline __m256i multiply_codes<format_iq4_xs>(const block_iq4_xs & b, const block_scales & s, const int8_t * x) {
+    vi sum                = zero();
+    const auto add_halves = [&](auto i_) {
+        constexpr int I = decltype(i_)::value;
+        const vb both = load_bytes(b.qs + 4 * W * I), x0 = load_bytes(x + 8 * W * I), x1 = load_bytes(x + 8 * W * I + 4 * W);
+        const vb codes[2] = { look_up(values_iq4_nl.values, bits<0, 15, 0>(both)), look_up(values_iq4_nl.values, bits<4, 15, 0>(both)) };
+#if defined(ALLOCMOE_AVX512)
+        const vb halves[2]  = { _mm512_shuffle_i64x2(x0, x1, 0x88), _mm512_shuffle_i64x2(x0, x1, 0xdd) };
+        const __m512i each4 = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 1, 1, 1, 1, 5, 5, 5, 5);
+        const vi scales     = _mm512_permutexvar_epi32(_mm512_add_epi32(each4, _mm512_set1_epi32(2 * I)), _mm512_castsi256_si512(s.scale));
+#else
+        const vb halves[2] = { _mm256_permute2x128_si256(x0, x1, 0x20), _mm256_permute2x128_si256(x0, x1, 0x31) };
+        const vi scales    = _mm256_shuffle_epi32(s.scale, 0x55 * I);
+#endif
+        sum = add_signed<2>(sum, codes, halves, scales);
+    };
+    add_halves(std::integral_constant<int, 0>()), add_halves(std::integral_constant<int, 1>());
+#if defined(ALLOCMOE_AVX512)
+    return add(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+#else
+    add_halves(std::integral_constant<int, 2>()), add_halves(std::integral_constant<int, 3>());
+    return sum;
+#endif
+}
+
+// The scales of four blocks, and those of their mins. Written to memory one by one they could not be read back together without waiting.
+template <typename B>
+inline void halves_of_pairs(const B * const * b, f4 & d, f4 & m) {
+    int32_t both[STREAMS];
+    for (int i = 0; i < STREAMS; ++i) {
+        memcpy(both + i, &b[i]->GGML_COMMON_AGGR_U, sizeof(both[i]));
+    }
+    const __m128i x = _mm_shuffle_epi8(_mm_setr_epi32(both[0], both[1], both[2], both[3]), _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m256 y  = _mm256_cvtph_ps(x);
+    d               = _mm256_castps256_ps128(y);
+    m               = _mm256_extractf128_ps(y, 1);
+}
+
 template <typename F>
 struct one_token_of_whole_blocks {
     static constexpr int GROUP = 1;
@@ -57,24 +97,23 @@ struct one_token_of_whole_blocks {
         f4 sum = zero_four();
         for (int64_t k = 0; k < n_in / QK_K; ++k) {
             products y[STREAMS], second[STREAMS];
-            alignas(16) float d[STREAMS], m[STREAMS];
+            const block * b[STREAMS];
+#pragma GCC unroll 4 // sums stay in registers
             for (int i = 0; i < STREAMS; ++i) {
-                const block & b = ((const block *) rows[i])[k];
+                b[i] = (const block *) rows[i] + k;
                 prefetch_after_block((const block *) rows[i], k);
-                const block_scales s(b);
-                second[i].of = multiply_sums<F::SUB>(s.second, x.init + k * (QK_K / F::SUB / 2));
-                y[i].of      = without_offset<F>(multiply_codes<F>(b, s, x.q + k * QK_K), second[i].of);
-                d[i]         = scale_of(b);
-                if constexpr (F::MIN) {
-                    m[i] = -min_of_k(b);
-                }
+                const block_scales s(*b[i]);
+                second[i] = multiply_sums<F::SUB>(s.second, x.init + k * (QK_K / F::SUB / 2));
+                y[i]      = without_offset<F>(multiply_codes<F>(*b[i], s, x.q + k * QK_K), second[i]);
             }
-            i4 total[1];
-            add_up(y, total);
-            sum = fma(to_float(total[0]), mul(load_four(d), four_of(x.d + k)), sum);
-            if (F::MIN) {
-                add_up(second, total);
-                sum = fma(to_float(total[0]), mul(load_four(m), four_of(x.d + k)), sum);
+            const f4 xd = four_of(x.d + k);
+            if constexpr (F::MIN) {
+                f4 d, m;
+                halves_of_pairs(b, d, m);
+                sum = fma(to_float(add_up(y)), mul(d, xd), sum);
+                sum = fma(to_float(add_up(second)), mul(negative(m), xd), sum);
+            } else {
+                sum = fma(to_float(add_up(y)), mul(halves_of(b), xd), sum);
             }
         }
         store_each(sum, out);

@@ -38,9 +38,9 @@ struct one_token_of_whole_blocks {
                 finish(s1, b1, x.init + k * (QK_K / F::SUB / 2), y[i + 1], second[i + 1], d[i + 1], m[i + 1]);
             }
             const vf xd = broadcast(x.d + k);
-            sum         = fma(to_float(total(y)), mul(load(d), xd), sum);
+            sum         = fma(to_float(add_up(y)), mul(load(d), xd), sum);
             if constexpr (F::MIN) {
-                sum = fma(to_float(total(second)), mul(load(m), xd), sum);
+                sum = fma(to_float(add_up(second)), mul(load(m), xd), sum);
             }
         }
         store_each(sum, out);
@@ -54,8 +54,6 @@ struct one_token_of_whole_blocks {
             m = -min_of_k(b);
         }
     }
-
-    static vi total(const vi * y) { return vpaddq_s32(vpaddq_s32(y[0], y[1]), vpaddq_s32(y[2], y[3])); }
 };
 
 //

@@ -80,8 +80,10 @@ inline void accumulate(sums & s, piece w, const int8_t * x) {
 #if defined(ALLOCMOE_VNNI)
         s.of[i] = dot<SIGNED>(s.of[i], w.of[i], broadcast_8(x));
 #else
-        s.of[i] = SIGNED ? dot<true>(s.of[i], w.of[i], broadcast_8(x))
-                         : _mm256_add_epi16(s.of[i], _mm256_maddubs_epi16(w.of[i], broadcast_8(x)));
+        // rows share the activations' absolute values
+        const __m256i y = broadcast_8(x);
+        s.of[i]         = SIGNED ? dot<false>(s.of[i], _mm256_abs_epi8(y), _mm256_sign_epi8(w.of[i], y))
+                                 : _mm256_add_epi16(s.of[i], _mm256_maddubs_epi16(w.of[i], y));
 #endif
     }
 }
@@ -211,11 +213,7 @@ struct one_token_of_32 : rows_of_8 {
 };
 
 template <typename F, typename X>
-struct one_token<repacked<F, X, 8, 8>> : one_token_of_32<F, X> {};
-#if defined(__AVX512F__)
-template <typename F, typename X>
 struct one_token<repacked_nibbles<F, X>> : one_token_of_32<F, X> {};
-#endif
 
 #endif // __AVX2__
 
@@ -233,37 +231,26 @@ inline f4 load_four(const float * x) { return _mm_load_ps(x); }
 inline i4 add(i4 a, i4 b) { return _mm_add_epi32(a, b); }
 inline f4 to_float(i4 x) { return _mm_cvtepi32_ps(x); }
 inline f4 mul(f4 a, f4 b) { return _mm_mul_ps(a, b); }
+inline f4 negative(f4 x) { return _mm_xor_ps(x, _mm_set1_ps(-0.0f)); }
 inline f4 fma(f4 a, f4 b, f4 c) { return _mm_fmadd_ps(a, b, c); }
 inline f4 zero_four() { return _mm_setzero_ps(); }
 inline void store_four(f4 x, float * out) { _mm_store_ps(out, x); }
-inline void transpose(f4 (&x)[4]) { _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]); }
 
 template <typename B>
 inline f4 halves_of(const B * const * b) {
     return _mm_cvtph_ps(_mm_setr_epi16(b[0]->d, b[1]->d, b[2]->d, b[3]->d, 0, 0, 0, 0));
 }
 
-// sums of four of 32 products: 16 columns in each half of a register
-struct products {
-    __m256i of;
-};
-template <bool SIGNED, int SUB>
-inline products multiply_32(codes_32 w, const int8_t * x) { return { dot<SIGNED>(_mm256_setzero_si256(), w, load_32(x)) }; }
+// sums of some of a row's products
+using products = __m256i;
+template <bool SIGNED>
+inline products multiply_32(codes_32 w, const int8_t * x) { return dot<SIGNED>(_mm256_setzero_si256(), w, load_32(x)); }
 
-// [half][STREAMS]
-inline __m256i sum_halves(const products * row) {
-    const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(row[0].of, row[1].of), _mm256_unpackhi_epi32(row[0].of, row[1].of));
-    const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(row[2].of, row[3].of), _mm256_unpackhi_epi32(row[2].of, row[3].of));
-    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-}
-inline void add_up(const products * row, i4 (&y)[2]) {
-    const __m256i x = sum_halves(row);
-    y[0]            = _mm256_castsi256_si128(x);
-    y[1]            = _mm256_extracti128_si256(x, 1);
-}
-inline void add_up(const products * row, i4 (&y)[1]) {
-    const __m256i x = sum_halves(row);
-    y[0]            = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+inline i4 add_up(const products * row) {
+    const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(row[0], row[1]), _mm256_unpackhi_epi32(row[0], row[1]));
+    const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(row[2], row[3]), _mm256_unpackhi_epi32(row[2], row[3]));
+    const __m256i y = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
 }
 #else
 using i4 = vi;
@@ -273,37 +260,21 @@ inline f4 four_of(const float * x) { return broadcast(x); }
 inline f4 load_four(const float * x) { return load(x); }
 inline f4 zero_four() { return zero_f(); }
 inline void store_four(f4 x, float * out) { store(out, x); }
-inline void transpose(f4 (&x)[4]) {
-    const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(x[0], x[1])), b = vreinterpretq_f64_f32(vtrn2q_f32(x[0], x[1]));
-    const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(x[2], x[3])), d = vreinterpretq_f64_f32(vtrn2q_f32(x[2], x[3]));
-    x[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
-    x[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
-    x[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
-    x[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
-}
-
 template <typename B>
 inline f4 halves_of(const B * const * b) {
     const uint16_t d[4] = { b[0]->d, b[1]->d, b[2]->d, b[3]->d };
     return vcvt_f32_f16(vld1_f16((const __fp16 *) d));
 }
 
-// sums of four of 32 products: of 16 columns each, or all in the first register
-struct products {
-    vi of[2];
-};
-template <bool SIGNED, int SUB>
+// sums of some of a row's products
+using products = vi;
+template <bool SIGNED>
 inline products multiply_32(codes_32 w, const int8_t * x) {
     const codes_32 y = load_32(x);
-    const vi a       = dot<SIGNED>(zero(), w.low, y.low);
-    return SUB == 32 ? products{ { dot<SIGNED>(a, w.high, y.high), a } } : products{ { a, dot<SIGNED>(zero(), w.high, y.high) } };
+    return dot<SIGNED>(dot<SIGNED>(zero(), w.low, y.low), w.high, y.high);
 }
-template <int N>
-inline void add_up(const products * row, i4 (&y)[N]) {
-    for (int i = 0; i < N; ++i) {
-        y[i] = vpaddq_s32(vpaddq_s32(row[0].of[i], row[1].of[i]), vpaddq_s32(row[2].of[i], row[3].of[i]));
-    }
-}
+
+inline i4 add_up(const products * row) { return vpaddq_s32(vpaddq_s32(row[0], row[1]), vpaddq_s32(row[2], row[3])); }
 #endif
 static_assert(STREAMS == 4, "the sums above");
 
@@ -319,13 +290,13 @@ template <typename F>
 struct one_token_by_sub_blocks {
     static constexpr int GROUP = 1;
     using block                = typename F::block;
+    static_assert(F::BLOCK == 32 && F::SUB == 32, "blocks of one sub-block");
 
     static void multiply(const char * const * rows, int64_t n_in, const tile & x, float * const * out) {
-        constexpr int SUBS = F::BLOCK / F::SUB, AT_ONCE = SUBS == 1 ? 1 : 4;
         f4 sum = zero_four();
-        for (int64_t k = 0; k < n_in / F::BLOCK; ++k) {
+        for (int64_t k = 0; k < n_in / 32; ++k) {
             const block * b[STREAMS];
-            alignas(64) uint8_t codes[STREAMS][F::BLOCK];
+            alignas(64) uint8_t codes[STREAMS][32];
             alignas(64) float scales[STREAMS][32];
             prefetch_after_blocks<block>(rows, k);
             for (int i = 0; i < STREAMS; ++i) {
@@ -335,54 +306,31 @@ struct one_token_by_sub_blocks {
                     F::scales(*b[i], scales[i]);
                 }
             }
-            for (int s0 = 0; s0 < SUBS; s0 += AT_ONCE) {
-                f4 d[4], m[4];
-                if constexpr (has_half<F>) {
-                    d[0] = halves_of(b);
-                } else {
-                    load_scales<AT_ONCE>(scales, s0, d);
-                    if (F::MIN) {
-                        load_scales<AT_ONCE>(scales, CHUNK / F::SUB + s0, m);
-                    }
-                }
-#pragma GCC unroll 4
-                for (int c = 0; c < AT_ONCE * F::SUB; c += 32) {
-                    const int column = s0 * F::SUB + c;
-                    products p[STREAMS];
-                    for (int i = 0; i < STREAMS; ++i) {
-                        p[i] = multiply_32<F::SIGNED, F::SUB>(load_32(codes[i] + column), x.q + k * F::BLOCK + column);
-                    }
-                    i4 y[32 / F::SUB];
-                    add_up(p, y);
-                    for (int h = 0; h < 32 / F::SUB; ++h) {
-                        const int s     = c / F::SUB + h;
-                        const int64_t i = k * SUBS + s0 + s;
-                        if (F::OFFSET != 0) {
-                            y[h] = add(y[h], four_of(x.init + i));
-                        }
-                        sum = fma(to_float(y[h]), mul(d[s], four_of(x.d + i)), sum);
-                        if (F::MIN) {
-                            sum = fma(m[s], four_of(x.sum + i), sum);
-                        }
-                    }
-                }
+            products p[STREAMS];
+            for (int i = 0; i < STREAMS; ++i) {
+                p[i] = multiply_32<F::SIGNED>(load_32(codes[i]), x.q + 32 * k);
+            }
+            i4 y = add_up(p);
+            if (F::OFFSET != 0) {
+                y = add(y, four_of(x.init + k));
+            }
+            f4 d;
+            if constexpr (has_half<F>) {
+                d = halves_of(b);
+            } else {
+                d = load_each(scales, 0);
+            }
+            sum = fma(to_float(y), mul(d, four_of(x.d + k)), sum);
+            if (F::MIN) {
+                sum = fma(load_each(scales, CHUNK / 32), four_of(x.sum + k), sum);
             }
         }
         store_each(sum, out);
     }
 
-    // N sub-blocks' scales from sub-block s on
-    template <int N>
-    static void load_scales(const float (*scales)[32], int s, f4 (&out)[4]) {
-        if (N == 4) {
-            for (int i = 0; i < 4; ++i) {
-                out[i] = load_four(scales[i] + s);
-            }
-            transpose(out);
-        } else {
-            alignas(16) const float each[4] = { scales[0][s], scales[1][s], scales[2][s], scales[3][s] };
-            out[0]                          = load_four(each);
-        }
+    static f4 load_each(const float (*scales)[32], int i) {
+        alignas(16) const float each[4] = { scales[0][i], scales[1][i], scales[2][i], scales[3][i] };
+        return load_four(each);
     }
 
     template <typename G>

@@ -326,23 +326,14 @@ struct format_iq4_xs : format_k {
     static constexpr bool MIN    = false;
     static constexpr bool SIGNED = true;
     static constexpr int OFFSET  = SIGNED_BIAS;
-    static void codes(const block & b, uint8_t * q) {
-        for (int i = 0; i < 8; ++i) {
-            store_32(look_up(values_iq4_nl.values, nibbles(b.qs + 16 * i)), q + 32 * i);
-        }
-    }
-    static void scales(const block & b, float * out) {
-        const float d = scale_of(b);
-        for (int i = 0; i < 8; ++i) {
-            const int s = ((b.scales_l[i / 2] >> 4 * (i % 2)) & 15) | (((b.scales_h >> 2 * i) & 3) << 4);
-            out[i]      = d * (s - 32);
-        }
-    }
+    template <int I>
+    static codes_32 codes_of(const block & b) { return look_up(values_iq4_nl.values, nibbles(b.qs + 16 * I)); }
+    static void codes(const block & b, uint8_t * q) { store_codes<format_iq4_xs>(b, q); }
 };
 
 // Whether the sub-blocks of a block are added up as integers.
 template <typename F>
-constexpr bool whole_blocks = std::is_base_of<format_k, F>::value && !F::SIGNED;
+constexpr bool whole_blocks = std::is_base_of<format_k, F>::value;
 
 //
 // layouts: where the blocks of 16 rows lie. unpack() makes the panel of n columns from k0 on, of n_rows rows; what it
@@ -410,6 +401,7 @@ struct plain : F {
 
 #if defined(__AVX2__) // Arm's: allocmoe-panel-neon.h
 // llama.cpp's repacked layouts hold the blocks of N rows together, their codes taking turns, STEP bytes at a time
+#if defined(__AVX512F__) // elsewhere llama.cpp repacks no Q2_K
 template <int N, int STEP>
 inline void take_turns(const void * from, int row, size_t n, void * out) {
     for (size_t i = 0; i < n; i += STEP) {
@@ -417,64 +409,40 @@ inline void take_turns(const void * from, int row, size_t n, void * out) {
     }
 }
 
-// one row's block of a repacked one, as it was before
-template <int N, int STEP, typename X>
-inline void take_block(const X & x, int row, block_q4_0 & b) {
-    b.d = x.d[row];
-    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
-    for (auto & q : b.qs) {
-        q ^= 0x88;
-    }
-}
-
-template <int N, int STEP, typename X>
-inline void take_block(const X & x, int row, block_mxfp4 & b) {
-    b.e = x.e[row];
-    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
-}
-
-template <int N, int STEP, typename X>
-inline void take_block(const X & x, int row, block_q2_K & b) {
-    b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d    = x.d[row];
-    b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin = x.dmin[row];
-    take_turns<N, 2>(x.scales, row, sizeof(b.scales), b.scales);
-    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
-}
-
-template <int N, int STEP, typename X, typename B>
-inline void take_block(const X & x, int row, B & b) {
-    b.d = x.d[row];
-    take_turns<N, STEP>(x.qs, row, sizeof(b.qs), b.qs);
-}
-
 template <typename F, typename X, int N, int STEP>
 struct repacked : F {
+    static_assert(std::is_same<F, format_q2_K>::value, "no other layout on x86");
+
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
         unpacked<F> u;
         for (int r = 0; r < n_rows; ++r) {
             const auto * x = (const X *) (rows + r / N * N * row_size) + k0 / F::BLOCK;
             for (int i = 0; i < n / F::BLOCK; ++i) {
-                typename F::block b;
-                take_block<N, STEP>(x[i], r % N, b);
+                block_q2_K b;
+                b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.d    = x[i].d[r % N];
+                b.GGML_COMMON_AGGR_U.GGML_COMMON_AGGR_S.dmin = x[i].dmin[r % N];
+                take_turns<N, 2>(x[i].scales, r % N, sizeof(b.scales), b.scales);
+                take_turns<N, STEP>(x[i].qs, r % N, sizeof(b.qs), b.qs);
                 u.add(r, i, b);
             }
         }
         u.finish(n, p);
     }
 };
+#endif
 
-#if defined(__AVX512F__)
 // 64 bytes of 8 rows' 4-bit codes, 8 of each row, and the same of 8 more rows: the low halves to q, the high ones to q_high,
 // as [2][ROWS][4]. table: what codes stand for, or null
-inline void interleave_8x8(const void * rows0, const void * rows8, __m512i flipped, const uint8_t * table, uint8_t * q, uint8_t * q_high) {
+inline void interleave_8x8(const uint8_t * rows0, const uint8_t * rows8, uint8_t flipped, const uint8_t * table, uint8_t * q, uint8_t * q_high) {
+#if defined(__AVX512F__)
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd  = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     const __m512i mask = _mm512_set1_epi8(15);
     const __m512i a = _mm512_loadu_si512(rows0), b = _mm512_loadu_si512(rows8);
     const __m512i x[2] = { _mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b) };
     for (int i = 0; i < 2; ++i) {
-        __m512i low  = _mm512_and_si512(_mm512_xor_si512(x[i], flipped), mask);
-        __m512i high = _mm512_and_si512(_mm512_srli_epi16(_mm512_xor_si512(x[i], flipped), 4), mask);
+        const __m512i codes = _mm512_xor_si512(x[i], _mm512_set1_epi8((char) flipped));
+        __m512i low = _mm512_and_si512(codes, mask), high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask);
         if (table) {
             const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) table));
             low                  = _mm512_shuffle_epi8(values, low);
@@ -483,6 +451,21 @@ inline void interleave_8x8(const void * rows0, const void * rows8, __m512i flipp
         _mm512_store_si512(q + 64 * i, low);
         _mm512_store_si512(q_high + 64 * i, high);
     }
+#else
+    for (int r = 0; r < ROWS; r += 8) {
+        const uint8_t * rows = r == 0 ? rows0 : rows8;
+        for (int i = 0; i < 2; ++i) {
+            const codes_32 codes = flip(four_columns(load_32(rows), load_32(rows + 32), i == 1), flipped);
+            codes_32 low = bits<0, 15, 0>(codes), high = bits<4, 15, 0>(codes);
+            if (table) {
+                low  = look_up(table, low);
+                high = look_up(table, high);
+            }
+            store_32(low, q + 64 * i + 4 * r);
+            store_32(high, q_high + 64 * i + 4 * r);
+        }
+    }
+#endif
 }
 
 // the types of 32 nibbles in a block, of 8 rows
@@ -495,15 +478,16 @@ struct repacked_nibbles : F {
     }
 
     static void unpack(const char * rows, size_t row_size, int n_rows, int64_t k0, int n, panel & p) {
-        const auto * x0       = (const X *) rows + k0 / 32;
-        const auto * x1       = n_rows > 8 ? (const X *) (rows + 8 * row_size) + k0 / 32 : x0;
-        const __m512i flipped = _mm512_set1_epi8((char) FLIPPED);
+        const auto * x0 = (const X *) rows + k0 / 32;
+        const auto * x1 = n_rows > 8 ? (const X *) (rows + 8 * row_size) + k0 / 32 : x0;
         for (int i = 0; i < n / 32; ++i) {
             write_scales(x0[i], p.scales + i * ROWS);
             write_scales(x1[i], p.scales + i * ROWS + 8);
             uint8_t * q = p.q + 32 * i * ROWS;
-            interleave_8x8(x0[i].qs, x1[i].qs, flipped, table(), q, q + 16 * ROWS);
-            interleave_8x8(x0[i].qs + 64, x1[i].qs + 64, flipped, table(), q + 8 * ROWS, q + 24 * ROWS);
+            for (int half = 0; half < 2; ++half) {
+                const auto codes = [half](const X & x) { return (const uint8_t *) x.qs + 64 * half; };
+                interleave_8x8(codes(x0[i]), codes(x1[i]), FLIPPED, table(), q + 8 * half * ROWS, q + (16 + 8 * half) * ROWS);
+            }
         }
     }
     static void write_scales(const block_mxfp4x8 & x, float * out) {
@@ -516,7 +500,6 @@ struct repacked_nibbles : F {
         _mm256_store_ps(out, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d)));
     }
 };
-#endif
 
 // Q4_K and Q5_K, whose scales are those of one sub-block of eight rows together
 template <typename F, typename X, int STEP>
@@ -537,28 +520,15 @@ struct repacked_k4 : F {
             }
             _mm256_store_ps(p.whole.d + r, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.d)));
             _mm256_store_ps(p.whole.m + r, negative(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x.dmin))));
-#if !defined(__AVX512F__)
-            for (int i = 0; i < 16; ++i) {
-                uint8_t * q     = p.q + (i / 4 * 64 + i % 4 * 8) * ROWS + 4 * r;
-                const __m256i a = load_32(x.qs + 64 * i), b = load_32(x.qs + 64 * i + 32);
-                for (int odd = 0; odd < 2; ++odd) {
-                    const __m256i four = four_columns(a, b, odd);
-                    store_32(bits<0, 15, 0>(four), q + 4 * ROWS * odd);
-                    store_32(bits<4, 15, 0>(four), q + 4 * ROWS * odd + 32 * ROWS);
-                }
-            }
-#endif
         }
-#if defined(__AVX512F__)
         const X *x0 = (const X *) rows + k0 / QK_K, *x1 = n_rows > 8 ? (const X *) (rows + 8 * row_size) + k0 / QK_K : x0;
         for (int j = 0; j < 4; ++j) {
             for (int i = 0; i < 4; ++i) {
                 uint8_t * q  = p.q + (64 * j + 8 * i) * ROWS;
                 const int at = 256 * j + 64 * i;
-                interleave_8x8(x0->qs + at, x1->qs + at, _mm512_setzero_si512(), nullptr, q, q + 32 * ROWS);
+                interleave_8x8(x0->qs + at, x1->qs + at, 0, nullptr, q, q + 32 * ROWS);
             }
         }
-#endif
     }
 };
 

@@ -184,8 +184,8 @@ template <int shift, int mask, int up>
 inline codes_32 insert_bits(codes_32 y, codes_32 x) { return either(y, bits<shift, mask, up>(x)); }
 // the low halves of 16 bytes and then the high ones
 inline codes_32 nibbles(const uint8_t * in) {
-    const __m128i x = _mm_loadu_si128((const __m128i *) in);
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(x, 4), x), _mm256_set1_epi8(15));
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) in));
+    return _mm256_and_si256(_mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
 }
 inline codes_32 look_up(const uint8_t * table, codes_32 x) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) table)), x);

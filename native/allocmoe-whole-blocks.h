@@ -3,7 +3,8 @@
 // across registers and to scale, which took more instructions than the products. Scaling costs none: what adds pairs of
 // 16-bit sums multiplies them, too.
 //
-// The sums are exact: at most 256 products of 63, 127 and a scale of 128. So they do not depend on the order, and a panel's are a row's.
+// The sums are exact: at most 256 products of 63, 127 and a scale of 128, or of 241, 127 and 32. So they do not depend on the order, and
+// a panel's are a row's.
 #pragma once
 
 #include "allocmoe-vectors.h"
@@ -34,6 +35,7 @@ template <int N>
 inline __m256i shift_right(__m256i x) { return _mm256_srai_epi32(x, N); }
 inline __m256i subtract(__m256i a, __m256i b) { return _mm256_sub_epi32(a, b); }
 inline __m256i shuffle_bytes(__m256i x, __m256i from) { return _mm256_shuffle_epi8(x, from); }
+inline __m256i mul(__m256i a, __m256i b) { return _mm256_mullo_epi32(a, b); }
 
 #if defined(ALLOCMOE_AVX512)
 inline __m512i add_products(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
@@ -45,6 +47,7 @@ template <int N>
 inline __m512i shift_right(__m512i x) { return _mm512_srai_epi32(x, N); }
 inline __m512i subtract(__m512i a, __m512i b) { return _mm512_sub_epi32(a, b); }
 inline __m512i shuffle_bytes(__m512i x, __m512i from) { return _mm512_shuffle_epi8(x, from); }
+inline __m512i mul(__m512i a, __m512i b) { return _mm512_mullo_epi32(a, b); }
 #endif
 
 // GCC adds up in an order of its own, and keeps more products at hand for it than there are registers.
@@ -72,9 +75,39 @@ constexpr bool BY_FOUR = false;
 template <int LARGEST>
 inline __m256i scale_words(__m256i x) { return BY_FOUR<LARGEST> ? x : _mm256_or_si256(x, _mm256_slli_epi32(x, 16)); }
 
+// What add_signed() multiplies by, from scales of 32 bits.
+inline __m256i signed_scales(__m256i x) {
+#if defined(ALLOCMOE_VNNI)
+    return x;
+#else
+    return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13)));
+#endif
+}
+
+// N times four SIGNED codes and their activations, times the scale of their sub-block: sums of two fit into 16 bits, where codes are
+// without their offset; with it, as VNNI needs them, none does.
+template <int N>
+inline vi add_signed(vi sum, const vb * w, const vb * x, vi scale) {
+#if defined(ALLOCMOE_VNNI)
+    vi some = zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        some = dot_unsigned(some, w[i], x[i]);
+    }
+    return add(sum, mul(some, scale));
+#else
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        sum = in_this_order(add_products(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(x[i], w[i])), scale));
+    }
+    return sum;
+#endif
+}
+
 // The integer scales of a block.
 struct block_scales {
-    __m256i scale;  // 16 bits each; with 16 sub-blocks: of those with even numbers, then of the others; with 8: all of them, twice
+    __m256i scale;  // 16 bits each; with 16 sub-blocks: of those with even numbers, then of the others; with 8: all of them, twice;
+                    // of SIGNED types: signed_scales(), even numbers first as well
     __m256i second; // 16 bits each: mins, or the same scales where codes have an offset; in order
 
     explicit block_scales(const block_q6_K & b) {
@@ -99,23 +132,34 @@ struct block_scales {
         scale           = _mm256_cvtepu8_epi16(even_and_odd(_mm_and_si128(s, _mm_set1_epi8(15))));
         second          = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(s, 4), _mm_set1_epi8(15)));
     }
+    explicit block_scales(const block_iq4_xs & b) {
+        // four bits of each of 8 in 4 bytes, two more in the 2 before those, which follow d
+        int32_t words[2];
+        memcpy(words, &b, sizeof(words));
+        const __m256i low     = _mm256_srlv_epi32(_mm256_set1_epi32(words[1]), _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28));
+        const __m256i high    = _mm256_srlv_epi32(_mm256_set1_epi32(words[0]), _mm256_setr_epi32(12, 16, 20, 24, 14, 18, 22, 26));
+        const __m256i s       = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(15)), _mm256_and_si256(high, _mm256_set1_epi32(0x30)));
+        const __m256i centred = _mm256_sub_epi32(s, _mm256_set1_epi32(32));
+        const __m128i even = _mm256_castsi256_si128(centred), odd = _mm256_extracti128_si256(centred, 1);
+        scale  = signed_scales(centred);
+        second = _mm256_zextsi128_si256(_mm_blend_epi16(even, _mm_slli_epi32(odd, 16), 0xaa));
+    }
     explicit block_scales(const block_q4_K & b) : block_scales(b.scales) {}
     explicit block_scales(const block_q5_K & b) : block_scales(b.scales) {}
 
     // For panels: a word for each sub-block, and one for two.
     template <typename F>
     void store(int32_t * scales, int32_t * pairs) const {
-        __m128i first, last; // in order
-        if (F::SUB == 16) {
-            const __m128i even = _mm256_castsi256_si128(scale), odd = _mm256_extracti128_si256(scale, 1);
-            first = _mm_unpacklo_epi16(even, odd), last = _mm_unpackhi_epi16(even, odd);
-        } else {
-            first = last = _mm256_castsi256_si128(scale);
-        }
-        const auto words = [](__m128i x) { return scale_words<F::LARGEST>(_mm256_and_si256(_mm256_cvtepi16_epi32(x), _mm256_set1_epi32(0xffff))); };
-        _mm256_store_si256((__m256i *) scales, words(first));
-        _mm256_store_si256((__m256i *) scales + 1, words(last));
         _mm256_store_si256((__m256i *) pairs, second);
+        const __m128i even = _mm256_castsi256_si128(scale), odd = _mm256_extracti128_si256(scale, 1);
+        if constexpr (F::SIGNED) {
+            _mm_store_si128((__m128i *) scales, _mm_unpacklo_epi32(even, odd));
+            _mm_store_si128((__m128i *) scales + 1, _mm_unpackhi_epi32(even, odd));
+        } else {
+            const auto words = [](__m128i x) { return scale_words<F::LARGEST>(_mm256_and_si256(_mm256_cvtepi16_epi32(x), _mm256_set1_epi32(0xffff))); };
+            _mm256_store_si256((__m256i *) scales, words(F::SUB == 16 ? _mm_unpacklo_epi16(even, odd) : even));
+            _mm256_store_si256((__m256i *) scales + 1, words(F::SUB == 16 ? _mm_unpackhi_epi16(even, odd) : even));
+        }
     }
 
 private:
@@ -190,11 +234,27 @@ inline vi multiply_sub_block(vi sum, const vb * w, const int8_t * x, vi scale) {
     return sum;
 }
 
+// The same for any type whose blocks are whole.
+template <typename F>
+inline vi multiply_sub_block(vi sum, const vb * w, const int8_t * x, vi scale) {
+    if constexpr (F::SIGNED) {
+        vb each[F::SUB / 4];
+        for (int i = 0; i < F::SUB / 4; ++i) {
+            each[i] = broadcast_4(x + 4 * i);
+        }
+        return add_signed<F::SUB / 4>(sum, w, each, scale);
+    } else {
+        return multiply_sub_block<F::LARGEST, F::SUB>(sum, w, x, scale);
+    }
+}
+
 // The sum of a block, of codes without their offset; second: of the same scales times sums of activations.
 template <typename F, typename V>
 inline V without_offset(V sum, V second) {
-    static_assert(F::OFFSET == 0 || F::OFFSET == 4 || F::OFFSET == 32, "a shift");
-    return F::OFFSET == 0 ? sum : subtract(sum, shift_left<F::OFFSET == 4 ? 2 : 5>(second));
+    constexpr int SHIFT = F::OFFSET == 128 ? 7 : F::OFFSET == 32 ? 5
+                                                                 : 2;
+    static_assert(F::OFFSET == 0 || F::OFFSET == 1 << SHIFT, "a shift");
+    return F::OFFSET == 0 ? sum : subtract(sum, shift_left<SHIFT>(second));
 }
 
 } // namespace allocmoe

@@ -225,13 +225,9 @@ static void check(
         ids = random_ids(n_expert, n_used, n_tokens, n_first);
         ggml_backend_tensor_set(op.ids, ids.data(), 0, ggml_nbytes(op.ids));
     }
-    // where llama.cpp's own kernels may run
-    const int n_slots = ids.size(), n_busy = std::min(std::max({ n_expert, -n_expert, 1 }), n_slots);
-    const bool few            = n_slots > n_busy && n_slots < 4 * n_busy;
     const bool can_use_amx    = ggml_cpu_has_avx512_vnni() && ggml_blck_size(d.type) == 256 && n_tokens >= 12;
     const bool other_way      = can_use_amx || n_tokens <= 3;
     static const bool streams = allocmoe_cpu_streams;
-    ours                      = ours && (repack || ggml_blck_size(d.type) != 256 || !few || ggml_cpu_has_avx512_vnni() || ((ggml_cpu_has_avx2() || ggml_cpu_has_dotprod()) && d.type != GGML_TYPE_IQ4_XS));
     for (int run = 0; run <= 3; ++run) {
         const int n_threads  = std::max(1, run);
         allocmoe_cpu_amx     = run > 0;

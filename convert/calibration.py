@@ -31,7 +31,8 @@ class CalibrationText(NamedTuple):
     """int32 windows, shape [n, n_ctx], spread over the text; no token of the last two is in the first two.
 
     profile: for what takes many runs. fit: for what takes a few, the profile's among them. Both may be put together of pieces.
-    held_out: to check plans on. spend: to count on what plans spend, those of held_out among them. Text as it is.
+    held_out: to check plans on. spend: to count on what plans spend, and to tell the two best apart, those of held_out among them. Text
+    as it is.
     """
 
     profile: np.ndarray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Dict, NamedTuple, Optional, Tuple
 
 from allocmoe_edge import Llama, Plan
@@ -35,8 +36,8 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """profile, plan: the best. scores: of all plans that were compared, the full model under the name "full". further: of the two
-    best and the full model on further text, n_further tokens; empty where there was none."""
+    """profile, plan: the best. scores: of all plans that were compared, the full model under the name "full". further: the same of the two
+    best, where both are estimates, on n_further tokens of further text, which decides between them; empty elsewhere."""
 
     profile: Profile
     plan: Plan
@@ -114,21 +115,24 @@ def choose(
     if token_rule in (None, "estimate"):
         candidates |= _estimates(profile, total, full)
     measured = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
+    limit = measured["full"].perplexity * (1 + max_increase)
 
-    def by_score(names: list, found: Dict[str, Score]) -> list:
-        limit = found["full"].perplexity * (1 + max_increase)
-        return sorted(names, key=lambda name: (found[name].perplexity > limit, found[name].kl))
+    def over(name: str) -> bool:
+        return measured[name].perplexity > limit
 
-    rivals = [name for name in candidates if name in _ESTIMATES] if token_rule == "estimate" else list(candidates)
-    best, *second = by_score(rivals, measured)[:2]
+    def ranked(names: list) -> list:
+        return sorted(names, key=lambda name: (over(name), measured[name].kl))
+
+    rivals = ranked([name for name in candidates if name in _ESTIMATES or token_rule != "estimate"])
+    best = rivals[0]
+    # estimates that go before all else, whose order a few windows do not tell
+    first = [name for name in takewhile(_ESTIMATES.__contains__, rivals) if over(name) == over(best)][:2]
     further: Dict[str, Score] = {}
-    rest = _others(text.spend, text.held_out)
-    if second and len(rest):
-        further = scores(llm, full, {name: candidates[name][1] for name in (best, *second)}, rest)
-        weights = len(text.held_out), len(rest)
-        best = by_score(
-            [best, *second], {name: _mean(measured[name], score, *weights) for name, score in further.items()}
-        )[0]
+    rest = _without(text.spend, text.held_out)
+    if len(first) == 2 and len(rest):
+        further = scores(llm, full, {name: candidates[name][1] for name in first}, rest)
+        n, n_rest = len(text.held_out), len(rest)
+        best = min(first, key=lambda name: n * measured[name].kl + n_rest * further[name].kl)
     if not np.isfinite(measured[best].kl):
         raise CalibrationError("no plan's predictions on held-out text are finite", finite=False)
     uniform = next(measured[name] for name in candidates if name.startswith("uniform"))
@@ -141,23 +145,15 @@ def choose(
         measured[best].kl,
     )
     # what else the profile says is for other rules
-    chosen = replace(candidates[by_score(others, measured)[0]][0], held_out=held_out)
+    chosen = replace(candidates[ranked(others)[0]][0], held_out=held_out)
     estimator = candidates[best][0].estimator if best in _ESTIMATES else None
     chosen = replace(chosen, token_rule="estimate" if estimator else chosen.token_rule, estimator=estimator)
     return Choice(chosen, candidates[best][1], measured, further, int(rest.size))
 
 
-def _others(rows: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """The rows that are not among others."""
-    return rows[~(rows[:, None] == of).all(axis=2).any(axis=1)]
-
-
-def _mean(first: Score, second: Score, *weights: int) -> Score:
-    """Of the scores on two texts, their lengths being the weights."""
-    nll, kl, spent = np.average(
-        [[np.log(s.perplexity), s.kl, s.spent] for s in (first, second)], axis=0, weights=weights
-    )
-    return Score(float(np.exp(nll)), kl, spent)
+def _without(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Those rows that are not among the others."""
+    return rows[~(rows[:, None] == others).all(axis=2).any(axis=1)]
 
 
 def _estimates(profile: Profile, total: int, full: tuple) -> Dict[str, Tuple[Profile, Plan]]:
@@ -177,7 +173,7 @@ def report(choice: Choice) -> None:
     for name, score in choice.scores.items():
         say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
     if choice.further:
-        say(f"the two best on {choice.n_further} further tokens:")
+        say(f"the two best on {choice.n_further} further tokens, by which and the above the better one is chosen:")
     for name, score in choice.further.items():
         say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
     held_out = choice.profile.held_out

@@ -33,6 +33,7 @@ from .estimator_fit import (
     RANK,
     SizeRows,
     damages,
+    fit_layer,
     keeps,
     log_sizes,
     log_weights,
@@ -42,7 +43,7 @@ from .estimator_fit import (
 )
 from .input_file import InputFile
 from .progress import progress_bar
-from .regression import MissingSums, SizeSums, as_it_runs, positive_directions
+from .regression import PENALTY, MissingSums, SizeSums, as_it_runs, positive_directions
 
 # of a matrix whose products are too small for several threads, and take little memory
 _FEW_ROWS = 1024
@@ -113,7 +114,7 @@ def _calibrate(
 
     damage, folder = damages(profile, full), checkpoint.path.parent if checkpoint else None
     sizes = stage(
-        f"{n_size} and {n_relu} sizes, k_base {profile.k_base}, damages {_name(damage)}, on {text}",
+        f"{n_size} and {n_relu} sizes, penalty {PENALTY:g}, k_base {profile.k_base}, damages {_name(damage)}, on {text}",
         lambda: _sizes(llm, full, token_windows, apart, n_size, n_relu, damage, profile.k_base, folder),
     )
     if sizes is None:
@@ -169,6 +170,7 @@ def _sizes(
     main = np.zeros((len(full), min(N_INPUT, n_embd), n_embd), np.float16)
     positive = np.zeros((len(full), n_relu, n_embd), np.float32)
     kept: Dict[int, List[SizeRows]] = {}
+    fitted: Dict[int, np.ndarray] = {}
     with InputFile(folder, layers, token_windows.shape[1], n_embd) as inputs:
         with recording(llm, _whole(llm, full), inputs=True) as recorder:
             if not recorder.works:
@@ -205,12 +207,12 @@ def _sizes(
                 (np.concatenate([linear, np.maximum(x @ positive[il].T, 0.0)], axis=1), *of_experts)
                 for x, (_, linear), of_experts in zip(inputs.windows(il), rows, taken.pop(il))
             ]
+            fitted[il] = fit_layer(kept[il], apart, n_expert)
 
         _by_layers("estimates, directions", layers, find, llm.n_threads, n_embd)
         _by_layers("estimates, positive directions", layers, train, llm.n_threads, main.shape[1])
-    return _arrays(
-        with_sizes(np.concatenate([down, positive], axis=1), n_relu, kept, damage, apart, k_base, full, n_expert)
-    )
+    directions = np.concatenate([down, positive], axis=1)
+    return _arrays(with_sizes(directions, n_relu, kept, fitted, damage, apart, k_base, full, n_expert))
 
 
 def _outputs(llm: Llama, plan: Plan, token_windows: np.ndarray, rank: int) -> Arrays:

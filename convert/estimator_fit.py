@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 from allocmoe_edge.measure.recording import LayerRecord
 from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
@@ -64,10 +64,28 @@ def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:
     return keep
 
 
+def fit_layer(windows: List[SizeRows], apart: np.ndarray, n_expert: int) -> np.ndarray:
+    """A layer's `fit_sizes`, by the one of several priors that is best on the windows apart."""
+    u, experts, sizes, _ = _rows(windows, ~apart)
+    fits = fit_sizes(u, experts, sizes, n_expert, *(_PRIORS if apart.any() else (PRIOR_TOKENS,)))
+    u, experts, sizes, _ = _rows(windows, _held(apart))
+    return min(fits, key=lambda fitted: np.square(sizes_of(fitted, u, experts) - sizes).mean())
+
+
+def _held(apart: np.ndarray) -> np.ndarray:
+    """The windows apart, or all where there are none."""
+    return apart if apart.any() else ~apart
+
+
+def _rows(windows: List[SizeRows], of: np.ndarray) -> Iterator[np.ndarray]:
+    return (np.concatenate(arrays) for arrays in zip(*(w for w, one in zip(windows, of) if one)))
+
+
 def with_sizes(
     down: np.ndarray,
     n_relu: int,
-    kept: Dict[int, list],
+    kept: Dict[int, List[SizeRows]],
+    fitted: Dict[int, np.ndarray],
     damage: np.ndarray,
     apart: np.ndarray,
     k_base: int,
@@ -76,23 +94,16 @@ def with_sizes(
 ) -> Estimator:
     """An Estimator of sizes alone, each in units of what it costs to skip it.
 
-    kept: for each layer with experts a `SizeRows` a window. damage: see `damages`. apart: bool, which windows are not fitted on.
+    kept, fitted: for each layer with experts a `SizeRows` a window, and its `fit_layer`. damage: see `damages`. apart: bool, which
+    windows are not fitted on.
     """
-
-    def rows(il: int, of: np.ndarray) -> Iterator[np.ndarray]:
-        return (np.concatenate(arrays) for arrays in zip(*(w for w, one in zip(kept[il], of) if one)))
-
-    held, priors = (apart, _PRIORS) if apart.any() else (~apart, (PRIOR_TOKENS,))
     log_norm = np.zeros((len(full), n_expert, down.shape[1] + 1))
-    for il in kept:
-        u, experts, sizes, _ = rows(il, ~apart)
-        fits = fit_sizes(u, experts, sizes, n_expert, *priors)
-        u, experts, sizes, _ = rows(il, held)
-        log_norm[il] = min(fits, key=lambda fitted: np.square(sizes_of(fitted, u, experts) - sizes).mean())
+    for il, coefficients in fitted.items():
+        log_norm[il] = coefficients
 
     def candidates(il: int) -> np.ndarray:
         """What the rule compares with the threshold, beyond the k_base best: [n_tokens, K - k_base], rising."""
-        u, experts, _, weights = rows(il, held)
+        u, experts, _, weights = _rows(kept[il], _held(apart))
         v = weights + sizes_of(log_norm[il], u, experts)
         return np.sort(v, axis=1)[:, : full[il] - k_base]
 

@@ -1,8 +1,8 @@
 """The regressions of `estimate.py`: closed forms from sums over tokens, so that no text has to be held in memory, and for
 directions that count where positive a small network, trained on inputs of fewer dimensions.
 
-Sums are kept in float32 and solved in float64. All regressions are ridge regressions: a part of the mean of the inputs'
-squares is added to the diagonal of their matrix of products.
+Sums are kept in float32 and solved in float64. All regressions are ridge regressions: a part of the mean of the inputs' squares, or
+so many tokens' worth, is added to the diagonal of their matrix of products.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OUTLIER = 8.0
 # Of the training of directions that count where positive: Adam's, the rate falling to zero. The penalty on the parameters' squares
 # is what keeps them from learning the text by heart, a part of the gradient and not a decay beside it (as AdamW has it): where the
 # text has something to say it weighs little. At a rate of 3e-3 without it up to half of the directions ended where no token is.
-_EPOCHS, _BATCH, _RATE, _PENALTY = 10, 128, 2e-3, 1e-3
+_EPOCHS, _BATCH, _RATE, PENALTY = 10, 128, 2e-3, 1e-3
 # Of subspaces towards the main ones: where the smallest of those that are wanted hardly differ from those that are not, a few
 # will do, and where their number is the rank of what is fitted, more.
 _ITERATIONS, _ITERATIONS_OF_RANK = 3, 10
@@ -124,8 +124,8 @@ def fit_sizes(
     to zero but to those that fit all experts at once, which are known from K times as many sizes.
 
     Args:
-        u: [n, n_down], of variance about 1. experts: int [n, K]. sizes: [n, K].
-        prior_tokens: how strongly they are drawn there, and those in common to zero: as by so many tokens.
+        u: [n, n_down]. experts: int [n, K]. sizes: [n, K].
+        prior_tokens: how strongly they are drawn there, and those in common to zero: as by so many tokens of variance 1.
 
     Returns:
         For each of prior_tokens float64 [n_expert, n_down + 1], the constant last; those of all experts for one that no token uses.
@@ -193,7 +193,7 @@ def positive_directions(
         gradients = _gradients(parameters, x[rows].astype(np.float32), u[rows], used[rows], wanted[rows])
         rate = _RATE * (1 - step / (_EPOCHS * n_batches))
         for parameter, gradient, (first, second) in zip(parameters, gradients, moments):
-            gradient = gradient + np.float32(_PENALTY) * parameter
+            gradient = gradient + np.float32(PENALTY) * parameter
             first += 0.1 * (gradient - first)
             second += 0.001 * (gradient**2 - second)
             corrected = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))

@@ -46,7 +46,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
     if settings.token_rule in (None, "threshold"):
         found += [("thresholds", _HALF * n_profile)] * 2
     found += [check]
-    if n_held < n_fit / 4 and n_plans > 1:
+    if n_held < n_fit / 4:
         found += [("held-out check", (n_fit / 4 - n_held) * (1 + _HALF * 2))]
     file = _FILE * sum(work for _, work in found)
     return [("loading the model", file), *found, ("writing the model", file)]

@@ -533,7 +533,7 @@ static kernel kernel_for() {
     k.one_by_one = { gather<L, X>, multiply_rows_by_one<L> };
     k.panels     = { gather<L, X>, multiply_rows<L> };
 #if defined(ALLOCMOE_AMX)
-    if constexpr (whole_blocks<L> && !L::SIGNED) { // IQ4_XS: its scales lie otherwise
+    if constexpr (whole_blocks<L> && !L::SIGNED) { // IQ4_XS: its scales lie otherwise, and its codes take all 8 bits
         k.amx = { gather_amx<L>, multiply_rows_amx<L> };
     }
 #endif

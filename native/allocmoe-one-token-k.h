@@ -1,4 +1,4 @@
-// The end of allocmoe-one-token.h: K-quants on x86, for one token, in whole blocks (allocmoe-whole-blocks.h).
+// The end of allocmoe-one-token.h: K-quants and IQ4_XS on x86, for one token, in whole blocks (allocmoe-whole-blocks.h).
 #pragma once
 
 #include "allocmoe-one-token.h"

@@ -1,6 +1,6 @@
 // Quantised weights as panels: 16 rows by up to 256 columns of 8-bit codes, interleaved so that one vector register holds
 // four columns of many rows. A weight is d*(code - offset) + m, with one d and m for each row and sub-block of columns.
-// Every type that has a format below can be multiplied by the kernels in allocmoe-mul-mat.cpp: that one, or for K-quants
+// Every type that has a format below can be multiplied by the kernels in allocmoe-mul-mat.cpp: that one, or for K-quants and IQ4_XS
 // the one that adds up a block's sub-blocks as integers, with one d and m for each row and block.
 #pragma once
 

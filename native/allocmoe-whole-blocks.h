@@ -1,4 +1,4 @@
-// K-quants on x86: the 256 columns of a block are added up as integers, each sub-block times its
+// K-quants and IQ4_XS on x86: the 256 columns of a block are added up as integers, each sub-block times its
 // integer scale, and become a float once in a block. Without this every sub-block has sums of its own to widen, to add up
 // across registers and to scale, which took more instructions than the products. Scaling costs none: what adds pairs of
 // 16-bit sums multiplies them, too.

@@ -254,17 +254,26 @@ def test_the_best_division_among_layers_is_chosen(llm, profile):
 
 
 def test_the_two_best_are_told_apart_on_further_text(llm, profile):
-    """Windows that are held out and have been compared on are not compared on again; what is written is best on all together."""
-    windows = np.random.default_rng(2).integers(3, 300, (4, 64)).astype(np.int32)
+    """By windows that they have not been compared on, and those that they have: here the second on these is the better one on all."""
+    windows = np.random.default_rng(5).integers(3, 300, (4, 64)).astype(np.int32)
     text = CalibrationText(windows[:1], windows[:1], windows[:1], windows, profile.calibration)
     found = choose.choose(llm, profile, 8, FULL, text, "estimate")
-    estimates = [name for name in found.scores if "estimate" in name]
-    best = sorted(estimates, key=lambda name: found.scores[name].kl)[:2]
-    assert found.n_further == 3 * 64 and set(found.further) == {*best, "full"}
-    kl = {name: (found.scores[name].kl + 3 * found.further[name].kl) / 4 for name in best}
-    chosen = min(kl, key=kl.get)
+    first, second = sorted((n for n in found.scores if "estimate" in n), key=lambda n: found.scores[n].kl)[:2]
+    assert found.n_further == 3 * 64 and set(found.further) == {first, second, "full"}
     plans = {name: plan for name, (_, plan) in choose._estimates(profile, 8, FULL).items()}
-    assert found.plan.expert_used_count == plans[chosen].expert_used_count
-    everything = choose.scores(llm, FULL, {chosen: plans[chosen]}, windows)[chosen]
-    assert kl[chosen] == pytest.approx(everything.kl, rel=1e-9)
+    assert found.plan == plans[second] == found.profile.plan(8, FULL)
+    on_all = choose.scores(llm, FULL, {name: plans[name] for name in (first, second)}, windows)
+    assert on_all[second].kl < on_all[first].kl
+    for name in (first, second):
+        assert (found.scores[name].kl + 3 * found.further[name].kl) / 4 == pytest.approx(on_all[name].kl, rel=1e-9)
     assert found.profile.held_out.n_tokens == 64
+
+
+def test_plans_without_estimates_are_compared_once(llm, profile):
+    """Where none is an estimate, what is best on held-out text is written, with its own profile."""
+    windows = np.random.default_rng(5).integers(3, 300, (4, 64)).astype(np.int32)
+    text = CalibrationText(windows[:1], windows[:1], windows[:1], windows, profile.calibration)
+    found = choose.choose(llm, replace(profile, estimator=None), 8, FULL, text)
+    best = min((n for n in found.scores if n != "full"), key=lambda n: found.scores[n].kl)
+    assert not found.further and best.startswith(found.profile.allocation)
+    assert found.profile.plan(8, FULL) == found.plan

@@ -62,7 +62,7 @@ def test_positive_directions_find_what_is_not_linear():
 
 def test_directions_do_not_learn_the_text_by_heart():
     """Sizes that are half noise, which all of a token's experts have in common, of few tokens for so many inputs: a third of what other
-    tokens' vary by is explained; without the penalty 0.06, and of the tokens themselves no more than with it."""
+    tokens' vary by is explained, without the penalty 0.06."""
     rng = np.random.default_rng(4)
     x = rng.standard_normal((8000, 100)).astype(np.float32)
     experts = np.array([rng.permutation(N_EXPERT)[:K] for _ in x])

@@ -37,12 +37,16 @@ FOREIGN_OPTIONS = {
     "--version",
     "--build",
     "--target",
+    "--install",
+    "--component",
+    "--prefix",
     "--api-key-file",
     # pip's and debootstrap's, for another machine
     "--platform",
     "--only-binary",
     "--foreign",
     "--arch",
+    "--variant",
     "--include",
     # the evaluation harness's
     "--model",

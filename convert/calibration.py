@@ -87,7 +87,7 @@ def self_generated(
     bos = bos_token(llm)
     start = next((t for t in (bos, llm.token_bos(), llm.token_eos()) if t is not None and t >= 0), 0)
     needed = _n_windows(max(n_tokens, n_fit), n_ctx) * (n_ctx - (bos is not None))
-    n_max = min(_PIECE, n_ctx - 2)
+    n_max = max(1, min(_PIECE, n_ctx - 2))
     tokens: list = []
     n_documents = 0
     with progress_bar("calibration text", needed, "tok") as bar:

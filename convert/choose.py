@@ -153,7 +153,8 @@ def choose(
 
 def _without(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Those rows that are not among the others."""
-    return rows[~(rows[:, None] == others).all(axis=2).any(axis=1)]
+    known = {row.tobytes() for row in others}
+    return rows[[row.tobytes() not in known for row in rows]]
 
 
 def _estimates(profile: Profile, total: int, full: tuple) -> Dict[str, Tuple[Profile, Plan]]:
@@ -192,7 +193,7 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
 
     By bisection, so it takes perplexity to fall as the total grows; the full budget where nothing less will do.
     """
-    low, high = sum(min(k, profile.k_base if profile.estimator else 1) for k in full), sum(full)
+    low, high = sum(min(k, profile.k_base) for k in full), sum(full)
     while low < high:
         middle = (low + high) // 2
         plans = {a: replace(profile, allocation=a).plan(middle, full, "off") for a in ("alloc-l", "uniform")}

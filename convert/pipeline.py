@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Optional
 
-from allocmoe_edge import Llama, Plan, parse_budget
+from allocmoe_edge import Llama, Plan
 from allocmoe_edge.command import load_errors
 from allocmoe_edge.measure import memory
 from allocmoe_edge.plan.estimator import Estimator
@@ -211,8 +211,7 @@ def _estimator(
     needed = _memory_needed(task, text.fit.shape)
     say(f"calibrating estimates of experts on {text.fit.size} tokens, {needed / 1e9:.1f} GB beside the model")
     # at full budget nothing is skipped to learn from
-    half = parse_budget("0.5", sum(task.full), sum(k > 0 for k in task.full))
-    at = max(task.total if task.total < sum(task.full) else half, task.least)
+    at = max(task.total if task.total < sum(task.full) else -(-sum(task.full) // 2), task.least)
     try:
         found = estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
         reason = "this model, or the backend that it runs on, cannot leave out single experts of a token"

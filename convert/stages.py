@@ -12,17 +12,16 @@ from .task import Task
 _WRITTEN, _RECORDED, _HALF = 1.65, 1.05, 0.7
 # of all that: to load the model, and to write a file
 _FILE = 0.01
-# bisections of the smallest budget
-_BISECTIONS = 9
 
 
 def expected(task: Task) -> List[Tuple[str, float]]:
     """The bars of a conversion that runs the model, in their order, and the work of each in tokens through the whole model."""
     settings, full = task.settings, task.full
     tries = task.tries_estimates and not task.calibrated
-    n_profile = task.calib_tokens
+    # a window is the least
+    n_profile = max(task.calib_tokens, settings.ctx_size)
     n_fit = max(n_profile, settings.estimate_tokens) if tries else n_profile
-    n_held = min(n_profile, n_fit / 4)
+    n_held = min(n_profile, max(n_fit / 4, settings.ctx_size))
     found = []
     if settings.calib is None:
         found += [("calibration text", _WRITTEN * 1.25 * n_fit)]
@@ -42,7 +41,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
     n_plans = 2 + (settings.token_rule is None) * 2 + task.tries_estimates * choose.N_ESTIMATES
     check = ("held-out check", n_held * (1 + _HALF * n_plans))
     if settings.max_ppl_increase is not None:
-        found += [check] * _BISECTIONS
+        found += [check] * (sum(full) - task.least).bit_length()
     if settings.token_rule in (None, "threshold"):
         found += [("thresholds", _HALF * n_profile)] * 2
     found += [check]

@@ -84,6 +84,10 @@ def plan_task(settings: Settings, gguf: Source) -> Task:
         raise ConvertError(f"{settings.model}: a dense model: it has no experts to allocate")
     if model.side_file and not settings.plan_only:
         raise ConvertError(f"{settings.model}: has a plan and no model: only --plan-only can write from it")
+    if max(model.full) == 1 and "budget" not in settings.given:
+        raise ConvertError(
+            f"{settings.model}: its tokens use one expert in each layer: there is none to leave out; --budget 1.0 writes the file all the same"
+        )
     total = parse_budget(settings.budget, sum(model.full), sum(k > 0 for k in model.full))
     if settings.fixed_budget and looks_like_percent(settings.budget, sum(model.full)):
         say(

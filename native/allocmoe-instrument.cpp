@@ -231,8 +231,10 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
     const auto first = std::find_if(nodes.begin(), nodes.end(), [&](ggml_tensor * node) {
         return il >= 0 && layer_of_output(node) == il && ggml_nelements(node) == (int64_t) kept[il].size();
     });
-    // a graph of as many nodes as the one that memory was reserved for must have them, and its leafs, in the same order
-    if (first == nodes.end() && !instrument.keep_outputs && logits) {
+    // A graph of as many nodes as the one that memory was reserved for must have them, and its leafs, in the same order. So where
+    // nothing is added, as in a model whose layers' outputs have no name, and nothing left out, it stays as it is.
+    const bool keeps = instrument.keep_outputs && std::any_of(nodes.begin(), nodes.end(), [](const ggml_tensor * node) { return layer_of_output(node) >= 0; });
+    if (first == nodes.end() && !keeps && logits) {
         return;
     }
 

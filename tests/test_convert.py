@@ -22,6 +22,7 @@ from allocmoe_edge.measure.perplexity import negative_log_likelihood
 from allocmoe_edge.plan import TOKEN_RULES, metadata
 from gguf_factory import plan_keys, write_gguf
 import numpy as np
+import odd_models
 import pytest
 
 COMMAND = [shutil.which("allocmoe-convert", path=os.path.dirname(sys.executable))]
@@ -506,6 +507,40 @@ def test_max_ppl_increase(converted, tmp_path):
         assert "using the sensitivities" in done.stderr and "profiling" not in done.stderr
         totals.append(metadata.read(tmp_path / "o.gguf").plan.budget_total)
     assert totals[0] > totals[1] > totals[2] == 30
+
+
+def test_max_ppl_increase_leaves_k_base(tiny, tmp_path):
+    """No budget below what every token keeps is looked at, however much may be lost: it was 4."""
+    options = *TEXT, "--token-rule", "threshold", "--k-base", "2", "--max-ppl-increase", "1000000%"
+    done = run(tiny.gguf_path, *options, "-o", tmp_path / "o.gguf")
+    assert done.returncode == 0, done.stderr
+    assert metadata.read(tmp_path / "o.gguf").plan.budget_total == 8
+
+
+def test_windows_of_two_tokens(tiny, tmp_path):
+    """The model writes documents of one token then; of none, it divided by zero."""
+    done = run(
+        tiny.gguf_path, "--ctx-size", "2", "--calib-tokens", "8", "--token-rule", "off", "-o", tmp_path / "o.gguf"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_whose_layers_have_no_output_to_keep(tmp_path):
+    """DeepSeek-V4's: its profile ended in a fault, for a graph with nothing added had its leafs in another order."""
+    model = odd_models.write_deepseek4(tmp_path / "m.gguf", 1)
+    options = "--ctx-size", "64", "--calib-tokens", "128", "--token-rule", "off"
+    done = run(model, *options, "-o", tmp_path / "o.gguf", stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert metadata.read(tmp_path / "o.gguf").plan.expert_used_count[0] == metadata.read(model).full[0]
+
+
+def test_one_expert_a_token(tmp_path, monkeypatch):
+    monkeypatch.setattr(odd_models, "N_EXPERT_USED", 1)
+    model = odd_models.write_qwen3moe(tmp_path / "m.gguf")
+    refused(model, *TEXT, "-o", tmp_path / "o.gguf", expect="there is none to leave out; --budget 1.0 writes the file")
+    for rule in ((), ("--token-rule", "estimate")):
+        done = run(model, *QUICK, *rule, "--budget", "1.0", "-o", tmp_path / "o.gguf", "--force")
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("pair", [("--budget=0.5", "--target-tps=9"), ("--target-tps=9", "--max-ppl-increase=3%")])

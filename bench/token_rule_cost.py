@@ -17,7 +17,8 @@ import sys
 
 from allocmoe_edge import GGUFError, Llama, Plan, PlanError, parse_budget
 from allocmoe_edge.bench import BenchError, machine, measure, report
-from allocmoe_edge.convert import estimate, estimator_fit, thresholds
+from allocmoe_edge.convert import estimate, thresholds
+from allocmoe_edge.convert.estimator_fit import N_RELU, N_SIZE, RANK
 from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.measure.traffic import WeightTraffic
 from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
@@ -49,11 +50,7 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
 
 def random_estimator(llm: Llama, n_layer: int) -> Estimator:
     rng = np.random.default_rng(0)
-    n_embd, rank, n_down = (
-        llm.n_embd(),
-        estimator_fit.RANK,
-        estimator_fit.RANK + estimator_fit.N_SIZE + estimator_fit.N_RELU,
-    )
+    n_embd, rank, n_down = llm.n_embd(), RANK, RANK + N_SIZE + N_RELU
     n_expert = estimate.n_expert_of(llm)
 
     def draw(*shape, scale):
@@ -65,7 +62,7 @@ def random_estimator(llm: Llama, n_layer: int) -> Estimator:
         draw(n_layer, n_expert, rank, scale=0.1),
         draw(n_layer, rank, n_embd, scale=0.01),
         np.zeros((n_layer, N_QUANTILES)),
-        estimator_fit.N_RELU,
+        N_RELU,
     )
 
 

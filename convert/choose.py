@@ -170,13 +170,16 @@ def _estimates(profile: Profile, total: int, full: tuple) -> Dict[str, Tuple[Pro
 
 def report(choice: Choice) -> None:
     """Says what was compared, and where the choice is not what one would expect."""
+
+    def table(found: Dict[str, Score]) -> None:
+        for name, score in found.items():
+            say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
+
     say("on held-out text:  perplexity  divergence (nats)  activations")
-    for name, score in choice.scores.items():
-        say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
+    table(choice.scores)
     if choice.further:
         say(f"the two best on {choice.n_further} further tokens, by which and the above the better one is chosen:")
-    for name, score in choice.further.items():
-        say(f"  {score.perplexity:26.3f}  {score.kl:17.4f}  {score.spent:11.0f}  {name}")
+        table(choice.further)
     held_out = choice.profile.held_out
     if choice.plan.token_rule == "estimate":
         if held_out is not None and held_out.kl_plan > held_out.kl_uniform:

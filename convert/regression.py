@@ -139,9 +139,11 @@ def fit_sizes(
         inputs -= means[e][0]
         products[e], targets[e] = inputs.T @ inputs, inputs.T @ (values - means[e][1])
 
+    all_products, all_targets = sum(products.values()), sum(targets.values())
+
     def with_prior(prior: float) -> np.ndarray:
         diagonal = prior * np.eye(n_down)
-        common = np.linalg.solve(sum(products.values()) + diagonal, sum(targets.values()))
+        common = np.linalg.solve(all_products + diagonal, all_targets)
         found = np.tile(np.append(common, sizes.mean() - common @ u.mean(axis=0)), (n_expert, 1))
         for e, (mean, value) in means.items():
             slope = common + np.linalg.solve(products[e] + diagonal, targets[e] - products[e] @ common)

@@ -133,6 +133,9 @@ struct row_block {
     int64_t n_rows() const { return n_heads * n_tokens; } // at most TILE
     int64_t head(int64_t row) const { return head0 + row % n_heads; }
     int64_t token(int64_t row) const { return token0 + row / n_heads; }
+    bool same_lines(const row_block & other) const { // for other heads
+        return stream == other.stream && token0 == other.token0 && n_tokens == other.n_tokens && lines == other.lines;
+    }
 };
 
 // Of one thread, in params->wdata.
@@ -156,12 +159,12 @@ struct scratch {
 struct found {
     float *max, *sum, *values;
 
-    static int64_t size(const flash & f) { return TILE * (f.n_v + 2); } // of TILE rows
-    found(float * memory) : max(memory), sum(max + TILE), values(sum + TILE) {}
-    void clear(const flash & f, int64_t row, int64_t n_rows) {
-        std::fill(max + row, max + row + n_rows, -INFINITY);
-        std::fill(sum + row, sum + row + n_rows, 0.0f);
-        memset(values + row * f.n_v, 0, n_rows * f.n_v * sizeof(float));
+    static int64_t size(const flash & f, int64_t n_rows) { return n_rows * (f.n_v + 2); }
+    found(float * memory, int64_t n_rows) : max(memory), sum(max + n_rows), values(sum + n_rows) {}
+    void clear(const flash & f, int64_t n_rows) {
+        std::fill(max, max + n_rows, -INFINITY);
+        std::fill(sum, sum + n_rows, 0.0f);
+        memset(values, 0, n_rows * f.n_v * sizeof(float));
     }
     void add(const flash & f, int64_t row, const found & other, int64_t row_of_other) {
         if (other.sum[row_of_other] == 0.0f) {
@@ -327,14 +330,14 @@ private:
 };
 
 // scores[line][row] of a tile: keys by queries, the rows side by side in a vector.
-void score_rows(int64_t n_rows, int64_t n, const scratch & work, int64_t n_lines) {
+void score_rows(const float * queries, int64_t n_rows, int64_t n, const scratch & work, int64_t n_lines) {
     const int64_t n_vectors = (n_rows + LANES - 1) / LANES;
     int64_t j               = 0;
     for (; j + ACROSS <= n_vectors; j += ACROSS) {
-        score_lines<ACROSS>(work.keys, n_lines, n, work.queries + j * LANES, work.scores + j * LANES);
+        score_lines<ACROSS>(work.keys, n_lines, n, queries + j * LANES, work.scores + j * LANES);
     }
     for (; j < n_vectors; ++j) {
-        score_lines<1>(work.keys, n_lines, n, work.queries + j * LANES, work.scores + j * LANES);
+        score_lines<1>(work.keys, n_lines, n, queries + j * LANES, work.scores + j * LANES);
     }
 }
 
@@ -455,61 +458,96 @@ void weigh_row(const flash & f, float * scores, int64_t n_lines, float & max, fl
 // together, nor on how much of the cache is still empty.
 constexpr int64_t PARTS = 24, PIECE = 2 * TILE, FEW_ROWS = 3;
 
-void pack(const flash & f, const row_block & block, const scratch & work) {
-    memset(work.queries, 0, TILE * f.n_k * sizeof(float)); // zeros in lanes without a row
-    for (int64_t r = 0; r < block.n_rows(); ++r) {
-        const float * query = f.query(block.stream, block.head(r), block.token(r));
-        for (int64_t e = 0; e < f.n_k; ++e) {
-            work.queries[e * TILE + r] = query[e] * f.scale;
+// The tiles of one of the parts, in their order: do_tile(first line, lines)
+template <typename T>
+void each_tile(int64_t n_lines, int64_t part, const T & do_tile) {
+    for (int64_t piece = part * PIECE; piece < n_lines; piece += PARTS * PIECE) {
+        const int64_t end = std::min(piece + PIECE, n_lines);
+        for (int64_t line = piece; line < end; line += TILE) {
+            do_tile(line, std::min(TILE, end - line));
         }
     }
 }
 
-// A block's rows, packed, over one part of the cache; `into` from row `row` on.
-void attend(const flash & f, const row_block & block, int64_t part, const scratch & work, found & into, int64_t row) {
-    const int64_t n_rows = block.n_rows();
-    // side by side they would leave most of a vector empty
-    const bool few = n_rows <= FEW_ROWS && f.k->type == GGML_TYPE_F16 && f.v->type == GGML_TYPE_F16 && f.n_k % LANES == 0;
-    into.clear(f, row, n_rows);
-    for (int64_t piece = part * PIECE; piece < block.n_lines; piece += PARTS * PIECE) {
-        for (int64_t line0 = piece; line0 < std::min(piece + PIECE, block.n_lines); line0 += TILE) {
-            const open_lines lines(f, block, line0, std::min(TILE, block.n_lines - line0));
-            if (lines.n == 0) {
-                continue;
+// The queries of blocks, TILE rows in all at most, side by side. Lanes without a row get zeros, or the rows of the block beside.
+void pack(const flash & f, const row_block * blocks, size_t n_blocks, const scratch & work) {
+    memset(work.queries, 0, TILE * f.n_k * sizeof(float));
+    float * column = work.queries;
+    for (size_t i = 0; i < n_blocks; ++i) {
+        for (int64_t r = 0; r < blocks[i].n_rows(); ++r, ++column) {
+            const float * query = f.query(blocks[i].stream, blocks[i].head(r), blocks[i].token(r));
+            for (int64_t e = 0; e < f.n_k; ++e) {
+                column[e * TILE] = query[e] * f.scale;
             }
-            float *max = into.max + row, *sum = into.sum + row, *out = into.values + row * f.n_v;
-            if (few && lines.in_one_piece()) {
-                const char * keys   = f.line(f.k, block.stream, block.head0, lines.line[0]);
-                const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
-                transpose_lines(keys, f.k->nb[1], lines.n, f.n_k, work);
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    score_row(work.keys, f.n_k, work.queries + r, work.scores + r * TILE);
-                }
-                finish_scores(f, block, work.scores, 1, TILE, lines);
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    weigh_row(f, work.scores + r * TILE, lines.n, max[r], sum[r], out + r * f.n_v);
-                }
-                add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, out, f.n_v, n_rows);
-                continue;
-            }
-            for (int64_t i = 0; block.lines && i < lines.n; ++i) { // scattered, so that the processor does not guess them
-                for (const ggml_tensor * cache : { f.k, f.v }) {
-                    const char * line = f.line(cache, block.stream, block.head0, lines.line[i]);
-                    for (size_t byte = 0; byte < ggml_row_size(cache->type, cache->ne[0]); byte += 64) {
+        }
+    }
+}
+
+// Asks for the lines of a tile, of all heads of the blocks. What lies in one piece is read from its beginning to its end, all heads'
+// lines together, so that the hardware fetches ahead, which it does not where each head reads its own: that took half of the time
+// where the cache is larger than those of the processor.
+void fetch(const flash & f, const row_block * blocks, size_t n_blocks, const open_lines & lines) {
+    for (const ggml_tensor * cache : { f.k, f.v }) {
+        const int64_t size = ggml_row_size(cache->type, cache->ne[0]);
+        for (int64_t i = 0; i < lines.n; ++i) {
+            for (size_t j = 0; j < n_blocks; ++j) {
+                const char * line = f.line(cache, blocks[j].stream, blocks[j].head0, lines.line[i]);
+                for (int64_t byte = 0; byte < size; byte += 64) {
+                    if (blocks->lines) {
                         __builtin_prefetch(line + byte);
+                    } else {
+                        (void) *(const volatile char *) (line + byte);
                     }
                 }
             }
-            for (int64_t i = 0; i < lines.n; ++i) {
-                line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i]), f.n_k, work.keys + i * f.n_k);
-                line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
-            }
-            score_rows(n_rows, f.n_k, work, lines.n);
-            finish_scores(f, block, work.scores, TILE, 1, lines);
-            weigh(f, work, lines.n, n_rows, max, sum, out);
-            add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, out, f.n_v, n_rows);
         }
     }
+}
+
+// A block's rows, whose queries are packed, over the open lines of one tile.
+void attend(const flash & f, const row_block & block, const float * queries, const open_lines & lines, const scratch & work, const found & into) {
+    const int64_t n_rows = block.n_rows();
+    // side by side they would leave most of a vector empty
+    if (n_rows <= FEW_ROWS && f.k->type == GGML_TYPE_F16 && f.v->type == GGML_TYPE_F16 && f.n_k % LANES == 0 && lines.in_one_piece()) {
+        const char * keys   = f.line(f.k, block.stream, block.head0, lines.line[0]);
+        const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
+        transpose_lines(keys, f.k->nb[1], lines.n, f.n_k, work);
+        for (int64_t r = 0; r < n_rows; ++r) {
+            score_row(work.keys, f.n_k, queries + r, work.scores + r * TILE);
+        }
+        finish_scores(f, block, work.scores, 1, TILE, lines);
+        for (int64_t r = 0; r < n_rows; ++r) {
+            weigh_row(f, work.scores + r * TILE, lines.n, into.max[r], into.sum[r], into.values + r * f.n_v);
+        }
+        add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, into.values, f.n_v, n_rows);
+        return;
+    }
+    for (int64_t i = 0; i < lines.n; ++i) {
+        line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i]), f.n_k, work.keys + i * f.n_k);
+        line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
+    }
+    score_rows(queries, n_rows, f.n_k, work, lines.n);
+    finish_scores(f, block, work.scores, TILE, 1, lines);
+    weigh(f, work, lines.n, n_rows, into.max, into.sum, into.values);
+    add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, into.values, f.n_v, n_rows);
+}
+
+// Blocks that are alike but for their heads, over one part of the cache.
+void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int64_t part, const float * queries, const scratch & work, found * into) {
+    for (size_t i = 0; i < n_blocks; ++i) {
+        into[i].clear(f, blocks[i].n_rows());
+    }
+    each_tile(blocks->n_lines, part, [&](int64_t line0, int64_t n_lines) {
+        const open_lines lines(f, *blocks, line0, n_lines);
+        if (lines.n == 0) {
+            return;
+        }
+        fetch(f, blocks, n_blocks, lines);
+        const float * of_block = queries;
+        for (size_t i = 0; i < n_blocks; of_block += blocks[i++].n_rows()) {
+            attend(f, blocks[i], of_block, lines, work, into[i]);
+        }
+    });
 }
 
 // All rows, in blocks of TILE at most. A token whose lines are scattered, as in a cache that many sequences share, is in a block
@@ -593,8 +631,8 @@ private:
 // A thread takes a block after the other.
 void attend_by_blocks(const flash & f, const ggml_compute_params * params, const scratch & work) {
     thread_local std::vector<float> memory;
-    memory.resize(2 * found::size(f));
-    found all(memory.data()), here(all.max + found::size(f));
+    memory.resize(2 * found::size(f, TILE));
+    found all(memory.data(), TILE), here(memory.data() + found::size(f, TILE), TILE);
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
@@ -602,10 +640,10 @@ void attend_by_blocks(const flash & f, const ggml_compute_params * params, const
     const std::vector<row_block> & blocks = row_blocks::of(f);
     for (size_t i = params->ith; i < blocks.size(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const row_block & block = blocks[i];
-        pack(f, block, work);
-        all.clear(f, 0, block.n_rows());
+        pack(f, &block, 1, work);
+        all.clear(f, block.n_rows());
         for (int64_t part = 0; part < PARTS && part * PIECE < block.n_lines; ++part) {
-            attend(f, block, part, work, here, 0);
+            attend_part(f, &block, 1, part, work.queries, work, &here);
             for (int64_t r = 0; r < block.n_rows(); ++r) {
                 all.add(f, r, here, r);
             }
@@ -616,38 +654,89 @@ void attend_by_blocks(const flash & f, const ggml_compute_params * params, const
     }
 }
 
-// A thread takes every nth part of the cache, for TILE rows at most; then what all have found is put together. It begins with
-// another part for each block: a token with few lines has one part alone.
+// One part of the cache for one block.
+struct share {
+    const row_block * block;
+    int64_t column, part, n_pieces; // where its queries are packed
+    int64_t thread, row;            // whose it is, and which of that thread's rows its first is
+};
+
+// Blocks of TILE rows at most, divided among threads: a part of the cache after the other, and of each all blocks, so that a thread has
+// neighbouring heads, whose lines are neighbours in memory. Each takes as many pieces as the others.
+void divide(const row_block * begin, const row_block * end, int64_t n_threads, std::vector<share> & shares) {
+    shares.clear();
+    int64_t n_pieces = 0;
+    for (int64_t part = 0; part < PARTS; ++part) {
+        int64_t column = 0;
+        for (const row_block * block = begin; block < end; column += block++->n_rows()) {
+            const int64_t n_here = ((block->n_lines + PIECE - 1) / PIECE - part + PARTS - 1) / PARTS;
+            if (n_here > 0) {
+                shares.push_back({ block, column, part, n_here, 0, 0 });
+                n_pieces += n_here;
+            }
+        }
+    }
+    int64_t before = 0, thread = 0, row = 0;
+    for (share & s : shares) {
+        if (before * n_threads / n_pieces != thread) {
+            thread = before * n_threads / n_pieces, row = 0;
+        }
+        s.thread = thread, s.row = row;
+        before += s.n_pieces;
+        row += s.block->n_rows();
+    }
+}
+
+// Each thread takes its share of the cache, for TILE rows at most; then what all have found is put together.
 void attend_by_parts(const flash & f, const ggml_compute_params * params, const scratch & work, float ** found_of) {
     const int ith = params->ith, nth = params->nth;
-    const int64_t n_parts = std::min(PARTS, (f.n_kv + PIECE - 1) / PIECE);
     thread_local std::vector<float> memory;
-    memory.resize(((n_parts + nth - 1) / nth + 1) * found::size(f));
-    found_of[ith] = memory.data() + found::size(f);
-    found all(memory.data());
-    const auto found_in = [&](int64_t part, size_t block) { return found(found_of[(part + block) % nth] + part / nth * found::size(f)); };
+    thread_local std::vector<share> shares;
+    thread_local std::vector<found> mine;
 
     const std::vector<row_block> & blocks = row_blocks::of(f);
     for (size_t i = 0, end; i < blocks.size(); i = end) {
-        int64_t n_rows = 0;
-        for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end].n_rows(), ++end) {
-            pack(f, blocks[end], work);
-            for (int64_t part = (ith + nth - int64_t(end % nth)) % nth; part < n_parts; part += nth) {
-                found here = found_in(part, end);
-                attend(f, blocks[end], part, work, here, n_rows);
+        int64_t n_rows = 0, n_found = 0;
+        for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end++].n_rows()) {
+        }
+        pack(f, &blocks[i], end - i, work);
+        divide(&blocks[i], &blocks[i] + (end - i), nth, shares);
+        for (const share & s : shares) {
+            n_found += s.thread == ith ? s.block->n_rows() : 0;
+        }
+        memory.resize(found::size(f, TILE + n_found));
+        found all(memory.data(), TILE);
+        found_of[ith]       = memory.data() + found::size(f, TILE);
+        const auto found_in = [&](const share & s) { return found(found_of[s.thread] + found::size(f, s.row), s.block->n_rows()); };
+
+        for (auto first = shares.begin(); first < shares.end();) {
+            mine.clear();
+            auto last = first;
+            for (; last < shares.end() && last->thread == ith && last->part == first->part && last->block->same_lines(*first->block); ++last) {
+                mine.push_back(found_in(*last));
             }
+            if (last == first) {
+                ++first;
+                continue;
+            }
+            attend_part(f, first->block, mine.size(), first->part, work.queries + first->column, work, mine.data());
+            first = last;
         }
         ggml_barrier(params->threadpool);
+        all.clear(f, n_rows);
+        for (const share & s : shares) {
+            const found from = found_in(s);
+            for (int64_t r = 0; r < s.block->n_rows(); ++r) {
+                if ((s.column + r) % nth == ith) {
+                    all.add(f, s.column + r, from, r);
+                }
+            }
+        }
         int64_t row = 0;
         for (size_t j = i; j < end; ++j) {
-            const row_block & block = blocks[j];
-            for (int64_t r = 0; r < block.n_rows(); ++r, ++row) {
+            for (int64_t r = 0; r < blocks[j].n_rows(); ++r, ++row) {
                 if (row % nth == ith) {
-                    all.clear(f, 0, 1);
-                    for (int64_t part = 0; part < n_parts; ++part) {
-                        all.add(f, 0, found_in(part, j), row);
-                    }
-                    f.finish(block.stream, block.head(r), block.token(r), all.max[0], all.sum[0], all.values);
+                    f.finish(blocks[j].stream, blocks[j].head(r), blocks[j].token(r), all.max[row], all.sum[row], all.values + row * f.n_v);
                 }
             }
         }

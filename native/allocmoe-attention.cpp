@@ -70,6 +70,8 @@ constexpr int64_t TILE = 64; // lines of the cache; rows, of which each is a hea
 // vectors of products kept in registers, and of them side by side
 constexpr int N_PRODUCTS = LANES == 8 ? 12 : 16, ACROSS = LANES == 8 ? 2 : 4;
 
+constexpr int64_t CHUNK = 128; // elements of a key that are floats at a time
+
 static_assert(TILE == ggml_fa_tile_config::Q && TILE == ggml_fa_tile_config::KV, "llama.cpp plans params->wdata for its tiles");
 
 struct flash {
@@ -140,18 +142,20 @@ struct row_block {
 
 // Of one thread, in params->wdata.
 struct scratch {
-    float * scores;       // [TILE lines][TILE rows]
-    float *keys, *values; // [TILE lines][n_k], [n_v]
-    float * queries;      // [n_k][TILE rows], times the scale
-    ggml_fp16_t * lines;  // [LANES][n_k]
+    float * scores;      // [TILE lines][TILE rows]
+    float * keys;        // [N_PRODUCTS lines][CHUNK], or [n_k][TILE lines]
+    float * values;      // [TILE lines][n_v]
+    float * queries;     // of each block [n_k][its rows], times the scale, and a vector more
+    ggml_fp16_t * lines; // [LANES][n_k]
 
-    static int64_t size(const flash & f) { return TILE * (TILE + 2 * f.n_k + f.n_v) + LANES * f.n_k / 2; }
+    static int64_t n_keys(const flash & f) { return std::max(N_PRODUCTS * CHUNK, TILE * f.n_k); }
+    static int64_t size(const flash & f) { return TILE * (TILE + f.n_v + f.n_k) + n_keys(f) + LANES + LANES * f.n_k / 2; }
     scratch(const flash & f, float * work) {
         scores  = work;
         keys    = scores + TILE * TILE;
-        values  = keys + TILE * f.n_k;
+        values  = keys + n_keys(f);
         queries = values + TILE * f.n_v;
-        lines   = (ggml_fp16_t *) (queries + TILE * f.n_k);
+        lines   = (ggml_fp16_t *) (queries + TILE * f.n_k + LANES);
     }
 };
 
@@ -199,22 +203,23 @@ void line_to_float(ggml_type type, const char * line, int64_t n, float * out) {
     }
 }
 
-// scores[line][row]: LINES keys [n] by VECTORS * LANES rows of queries[element][row]
-template <int LINES, int VECTORS>
-void score(const float * keys, int64_t n, const float * queries, float * scores) {
-    vec sum[LINES][VECTORS];
+// scores[line][row] of LINES keys [CHUNK] by VECTORS of queries[element][row], n elements; `more`: added to what is there.
+template <typename V, int LINES, int VECTORS>
+void score(const float * keys, int64_t n, const float * queries, int64_t n_rows, float * scores, bool more) {
+    constexpr int N = sizeof(V) / sizeof(float);
+    V sum[LINES][VECTORS];
     for (int i = 0; i < LINES; ++i) {
         for (int j = 0; j < VECTORS; ++j) {
-            sum[i][j] = zero();
+            sum[i][j] = more ? load_as<V>(scores + i * TILE + j * N) : broadcast_as<V>(0.0f);
         }
     }
     for (int64_t e = 0; e < n; ++e) {
-        vec query[VECTORS];
+        V query[VECTORS];
         for (int j = 0; j < VECTORS; ++j) {
-            query[j] = load(queries + e * TILE + j * LANES);
+            query[j] = load_as<V>(queries + e * n_rows + j * N);
         }
         for (int i = 0; i < LINES; ++i) {
-            const vec key = broadcast(keys[i * n + e]);
+            const V key = broadcast_as<V>(keys[i * CHUNK + e]);
             for (int j = 0; j < VECTORS; ++j) {
                 sum[i][j] = multiply_add(key, query[j], sum[i][j]);
             }
@@ -222,20 +227,20 @@ void score(const float * keys, int64_t n, const float * queries, float * scores)
     }
     for (int i = 0; i < LINES; ++i) {
         for (int j = 0; j < VECTORS; ++j) {
-            store(scores + i * TILE + j * LANES, sum[i][j]);
+            store(scores + i * TILE + j * N, sum[i][j]);
         }
     }
 }
 
-template <int VECTORS>
-void score_lines(const float * keys, int64_t n_lines, int64_t n, const float * queries, float * scores) {
+template <typename V, int VECTORS>
+void score_lines(const float * keys, int64_t n_lines, int64_t n, const float * queries, int64_t n_rows, float * scores, bool more) {
     constexpr int LINES = N_PRODUCTS / VECTORS;
     int64_t i           = 0;
     for (; i + LINES <= n_lines; i += LINES) {
-        score<LINES, VECTORS>(keys + i * n, n, queries, scores + i * TILE);
+        score<V, LINES, VECTORS>(keys + i * CHUNK, n, queries, n_rows, scores + i * TILE, more);
     }
     for (; i < n_lines; ++i) {
-        score<1, VECTORS>(keys + i * n, n, queries, scores + i * TILE);
+        score<V, 1, VECTORS>(keys + i * CHUNK, n, queries, n_rows, scores + i * TILE, more);
     }
 }
 
@@ -329,20 +334,35 @@ private:
     }
 };
 
-// scores[line][row] of a tile: keys by queries, the rows side by side in a vector.
-void score_rows(const float * queries, int64_t n_rows, int64_t n, const scratch & work, int64_t n_lines) {
-    const int64_t n_vectors = (n_rows + LANES - 1) / LANES;
-    int64_t j               = 0;
-    for (; j + ACROSS <= n_vectors; j += ACROSS) {
-        score_lines<ACROSS>(work.keys, n_lines, n, queries + j * LANES, work.scores + j * LANES);
-    }
-    for (; j < n_vectors; ++j) {
-        score_lines<1>(work.keys, n_lines, n, queries + j * LANES, work.scores + j * LANES);
+// scores[line][row] of a tile: keys by queries [element][row], the rows side by side in a vector. A few lines' elements at a time are
+// made floats, which are then in the first-level cache, and as far from each other as the compiler knows.
+void score_rows(const flash & f, const row_block & block, const float * queries, const open_lines & lines, const scratch & work) {
+    const int64_t n_rows = block.n_rows();
+    for (int64_t i = 0; i < lines.n; i += N_PRODUCTS) {
+        const int64_t n_lines = std::min<int64_t>(N_PRODUCTS, lines.n - i);
+        for (int64_t e = 0; e < f.n_k; e += CHUNK) {
+            const int64_t n = std::min(CHUNK, f.n_k - e);
+            for (int64_t j = 0; j < n_lines; ++j) {
+                line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i + j]) + ggml_row_size(f.k->type, e), n, work.keys + j * CHUNK);
+            }
+            const float * of_rows = queries + e * n_rows;
+            float * scores        = work.scores + i * TILE;
+            int64_t row           = 0;
+            for (; row + (ACROSS - 1) * LANES < n_rows; row += ACROSS * LANES) {
+                score_lines<vec, ACROSS>(work.keys, n_lines, n, of_rows + row, n_rows, scores + row, e > 0);
+            }
+            for (; row + HALF_LANES < n_rows; row += LANES) {
+                score_lines<vec, 1>(work.keys, n_lines, n, of_rows + row, n_rows, scores + row, e > 0);
+            }
+            if (row < n_rows) {
+                score_lines<half_vec, 1>(work.keys, n_lines, n, of_rows + row, n_rows, scores + row, e > 0);
+            }
+        }
     }
 }
 
 // The same of one row, scores[line], the lines side by side; a product's terms are added in the same order. keys[element][line]
-void score_row(const float * keys, int64_t n, const float * queries, float * scores) {
+void score_row(const float * keys, int64_t n, const float * queries, int64_t n_rows, float * scores) {
     constexpr int SUMS = 4;
     for (int64_t line = 0; line < TILE; line += SUMS * LANES) {
         vec sum[SUMS];
@@ -350,7 +370,7 @@ void score_row(const float * keys, int64_t n, const float * queries, float * sco
             sum[j] = zero();
         }
         for (int64_t e = 0; e < n; ++e) {
-            const vec query = broadcast(queries[e * TILE]);
+            const vec query = broadcast(queries[e * n_rows]);
             for (int j = 0; j < SUMS; ++j) {
                 sum[j] = multiply_add(load(keys + e * TILE + line + j * LANES), query, sum[j]);
             }
@@ -469,18 +489,20 @@ void each_tile(int64_t n_lines, int64_t part, const T & do_tile) {
     }
 }
 
-// The queries of blocks, TILE rows in all at most, side by side. Lanes without a row get zeros, or the rows of the block beside.
+// The queries of blocks, TILE rows in all at most. A vector ends with those of the next element, or after the last with zeros.
 void pack(const flash & f, const row_block * blocks, size_t n_blocks, const scratch & work) {
-    memset(work.queries, 0, TILE * f.n_k * sizeof(float));
-    float * column = work.queries;
+    float * queries = work.queries;
     for (size_t i = 0; i < n_blocks; ++i) {
-        for (int64_t r = 0; r < blocks[i].n_rows(); ++r, ++column) {
+        const int64_t n_rows = blocks[i].n_rows();
+        for (int64_t r = 0; r < n_rows; ++r) {
             const float * query = f.query(blocks[i].stream, blocks[i].head(r), blocks[i].token(r));
             for (int64_t e = 0; e < f.n_k; ++e) {
-                column[e * TILE] = query[e] * f.scale;
+                queries[e * n_rows + r] = query[e] * f.scale;
             }
         }
+        queries += f.n_k * n_rows;
     }
+    std::fill(queries, queries + LANES, 0.0f);
 }
 
 // Asks for the lines of a tile, of all heads of the blocks. What lies in one piece is read from its beginning to its end, all heads'
@@ -513,7 +535,7 @@ void attend(const flash & f, const row_block & block, const float * queries, con
         const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
         transpose_lines(keys, f.k->nb[1], lines.n, f.n_k, work);
         for (int64_t r = 0; r < n_rows; ++r) {
-            score_row(work.keys, f.n_k, queries + r, work.scores + r * TILE);
+            score_row(work.keys, f.n_k, queries + r, n_rows, work.scores + r * TILE);
         }
         finish_scores(f, block, work.scores, 1, TILE, lines);
         for (int64_t r = 0; r < n_rows; ++r) {
@@ -522,13 +544,17 @@ void attend(const flash & f, const row_block & block, const float * queries, con
         add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, into.values, f.n_v, n_rows);
         return;
     }
-    for (int64_t i = 0; i < lines.n; ++i) {
-        line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i]), f.n_k, work.keys + i * f.n_k);
-        line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
-    }
-    score_rows(queries, n_rows, f.n_k, work, lines.n);
+    score_rows(f, block, queries, lines, work);
     finish_scores(f, block, work.scores, TILE, 1, lines);
     weigh(f, work, lines.n, n_rows, into.max, into.sum, into.values);
+    if (n_rows <= 16 && f.v->type == GGML_TYPE_F16 && lines.in_one_piece()) {
+        const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
+        add_values_to(work.scores, TILE, 1, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, into.values, f.n_v, n_rows);
+        return;
+    }
+    for (int64_t i = 0; i < lines.n; ++i) {
+        line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
+    }
     add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, into.values, f.n_v, n_rows);
 }
 
@@ -544,7 +570,7 @@ void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int
         }
         fetch(f, blocks, n_blocks, lines);
         const float * of_block = queries;
-        for (size_t i = 0; i < n_blocks; of_block += blocks[i++].n_rows()) {
+        for (size_t i = 0; i < n_blocks; of_block += f.n_k * blocks[i++].n_rows()) {
             attend(f, blocks[i], of_block, lines, work, into[i]);
         }
     });
@@ -719,7 +745,7 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
                 ++first;
                 continue;
             }
-            attend_part(f, first->block, mine.size(), first->part, work.queries + first->column, work, mine.data());
+            attend_part(f, first->block, mine.size(), first->part, work.queries + f.n_k * first->column, work, mine.data());
             first = last;
         }
         ggml_barrier(params->threadpool);
@@ -750,7 +776,7 @@ bool can_attend(const flash & f) {
     const auto readable = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
     return f.q->type == GGML_TYPE_F32 && readable(f.k->type) && readable(f.v->type) && f.k->nb[0] == ggml_type_size(f.k->type) &&
            f.v->nb[0] == ggml_type_size(f.v->type) && f.q->nb[0] == sizeof(float) && f.k->ne[2] == f.v->ne[2] && f.k->ne[3] == f.v->ne[3] &&
-           f.n_v % LANES == 0 && (!f.mask || (f.mask->type == GGML_TYPE_F16 && f.mask->ne[2] == 1));
+           f.n_v % LANES == 0 && CHUNK % ggml_blck_size(f.k->type) == 0 && (!f.mask || (f.mask->type == GGML_TYPE_F16 && f.mask->ne[2] == 1));
 }
 #endif
 

@@ -217,6 +217,7 @@ void score(const float * keys, int64_t n, const float * queries, int64_t n_rows,
         V query[VECTORS];
         for (int j = 0; j < VECTORS; ++j) {
             query[j] = load_as<V>(queries + e * n_rows + j * N);
+            in_register(query[j]);
         }
         for (int i = 0; i < LINES; ++i) {
             const V key = broadcast_as<V>(keys[i * CHUNK + e]);
@@ -258,6 +259,7 @@ void add_values(const float * weights, int64_t line_step, int64_t row_step, cons
         vec value[VECTORS];
         for (int j = 0; j < VECTORS; ++j) {
             value[j] = load(values + i * step + j * LANES);
+            in_register(value[j]);
         }
         for (int r = 0; r < ROWS; ++r) {
             const vec weight = broadcast(weights[i * line_step + r * row_step]);

@@ -159,13 +159,28 @@ using half_vec = vec;
 #endif
 constexpr int HALF_LANES = sizeof(half_vec) / sizeof(float);
 
-template <typename V> V load_as(const float * x);
-template <typename V> V broadcast_as(float x);
-template <> inline vec load_as(const float * x) { return load(x); }
-template <> inline vec broadcast_as(float x) { return broadcast(x); }
+template <typename V>
+V load_as(const float * x);
+template <typename V>
+V broadcast_as(float x);
+template <>
+inline vec load_as(const float * x) { return load(x); }
+template <>
+inline vec broadcast_as(float x) { return broadcast(x); }
 #if defined(__AVX512F__)
-template <> inline half_vec load_as(const float * x) { return _mm256_loadu_ps(x); }
-template <> inline half_vec broadcast_as(float x) { return _mm256_set1_ps(x); }
+template <>
+inline half_vec load_as(const float * x) { return _mm256_loadu_ps(x); }
+template <>
+inline half_vec broadcast_as(float x) { return _mm256_set1_ps(x); }
+#endif
+
+// Loads it once: GCC takes what is used several times from memory each time.
+#if defined(__x86_64__)
+template <typename V>
+inline void in_register(V & x) { asm("" : "+v"(x)); }
+#else
+template <typename V>
+inline void in_register(V & x) { asm("" : "+w"(x)); }
 #endif
 
 inline float to_float(float x) { return x; }

@@ -319,15 +319,16 @@ struct open_lines {
 private:
     template <typename T>
     void look(const flash & f, const row_block & block, int64_t n_lines, const T & line_of) {
-        bool open[TILE];
-        std::fill(open, open + TILE, !f.mask);
+        ggml_fp16_t open[TILE], any = 0; // not zero where it is so, for many at once
+        std::fill(open, open + TILE, f.mask ? 0 : 1);
         for (int64_t t = 0; f.mask && t < block.n_tokens; ++t) {
             const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t);
             for (int64_t i = 0; i < n_lines; ++i) {
-                changed |= mask[line_of(i)] != 0;
-                open[i] |= mask[line_of(i)] != MINUS_INFINITY;
+                any |= mask[line_of(i)];
+                open[i] |= mask[line_of(i)] ^ MINUS_INFINITY;
             }
         }
+        changed = any != 0;
         for (int64_t i = 0; i < n_lines; ++i) {
             if (open[i]) {
                 line[n++] = line_of(i);

@@ -97,10 +97,15 @@ def _wait_politely() -> None:
 
 def _import_llama_cpp(lib_dir: Path):
     loaded_before = "llama_cpp.llama_cpp" in sys.modules
-    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(lib_dir))
-    os.environ.setdefault("MTMD_CPP_LIB", os.environ["LLAMA_CPP_LIB_PATH"])
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH") or str(lib_dir)
+    os.environ["LLAMA_CPP_LIB_PATH"] = folder
+    os.environ["MTMD_CPP_LIB"] = os.environ.get("MTMD_CPP_LIB") or folder
     try:
         import llama_cpp
+    except FileNotFoundError:
+        raise ImportError(
+            f"allocmoe_edge: no libraries in {folder}: unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
+        ) from None
     except RuntimeError as error:  # of a library that does not load, llama_cpp's own words
         why = str(error.__context__ or error).strip()
         raise ImportError(

@@ -479,7 +479,10 @@ void weigh_row(const flash & f, float * scores, int64_t n_lines, float & max, fl
 // The cache is divided into parts, always in the same way: pieces of PIECE lines take turns. What a row finds in each is put
 // together in their order. So its result depends neither on how many threads there are, nor on the tokens that are evaluated
 // together, nor on how much of the cache is still empty.
-constexpr int64_t PARTS = 24, PIECE = 2 * TILE, FEW_ROWS = 3;
+constexpr int64_t PARTS = 24, PIECE = 2 * TILE;
+
+// The most rows for which keys lie side by side in vectors, not rows; and for which values are made floats each time they are used.
+constexpr int64_t FEW_ROWS = 3, ROWS_OF_HALF = 16;
 
 // The tiles of one of the parts, in their order: do_tile(first line, lines)
 template <typename T>
@@ -550,7 +553,7 @@ void attend(const flash & f, const row_block & block, const float * queries, con
     score_rows(f, block, queries, lines, work);
     finish_scores(f, block, work.scores, TILE, 1, lines);
     weigh(f, work, lines.n, n_rows, into.max, into.sum, into.values);
-    if (n_rows <= 16 && f.v->type == GGML_TYPE_F16 && lines.in_one_piece()) {
+    if (n_rows <= ROWS_OF_HALF && f.v->type == GGML_TYPE_F16 && lines.in_one_piece()) {
         const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
         add_values_to(work.scores, TILE, 1, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, into.values, f.n_v, n_rows);
         return;

@@ -145,7 +145,7 @@ struct scratch {
     float * scores;      // [TILE lines][TILE rows]
     float * keys;        // [N_PRODUCTS lines][CHUNK], or [n_k][TILE lines]
     float * values;      // [TILE lines][n_v]
-    float * queries;     // of each block [n_k][its rows], times the scale, and a vector more
+    float * queries;     // [TILE][n_k] and a vector more, see pack()
     ggml_fp16_t * lines; // [LANES][n_k]
 
     static int64_t n_keys(const flash & f) { return std::max(N_PRODUCTS * CHUNK, TILE * f.n_k); }
@@ -495,9 +495,8 @@ void each_tile(int64_t n_lines, int64_t part, const T & do_tile) {
     }
 }
 
-// The queries of blocks, TILE rows in all at most. A vector ends with those of the next element, or after the last with zeros.
-void pack(const flash & f, const row_block * blocks, size_t n_blocks, const scratch & work) {
-    float * queries = work.queries;
+// The queries of blocks: of each [n_k][its rows], times the scale. A vector ends with those of the next element, or after the last with zeros.
+void pack(const flash & f, const row_block * blocks, size_t n_blocks, float * queries) {
     for (size_t i = 0; i < n_blocks; ++i) {
         const int64_t n_rows = blocks[i].n_rows();
         for (int64_t r = 0; r < n_rows; ++r) {
@@ -645,14 +644,14 @@ private:
         for (int64_t stream = 0; stream < f.q->ne[3]; ++stream) {
             const auto of_token = [&](int64_t token) { return f.mask ? of_tokens[stream % f.mask->ne[3] * f.n_tokens + token] : scattered{ 0, 0 }; };
             const auto together = [](const scattered & a, const scattered & b) { return a.n == 0 ? b.n == 0 : b.n > 0 && a.begin == b.begin; };
-            for (int64_t head = 0; head < f.n_head; head += std::min(most_heads, f.n_group - head % f.n_group)) {
-                const int64_t n_heads = std::min(most_heads, f.n_group - head % f.n_group);
-                // the last tokens of a text see most of it: they come first
-                for (int64_t end = f.n_tokens, begin; end > 0; end = begin) {
-                    const scattered last = of_token(end - 1);
-                    for (begin = end - 1; begin > 0 && end - begin < most_tokens && together(of_token(begin - 1), last); --begin) {
-                    }
-                    const int32_t * seen = last.n > 0 ? lines.data() + last.begin : nullptr;
+            // the last tokens of a text see most of it: they come first
+            for (int64_t end = f.n_tokens, begin; end > 0; end = begin) {
+                const scattered last = of_token(end - 1);
+                for (begin = end - 1; begin > 0 && end - begin < most_tokens && together(of_token(begin - 1), last); --begin) {
+                }
+                const int32_t * seen = last.n > 0 ? lines.data() + last.begin : nullptr;
+                for (int64_t head = 0, n_heads; head < f.n_head; head += n_heads) {
+                    n_heads = std::min(most_heads, f.n_group - head % f.n_group);
                     blocks.push_back({ stream, head, n_heads, begin, end - begin, seen, seen ? int64_t(last.n) : f.n_kv });
                 }
             }
@@ -660,28 +659,48 @@ private:
     }
 };
 
-// A thread takes a block after the other.
+// A thread takes one block after the other: all heads together, whose number is the same for all tokens, where they are few and leave
+// all threads enough to take.
 void attend_by_blocks(const flash & f, const ggml_compute_params * params, const scratch & work) {
+    constexpr size_t MOST                 = 8;
+    const std::vector<row_block> & blocks = row_blocks::of(f);
+    size_t n                              = 1;
+    for (; n < blocks.size() && blocks[n].same_lines(blocks[0]); ++n) {
+    }
+    if (n > MOST || blocks.size() < 4 * params->nth * n) {
+        n = 1;
+    }
     thread_local std::vector<float> memory;
-    memory.resize(2 * found::size(f, TILE));
-    found all(memory.data(), TILE), here(memory.data() + found::size(f, TILE), TILE);
+    memory.resize(n * (2 * found::size(f, TILE) + TILE * f.n_k) + LANES);
+    std::vector<found> all, here;
+    float * queries = memory.data();
+    for (size_t i = 0; i < n; ++i) {
+        all.emplace_back(queries, TILE);
+        here.emplace_back(queries + found::size(f, TILE), TILE);
+        queries += 2 * found::size(f, TILE);
+    }
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    const std::vector<row_block> & blocks = row_blocks::of(f);
-    for (size_t i = params->ith; i < blocks.size(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const row_block & block = blocks[i];
-        pack(f, &block, 1, work);
-        all.clear(f, block.n_rows());
-        for (int64_t part = 0; part < PARTS && part * PIECE < block.n_lines; ++part) {
-            attend_part(f, &block, 1, part, work.queries, work, &here);
-            for (int64_t r = 0; r < block.n_rows(); ++r) {
-                all.add(f, r, here, r);
+    for (size_t first = params->ith * n; first < blocks.size(); first = ggml_threadpool_chunk_add(params->threadpool, 1) * n) {
+        pack(f, &blocks[first], n, queries);
+        for (size_t j = 0; j < n; ++j) {
+            all[j].clear(f, blocks[first + j].n_rows());
+        }
+        for (int64_t part = 0; part < PARTS && part * PIECE < blocks[first].n_lines; ++part) {
+            attend_part(f, &blocks[first], n, part, queries, work, here.data());
+            for (size_t j = 0; j < n; ++j) {
+                for (int64_t r = 0; r < blocks[first + j].n_rows(); ++r) {
+                    all[j].add(f, r, here[j], r);
+                }
             }
         }
-        for (int64_t r = 0; r < block.n_rows(); ++r) {
-            f.finish(block.stream, block.head(r), block.token(r), all.max[r], all.sum[r], all.values + r * f.n_v);
+        for (size_t j = 0; j < n; ++j) {
+            const row_block & block = blocks[first + j];
+            for (int64_t r = 0; r < block.n_rows(); ++r) {
+                f.finish(block.stream, block.head(r), block.token(r), all[j].max[r], all[j].sum[r], all[j].values + r * f.n_v);
+            }
         }
     }
 }
@@ -731,7 +750,7 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
         int64_t n_rows = 0, n_found = 0;
         for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end++].n_rows()) {
         }
-        pack(f, &blocks[i], end - i, work);
+        pack(f, &blocks[i], end - i, work.queries);
         divide(&blocks[i], &blocks[i] + (end - i), nth, shares);
         for (const share & s : shares) {
             n_found += s.thread == ith ? s.block->n_rows() : 0;

@@ -179,7 +179,7 @@ def test_tokens_together_have_the_numbers_of_one_alone(cpu_backend, n_head, n_gr
 
 
 @pytest.mark.parametrize("n_head, n_group", [(16, 16), (9, 3), (32, 4), (130, 2)])
-@pytest.mark.parametrize("n_token, n_kv", [(1, 100), (1, 3300), (5, 3300), (33, 200)])
+@pytest.mark.parametrize("n_token, n_kv", [(1, 100), (1, 3300), (5, 3300), (33, 200), (130, 300)])
 def test_any_number_of_threads_gives_the_same_numbers(cpu_backend, n_head, n_group, n_token, n_kv):
     """Threads divide what there is by heads and by parts of the cache, of which 3,300 lines have all and some twice."""
     q, k, v = random(1, n_token, n_head, n_group, n_kv)

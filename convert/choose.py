@@ -204,9 +204,18 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
         found = scores(llm, full, plans, text.held_out)
         best = min(plans, key=lambda name: found[name].kl)
         increase = found[best].perplexity / found["full"].perplexity - 1
-        say(f"  {middle} of {sum(full)} activations: perplexity {increase:+.1%}")
+        say(f"  {middle} of {sum(full)} activations: perplexity {_beside(increase, max_increase)}")
         if increase <= max_increase:
             high = middle
         else:
             low = middle + 1
     return low
+
+
+def _beside(increase: float, limit: float) -> str:
+    """In per cent, with as many digits as tell on which side of the limit it is."""
+    for digits in range(1, 16):
+        text = f"{increase:+.{digits}%}"
+        if (float(text[:-1]) / 100 <= limit) == (increase <= limit):
+            break
+    return text

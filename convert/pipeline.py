@@ -119,7 +119,9 @@ def _measured(task: Task, llm: Llama, results: Checkpoint) -> choose.Choice:
     estimator = _estimator(task, llm, profile, text, results) if task.tries_estimates else None
     profile = replace(profile, estimator=estimator)
     if settings.max_ppl_increase is not None:
-        say(f"looking for the smallest budget within {settings.max_ppl_increase:.1%} of the full model's perplexity")
+        say(
+            f"looking for the smallest budget within {100 * settings.max_ppl_increase:g}% of the full model's perplexity"
+        )
         task = replace(task, total=choose.smallest_total(llm, profile, full, text, settings.max_ppl_increase))
     limit = np.inf if settings.max_ppl_increase is None else settings.max_ppl_increase
     choice = choose.choose(llm, profile, task.total, full, text, settings.token_rule, limit)

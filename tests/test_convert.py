@@ -15,7 +15,8 @@ import sys
 import time
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge.convert import cli, pipeline, source, task
+from allocmoe_edge.convert import choose, cli, pipeline, source, task
+from allocmoe_edge.convert.calibration import CalibrationText
 from allocmoe_edge.convert.settings import Settings
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.measure.perplexity import negative_log_likelihood
@@ -507,6 +508,25 @@ def test_max_ppl_increase(converted, tmp_path):
         assert "using the sensitivities" in done.stderr and "profiling" not in done.stderr
         totals.append(metadata.read(tmp_path / "o.gguf").plan.budget_total)
     assert totals[0] > totals[1] > totals[2] == 30
+
+
+def test_an_increase_is_printed_on_its_side_of_the_limit(monkeypatch, capsys):
+    """+1.04% was "+1.0%", and refused for being above 1.0%."""
+    full, limit = (4,) * 4, 0.01
+    increases = {10: 0.0104, 13: 0.00996, 11: 0.0100004, 12: 0.0099999}
+
+    def scores(llm, full, plans, windows):
+        found = {name: choose.Score(1 + increases[plan.budget_total], 1.0, 0.0) for name, plan in plans.items()}
+        return {"full": choose.Score(1.0, 0.0, 0.0), **found}
+
+    monkeypatch.setattr(choose, "scores", scores)
+    profile = metadata.Profile((np.linspace(2, 1, 4),) * 4, (1.0,) * 4, metadata.Calibration("made up", 1, "0" * 64))
+    text = CalibrationText(*[np.zeros((1, 8), np.int32)] * 4, profile.calibration)
+    assert choose.smallest_total(None, profile, full, text, limit) == 12
+    said = re.findall(r"(\d+) of 16 activations: perplexity \+([\d.]+)%", capsys.readouterr().err)
+    assert [int(total) for total, _ in said] == [10, 13, 12, 11]
+    for total, shown in said:
+        assert (float(shown) <= 100 * limit) == (increases[int(total)] <= limit), (total, shown)
 
 
 def test_max_ppl_increase_leaves_k_base(tiny, tmp_path):

@@ -25,6 +25,7 @@ from . import (
     sensitivity,
     source,
     stages,
+    thresholds,
 )
 from .calibration import CalibrationText
 from .checkpoint import Checkpoint
@@ -86,7 +87,7 @@ def measure(task: Task) -> choose.Choice:
         llm = load(task)
         try:
             # what the model itself has taken is known now
-            return _measured(_with_room(task), llm, results)
+            return _measured(_that_runs(_with_room(task), llm), llm, results)
         except CalibrationError as error:
             raise ConvertError(_why_not_finite(task, error)) from error
         finally:
@@ -200,6 +201,22 @@ def _with_room(task: Task) -> Task:
     return task
 
 
+def _that_runs(task: Task, llm: Llama) -> Task:
+    """Without estimates, and a line that says so, where this model cannot have them; not after text and profile, which take long.
+
+    Raises:
+        ConvertError: it cannot run the token rule that is asked for.
+    """
+    if task.settings.token_rule == "threshold" and not thresholds.possible(llm, task.full):
+        raise ConvertError(
+            "token rule threshold: this model, or the backend that it runs on, cannot leave out single experts of a token"
+        )
+    if not task.tries_estimates or task.calibrated or estimate.possible(llm, task.full):
+        return task
+    _left_out(task, "this model, or the backend that it runs on, has no estimates of experts that a token leaves out")
+    return replace(task, has_room=False)
+
+
 def _memory_needed(task: Task, shape: tuple) -> int:
     return estimator_fit.memory(task.full, task.n_expert, task.n_embd, shape, task.settings.threads)
 
@@ -215,17 +232,19 @@ def _estimator(
     # at full budget nothing is skipped to learn from
     at = max(task.total if task.total < sum(task.full) else -(-sum(task.full) // 2), task.least)
     try:
-        found = estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
-        reason = "this model, or the backend that it runs on, cannot leave out single experts of a token"
+        return estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
     except CalibrationError as error:
         if not error.finite:
             raise
-        found, reason = None, f"cannot be calibrated on this text ({error}); --calib FILE gives it another"
-    if found is None and task.settings.token_rule == "estimate":
+        _left_out(task, f"cannot be calibrated on this text ({error}); --calib FILE gives it another")
+        return None
+
+
+def _left_out(task: Task, reason: str) -> None:
+    """A line, or the error where estimates are asked for."""
+    if task.settings.token_rule == "estimate":
         raise ConvertError(f"token rule estimate: {reason}")
-    if found is None:
-        say(f"token rule estimate is left out: {reason}")
-    return found
+    say(f"token rule estimate is left out: {reason}")
 
 
 def _why_not_finite(task: Task, error: CalibrationError) -> str:

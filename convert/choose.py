@@ -54,16 +54,18 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
     Raises:
         CalibrationError: the full model's are none.
     """
-    nll, kl, spent = (dict.fromkeys(("full", *plans), 0.0) for _ in range(3))
-    total = len(token_windows) * (1 + len(plans))
+    # what is one and the same plan under two names is run once
+    run_as = {name: next(other for other in plans if _same(plans[other], plan)) for name, plan in plans.items()}
+    different = {name: plan for name, plan in plans.items() if run_as[name] == name}
+    nll, kl, spent = (dict.fromkeys(("full", *different), 0.0) for _ in range(3))
     n = len(token_windows)
-    with progress_bar("held-out check", total, "pass") as bar:
+    with progress_bar("held-out check", n * (1 + len(different)), "pass") as bar:
         for window in token_windows:
             llm.apply_plan(Plan.full(full))
             reference = Reference(llm, window)
             nll["full"] += reference.nll.mean() / n
             bar.update()
-            for name, plan in plans.items():
+            for name, plan in different.items():
                 llm.apply_plan(plan)
                 llm.expert_stats(reset=True)
                 values, divergence = reference.compare(llm)
@@ -74,11 +76,16 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
     spent["full"] = float(sum(full))
     if not np.isfinite(nll["full"]):
         raise CalibrationError("the model's own predictions on held-out text are not finite", finite=False)
-    for name in plans:
+    for name in different:
         # what is no number is no rival
         if not np.isfinite([nll[name], kl[name]]).all():
             nll[name] = kl[name] = np.inf
-    return {name: Score(float(np.exp(nll[name])), kl[name], spent[name]) for name in nll}
+    run_as = {"full": "full", **run_as}
+    return {name: Score(float(np.exp(nll[of])), kl[of], spent[of]) for name, of in run_as.items()}
+
+
+def _same(plan: Plan, other: Plan) -> bool:
+    return plan == other and plan.estimator is other.estimator
 
 
 def choose(
@@ -97,16 +104,17 @@ def choose(
         token_rule: None to try "off", "threshold" and "estimate".
         max_increase: of perplexity over the full model's; a plan within it goes before any that is not.
     """
-    candidates = {}
+    candidates, tables = {}, {}
     for allocation in ("alloc-l", "uniform"):
         candidate = replace(profile, allocation=allocation, token_rule="off", threshold_table=None, held_out=None)
         plan = candidate.plan(total, full)
         # "estimate" has layers of its own; these are what it is compared with
         rules = [token_rule] if token_rule not in (None, "estimate") else ["off"]
         if token_rule in (None, "threshold"):
-            table = thresholds.calibrate(llm, plan, text.profile)
-            if table is not None:
-                candidate = replace(candidate, threshold_table=table)
+            if plan not in tables:
+                tables[plan] = thresholds.calibrate(llm, plan, text.profile)
+            if tables[plan] is not None:
+                candidate = replace(candidate, threshold_table=tables[plan])
                 rules = [token_rule] if token_rule else ["off", "threshold"]
         for rule in rules:
             ruled = replace(candidate, token_rule=rule)
@@ -148,7 +156,7 @@ def choose(
     chosen = replace(candidates[ranked(others)[0]][0], held_out=held_out)
     estimator = candidates[best][0].estimator if best in _ESTIMATES else None
     chosen = replace(chosen, token_rule="estimate" if estimator else chosen.token_rule, estimator=estimator)
-    return Choice(chosen, candidates[best][1], measured, further, int(rest.size))
+    return Choice(chosen, candidates[best][1], measured, further, int(rest.size) if further else 0)
 
 
 def _without(rows: np.ndarray, others: np.ndarray) -> np.ndarray:

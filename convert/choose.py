@@ -27,11 +27,13 @@ N_ESTIMATES = len(_ESTIMATES)
 
 
 class Score(NamedTuple):
-    """A plan over the held-out windows: divergence from the full model in nats per token, activations per token."""
+    """A plan over the held-out windows: divergence from the full model in nats per token, activations per token, and how far the ratio
+    of its perplexity to the full model's may be off by chance (relative standard error, taking tokens as independent)."""
 
     perplexity: float
     kl: float
     spent: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
     run_as = {name: next(other for other in plans if _same(plans[other], plan)) for name, plan in plans.items()}
     different = {name: plan for name, plan in plans.items() if run_as[name] == name}
     nll, kl, spent = (dict.fromkeys(("full", *different), 0.0) for _ in range(3))
+    increases: Dict[str, list] = {name: [] for name in different}  # of each token's nll
     n = len(token_windows)
     with progress_bar("held-out check", n * (1 + len(different)), "pass") as bar:
         for window in token_windows:
@@ -70,6 +73,7 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
                 llm.expert_stats(reset=True)
                 values, divergence = reference.compare(llm)
                 nll[name] += values.mean() / n
+                increases[name].append(values - reference.nll)
                 kl[name] += divergence.mean() / n
                 spent[name] += llm.expert_stats()["prefill"]["mean"].sum() / n
                 bar.update()
@@ -80,8 +84,16 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
         # what is no number is no rival
         if not np.isfinite([nll[name], kl[name]]).all():
             nll[name] = kl[name] = np.inf
-    run_as = {"full": "full", **run_as}
-    return {name: Score(float(np.exp(nll[of])), kl[of], spent[of]) for name, of in run_as.items()}
+    errors = {name: _standard_error(np.concatenate(found)) for name, found in increases.items()}
+    run_as, errors["full"] = {"full": "full", **run_as}, 0.0
+    return {name: Score(float(np.exp(nll[of])), kl[of], spent[of], errors[of]) for name, of in run_as.items()}
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of their mean; infinity where one value, or one that is no number, says nothing of it."""
+    with np.errstate(all="ignore"):
+        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    return float(error) if np.isfinite(error) else np.inf
 
 
 def _same(plan: Plan, other: Plan) -> bool:
@@ -205,6 +217,7 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
     By bisection, so it takes perplexity to fall as the total grows; the full budget where nothing less will do.
     """
     low, high = sum(min(k, profile.k_base) for k in full), sum(full)
+    error = 0.0
     while low < high:
         middle = (low + high) // 2
         plans = {a: replace(profile, allocation=a).plan(middle, full, "off") for a in ("alloc-l", "uniform")}
@@ -212,11 +225,17 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
         found = scores(llm, full, plans, text.held_out)
         best = min(plans, key=lambda name: found[name].kl)
         increase = found[best].perplexity / found["full"].perplexity - 1
-        say(f"  {middle} of {sum(full)} activations: perplexity {_beside(increase, max_increase)}")
+        spread = f"standard error {found[best].error:.2%}"
+        say(f"  {middle} of {sum(full)} activations: perplexity {_beside(increase, max_increase)}, {spread}")
         if increase <= max_increase:
-            high = middle
+            high, error = middle, found[best].error
         else:
             low = middle + 1
+    if 2 * error > max_increase:
+        say(
+            f"a limit of {100 * max_increase:g}% cannot be told on {text.held_out.size} held-out tokens: by chance perplexity is off by up "
+            f"to {2 * error:.1%} there, twice the standard error; --calib-tokens takes more"
+        )
     return low
 
 

@@ -8,7 +8,7 @@ from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.convert import choose, output, thresholds
 from allocmoe_edge.convert.calibration import CalibrationText
-from allocmoe_edge.measure.perplexity import Reference
+from allocmoe_edge.measure.perplexity import Reference, negative_log_likelihood
 from allocmoe_edge.plan import metadata
 from allocmoe_edge.plan.estimator import Estimator
 import llama_cpp
@@ -296,3 +296,20 @@ def test_one_plan_under_two_names_is_run_once(llm, profile, monkeypatch):
     ]  # fmt: skip
     for rule in ("off", "threshold"):
         assert found.scores[f"alloc-l, token rule {rule}"] == found.scores[f"uniform, token rule {rule}"]
+
+
+def test_how_far_a_perplexity_may_be_off_by_chance(llm):
+    """The standard error of the mean of what the plan adds to each token's negative log-likelihood."""
+    windows, plan = np.random.default_rng(5).integers(3, 300, (2, 64)).astype(np.int32), Plan.uniform(FULL, 8)
+    found = choose.scores(llm, FULL, {"half": plan}, windows)
+    added = np.subtract(*(_nll(llm, p, windows).ravel() for p in (plan, Plan.full(FULL))))
+    assert found["half"].error == pytest.approx(added.std(ddof=1) / len(added) ** 0.5, rel=1e-9)
+    assert np.log(found["half"].perplexity / found["full"].perplexity) == pytest.approx(added.mean(), rel=1e-9)
+    assert (
+        choose.scores(llm, FULL, {"half": plan}, windows[:1, :2])["half"].error == np.inf
+    )  # of one token nothing is known
+
+
+def _nll(llm, plan, windows) -> np.ndarray:
+    llm.apply_plan(plan)
+    return negative_log_likelihood(llm, windows)

@@ -318,6 +318,12 @@ def test_documents_side_by_side_are_what_the_model_would_write(tiny_planned, mon
             assert p[p > p[token]].sum() / p.sum() <= 0.95 + tolerance
 
 
+def test_a_cache_in_8_bits_that_cannot_be_is_nothing_to_speak_of(built, out, capfd):
+    """Heads of 16 values: the text is written with a cache of floats, as llama.cpp's line on the terminal did not say."""
+    assert cli.main([str(built["olmoe"].gguf_path), *NO_RULE, "-o", str(out / "m.gguf")]) == 0
+    assert "q8_0" not in capfd.readouterr().err
+
+
 def test_sampling_by_probability_among_the_likeliest():
     """Of five tokens, of which three have 95%: 20,000 draws within five standard deviations (0.0035 each at most)."""
     from allocmoe_edge.convert import CalibrationError

@@ -45,13 +45,14 @@ _MODEL_OPTIONS = {
 }  # fmt: skip
 # slots where --parallel says nothing: the most that there are; tokens where --batch-size does
 _SLOTS, _BATCH = 4, 2048
-# options and their variables
+# options, their variables, and the most threads of each: of HTTP's, which compute nothing, a half of what Linux has room for in a
+# process by default
 _THREAD_OPTIONS = (
-    (("-t", "--threads"), "LLAMA_ARG_THREADS"),
-    (("-tb", "--threads-batch"), ""),
-    (("--spec-draft-threads", "-td", "--threads-draft"), ""),
-    (("--spec-draft-threads-batch", "-tbd", "--threads-batch-draft"), ""),
-    (("--threads-http",), "LLAMA_ARG_THREADS_HTTP"),
+    (("-t", "--threads"), "LLAMA_ARG_THREADS", MOST_THREADS),
+    (("-tb", "--threads-batch"), "", MOST_THREADS),
+    (("--spec-draft-threads", "-td", "--threads-draft"), "", MOST_THREADS),
+    (("--spec-draft-threads-batch", "-tbd", "--threads-batch-draft"), "", MOST_THREADS),
+    (("--threads-http",), "LLAMA_ARG_THREADS_HTTP", 16384),
 )
 # how many tokens each kind of drafts (--spec-type) may have: the option, and what it is otherwise
 _DRAFTED_BY_MODELS = "--spec-draft-n-max", 3
@@ -196,10 +197,10 @@ def _check_projector(options: Sequence[str]) -> None:
 
 def _check_threads(options: Sequence[str]) -> None:
     """llama-server ends in a crash where it cannot make them. Raises CommandError."""
-    for names, variable in _THREAD_OPTIONS:
+    for names, variable, most in _THREAD_OPTIONS:
         n_threads = _number(options, names, variable)
-        if n_threads is not None and n_threads > MOST_THREADS:
-            raise CommandError(f"{names[-1]}: found {n_threads}, want at most {MOST_THREADS}")
+        if n_threads is not None and n_threads > most:
+            raise CommandError(f"{names[-1]}: found {n_threads}, want at most {most}")
 
 
 def _draft_kinds(options: Sequence[str]) -> List[str]:

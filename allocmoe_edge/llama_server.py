@@ -281,13 +281,16 @@ def _draft_options(model: Optional[str], options: Sequence[str]) -> List[str]:
             return []
         if not file.get(f"{arch}.attention.causal", True):
             raise CommandError(f"--model-draft: {path} cannot go on from a text: a model for embeddings")
-    if model is not None:
-        _check_draft(model, path)
+    _check_draft(model or _given(options, ("-m", "--model"), "LLAMA_ARG_MODEL"), path)
     return [] if kinds else ["--spec-type", "draft-simple"]
 
 
-def _check_draft(model: str, path: str) -> None:
-    """llama-server goes on without a draft that does not fit, or ends at the first token. Raises CommandError or GGUFError."""
+def _check_draft(model: Optional[str], path: str) -> None:
+    """llama-server goes on without a draft that does not fit, or ends at the first token. Raises CommandError or GGUFError.
+
+    Args:
+        model: None where it is not known which one will be asked for: what no model can draft with is refused then.
+    """
     from . import draft
     from .llama import Llama
 
@@ -295,10 +298,11 @@ def _check_draft(model: str, path: str) -> None:
     try:
         with load_errors(path):
             llms.append(Llama(path, vocab_only=True, verbose=False))
-        with load_errors(model):
-            llms.append(Llama(model, vocab_only=True, verbose=False))
+        if model is not None:
+            with load_errors(model):
+                llms.append(Llama(model, vocab_only=True, verbose=False))
         try:
-            draft.check(llms[0], llms[1], ends=True)
+            draft.check(llms[0], llms[-1], ends=True)
         except ValueError as error:
             raise CommandError(str(error).replace("draft_model:", "--model-draft:", 1)) from None
     finally:

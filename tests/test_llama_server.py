@@ -644,6 +644,24 @@ def test_drafts_that_there_are_not(drafts, capsys, monkeypatch, options, message
     assert message in capsys.readouterr().err
 
 
+def test_drafts_for_models_that_are_named_otherwise(drafts, capsys, monkeypatch):
+    """Of llama-server's own option the model is known, of a folder it is not: what can draft for none is refused there."""
+    monkeypatch.delattr(llama_server, "_become")
+    folder, model = ["--models-dir", str(drafts["model"].parent)], ["-m", str(drafts["model"])]
+    for options, name, message in (
+        (folder, "mamba", "cannot forget tokens"),
+        (folder, "bert", "cannot go on from a text"),
+        (model, "jamba", "cannot forget tokens"),
+        (model, "letters", "its vocabulary is not that of"),
+    ):
+        assert llama_server.main([*options, "--model-draft", str(drafts[name])]) == 1
+        assert message in capsys.readouterr().err
+    assert llama_server._draft_options(None, [*folder, "-md", str(drafts["letters"])]) == [
+        "--spec-type",
+        "draft-simple",
+    ]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -30,7 +30,7 @@ from . import (
 from .calibration import CalibrationText
 from .checkpoint import Checkpoint
 from .finite import weights_not_finite
-from .progress import conversion, say, waiting
+from .progress import Conversion, conversion, say, waiting
 from .settings import Settings
 from .task import Task, plan_task
 
@@ -56,7 +56,7 @@ def convert(settings: Settings) -> Written:
         if task.runs_the_model:
             task = _with_room(task)
             progress.expect(stages.expected(task))
-            choice = measure(task)
+            choice = measure(task, progress)
             profile, plan = choice.profile, choice.plan
         else:
             profile, plan = replan(task)
@@ -78,16 +78,21 @@ def replan(task: Task) -> tuple:
     return profile, profile.plan(task.total, task.full, task.settings.token_rule)
 
 
-def measure(task: Task) -> choose.Choice:
-    """The plan by running the model; its sensitivities are measured unless the task has some."""
+def measure(task: Task, progress: Optional[Conversion] = None) -> choose.Choice:
+    """The plan by running the model; its sensitivities are measured unless the task has some. progress: is told where less is to be
+    done than the task says."""
     settings = task.settings
     with Checkpoint(settings.checkpoint, task.source.path) as results:
         if results.restarted:
             say(f"{results.path} was of another model: measuring anew")
         llm = load(task)
         try:
-            # what the model itself has taken is known now
-            return _measured(_that_runs(_with_room(task), llm), llm, results)
+            # what the model itself has taken is known now, and what it can do
+            task = _that_runs(_with_room(task), llm)
+            llm.set_plan(None)
+            if progress is not None:
+                progress.expect(stages.expected(task))
+            return _measured(task, llm, results)
         except CalibrationError as error:
             raise ConvertError(_why_not_finite(task, error)) from error
         finally:

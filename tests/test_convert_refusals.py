@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 from allocmoe_edge.convert import cli
+from allocmoe_edge.convert.progress import Conversion
 from allocmoe_edge.plan import metadata
 import gguf
 from gguf_factory import write_imatrix
@@ -99,13 +100,16 @@ def test_a_rule_that_the_model_cannot_run(out, refused, tmp_path, rule):
     assert refused(model, "--token-rule", rule, "-o", out / "m.gguf", expect=expect) == ""
 
 
-def test_estimates_that_the_model_cannot_have(out, tmp_path, capsys):
-    """They are left out at once, and the profile takes as much text as without."""
+def test_estimates_that_the_model_cannot_have(out, tmp_path, capsys, monkeypatch):
+    """They are left out at once, the profile takes as much text as without, and no time is expected for them."""
+    expected, expect = [], Conversion.expect
+    monkeypatch.setattr(Conversion, "expect", lambda self, stages: expected.append(stages) or expect(self, stages))
     model = odd_models.write_grovemoe(tmp_path / "m.gguf")
     assert cli.main([str(model), "--ctx-size", "128", "-o", str(out / "m.gguf")]) == 0
     first, *rest = capsys.readouterr().err.splitlines()
     assert "token rule estimate is left out" in first
     assert any("passes over 16 windows" in line for line in rest)
+    assert not [name for name, _ in expected[-1] if name.startswith("estimates")]
 
 
 def test_thresholds_do_not_stand_in_for_estimates(built, out, refused, capsys):

@@ -358,11 +358,12 @@ def test_a_draft_that_cannot_be_timed(path, plain, monkeypatch):
 def test_steps_without_a_draft_are_left_alone(path, plain):
     """Where drafts do not pay, most tokens pass without a question, and all of them are counted."""
     llm = Llama(path, **SIZES, draft_model=DraftModel(recorded(plain, 0.0)))
-    # a machine on which five tokens together take three times as long as one, however busy this one is
-    evaluated = llm.draft_model.evaluated
-    llm.draft_model.evaluated = lambda n, seconds, prompt: evaluated(n, 0.01 * (1 + 0.5 * (n - 1)), prompt)
-    length, asked = llm.draft_model._length, []
-    choose = length.choose
+    # a machine on which five tokens together take three times as long as one, and drafts cost nothing, however busy this one is
+    evaluated, length, asked = llm.draft_model.evaluated, llm.draft_model._length, []
+    choose, drafted, stepped = length.choose, length.drafted, length.stepped
+    llm.draft_model.evaluated = lambda n, seconds, prompt: evaluated(n, 0.005 * (1 + n), prompt)
+    length.drafted = lambda n, seconds: drafted(n, 1e-6 * n)
+    length.stepped = lambda n, n_new, *_: stepped(n, n_new, 0.005 * (2 + n), 0.0)
     length.choose = lambda *args: asked.append(args) or choose(*args)
     assert tokens(llm, 150) == tokens(plain, 150)
     found = llm.draft_stats()

@@ -3,12 +3,13 @@
 Importing this module is what decides which libllama the process runs, so it must come before `llama_cpp`.
 """
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
 import re
 import sys
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 import cffi
 
@@ -57,6 +58,7 @@ bool         gguf_write_to_file(const gguf_context * ctx, const char * fname, bo
 const char * ggml_type_name(int type);
 size_t       ggml_type_size(int type);
 int64_t      ggml_blck_size(int type);
+bool         ggml_is_quantized(int type);
 size_t       ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
 struct llama_model_tensor_buft_override { const char * pattern; void * buft; };
@@ -97,10 +99,15 @@ def _wait_politely() -> None:
 
 def _import_llama_cpp(lib_dir: Path):
     loaded_before = "llama_cpp.llama_cpp" in sys.modules
-    os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(lib_dir))
-    os.environ.setdefault("MTMD_CPP_LIB", os.environ["LLAMA_CPP_LIB_PATH"])
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH") or str(lib_dir)
+    os.environ["LLAMA_CPP_LIB_PATH"] = folder
+    os.environ["MTMD_CPP_LIB"] = os.environ.get("MTMD_CPP_LIB") or folder
     try:
         import llama_cpp
+    except FileNotFoundError:
+        raise ImportError(
+            f"allocmoe_edge: no libraries in {folder}: unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
+        ) from None
     except RuntimeError as error:  # of a library that does not load, llama_cpp's own words
         why = str(error.__context__ or error).strip()
         raise ImportError(
@@ -137,6 +144,7 @@ if libggml.ggml_backend_reg_count() == 0:
 # what llama_cpp logs to, and what we log to when not verbose
 _log_all = llama_cpp._logger.llama_log_callback
 _log_errors = llama_cpp.llama_log_callback(int(ffi.cast("uintptr_t", ffi.addressof(libllama, "allocmoe_log_errors"))))
+_log_nothing = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def set_verbose(verbose: bool) -> None:
@@ -149,6 +157,18 @@ def set_verbose(verbose: bool) -> None:
     llama_cpp.llama_log_get(ctypes.byref(current), ctypes.byref(data))
     if any(_address(current) == _address(known) for known in (_log_all, _log_errors)):
         llama_cpp.llama_log_set(_log_all if verbose else _log_errors, None)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without a log of llama.cpp's, for what may fail and is tried otherwise then."""
+    current, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(current), ctypes.byref(data))
+    llama_cpp.llama_log_set(_log_nothing, None)
+    try:
+        yield
+    finally:
+        llama_cpp.llama_log_set(current, data)
 
 
 def _address(function) -> Optional[int]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from . import projector
 from ._native import libggml_base, llama_cpp
+from .gguf_file import GGUFFile
 from .plan import shown
 from .sharing import in_turn, keep_over_forks, turns
 from .whole_numbers import MOST_INT32, MOST_THREADS, whole
@@ -626,3 +627,29 @@ def check_arguments(kwargs: dict) -> None:
     pooling = kwargs.get("pooling_type", -1)
     if pooling not in _POOLING_TYPES:
         raise ValueError(f"pooling_type: found {pooling!r}, want one of llama_cpp.LLAMA_POOLING_TYPE_*")
+
+
+def check_cache_types(path: Union[str, os.PathLike], kwargs: dict) -> None:
+    """Refuses quantised key-value caches that the model's heads do not fit into, or that need flash attention. Raises ValueError."""
+    given = {name: kwargs.get(name) for name in ("type_k", "type_v")}
+    quantised = {
+        name: kind for name, kind in given.items() if kind is not None and libggml_base.ggml_is_quantized(kind)
+    }
+    if not kwargs.get("flash_attn"):
+        if "type_v" in quantised:
+            raise ValueError(f"type_v: found {quantised['type_v']}, a quantised type, which needs flash_attn=True")
+        return
+    if not quantised:
+        return
+    with GGUFFile(path) as file:
+        arch = file.get("general.architecture")
+        n_embd, n_head = file.get(f"{arch}.embedding_length"), file.get(f"{arch}.attention.head_count")
+        even = n_embd // n_head if isinstance(n_embd, int) and isinstance(n_head, int) and n_head > 0 else 0
+        for name, kind in quantised.items():
+            key = f"{arch}.attention.{'key' if name == 'type_k' else 'value'}_length"
+            block, size = libggml_base.ggml_blck_size(kind), file.get(key, even)
+            for width in (size, file.get(f"{key}_swa", size)):
+                if isinstance(width, int) and width % block:
+                    raise ValueError(
+                        f"{name}: found {kind}, a type of blocks of {block} values, and a head of {path} has {width}"
+                    )

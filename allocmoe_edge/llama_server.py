@@ -45,13 +45,14 @@ _MODEL_OPTIONS = {
 }  # fmt: skip
 # slots where --parallel says nothing: the most that there are; tokens where --batch-size does
 _SLOTS, _BATCH = 4, 2048
-# options and their variables
+# options, their variables, and the most threads of each: of HTTP's, which compute nothing, a half of what Linux has room for in a
+# process by default
 _THREAD_OPTIONS = (
-    (("-t", "--threads"), "LLAMA_ARG_THREADS"),
-    (("-tb", "--threads-batch"), ""),
-    (("--spec-draft-threads", "-td", "--threads-draft"), ""),
-    (("--spec-draft-threads-batch", "-tbd", "--threads-batch-draft"), ""),
-    (("--threads-http",), "LLAMA_ARG_THREADS_HTTP"),
+    (("-t", "--threads"), "LLAMA_ARG_THREADS", MOST_THREADS),
+    (("-tb", "--threads-batch"), "", MOST_THREADS),
+    (("--spec-draft-threads", "-td", "--threads-draft"), "", MOST_THREADS),
+    (("--spec-draft-threads-batch", "-tbd", "--threads-batch-draft"), "", MOST_THREADS),
+    (("--threads-http",), "LLAMA_ARG_THREADS_HTTP", 16384),
 )
 # how many tokens each kind of drafts (--spec-type) may have: the option, and what it is otherwise
 _DRAFTED_BY_MODELS = "--spec-draft-n-max", 3
@@ -196,10 +197,10 @@ def _check_projector(options: Sequence[str]) -> None:
 
 def _check_threads(options: Sequence[str]) -> None:
     """llama-server ends in a crash where it cannot make them. Raises CommandError."""
-    for names, variable in _THREAD_OPTIONS:
+    for names, variable, most in _THREAD_OPTIONS:
         n_threads = _number(options, names, variable)
-        if n_threads is not None and n_threads > MOST_THREADS:
-            raise CommandError(f"{names[-1]}: found {n_threads}, want at most {MOST_THREADS}")
+        if n_threads is not None and n_threads > most:
+            raise CommandError(f"{names[-1]}: found {n_threads}, want at most {most}")
 
 
 def _draft_kinds(options: Sequence[str]) -> List[str]:
@@ -280,13 +281,16 @@ def _draft_options(model: Optional[str], options: Sequence[str]) -> List[str]:
             return []
         if not file.get(f"{arch}.attention.causal", True):
             raise CommandError(f"--model-draft: {path} cannot go on from a text: a model for embeddings")
-    if model is not None:
-        _check_draft(model, path)
+    _check_draft(model or _given(options, ("-m", "--model"), "LLAMA_ARG_MODEL"), path)
     return [] if kinds else ["--spec-type", "draft-simple"]
 
 
-def _check_draft(model: str, path: str) -> None:
-    """llama-server goes on without a draft that does not fit, or ends at the first token. Raises CommandError or GGUFError."""
+def _check_draft(model: Optional[str], path: str) -> None:
+    """llama-server goes on without a draft that does not fit, or ends at the first token. Raises CommandError or GGUFError.
+
+    Args:
+        model: None where it is not known which one will be asked for: what no model can draft with is refused then.
+    """
     from . import draft
     from .llama import Llama
 
@@ -294,10 +298,11 @@ def _check_draft(model: str, path: str) -> None:
     try:
         with load_errors(path):
             llms.append(Llama(path, vocab_only=True, verbose=False))
-        with load_errors(model):
-            llms.append(Llama(model, vocab_only=True, verbose=False))
+        if model is not None:
+            with load_errors(model):
+                llms.append(Llama(model, vocab_only=True, verbose=False))
         try:
-            draft.check(llms[0], llms[1], ends=True)
+            draft.check(llms[0], llms[-1], ends=True)
         except ValueError as error:
             raise CommandError(str(error).replace("draft_model:", "--model-draft:", 1)) from None
     finally:

@@ -27,11 +27,13 @@ N_ESTIMATES = len(_ESTIMATES)
 
 
 class Score(NamedTuple):
-    """A plan over the held-out windows: divergence from the full model in nats per token, activations per token."""
+    """A plan over the held-out windows: divergence from the full model in nats per token, activations per token, and how far the ratio
+    of its perplexity to the full model's may be off by chance (relative standard error, taking tokens as independent)."""
 
     perplexity: float
     kl: float
     spent: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,48 @@ def scores(llm: Llama, full: tuple, plans: Dict[str, Plan], token_windows: np.nd
     Raises:
         CalibrationError: the full model's are none.
     """
-    nll, kl, spent = (dict.fromkeys(("full", *plans), 0.0) for _ in range(3))
-    total = len(token_windows) * (1 + len(plans))
+    # what is one and the same plan under two names is run once
+    run_as = {name: next(other for other in plans if _same(plans[other], plan)) for name, plan in plans.items()}
+    different = {name: plan for name, plan in plans.items() if run_as[name] == name}
+    nll, kl, spent = (dict.fromkeys(("full", *different), 0.0) for _ in range(3))
+    increases: Dict[str, list] = {name: [] for name in different}  # of each token's nll
     n = len(token_windows)
-    with progress_bar("held-out check", total, "pass") as bar:
+    with progress_bar("held-out check", n * (1 + len(different)), "pass") as bar:
         for window in token_windows:
             llm.apply_plan(Plan.full(full))
             reference = Reference(llm, window)
             nll["full"] += reference.nll.mean() / n
             bar.update()
-            for name, plan in plans.items():
+            for name, plan in different.items():
                 llm.apply_plan(plan)
                 llm.expert_stats(reset=True)
                 values, divergence = reference.compare(llm)
                 nll[name] += values.mean() / n
+                increases[name].append(values - reference.nll)
                 kl[name] += divergence.mean() / n
                 spent[name] += llm.expert_stats()["prefill"]["mean"].sum() / n
                 bar.update()
     spent["full"] = float(sum(full))
     if not np.isfinite(nll["full"]):
         raise CalibrationError("the model's own predictions on held-out text are not finite", finite=False)
-    for name in plans:
+    for name in different:
         # what is no number is no rival
         if not np.isfinite([nll[name], kl[name]]).all():
             nll[name] = kl[name] = np.inf
-    return {name: Score(float(np.exp(nll[name])), kl[name], spent[name]) for name in nll}
+    errors = {name: _standard_error(np.concatenate(found)) for name, found in increases.items()}
+    run_as, errors["full"] = {"full": "full", **run_as}, 0.0
+    return {name: Score(float(np.exp(nll[of])), kl[of], spent[of], errors[of]) for name, of in run_as.items()}
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of their mean; infinity where one value, or one that is no number, says nothing of it."""
+    with np.errstate(all="ignore"):
+        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    return float(error) if np.isfinite(error) else np.inf
+
+
+def _same(plan: Plan, other: Plan) -> bool:
+    return plan == other and plan.estimator is other.estimator
 
 
 def choose(
@@ -97,16 +116,17 @@ def choose(
         token_rule: None to try "off", "threshold" and "estimate".
         max_increase: of perplexity over the full model's; a plan within it goes before any that is not.
     """
-    candidates = {}
+    candidates, tables = {}, {}
     for allocation in ("alloc-l", "uniform"):
         candidate = replace(profile, allocation=allocation, token_rule="off", threshold_table=None, held_out=None)
         plan = candidate.plan(total, full)
         # "estimate" has layers of its own; these are what it is compared with
         rules = [token_rule] if token_rule not in (None, "estimate") else ["off"]
         if token_rule in (None, "threshold"):
-            table = thresholds.calibrate(llm, plan, text.profile)
-            if table is not None:
-                candidate = replace(candidate, threshold_table=table)
+            if plan not in tables:
+                tables[plan] = thresholds.calibrate(llm, plan, text.profile)
+            if tables[plan] is not None:
+                candidate = replace(candidate, threshold_table=tables[plan])
                 rules = [token_rule] if token_rule else ["off", "threshold"]
         for rule in rules:
             ruled = replace(candidate, token_rule=rule)
@@ -148,7 +168,7 @@ def choose(
     chosen = replace(candidates[ranked(others)[0]][0], held_out=held_out)
     estimator = candidates[best][0].estimator if best in _ESTIMATES else None
     chosen = replace(chosen, token_rule="estimate" if estimator else chosen.token_rule, estimator=estimator)
-    return Choice(chosen, candidates[best][1], measured, further, int(rest.size))
+    return Choice(chosen, candidates[best][1], measured, further, int(rest.size) if further else 0)
 
 
 def _without(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -197,6 +217,7 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
     By bisection, so it takes perplexity to fall as the total grows; the full budget where nothing less will do.
     """
     low, high = sum(min(k, profile.k_base) for k in full), sum(full)
+    error = 0.0
     while low < high:
         middle = (low + high) // 2
         plans = {a: replace(profile, allocation=a).plan(middle, full, "off") for a in ("alloc-l", "uniform")}
@@ -204,9 +225,24 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
         found = scores(llm, full, plans, text.held_out)
         best = min(plans, key=lambda name: found[name].kl)
         increase = found[best].perplexity / found["full"].perplexity - 1
-        say(f"  {middle} of {sum(full)} activations: perplexity {increase:+.1%}")
+        spread = f"standard error {found[best].error:.2%}"
+        say(f"  {middle} of {sum(full)} activations: perplexity {_beside(increase, max_increase)}, {spread}")
         if increase <= max_increase:
-            high = middle
+            high, error = middle, found[best].error
         else:
             low = middle + 1
+    if 2 * error > max_increase:
+        say(
+            f"a limit of {100 * max_increase:g}% cannot be told on {text.held_out.size} held-out tokens: by chance perplexity is off by up "
+            f"to {2 * error:.1%} there, twice the standard error; --calib-tokens takes more"
+        )
     return low
+
+
+def _beside(increase: float, limit: float) -> str:
+    """In per cent, with as many digits as tell on which side of the limit it is."""
+    for digits in range(1, 16):
+        text = f"{increase:+.{digits}%}"
+        if (float(text[:-1]) / 100 <= limit) == (increase <= limit):
+            break
+    return text

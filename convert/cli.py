@@ -112,7 +112,13 @@ def parser() -> argparse.ArgumentParser:
         "where they are low; batch: the same by ranking each micro-batch, which does nothing for single tokens; off: the "
         "same number for all. Default: estimate, threshold or off, whichever does best on held-out text",
     )
-    where.add_argument("--k-base", type=positive, metavar="N", help="experts that every token keeps. Default: 1")
+    where.add_argument(
+        "--k-base",
+        type=positive,
+        metavar="N",
+        help="experts that every token keeps in each layer, as far as it has so many; no layer is planned with fewer where the "
+        "budget has room for them in all. Default: 1",
+    )
     where.add_argument(
         "--reprofile", action="store_true", help="measure again although the input carries sensitivities"
     )

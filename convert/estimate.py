@@ -144,6 +144,12 @@ def _name(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array, np.float64).tobytes()).hexdigest()[:16]
 
 
+def possible(llm: Llama, full: tuple) -> bool:
+    """Whether the model, and the backend that it runs on, can leave out single experts and estimate what they would give."""
+    with recording(llm, _whole(llm, full)) as recorder:
+        return recorder.works
+
+
 def _whole(llm: Llama, full: tuple) -> Plan:
     """Skips nothing, but runs only where the rule does."""
     shapes = Estimator.shapes(len(full), n_expert_of(llm), 1, 0, llm.n_embd())

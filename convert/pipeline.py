@@ -25,11 +25,12 @@ from . import (
     sensitivity,
     source,
     stages,
+    thresholds,
 )
 from .calibration import CalibrationText
 from .checkpoint import Checkpoint
 from .finite import weights_not_finite
-from .progress import conversion, say, waiting
+from .progress import Conversion, conversion, say, waiting
 from .settings import Settings
 from .task import Task, plan_task
 
@@ -55,7 +56,7 @@ def convert(settings: Settings) -> Written:
         if task.runs_the_model:
             task = _with_room(task)
             progress.expect(stages.expected(task))
-            choice = measure(task)
+            choice = measure(task, progress)
             profile, plan = choice.profile, choice.plan
         else:
             profile, plan = replan(task)
@@ -77,16 +78,21 @@ def replan(task: Task) -> tuple:
     return profile, profile.plan(task.total, task.full, task.settings.token_rule)
 
 
-def measure(task: Task) -> choose.Choice:
-    """The plan by running the model; its sensitivities are measured unless the task has some."""
+def measure(task: Task, progress: Optional[Conversion] = None) -> choose.Choice:
+    """The plan by running the model; its sensitivities are measured unless the task has some. progress: is told where less is to be
+    done than the task says."""
     settings = task.settings
     with Checkpoint(settings.checkpoint, task.source.path) as results:
         if results.restarted:
             say(f"{results.path} was of another model: measuring anew")
         llm = load(task)
         try:
-            # what the model itself has taken is known now
-            return _measured(_with_room(task), llm, results)
+            # what the model itself has taken is known now, and what it can do
+            task = _that_runs(_with_room(task), llm)
+            llm.set_plan(None)
+            if progress is not None:
+                progress.expect(stages.expected(task))
+            return _measured(task, llm, results)
         except CalibrationError as error:
             raise ConvertError(_why_not_finite(task, error)) from error
         finally:
@@ -119,7 +125,9 @@ def _measured(task: Task, llm: Llama, results: Checkpoint) -> choose.Choice:
     estimator = _estimator(task, llm, profile, text, results) if task.tries_estimates else None
     profile = replace(profile, estimator=estimator)
     if settings.max_ppl_increase is not None:
-        say(f"looking for the smallest budget within {settings.max_ppl_increase:.1%} of the full model's perplexity")
+        say(
+            f"looking for the smallest budget within {100 * settings.max_ppl_increase:g}% of the full model's perplexity"
+        )
         task = replace(task, total=choose.smallest_total(llm, profile, full, text, settings.max_ppl_increase))
     limit = np.inf if settings.max_ppl_increase is None else settings.max_ppl_increase
     choice = choose.choose(llm, profile, task.total, full, text, settings.token_rule, limit)
@@ -198,6 +206,22 @@ def _with_room(task: Task) -> Task:
     return task
 
 
+def _that_runs(task: Task, llm: Llama) -> Task:
+    """Without estimates, and a line that says so, where this model cannot have them; not after text and profile, which take long.
+
+    Raises:
+        ConvertError: it cannot run the token rule that is asked for.
+    """
+    if task.settings.token_rule == "threshold" and not thresholds.possible(llm, task.full):
+        raise ConvertError(
+            "token rule threshold: this model, or the backend that it runs on, cannot leave out single experts of a token"
+        )
+    if not task.tries_estimates or task.calibrated or estimate.possible(llm, task.full):
+        return task
+    _left_out(task, "this model, or the backend that it runs on, has no estimates of experts that a token leaves out")
+    return replace(task, has_room=False)
+
+
 def _memory_needed(task: Task, shape: tuple) -> int:
     return estimator_fit.memory(task.full, task.n_expert, task.n_embd, shape, task.settings.threads)
 
@@ -213,17 +237,19 @@ def _estimator(
     # at full budget nothing is skipped to learn from
     at = max(task.total if task.total < sum(task.full) else -(-sum(task.full) // 2), task.least)
     try:
-        found = estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
-        reason = "this model, or the backend that it runs on, cannot leave out single experts of a token"
+        return estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
     except CalibrationError as error:
         if not error.finite:
             raise
-        found, reason = None, f"cannot be calibrated on this text ({error}); --calib FILE gives it another"
-    if found is None and task.settings.token_rule == "estimate":
+        _left_out(task, f"cannot be calibrated on this text ({error}); --calib FILE gives it another")
+        return None
+
+
+def _left_out(task: Task, reason: str) -> None:
+    """A line, or the error where estimates are asked for."""
+    if task.settings.token_rule == "estimate":
         raise ConvertError(f"token rule estimate: {reason}")
-    if found is None:
-        say(f"token rule estimate is left out: {reason}")
-    return found
+    say(f"token rule estimate is left out: {reason}")
 
 
 def _why_not_finite(task: Task, error: CalibrationError) -> str:

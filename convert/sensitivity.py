@@ -78,7 +78,10 @@ def measure(
     starts = None  # not known before the first cell that has to be measured
     nll: Dict[tuple, float] = {}
     kl: Dict[tuple, float] = {}
-    errors, reused = [np.zeros(k + 1) for k in full], 0
+    errors = [np.zeros(k + 1) for k in full]
+    # counted before any is measured: windows that are equal are measured once
+    names = [_cell_name(window_name(window), counts) for window in token_windows for counts in plans]
+    reused = sum(checkpoint.get(name) is not None for name in names)
     total = len(token_windows) * (len(plans) + 1)
     with progress_bar("sensitivity", total, "pass", leave=True) as bar:
         for window in token_windows:
@@ -96,7 +99,6 @@ def measure(
             if missing:
                 bar.update()
             bar.skip(len(plans) - len(missing) + (not missing))
-            reused += len(plans) - len(missing)
             for counts in missing:
                 changed = next(il for il, (k, own) in enumerate(zip(counts, full)) if k != own)
                 start_at(llm, Plan(counts, full), changed if starts else 0)

@@ -53,6 +53,12 @@ def calibrate(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Optional[tup
     )
 
 
+def possible(llm: Llama, full: tuple) -> bool:
+    """Whether the model, and the backend that it runs on, can leave out single experts."""
+    with recording(llm, replace(Plan.full(full), token_rule="batch")) as recorder:
+        return recorder.works
+
+
 def recorded_values(llm: Llama, plan: Plan, token_windows: np.ndarray) -> Optional[list]:
     """The values of every token's K_l experts by rank, from a run over a text under `plan`, which has a token rule.
 

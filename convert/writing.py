@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Callable, List
 
 from allocmoe_edge import Llama
-from allocmoe_edge._native import ffi, libllama, llama_cpp
+from allocmoe_edge._native import ffi, libllama, llama_cpp, silent
 import numpy as np
 
 from . import CalibrationError, ConvertError
@@ -108,7 +108,8 @@ def _context(llm: Llama, n_seq: int, n_tokens: int, stack: ExitStack):
     # half the memory, which is what so many sequences take; not every model can
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_Q8_0
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-    context = llama_cpp.llama_init_from_model(llm.model, params)
+    with silent():
+        context = llama_cpp.llama_init_from_model(llm.model, params)
     if not context:
         params.type_k, params.type_v, params.flash_attn_type = cache
         context = llama_cpp.llama_init_from_model(llm.model, params)

@@ -70,6 +70,8 @@ constexpr int64_t TILE = 64; // lines of the cache; rows, of which each is a hea
 // vectors of products kept in registers, and of them side by side
 constexpr int N_PRODUCTS = LANES == 8 ? 12 : 16, ACROSS = LANES == 8 ? 2 : 4;
 
+constexpr int64_t CHUNK = 128; // elements of a key that are floats at a time
+
 static_assert(TILE == ggml_fa_tile_config::Q && TILE == ggml_fa_tile_config::KV, "llama.cpp plans params->wdata for its tiles");
 
 struct flash {
@@ -133,22 +135,27 @@ struct row_block {
     int64_t n_rows() const { return n_heads * n_tokens; } // at most TILE
     int64_t head(int64_t row) const { return head0 + row % n_heads; }
     int64_t token(int64_t row) const { return token0 + row / n_heads; }
+    bool same_lines(const row_block & other) const { // for other heads
+        return stream == other.stream && token0 == other.token0 && n_tokens == other.n_tokens && lines == other.lines;
+    }
 };
 
 // Of one thread, in params->wdata.
 struct scratch {
-    float * scores;       // [TILE lines][TILE rows]
-    float *keys, *values; // [TILE lines][n_k], [n_v]
-    float * queries;      // [n_k][TILE rows], times the scale
-    ggml_fp16_t * lines;  // [LANES][n_k]
+    float * scores;      // [TILE lines][TILE rows]
+    float * keys;        // [N_PRODUCTS lines][CHUNK], or [n_k][TILE lines]
+    float * values;      // [TILE lines][n_v]
+    float * queries;     // [TILE][n_k] and a vector more, see pack()
+    ggml_fp16_t * lines; // [LANES][n_k]
 
-    static int64_t size(const flash & f) { return TILE * (TILE + 2 * f.n_k + f.n_v) + LANES * f.n_k / 2; }
+    static int64_t n_keys(const flash & f) { return std::max(N_PRODUCTS * CHUNK, TILE * f.n_k); }
+    static int64_t size(const flash & f) { return TILE * (TILE + f.n_v + f.n_k) + n_keys(f) + LANES + LANES * f.n_k / 2; }
     scratch(const flash & f, float * work) {
         scores  = work;
         keys    = scores + TILE * TILE;
-        values  = keys + TILE * f.n_k;
+        values  = keys + n_keys(f);
         queries = values + TILE * f.n_v;
-        lines   = (ggml_fp16_t *) (queries + TILE * f.n_k);
+        lines   = (ggml_fp16_t *) (queries + TILE * f.n_k + LANES);
     }
 };
 
@@ -156,12 +163,12 @@ struct scratch {
 struct found {
     float *max, *sum, *values;
 
-    static int64_t size(const flash & f) { return TILE * (f.n_v + 2); } // of TILE rows
-    found(float * memory) : max(memory), sum(max + TILE), values(sum + TILE) {}
-    void clear(const flash & f, int64_t row, int64_t n_rows) {
-        std::fill(max + row, max + row + n_rows, -INFINITY);
-        std::fill(sum + row, sum + row + n_rows, 0.0f);
-        memset(values + row * f.n_v, 0, n_rows * f.n_v * sizeof(float));
+    static int64_t size(const flash & f, int64_t n_rows) { return n_rows * (f.n_v + 2); }
+    found(float * memory, int64_t n_rows) : max(memory), sum(max + n_rows), values(sum + n_rows) {}
+    void clear(const flash & f, int64_t n_rows) {
+        std::fill(max, max + n_rows, -INFINITY);
+        std::fill(sum, sum + n_rows, 0.0f);
+        memset(values, 0, n_rows * f.n_v * sizeof(float));
     }
     void add(const flash & f, int64_t row, const found & other, int64_t row_of_other) {
         if (other.sum[row_of_other] == 0.0f) {
@@ -196,22 +203,24 @@ void line_to_float(ggml_type type, const char * line, int64_t n, float * out) {
     }
 }
 
-// scores[line][row]: LINES keys [n] by VECTORS * LANES rows of queries[element][row]
-template <int LINES, int VECTORS>
-void score(const float * keys, int64_t n, const float * queries, float * scores) {
-    vec sum[LINES][VECTORS];
+// scores[line][row] of LINES keys [CHUNK] by VECTORS of queries[element][row], n elements; `more`: added to what is there.
+template <typename V, int LINES, int VECTORS>
+void score(const float * keys, int64_t n, const float * queries, int64_t n_rows, float * scores, bool more) {
+    constexpr int N = sizeof(V) / sizeof(float);
+    V sum[LINES][VECTORS];
     for (int i = 0; i < LINES; ++i) {
         for (int j = 0; j < VECTORS; ++j) {
-            sum[i][j] = zero();
+            sum[i][j] = more ? load_as<V>(scores + i * TILE + j * N) : broadcast_as<V>(0.0f);
         }
     }
     for (int64_t e = 0; e < n; ++e) {
-        vec query[VECTORS];
+        V query[VECTORS];
         for (int j = 0; j < VECTORS; ++j) {
-            query[j] = load(queries + e * TILE + j * LANES);
+            query[j] = load_as<V>(queries + e * n_rows + j * N);
+            in_register(query[j]);
         }
         for (int i = 0; i < LINES; ++i) {
-            const vec key = broadcast(keys[i * n + e]);
+            const V key = broadcast_as<V>(keys[i * CHUNK + e]);
             for (int j = 0; j < VECTORS; ++j) {
                 sum[i][j] = multiply_add(key, query[j], sum[i][j]);
             }
@@ -219,20 +228,20 @@ void score(const float * keys, int64_t n, const float * queries, float * scores)
     }
     for (int i = 0; i < LINES; ++i) {
         for (int j = 0; j < VECTORS; ++j) {
-            store(scores + i * TILE + j * LANES, sum[i][j]);
+            store(scores + i * TILE + j * N, sum[i][j]);
         }
     }
 }
 
-template <int VECTORS>
-void score_lines(const float * keys, int64_t n_lines, int64_t n, const float * queries, float * scores) {
+template <typename V, int VECTORS>
+void score_lines(const float * keys, int64_t n_lines, int64_t n, const float * queries, int64_t n_rows, float * scores, bool more) {
     constexpr int LINES = N_PRODUCTS / VECTORS;
     int64_t i           = 0;
     for (; i + LINES <= n_lines; i += LINES) {
-        score<LINES, VECTORS>(keys + i * n, n, queries, scores + i * TILE);
+        score<V, LINES, VECTORS>(keys + i * CHUNK, n, queries, n_rows, scores + i * TILE, more);
     }
     for (; i < n_lines; ++i) {
-        score<1, VECTORS>(keys + i * n, n, queries, scores + i * TILE);
+        score<V, 1, VECTORS>(keys + i * CHUNK, n, queries, n_rows, scores + i * TILE, more);
     }
 }
 
@@ -250,6 +259,7 @@ void add_values(const float * weights, int64_t line_step, int64_t row_step, cons
         vec value[VECTORS];
         for (int j = 0; j < VECTORS; ++j) {
             value[j] = load(values + i * step + j * LANES);
+            in_register(value[j]);
         }
         for (int r = 0; r < ROWS; ++r) {
             const vec weight = broadcast(weights[i * line_step + r * row_step]);
@@ -309,15 +319,16 @@ struct open_lines {
 private:
     template <typename T>
     void look(const flash & f, const row_block & block, int64_t n_lines, const T & line_of) {
-        bool open[TILE];
-        std::fill(open, open + TILE, !f.mask);
+        ggml_fp16_t open[TILE], any = 0; // not zero where it is so, for many at once
+        std::fill(open, open + TILE, f.mask ? 0 : 1);
         for (int64_t t = 0; f.mask && t < block.n_tokens; ++t) {
             const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t);
             for (int64_t i = 0; i < n_lines; ++i) {
-                changed |= mask[line_of(i)] != 0;
-                open[i] |= mask[line_of(i)] != MINUS_INFINITY;
+                any |= mask[line_of(i)];
+                open[i] |= mask[line_of(i)] ^ MINUS_INFINITY;
             }
         }
+        changed = any != 0;
         for (int64_t i = 0; i < n_lines; ++i) {
             if (open[i]) {
                 line[n++] = line_of(i);
@@ -326,20 +337,35 @@ private:
     }
 };
 
-// scores[line][row] of a tile: keys by queries, the rows side by side in a vector.
-void score_rows(int64_t n_rows, int64_t n, const scratch & work, int64_t n_lines) {
-    const int64_t n_vectors = (n_rows + LANES - 1) / LANES;
-    int64_t j               = 0;
-    for (; j + ACROSS <= n_vectors; j += ACROSS) {
-        score_lines<ACROSS>(work.keys, n_lines, n, work.queries + j * LANES, work.scores + j * LANES);
-    }
-    for (; j < n_vectors; ++j) {
-        score_lines<1>(work.keys, n_lines, n, work.queries + j * LANES, work.scores + j * LANES);
+// scores[line][row] of a tile: keys by queries [element][row], the rows side by side in a vector. A few lines' elements at a time are
+// made floats, which are then in the first-level cache, and as far from each other as the compiler knows.
+void score_rows(const flash & f, const row_block & block, const float * queries, const open_lines & lines, const scratch & work) {
+    const int64_t n_rows = block.n_rows();
+    for (int64_t i = 0; i < lines.n; i += N_PRODUCTS) {
+        const int64_t n_lines = std::min<int64_t>(N_PRODUCTS, lines.n - i);
+        for (int64_t e = 0; e < f.n_k; e += CHUNK) {
+            const int64_t n = std::min(CHUNK, f.n_k - e);
+            for (int64_t j = 0; j < n_lines; ++j) {
+                line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i + j]) + ggml_row_size(f.k->type, e), n, work.keys + j * CHUNK);
+            }
+            const float * of_rows = queries + e * n_rows;
+            float * scores        = work.scores + i * TILE;
+            int64_t row           = 0;
+            for (; row + (ACROSS - 1) * LANES < n_rows; row += ACROSS * LANES) {
+                score_lines<vec, ACROSS>(work.keys, n_lines, n, of_rows + row, n_rows, scores + row, e > 0);
+            }
+            for (; row + HALF_LANES < n_rows; row += LANES) {
+                score_lines<vec, 1>(work.keys, n_lines, n, of_rows + row, n_rows, scores + row, e > 0);
+            }
+            if (row < n_rows) {
+                score_lines<half_vec, 1>(work.keys, n_lines, n, of_rows + row, n_rows, scores + row, e > 0);
+            }
+        }
     }
 }
 
 // The same of one row, scores[line], the lines side by side; a product's terms are added in the same order. keys[element][line]
-void score_row(const float * keys, int64_t n, const float * queries, float * scores) {
+void score_row(const float * keys, int64_t n, const float * queries, int64_t n_rows, float * scores) {
     constexpr int SUMS = 4;
     for (int64_t line = 0; line < TILE; line += SUMS * LANES) {
         vec sum[SUMS];
@@ -347,7 +373,7 @@ void score_row(const float * keys, int64_t n, const float * queries, float * sco
             sum[j] = zero();
         }
         for (int64_t e = 0; e < n; ++e) {
-            const vec query = broadcast(queries[e * TILE]);
+            const vec query = broadcast(queries[e * n_rows]);
             for (int j = 0; j < SUMS; ++j) {
                 sum[j] = multiply_add(load(keys + e * TILE + line + j * LANES), query, sum[j]);
             }
@@ -453,63 +479,106 @@ void weigh_row(const flash & f, float * scores, int64_t n_lines, float & max, fl
 // The cache is divided into parts, always in the same way: pieces of PIECE lines take turns. What a row finds in each is put
 // together in their order. So its result depends neither on how many threads there are, nor on the tokens that are evaluated
 // together, nor on how much of the cache is still empty.
-constexpr int64_t PARTS = 24, PIECE = 2 * TILE, FEW_ROWS = 3;
+constexpr int64_t PARTS = 24, PIECE = 2 * TILE;
 
-void pack(const flash & f, const row_block & block, const scratch & work) {
-    memset(work.queries, 0, TILE * f.n_k * sizeof(float)); // zeros in lanes without a row
-    for (int64_t r = 0; r < block.n_rows(); ++r) {
-        const float * query = f.query(block.stream, block.head(r), block.token(r));
-        for (int64_t e = 0; e < f.n_k; ++e) {
-            work.queries[e * TILE + r] = query[e] * f.scale;
+// The most rows for which keys lie side by side in vectors, not rows; and for which values are made floats each time they are used.
+constexpr int64_t FEW_ROWS = 3, ROWS_OF_HALF = 16;
+
+// The tiles of one of the parts, in their order: do_tile(first line, lines)
+template <typename T>
+void each_tile(int64_t n_lines, int64_t part, const T & do_tile) {
+    for (int64_t piece = part * PIECE; piece < n_lines; piece += PARTS * PIECE) {
+        const int64_t end = std::min(piece + PIECE, n_lines);
+        for (int64_t line = piece; line < end; line += TILE) {
+            do_tile(line, std::min(TILE, end - line));
         }
     }
 }
 
-// A block's rows, packed, over one part of the cache; `into` from row `row` on.
-void attend(const flash & f, const row_block & block, int64_t part, const scratch & work, found & into, int64_t row) {
-    const int64_t n_rows = block.n_rows();
-    // side by side they would leave most of a vector empty
-    const bool few = n_rows <= FEW_ROWS && f.k->type == GGML_TYPE_F16 && f.v->type == GGML_TYPE_F16 && f.n_k % LANES == 0;
-    into.clear(f, row, n_rows);
-    for (int64_t piece = part * PIECE; piece < block.n_lines; piece += PARTS * PIECE) {
-        for (int64_t line0 = piece; line0 < std::min(piece + PIECE, block.n_lines); line0 += TILE) {
-            const open_lines lines(f, block, line0, std::min(TILE, block.n_lines - line0));
-            if (lines.n == 0) {
-                continue;
+// The queries of blocks: of each [n_k][its rows], times the scale. A vector ends with those of the next element, or after the last with zeros.
+void pack(const flash & f, const row_block * blocks, size_t n_blocks, float * queries) {
+    for (size_t i = 0; i < n_blocks; ++i) {
+        const int64_t n_rows = blocks[i].n_rows();
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const float * query = f.query(blocks[i].stream, blocks[i].head(r), blocks[i].token(r));
+            for (int64_t e = 0; e < f.n_k; ++e) {
+                queries[e * n_rows + r] = query[e] * f.scale;
             }
-            float *max = into.max + row, *sum = into.sum + row, *out = into.values + row * f.n_v;
-            if (few && lines.in_one_piece()) {
-                const char * keys   = f.line(f.k, block.stream, block.head0, lines.line[0]);
-                const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
-                transpose_lines(keys, f.k->nb[1], lines.n, f.n_k, work);
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    score_row(work.keys, f.n_k, work.queries + r, work.scores + r * TILE);
-                }
-                finish_scores(f, block, work.scores, 1, TILE, lines);
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    weigh_row(f, work.scores + r * TILE, lines.n, max[r], sum[r], out + r * f.n_v);
-                }
-                add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, out, f.n_v, n_rows);
-                continue;
-            }
-            for (int64_t i = 0; block.lines && i < lines.n; ++i) { // scattered, so that the processor does not guess them
-                for (const ggml_tensor * cache : { f.k, f.v }) {
-                    const char * line = f.line(cache, block.stream, block.head0, lines.line[i]);
-                    for (size_t byte = 0; byte < ggml_row_size(cache->type, cache->ne[0]); byte += 64) {
+        }
+        queries += f.n_k * n_rows;
+    }
+    std::fill(queries, queries + LANES, 0.0f);
+}
+
+// Asks for the lines of a tile, of all heads of the blocks. What lies in one piece is read from its beginning to its end, all heads'
+// lines together, so that the hardware fetches ahead, which it does not where each head reads its own: that took half of the time
+// where the cache is larger than those of the processor.
+void fetch(const flash & f, const row_block * blocks, size_t n_blocks, const open_lines & lines) {
+    for (const ggml_tensor * cache : { f.k, f.v }) {
+        const int64_t size = ggml_row_size(cache->type, cache->ne[0]);
+        for (int64_t i = 0; i < lines.n; ++i) {
+            for (size_t j = 0; j < n_blocks; ++j) {
+                const char * line = f.line(cache, blocks[j].stream, blocks[j].head0, lines.line[i]);
+                for (int64_t byte = 0; byte < size; byte += 64) {
+                    if (blocks->lines) {
                         __builtin_prefetch(line + byte);
+                    } else {
+                        (void) *(const volatile char *) (line + byte);
                     }
                 }
             }
-            for (int64_t i = 0; i < lines.n; ++i) {
-                line_to_float(f.k->type, f.line(f.k, block.stream, block.head0, lines.line[i]), f.n_k, work.keys + i * f.n_k);
-                line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
-            }
-            score_rows(n_rows, f.n_k, work, lines.n);
-            finish_scores(f, block, work.scores, TILE, 1, lines);
-            weigh(f, work, lines.n, n_rows, max, sum, out);
-            add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, out, f.n_v, n_rows);
         }
     }
+}
+
+// A block's rows, whose queries are packed, over the open lines of one tile.
+void attend(const flash & f, const row_block & block, const float * queries, const open_lines & lines, const scratch & work, const found & into) {
+    const int64_t n_rows = block.n_rows();
+    // side by side they would leave most of a vector empty
+    if (n_rows <= FEW_ROWS && f.k->type == GGML_TYPE_F16 && f.v->type == GGML_TYPE_F16 && f.n_k % LANES == 0 && lines.in_one_piece()) {
+        const char * keys   = f.line(f.k, block.stream, block.head0, lines.line[0]);
+        const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
+        transpose_lines(keys, f.k->nb[1], lines.n, f.n_k, work);
+        for (int64_t r = 0; r < n_rows; ++r) {
+            score_row(work.keys, f.n_k, queries + r, n_rows, work.scores + r * TILE);
+        }
+        finish_scores(f, block, work.scores, 1, TILE, lines);
+        for (int64_t r = 0; r < n_rows; ++r) {
+            weigh_row(f, work.scores + r * TILE, lines.n, into.max[r], into.sum[r], into.values + r * f.n_v);
+        }
+        add_values_to(work.scores, 1, TILE, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, into.values, f.n_v, n_rows);
+        return;
+    }
+    score_rows(f, block, queries, lines, work);
+    finish_scores(f, block, work.scores, TILE, 1, lines);
+    weigh(f, work, lines.n, n_rows, into.max, into.sum, into.values);
+    if (n_rows <= ROWS_OF_HALF && f.v->type == GGML_TYPE_F16 && lines.in_one_piece()) {
+        const char * values = f.line(f.v, block.stream, block.head0, lines.line[0]);
+        add_values_to(work.scores, TILE, 1, (const ggml_fp16_t *) values, f.v->nb[1] / sizeof(ggml_fp16_t), lines.n, into.values, f.n_v, n_rows);
+        return;
+    }
+    for (int64_t i = 0; i < lines.n; ++i) {
+        line_to_float(f.v->type, f.line(f.v, block.stream, block.head0, lines.line[i]), f.n_v, work.values + i * f.n_v);
+    }
+    add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, into.values, f.n_v, n_rows);
+}
+
+// Blocks that are alike but for their heads, over one part of the cache.
+void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int64_t part, const float * queries, const scratch & work, found * into) {
+    for (size_t i = 0; i < n_blocks; ++i) {
+        into[i].clear(f, blocks[i].n_rows());
+    }
+    each_tile(blocks->n_lines, part, [&](int64_t line0, int64_t n_lines) {
+        const open_lines lines(f, *blocks, line0, n_lines);
+        if (lines.n == 0) {
+            return;
+        }
+        fetch(f, blocks, n_blocks, lines);
+        const float * of_block = queries;
+        for (size_t i = 0; i < n_blocks; of_block += f.n_k * blocks[i++].n_rows()) {
+            attend(f, blocks[i], of_block, lines, work, into[i]);
+        }
+    });
 }
 
 // All rows, in blocks of TILE at most. A token whose lines are scattered, as in a cache that many sequences share, is in a block
@@ -575,14 +644,14 @@ private:
         for (int64_t stream = 0; stream < f.q->ne[3]; ++stream) {
             const auto of_token = [&](int64_t token) { return f.mask ? of_tokens[stream % f.mask->ne[3] * f.n_tokens + token] : scattered{ 0, 0 }; };
             const auto together = [](const scattered & a, const scattered & b) { return a.n == 0 ? b.n == 0 : b.n > 0 && a.begin == b.begin; };
-            for (int64_t head = 0; head < f.n_head; head += std::min(most_heads, f.n_group - head % f.n_group)) {
-                const int64_t n_heads = std::min(most_heads, f.n_group - head % f.n_group);
-                // the last tokens of a text see most of it: they come first
-                for (int64_t end = f.n_tokens, begin; end > 0; end = begin) {
-                    const scattered last = of_token(end - 1);
-                    for (begin = end - 1; begin > 0 && end - begin < most_tokens && together(of_token(begin - 1), last); --begin) {
-                    }
-                    const int32_t * seen = last.n > 0 ? lines.data() + last.begin : nullptr;
+            // the last tokens of a text see most of it: they come first
+            for (int64_t end = f.n_tokens, begin; end > 0; end = begin) {
+                const scattered last = of_token(end - 1);
+                for (begin = end - 1; begin > 0 && end - begin < most_tokens && together(of_token(begin - 1), last); --begin) {
+                }
+                const int32_t * seen = last.n > 0 ? lines.data() + last.begin : nullptr;
+                for (int64_t head = 0, n_heads; head < f.n_head; head += n_heads) {
+                    n_heads = std::min(most_heads, f.n_group - head % f.n_group);
                     blocks.push_back({ stream, head, n_heads, begin, end - begin, seen, seen ? int64_t(last.n) : f.n_kv });
                 }
             }
@@ -590,64 +659,135 @@ private:
     }
 };
 
-// A thread takes a block after the other.
+// A thread takes one block after the other: all heads together, whose number is the same for all tokens, where they are few and leave
+// all threads enough to take.
 void attend_by_blocks(const flash & f, const ggml_compute_params * params, const scratch & work) {
+    constexpr size_t MOST                 = 8;
+    const std::vector<row_block> & blocks = row_blocks::of(f);
+    size_t n                              = 1;
+    for (; n < blocks.size() && blocks[n].same_lines(blocks[0]); ++n) {
+    }
+    if (n > MOST || blocks.size() < 4 * params->nth * n) {
+        n = 1;
+    }
     thread_local std::vector<float> memory;
-    memory.resize(2 * found::size(f));
-    found all(memory.data()), here(all.max + found::size(f));
+    memory.resize(n * (2 * found::size(f, TILE) + TILE * f.n_k) + LANES);
+    std::vector<found> all, here;
+    float * queries = memory.data();
+    for (size_t i = 0; i < n; ++i) {
+        all.emplace_back(queries, TILE);
+        here.emplace_back(queries + found::size(f, TILE), TILE);
+        queries += 2 * found::size(f, TILE);
+    }
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
-    const std::vector<row_block> & blocks = row_blocks::of(f);
-    for (size_t i = params->ith; i < blocks.size(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const row_block & block = blocks[i];
-        pack(f, block, work);
-        all.clear(f, 0, block.n_rows());
-        for (int64_t part = 0; part < PARTS && part * PIECE < block.n_lines; ++part) {
-            attend(f, block, part, work, here, 0);
-            for (int64_t r = 0; r < block.n_rows(); ++r) {
-                all.add(f, r, here, r);
+    for (size_t first = params->ith * n; first < blocks.size(); first = ggml_threadpool_chunk_add(params->threadpool, 1) * n) {
+        pack(f, &blocks[first], n, queries);
+        for (size_t j = 0; j < n; ++j) {
+            all[j].clear(f, blocks[first + j].n_rows());
+        }
+        for (int64_t part = 0; part < PARTS && part * PIECE < blocks[first].n_lines; ++part) {
+            attend_part(f, &blocks[first], n, part, queries, work, here.data());
+            for (size_t j = 0; j < n; ++j) {
+                for (int64_t r = 0; r < blocks[first + j].n_rows(); ++r) {
+                    all[j].add(f, r, here[j], r);
+                }
             }
         }
-        for (int64_t r = 0; r < block.n_rows(); ++r) {
-            f.finish(block.stream, block.head(r), block.token(r), all.max[r], all.sum[r], all.values + r * f.n_v);
+        for (size_t j = 0; j < n; ++j) {
+            const row_block & block = blocks[first + j];
+            for (int64_t r = 0; r < block.n_rows(); ++r) {
+                f.finish(block.stream, block.head(r), block.token(r), all[j].max[r], all[j].sum[r], all[j].values + r * f.n_v);
+            }
         }
     }
 }
 
-// A thread takes every nth part of the cache, for TILE rows at most; then what all have found is put together. It begins with
-// another part for each block: a token with few lines has one part alone.
+// One part of the cache for one block.
+struct share {
+    const row_block * block;
+    int64_t column, part, n_pieces; // where its queries are packed
+    int64_t thread, row;            // whose it is, and which of that thread's rows its first is
+};
+
+// Blocks of TILE rows at most, divided among threads: a part of the cache after the other, and of each all blocks, so that a thread has
+// neighbouring heads, whose lines are neighbours in memory. Each takes as many pieces as the others.
+void divide(const row_block * begin, const row_block * end, int64_t n_threads, std::vector<share> & shares) {
+    shares.clear();
+    int64_t n_pieces = 0;
+    for (int64_t part = 0; part < PARTS; ++part) {
+        int64_t column = 0;
+        for (const row_block * block = begin; block < end; column += block++->n_rows()) {
+            const int64_t n_here = ((block->n_lines + PIECE - 1) / PIECE - part + PARTS - 1) / PARTS;
+            if (n_here > 0) {
+                shares.push_back({ block, column, part, n_here, 0, 0 });
+                n_pieces += n_here;
+            }
+        }
+    }
+    int64_t before = 0, thread = 0, row = 0;
+    for (share & s : shares) {
+        if (before * n_threads / n_pieces != thread) {
+            thread = before * n_threads / n_pieces, row = 0;
+        }
+        s.thread = thread, s.row = row;
+        before += s.n_pieces;
+        row += s.block->n_rows();
+    }
+}
+
+// Each thread takes its share of the cache, for TILE rows at most; then what all have found is put together.
 void attend_by_parts(const flash & f, const ggml_compute_params * params, const scratch & work, float ** found_of) {
     const int ith = params->ith, nth = params->nth;
-    const int64_t n_parts = std::min(PARTS, (f.n_kv + PIECE - 1) / PIECE);
     thread_local std::vector<float> memory;
-    memory.resize(((n_parts + nth - 1) / nth + 1) * found::size(f));
-    found_of[ith] = memory.data() + found::size(f);
-    found all(memory.data());
-    const auto found_in = [&](int64_t part, size_t block) { return found(found_of[(part + block) % nth] + part / nth * found::size(f)); };
+    thread_local std::vector<share> shares;
+    thread_local std::vector<found> mine;
 
     const std::vector<row_block> & blocks = row_blocks::of(f);
     for (size_t i = 0, end; i < blocks.size(); i = end) {
-        int64_t n_rows = 0;
-        for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end].n_rows(), ++end) {
-            pack(f, blocks[end], work);
-            for (int64_t part = (ith + nth - int64_t(end % nth)) % nth; part < n_parts; part += nth) {
-                found here = found_in(part, end);
-                attend(f, blocks[end], part, work, here, n_rows);
+        int64_t n_rows = 0, n_found = 0;
+        for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end++].n_rows()) {
+        }
+        pack(f, &blocks[i], end - i, work.queries);
+        divide(&blocks[i], &blocks[i] + (end - i), nth, shares);
+        for (const share & s : shares) {
+            n_found += s.thread == ith ? s.block->n_rows() : 0;
+        }
+        memory.resize(found::size(f, TILE + n_found));
+        found all(memory.data(), TILE);
+        found_of[ith]       = memory.data() + found::size(f, TILE);
+        const auto found_in = [&](const share & s) { return found(found_of[s.thread] + found::size(f, s.row), s.block->n_rows()); };
+
+        for (auto first = shares.begin(); first < shares.end();) {
+            mine.clear();
+            auto last = first;
+            for (; last < shares.end() && last->thread == ith && last->part == first->part && last->block->same_lines(*first->block); ++last) {
+                mine.push_back(found_in(*last));
             }
+            if (last == first) {
+                ++first;
+                continue;
+            }
+            attend_part(f, first->block, mine.size(), first->part, work.queries + f.n_k * first->column, work, mine.data());
+            first = last;
         }
         ggml_barrier(params->threadpool);
+        all.clear(f, n_rows);
+        for (const share & s : shares) {
+            const found from = found_in(s);
+            for (int64_t r = 0; r < s.block->n_rows(); ++r) {
+                if ((s.column + r) % nth == ith) {
+                    all.add(f, s.column + r, from, r);
+                }
+            }
+        }
         int64_t row = 0;
         for (size_t j = i; j < end; ++j) {
-            const row_block & block = blocks[j];
-            for (int64_t r = 0; r < block.n_rows(); ++r, ++row) {
+            for (int64_t r = 0; r < blocks[j].n_rows(); ++r, ++row) {
                 if (row % nth == ith) {
-                    all.clear(f, 0, 1);
-                    for (int64_t part = 0; part < n_parts; ++part) {
-                        all.add(f, 0, found_in(part, j), row);
-                    }
-                    f.finish(block.stream, block.head(r), block.token(r), all.max[0], all.sum[0], all.values);
+                    f.finish(blocks[j].stream, blocks[j].head(r), blocks[j].token(r), all.max[row], all.sum[row], all.values + row * f.n_v);
                 }
             }
         }
@@ -661,7 +801,7 @@ bool can_attend(const flash & f) {
     const auto readable = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
     return f.q->type == GGML_TYPE_F32 && readable(f.k->type) && readable(f.v->type) && f.k->nb[0] == ggml_type_size(f.k->type) &&
            f.v->nb[0] == ggml_type_size(f.v->type) && f.q->nb[0] == sizeof(float) && f.k->ne[2] == f.v->ne[2] && f.k->ne[3] == f.v->ne[3] &&
-           f.n_v % LANES == 0 && (!f.mask || (f.mask->type == GGML_TYPE_F16 && f.mask->ne[2] == 1));
+           f.n_v % LANES == 0 && CHUNK % ggml_blck_size(f.k->type) == 0 && (!f.mask || (f.mask->type == GGML_TYPE_F16 && f.mask->ne[2] == 1));
 }
 #endif
 

@@ -149,6 +149,42 @@ inline vec exponential(vec x) {
 inline vec exponential(vec x) { return ggml_v_expf(x); }
 #endif
 
+// Vectors of half the size where the processor is as fast with them, for what would leave half of one empty.
+#if defined(__AVX512F__)
+using half_vec = __m256;
+inline half_vec multiply_add(half_vec a, half_vec b, half_vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline void store(float * x, half_vec y) { _mm256_storeu_ps(x, y); }
+#else
+using half_vec = vec;
+#endif
+constexpr int HALF_LANES = sizeof(half_vec) / sizeof(float);
+
+template <typename V>
+V load_as(const float * x);
+template <typename V>
+V broadcast_as(float x);
+template <>
+inline vec load_as(const float * x) { return load(x); }
+template <>
+inline vec broadcast_as(float x) { return broadcast(x); }
+#if defined(__AVX512F__)
+template <>
+inline half_vec load_as(const float * x) { return _mm256_loadu_ps(x); }
+template <>
+inline half_vec broadcast_as(float x) { return _mm256_set1_ps(x); }
+#endif
+
+// Has it loaded once. GCC takes what is used several times from memory each time, which AVX2's processors do as fast, and those with
+// AVX-512 do not.
+template <typename V>
+inline void in_register(V & x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#else
+    GGML_UNUSED(x);
+#endif
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(ggml_fp16_t x) { return GGML_CPU_FP16_TO_FP32(x); }
 

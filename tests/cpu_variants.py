@@ -48,13 +48,19 @@ def run(folder: Path, library: Path, tests: list[str]) -> tuple[bool, str]:
         for name in (library.name, "libggml-cpu.so"):
             os.link(library, Path(alone, name))
         env = {**os.environ, "LLAMA_CPP_LIB_PATH": alone, "MTMD_CPP_LIB": alone}
-        # not -m: pytest itself would take the checkout's package for the installed one. Programs that tests start still do
-        command = [str(Path(sys.executable).parent / "pytest"), "-q", *tests]
-        process = subprocess.run(command, env=env, capture_output=True, text=True)
+        # not in this folder, nor with -m: programs that tests start, and pytest, would take a checkout's package for the installed one
+        command = [str(Path(sys.executable).parent / "pytest"), "-q", *map(whole_path, tests)]
+        process = subprocess.run(command, env=env, cwd=alone, capture_output=True, text=True)
     lines = process.stdout.splitlines() or process.stderr.splitlines() or [f"exit code {process.returncode}"]
     if process.returncode:
         print("\n".join(line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))), file=sys.stderr)
     return process.returncode == 0, lines[-1]
+
+
+def whole_path(test: str) -> str:
+    """Of a test that pytest is to find from any folder; what is none, as an option, stays."""
+    path, colons, name = test.partition("::")
+    return f"{Path(path).resolve()}{colons}{name}" if Path(path).exists() else test
 
 
 def main() -> int:

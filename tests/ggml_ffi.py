@@ -94,6 +94,12 @@ def op_name(tensor) -> str:
     return ffi.string(base.ggml_op_name(tensor.op)).decode()
 
 
+def set_threads(cpu_backend, n_threads: int) -> None:
+    registry = base.ggml_backend_dev_backend_reg(base.ggml_backend_get_device(cpu_backend))
+    of_registry = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+    ffi.cast("void(*)(void *, int)", of_registry)(cpu_backend, n_threads)
+
+
 def compute(backend, context, out, inputs, got) -> None:
     """Computes the tensor `out` into the array `got`, from arrays: inputs is [(tensor, array)]. Frees the context.
 

@@ -96,6 +96,17 @@ def test_every_plan_is_the_planners(source, tmp_path, changes):
     llm.close()
 
 
+@pytest.mark.parametrize("changes", [{}, {"cost": (1.0, 2.5, 0.7, 1.3), "cost_unit": "ms"}])
+def test_no_layer_is_planned_below_k_base(changes):
+    """Where the budget has room for k_base in every layer; the layer that matters least had one of 2."""
+    profile, without = made_profile(**changes), made_profile(**changes, k_base=1)
+    assert min(without.plan(9, FULL).expert_used_count) == 1
+    for rule in ("threshold", "batch", "off"):
+        least = {total: min(profile.plan(total, FULL, rule).expert_used_count) for total in range(4, 17)}
+        assert all(k >= 2 for total, k in least.items() if total >= 8), least
+        assert least[7] == 1
+
+
 def test_rule_of_the_files_own_plan(llm):
     profile = made_profile()
     plan = profile.plan(8, FULL)

@@ -73,6 +73,20 @@ def test_a_library_that_the_machine_lacks(tmp_path):
     assert done.stderr.startswith("error: allocmoe_edge: its libraries cannot be loaded: libdriver.so.1: cannot open")
 
 
+@pytest.mark.parametrize("folder", ["", "nothing here"])
+def test_a_variable_that_names_no_libraries(tmp_path, folder):
+    """An empty one is as none."""
+    (tmp_path / "nothing here").mkdir()
+    env = {**clean_env(), "LLAMA_CPP_LIB_PATH": folder and str(tmp_path / folder)}
+    code = "import sys, allocmoe_commands; sys.argv[1:] = ['--version']; sys.exit(allocmoe_commands.inspect())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if folder:
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert str(tmp_path / folder) in done.stderr and "unset LLAMA_CPP_LIB_PATH" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake"), reason="configures a build")
 def test_our_kernels_go_into_every_variant_of_the_cpu_backend(tmp_path):

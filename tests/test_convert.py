@@ -15,7 +15,8 @@ import sys
 import time
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge.convert import cli, pipeline, source, task
+from allocmoe_edge.convert import choose, cli, pipeline, source, task
+from allocmoe_edge.convert.calibration import CalibrationText
 from allocmoe_edge.convert.settings import Settings
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.measure.perplexity import negative_log_likelihood
@@ -317,6 +318,12 @@ def test_documents_side_by_side_are_what_the_model_would_write(tiny_planned, mon
             assert p[p > p[token]].sum() / p.sum() <= 0.95 + tolerance
 
 
+def test_a_cache_in_8_bits_that_cannot_be_is_nothing_to_speak_of(built, out, capfd):
+    """Heads of 16 values: the text is written with a cache of floats, as llama.cpp's line on the terminal did not say."""
+    assert cli.main([str(built["olmoe"].gguf_path), *NO_RULE, "-o", str(out / "m.gguf")]) == 0
+    assert "q8_0" not in capfd.readouterr().err
+
+
 def test_sampling_by_probability_among_the_likeliest():
     """Of five tokens, of which three have 95%: 20,000 draws within five standard deviations (0.0035 each at most)."""
     from allocmoe_edge.convert import CalibrationError
@@ -507,6 +514,29 @@ def test_max_ppl_increase(converted, tmp_path):
         assert "using the sensitivities" in done.stderr and "profiling" not in done.stderr
         totals.append(metadata.read(tmp_path / "o.gguf").plan.budget_total)
     assert totals[0] > totals[1] > totals[2] == 30
+
+
+@pytest.mark.parametrize("error", [0.004, 0.006])
+def test_an_increase_is_printed_on_its_side_of_the_limit(monkeypatch, capsys, error):
+    """+1.04% was "+1.0%", and refused for being above 1.0%. And a limit that so few tokens do not tell is said to be one."""
+    full, limit = (4,) * 4, 0.01
+    increases = {10: 0.0104, 13: 0.00996, 11: 0.0100004, 12: 0.0099999}
+
+    def scores(llm, full, plans, windows):
+        found = {name: choose.Score(1 + increases[plan.budget_total], 1.0, 0.0, error) for name, plan in plans.items()}
+        return {"full": choose.Score(1.0, 0.0, 0.0, 0.0), **found}
+
+    monkeypatch.setattr(choose, "scores", scores)
+    profile = metadata.Profile((np.linspace(2, 1, 4),) * 4, (1.0,) * 4, metadata.Calibration("made up", 1, "0" * 64))
+    text = CalibrationText(*[np.zeros((1, 8), np.int32)] * 4, profile.calibration)
+    assert choose.smallest_total(None, profile, full, text, limit) == 12
+    printed = capsys.readouterr().err
+    warning = "a limit of 1% cannot be told on 8 held-out tokens: by chance perplexity is off by up to 1.2% there"
+    assert (warning in printed) == (error == 0.006) and f"standard error {error:.2%}" in printed
+    said = re.findall(r"(\d+) of 16 activations: perplexity \+([\d.]+)%", printed)
+    assert [int(total) for total, _ in said] == [10, 13, 12, 11]
+    for total, shown in said:
+        assert (float(shown) <= 100 * limit) == (increases[int(total)] <= limit), (total, shown)
 
 
 def test_max_ppl_increase_leaves_k_base(tiny, tmp_path):

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 
 from allocmoe_edge.convert import cli
+from allocmoe_edge.convert.progress import Conversion
 from allocmoe_edge.plan import metadata
 import gguf
 from gguf_factory import write_imatrix
 import numpy as np
+import odd_models
 import pytest
 from test_convert import COMMAND, run
 
@@ -85,6 +87,39 @@ def test_numbers_that_the_model_cannot_have(tiny_planned, tiny, out, refused):
     refused(tiny.gguf_path, "--k-base", "3", *target, expect="8 activations, fewer than the 12 of --k-base 3")
     options = ["--token-rule", "estimate", "--k-base", "3"]
     refused(tiny.gguf_path, *options, *target, expect="8 activations, fewer than the 12 of --k-base 3")
+
+
+# token rules
+
+
+@pytest.mark.parametrize("rule", ["estimate", "threshold"])
+def test_a_rule_that_the_model_cannot_run(out, refused, tmp_path, rule):
+    """Before text and profile, which take hours."""
+    model = odd_models.write_grovemoe(tmp_path / "m.gguf")
+    expect = f"token rule {rule}: this model, or the backend that it runs on, "
+    assert refused(model, "--token-rule", rule, "-o", out / "m.gguf", expect=expect) == ""
+
+
+def test_estimates_that_the_model_cannot_have(out, tmp_path, capsys, monkeypatch):
+    """They are left out at once, the profile takes as much text as without, and no time is expected for them."""
+    expected, expect = [], Conversion.expect
+    monkeypatch.setattr(Conversion, "expect", lambda self, stages: expected.append(stages) or expect(self, stages))
+    model = odd_models.write_grovemoe(tmp_path / "m.gguf")
+    assert cli.main([str(model), "--ctx-size", "128", "-o", str(out / "m.gguf")]) == 0
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert "token rule estimate is left out" in first
+    assert any("passes over 16 windows" in line for line in rest)
+    assert not [name for name, _ in expected[-1] if name.startswith("estimates")]
+
+
+def test_thresholds_do_not_stand_in_for_estimates(built, out, refused, capsys):
+    """Llama 4's weights act on the experts' input: it has thresholds and no estimates. Some were calibrated where a file had those."""
+    text = ["--ctx-size", "32", "--calib-tokens", "64"]
+    options = [*text, "--token-rule", "threshold", "-o", str(out / "m.gguf")]
+    assert cli.main([str(built["llama4"].gguf_path), *options]) == 0
+    capsys.readouterr()
+    options = [*text, "--token-rule", "estimate", "-o", out / "e.gguf"]
+    refused(out / "m.gguf", *options, expect="token rule estimate: this model")
 
 
 # files

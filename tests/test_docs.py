@@ -74,6 +74,8 @@ LLAMA_SERVER_OPTIONS = {
     "--n-gpu-layers-draft",
     "--device-draft",
     "--threads-draft",
+    "--threads-http",
+    "--hf-repo-draft",
     "--n-gpu-layers",
     "--no-cache-prompt",
     "--models-dir",

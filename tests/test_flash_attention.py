@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ggml_ffi import OUR_FLOATS, base, compute, ffi
+from ggml_ffi import OUR_FLOATS, base, compute, ffi, set_threads
 import gguf
 import numpy as np
 import pytest
@@ -176,6 +176,22 @@ def test_tokens_together_have_the_numbers_of_one_alone(cpu_backend, n_head, n_gr
         part = slice(start, stop)
         found, _ = attention(cpu_backend, q[:, part], k[:, :end], v[:, :end], mask[:, part, :end], kind)
         assert np.array_equal(found, together[:, part])
+
+
+@pytest.mark.parametrize("n_head, n_group", [(16, 16), (9, 3), (32, 4), (130, 2)])
+@pytest.mark.parametrize("n_token, n_kv", [(1, 100), (1, 3300), (5, 3300), (33, 200), (130, 300)])
+def test_any_number_of_threads_gives_the_same_numbers(cpu_backend, n_head, n_group, n_token, n_kv):
+    """Threads divide what there is by heads and by parts of the cache, of which 3,300 lines have all and some twice."""
+    q, k, v = random(1, n_token, n_head, n_group, n_kv)
+    mask = causal(1, n_token, n_kv)
+    mask[:, :, 700:900] = -np.inf  # none sees these
+    results = []
+    for n_threads in (1, 2, 3, 5):
+        set_threads(cpu_backend, n_threads)
+        results.append(attention(cpu_backend, q, k, v, mask))
+    set_threads(cpu_backend, 4)
+    check(results[0], tolerance=1e-5)  # of thousands of values, most cancel
+    assert all(np.array_equal(got, results[0][0]) for got, _ in results[1:])
 
 
 @pytest.mark.parametrize("kind", [F16, Q8_0])

@@ -408,6 +408,23 @@ def test_caches_that_there_are_not(planned_path, option):
         Llama(planned_path, n_ctx=64, verbose=False, **option)
 
 
+@pytest.mark.parametrize("name", ["olmoe", "llama4"])
+def test_caches_that_heads_do_not_fit_into(built, name, capfd):
+    """llama.cpp's own words stood on the terminal, and the error was "Failed to create llama_context"."""
+    path = str(built[name].gguf_path)
+    llm = Llama(path, n_ctx=64, verbose=False, type_k=8, flash_attn=False)  # which llama.cpp can
+    if name == "llama4":  # heads of 32
+        llm = Llama(path, n_ctx=64, verbose=False, type_k=8, type_v=8)
+        wrong: list = [{"type_k": 12}]
+    else:
+        wrong = [{"type_k": 8}, {"type_v": 2}, {"type_k": 1, "type_v": 8}]
+    llm.close()
+    for types in [*wrong, {"type_v": 8, "flash_attn": False}]:
+        with pytest.raises(ValueError, match="^type_[kv]: found .*(blocks of|needs flash_attn)"):
+            Llama(path, n_ctx=64, verbose=False, **types)
+    assert capfd.readouterr().err == ""
+
+
 def test_states_that_are_damaged_within(planned_path):
     """They are taken or an error, and what is generated next is what it was."""
     llm = Llama(planned_path, n_ctx=256, verbose=False)

@@ -6,8 +6,9 @@ import warnings
 
 from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge._native import context_pointer, ffi, libllama
-from allocmoe_edge.convert import choose, output
+from allocmoe_edge.convert import choose, output, thresholds
 from allocmoe_edge.convert.calibration import CalibrationText
+from allocmoe_edge.measure.perplexity import Reference, negative_log_likelihood
 from allocmoe_edge.plan import metadata
 from allocmoe_edge.plan.estimator import Estimator
 import llama_cpp
@@ -275,5 +276,40 @@ def test_plans_without_estimates_are_compared_once(llm, profile):
     text = CalibrationText(windows[:1], windows[:1], windows[:1], windows, profile.calibration)
     found = choose.choose(llm, replace(profile, estimator=None), 8, FULL, text)
     best = min((n for n in found.scores if n != "full"), key=lambda n: found.scores[n].kl)
-    assert not found.further and best.startswith(found.profile.allocation)
+    assert not found.further and found.n_further == 0 and best.startswith(found.profile.allocation)
     assert found.profile.plan(8, FULL) == found.plan
+
+
+def test_one_plan_under_two_names_is_run_once(llm, profile, monkeypatch):
+    """Where layers are alike Alloc-L's plan is uniform k: its thresholds were calibrated twice, and it was compared twice."""
+    runs = []
+    run, calibrate = Reference.compare, thresholds.calibrate
+    monkeypatch.setattr(Reference, "compare", lambda *args: runs.append("compared") or run(*args))
+    monkeypatch.setattr(thresholds, "calibrate", lambda *args: runs.append("calibrated") or calibrate(*args))
+    windows = np.random.default_rng(5).integers(3, 300, (1, 64)).astype(np.int32)
+    text = CalibrationText(windows, windows, windows, windows, profile.calibration)
+    alike = replace(profile, estimator=None, sensitivity=(np.array([2.0, 1.2, 1.05, 1.0]),) * 4)
+    found = choose.choose(llm, alike, 8, FULL, text)
+    assert found.plan.expert_used_count == (2, 2, 2, 2) and runs == ["calibrated"] + 2 * ["compared"]
+    assert list(found.scores) == [
+        "full", *(f"{name}, token rule {rule}" for name in ("alloc-l", "uniform") for rule in ("off", "threshold"))
+    ]  # fmt: skip
+    for rule in ("off", "threshold"):
+        assert found.scores[f"alloc-l, token rule {rule}"] == found.scores[f"uniform, token rule {rule}"]
+
+
+def test_how_far_a_perplexity_may_be_off_by_chance(llm):
+    """The standard error of the mean of what the plan adds to each token's negative log-likelihood."""
+    windows, plan = np.random.default_rng(5).integers(3, 300, (2, 64)).astype(np.int32), Plan.uniform(FULL, 8)
+    found = choose.scores(llm, FULL, {"half": plan}, windows)
+    added = np.subtract(*(_nll(llm, p, windows).ravel() for p in (plan, Plan.full(FULL))))
+    assert found["half"].error == pytest.approx(added.std(ddof=1) / len(added) ** 0.5, rel=1e-9)
+    assert np.log(found["half"].perplexity / found["full"].perplexity) == pytest.approx(added.mean(), rel=1e-9)
+    assert (
+        choose.scores(llm, FULL, {"half": plan}, windows[:1, :2])["half"].error == np.inf
+    )  # of one token nothing is known
+
+
+def _nll(llm, plan, windows) -> np.ndarray:
+    llm.apply_plan(plan)
+    return negative_log_likelihood(llm, windows)

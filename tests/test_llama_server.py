@@ -644,11 +644,29 @@ def test_drafts_that_there_are_not(drafts, capsys, monkeypatch, options, message
     assert message in capsys.readouterr().err
 
 
+def test_drafts_for_models_that_are_named_otherwise(drafts, capsys, monkeypatch):
+    """Of llama-server's own option the model is known, of a folder it is not: what can draft for none is refused there."""
+    monkeypatch.delattr(llama_server, "_become")
+    folder, model = ["--models-dir", str(drafts["model"].parent)], ["-m", str(drafts["model"])]
+    for options, name, message in (
+        (folder, "mamba", "cannot forget tokens"),
+        (folder, "bert", "cannot go on from a text"),
+        (model, "jamba", "cannot forget tokens"),
+        (model, "letters", "its vocabulary is not that of"),
+    ):
+        assert llama_server.main([*options, "--model-draft", str(drafts[name])]) == 1
+        assert message in capsys.readouterr().err
+    assert llama_server._draft_options(None, [*folder, "-md", str(drafts["letters"])]) == [
+        "--spec-type",
+        "draft-simple",
+    ]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--threads", "100000"], "--threads: found 100000, want at most 512"),
-        (["--threads-http", "513"], "--threads-http: found 513"),
+        (["--threads-http", "100000"], "--threads-http: found 100000, want at most 16384"),
         (["--spec-type", "ngram-mod", "-b", "64", "-np", "1"], "--batch-size: found 64, want at least 65"),
         (["--spec-type", "ngram-cache", "-b", "8", "-np", "1"], "--batch-size: found 8, want at least 9"),
         (
@@ -663,3 +681,8 @@ def test_numbers_that_end_it(drafts, capsys, monkeypatch, options, message):
     monkeypatch.delattr(llama_server, "_become")
     assert llama_server.main([str(drafts["model"]), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_more_threads_for_http_than_can_compute():
+    """They were refused above 512, as those that compute are."""
+    llama_server._check_threads(["--threads-http", "600"])

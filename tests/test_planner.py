@@ -365,6 +365,11 @@ def test_the_plans_of_all_totals_are_those_of_each(case):
     assert len(rows) == sum(full) - least + 1
     for row, total in zip(rows, range(least, sum(full) + 1)):
         assert tuple(row) == allocate(sensitivity, total, full).expert_used_count
+    least = [min(K, 2) for K in full]
+    rows = allocate_totals(sensitivity, full, k_base=2)
+    assert len(rows) == sum(full) - sum(least) + 1
+    for row, total in zip(rows, range(sum(least), sum(full) + 1)):
+        assert tuple(row) == allocate(sensitivity, total, full, k_min=least).expert_used_count
 
 
 @settings(max_examples=60, deadline=None)

@@ -105,6 +105,16 @@ def test_fast_profile(llm, full_logits_llm, text, tmp_path):
         assert (np.diff(row) < 0).all()  # here every expert brings the output nearer
 
 
+def test_equal_windows_are_not_cells_measured_before(built, tmp_path):
+    """A text that repeats itself: its second window was said to have been measured by an earlier run."""
+    path = built["olmoe"].gguf_path
+    llm = Llama(str(path), n_ctx=16, n_batch=16, n_ubatch=16, verbose=False)
+    windows = np.tile(np.random.default_rng(1).integers(3, 200, 16).astype(np.int32), (2, 1))
+    with Checkpoint(tmp_path / "c", path) as checkpoint:
+        reused = [sensitivity.measure(llm, (4,) * 4, windows, "fast", "kl", checkpoint)[1] for _ in range(2)]
+    assert reused == [0, 2 * 4]
+
+
 @pytest.mark.parametrize("name", ["olmoe", "qwen3moe", "gpt-oss"])
 def test_errors_against_the_definition(name, built):
     """|y_K - y_k|^2 of the last layer's MoE output, by what its MoE block adds under plans of K and k experts.

@@ -265,3 +265,28 @@ def test_files_that_do_not_fit_are_refused(dense_path, student, tmp_path):
     with pytest.raises(FileExistsError, match="--force"):
         build.build(tmp_path / "moe.gguf", tmp_path / "w.npz", dense_path)
     assert {p.name for p in tmp_path.iterdir()} == {"no.npz", "w.npz", "moe.gguf"}
+
+
+def test_chats_that_the_model_writes(dense_path, tmp_path, monkeypatch):
+    import write_chats
+
+    class Tokenizer:
+        eos = 1
+
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, text):
+            return np.array([2, 1, 5])
+
+    monkeypatch.setattr(base, "source", lambda folder: dense_path)
+    monkeypatch.setattr(write_chats, "Tokenizer", Tokenizer)
+    monkeypatch.setattr(write_chats, "LONGEST", 12)
+    monkeypatch.setattr(sys, "argv", ["write_chats.py", "-o", str(tmp_path / "chats.npy"), "--tokens", "100"])
+    n_threads = torch.get_num_threads()
+    try:
+        assert write_chats.main() == 0
+    finally:
+        torch.set_num_threads(n_threads)
+    found = np.load(tmp_path / "chats.npy")
+    assert found.dtype == np.uint16 and len(found) >= 100 and found[:3].tolist() == [2, 1, 5] and found.max() < N_VOCAB

@@ -18,7 +18,7 @@ import numpy as np
 
 from .._native import context_pointer, ffi, libllama
 from ..llama import Llama
-from ..plan import Plan
+from ..plan import TOKEN_RULES, Plan
 from .perplexity import Reference, evaluate
 
 _FLOATS = {"inputs": "INPUT", "weights": "WEIGHT", "norms": "NORM", "missing": "MISSING"}
@@ -51,12 +51,13 @@ class LayerRecord:
 class Recorder:
     """Of a model whose plan has it record, see `recording`.
 
-    works: whether the model, and the backend that it runs on, can leave out single experts: if not, nothing is recorded.
+    works: whether the model, and the backend that it runs on, can run the plan's token rule: if not, nothing is recorded.
     """
 
     def __init__(self, llm: Llama, plan: Plan):
         self._llm, self._plan, self._context = llm, plan, context_pointer(llm)
-        self.works = libllama.allocmoe_get_token_rule(self._context) != libllama.ALLOCMOE_RULE_OFF
+        # a file's thresholds take the place of estimates that cannot be
+        self.works = TOKEN_RULES[libllama.allocmoe_get_token_rule(self._context)] == plan.token_rule != "off"
 
     def layers(
         self, token_windows: np.ndarray, *what: str, progress: Optional[Callable[[], object]] = None

@@ -66,10 +66,11 @@ def allocate(sensitivity, budget_total, expert_used_count_full, *, k_min=1, k_ma
     )  # a front falls in damage as it grows in cost: its last state is best
 
 
-def allocate_totals(sensitivity, expert_used_count_full, cost=None):
-    """The plans of every budget at once: int64 [n_totals, n_layer], row r for n_moe_layers + r activations, up to all.
+def allocate_totals(sensitivity, expert_used_count_full, cost=None, k_base=1):
+    """The plans of every budget that leaves each layer k_base experts, or all that it has: int64 [n_totals, n_layer], row 0 for the
+    least total, the last for all.
 
-    Without costs, row r is `allocate` of that total. With costs, it is the best that costs no more than the same share of
+    Without costs, a row is `allocate` of its total. With costs, it is the best that costs no more than the same share of
     what all activations cost: the total of activations / sum(K_l).
     """
     whole = Plan.full(expert_used_count_full)
@@ -77,10 +78,10 @@ def allocate_totals(sensitivity, expert_used_count_full, cost=None):
     damages = _check_sensitivity(sensitivity, full)
     unit = _check_cost(cost, full, layers)
     most = sum(unit[i] * full[i] for i in layers)
-    ones = tuple(min(k, 1) for k in full)
-    spent, steps = _fronts(damages, full, layers, ones, full, unit, most * (1 + 1e-12))
+    lo = tuple(min(k, k_base) for k in full)
+    spent, steps = _fronts(damages, full, layers, lo, full, unit, most * (1 + 1e-12))
     rows = []
-    for total in range(len(layers), sum(full) + 1):
+    for total in range(sum(lo), sum(full) + 1):
         budget = total if cost is None else total / sum(full) * most * (1 + 1e-12)
         # the cheapest plan where shares of the cost do not reach even that
         rows.append(_path(steps, layers, full, max(np.searchsorted(spent, budget, side="right") - 1, 0)))

@@ -9,7 +9,7 @@ import numpy as np
 
 from .estimator import Estimator
 from .plan import Plan, PlanError, parse_budget
-from .planner import allocate, allocate_totals
+from .planner import allocate_totals
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,11 @@ class Profile:
         if self.allocation == "uniform":
             totals = range(sum(k > 0 for k in full), sum(full) + 1)
             return np.array([Plan.uniform(full, total).expert_used_count for total in totals])
-        return allocate_totals(self._rows(full), full, self._cost())
+        table = allocate_totals(self._rows(full), full, self._cost())
+        if self.k_base > 1:  # which no layer goes below where the total has room for as many in each
+            held = allocate_totals(self._rows(full), full, self._cost(), self.k_base)
+            table[-len(held) :] = held
+        return table
 
     def estimate_table(self, full: tuple) -> tuple:
         """The same under "estimate", and the thresholds, see `Estimator.plan_table`; for a profile that has an estimator."""
@@ -107,9 +111,7 @@ class Profile:
         total = parse_budget(budget, sum(full), sum(k > 0 for k in full))
         if self.allocation == "uniform":
             return Plan.uniform(full, total)
-        if self._cost() is None:
-            return allocate(self._rows(full), total, full)
-        # a front of real costs is thinned by what it reaches up to: as the table has it
+        # not `allocate`: a front of real costs is thinned by what it reaches up to
         return Plan(self.plan_table(full)[total - sum(k > 0 for k in full)], full)
 
     def _rows(self, full: tuple) -> list:

@@ -11,6 +11,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <array>
 #include <cfloat>
 #include <vector>
 
@@ -70,7 +71,7 @@ constexpr int64_t TILE = 64; // lines of the cache; rows, of which each is a hea
 // vectors of products kept in registers, and of them side by side
 constexpr int N_PRODUCTS = LANES == 8 ? 12 : 16, ACROSS = LANES == 8 ? 2 : 4;
 
-constexpr int64_t CHUNK = 128; // elements of a key that are floats at a time
+constexpr int64_t CHUNK = 256; // elements of a key that are floats at a time: whole blocks of any type
 
 static_assert(TILE == ggml_fa_tile_config::Q && TILE == ggml_fa_tile_config::KV, "llama.cpp plans params->wdata for its tiles");
 
@@ -165,10 +166,10 @@ struct found {
 
     static int64_t size(const flash & f, int64_t n_rows) { return n_rows * (f.n_v + 2); }
     found(float * memory, int64_t n_rows) : max(memory), sum(max + n_rows), values(sum + n_rows) {}
-    void clear(const flash & f, int64_t n_rows) {
-        std::fill(max, max + n_rows, -INFINITY);
-        std::fill(sum, sum + n_rows, 0.0f);
-        memset(values, 0, n_rows * f.n_v * sizeof(float));
+    void clear(const flash & f, int64_t row, int64_t n_rows) {
+        std::fill(max + row, max + row + n_rows, -INFINITY);
+        std::fill(sum + row, sum + row + n_rows, 0.0f);
+        memset(values + row * f.n_v, 0, n_rows * f.n_v * sizeof(float));
     }
     void add(const flash & f, int64_t row, const found & other, int64_t row_of_other) {
         if (other.sum[row_of_other] == 0.0f) {
@@ -338,7 +339,7 @@ private:
 };
 
 // scores[line][row] of a tile: keys by queries [element][row], the rows side by side in a vector. A few lines' elements at a time are
-// made floats, which are then in the first-level cache, and as far from each other as the compiler knows.
+// made floats, which are then in the first-level cache, CHUNK apart: a distance that the compiler puts into addresses.
 void score_rows(const flash & f, const row_block & block, const float * queries, const open_lines & lines, const scratch & work) {
     const int64_t n_rows = block.n_rows();
     for (int64_t i = 0; i < lines.n; i += N_PRODUCTS) {
@@ -566,7 +567,7 @@ void attend(const flash & f, const row_block & block, const float * queries, con
 // Blocks that are alike but for their heads, over one part of the cache.
 void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int64_t part, const float * queries, const scratch & work, found * into) {
     for (size_t i = 0; i < n_blocks; ++i) {
-        into[i].clear(f, blocks[i].n_rows());
+        into[i].clear(f, 0, blocks[i].n_rows());
     }
     each_tile(blocks->n_lines, part, [&](int64_t line0, int64_t n_lines) {
         const open_lines lines(f, *blocks, line0, n_lines);
@@ -644,7 +645,7 @@ private:
         for (int64_t stream = 0; stream < f.q->ne[3]; ++stream) {
             const auto of_token = [&](int64_t token) { return f.mask ? of_tokens[stream % f.mask->ne[3] * f.n_tokens + token] : scattered{ 0, 0 }; };
             const auto together = [](const scattered & a, const scattered & b) { return a.n == 0 ? b.n == 0 : b.n > 0 && a.begin == b.begin; };
-            // the last tokens of a text see most of it: they come first
+            // the last tokens of a text see most of it: they come first. Heads that see the same lines are neighbours, see attend_part()
             for (int64_t end = f.n_tokens, begin; end > 0; end = begin) {
                 const scattered last = of_token(end - 1);
                 for (begin = end - 1; begin > 0 && end - begin < most_tokens && together(of_token(begin - 1), last); --begin) {
@@ -659,8 +660,8 @@ private:
     }
 };
 
-// A thread takes one block after the other: all heads together, whose number is the same for all tokens, where they are few and leave
-// all threads enough to take.
+// A thread takes one block after the other: all heads together, whose number is the same for all tokens, where that leaves all threads
+// enough to take. More heads than MOST would not stay in the second-level cache.
 void attend_by_blocks(const flash & f, const ggml_compute_params * params, const scratch & work) {
     constexpr size_t MOST                 = 8;
     const std::vector<row_block> & blocks = row_blocks::of(f);
@@ -686,7 +687,7 @@ void attend_by_blocks(const flash & f, const ggml_compute_params * params, const
     for (size_t first = params->ith * n; first < blocks.size(); first = ggml_threadpool_chunk_add(params->threadpool, 1) * n) {
         pack(f, &blocks[first], n, queries);
         for (size_t j = 0; j < n; ++j) {
-            all[j].clear(f, blocks[first + j].n_rows());
+            all[j].clear(f, 0, blocks[first + j].n_rows());
         }
         for (int64_t part = 0; part < PARTS && part * PIECE < blocks[first].n_lines; ++part) {
             attend_part(f, &blocks[first], n, part, queries, work, here.data());
@@ -708,33 +709,66 @@ void attend_by_blocks(const flash & f, const ggml_compute_params * params, const
 // One part of the cache for one block.
 struct share {
     const row_block * block;
-    int64_t column, part, n_pieces; // where its queries are packed
-    int64_t thread, row;            // whose it is, and which of that thread's rows its first is
+    int64_t column; // the first of its packed rows
+    int64_t part;
+    int64_t thread, row; // whose it is, and which of that thread's rows its first is
 };
 
-// Blocks of TILE rows at most, divided among threads: a part of the cache after the other, and of each all blocks, so that a thread has
-// neighbouring heads, whose lines are neighbours in memory. Each takes as many pieces as the others.
-void divide(const row_block * begin, const row_block * end, int64_t n_threads, std::vector<share> & shares) {
+// How many pieces of each part the mask leaves to any of the block's rows.
+std::array<int64_t, PARTS> open_pieces(const flash & f, const row_block & block) {
+    std::array<int64_t, PARTS> n = {};
+    for (int64_t piece = 0; piece * PIECE < block.n_lines; ++piece) {
+        bool open = !f.mask || block.lines;
+        for (int64_t t = block.n_tokens; !open && t-- > 0;) { // the last one sees most
+            const ggml_fp16_t * mask = f.mask_row(block.stream, block.token0 + t);
+            ggml_fp16_t any          = 0; // not zero where it is so, for many at once
+            for (int64_t i = piece * PIECE; i < std::min((piece + 1) * PIECE, block.n_lines); ++i) {
+                any |= mask[i] ^ MINUS_INFINITY;
+            }
+            open = any != 0;
+        }
+        n[piece % PARTS] += open;
+    }
+    return n;
+}
+
+// Blocks of TILE rows at most, divided among threads, all heads of a part of the cache together where that leaves each thread four
+// of these or so: their lines are neighbours in memory. What comes next is taken by who has least to do.
+void divide(const flash & f, const row_block * begin, const row_block * end, int64_t n_threads, std::vector<share> & shares) {
+    struct alike { // but for their heads
+        const row_block *begin, *end;
+        int64_t column;
+        std::array<int64_t, PARTS> n_pieces;
+    };
+    std::vector<alike> tokens;
+    int64_t column = 0, n_together = 0;
+    for (const row_block * block = begin; block < end; column += block++->n_rows()) {
+        if (block == begin || !block->same_lines(block[-1])) {
+            tokens.push_back({ block, block, column, open_pieces(f, *block) });
+            n_together += PARTS - std::count(tokens.back().n_pieces.begin(), tokens.back().n_pieces.end(), 0);
+        }
+        ++tokens.back().end;
+    }
     shares.clear();
-    int64_t n_pieces = 0;
+    std::vector<int64_t> load(n_threads), n_rows(n_threads);
     for (int64_t part = 0; part < PARTS; ++part) {
-        int64_t column = 0;
-        for (const row_block * block = begin; block < end; column += block++->n_rows()) {
-            const int64_t n_here = ((block->n_lines + PIECE - 1) / PIECE - part + PARTS - 1) / PARTS;
-            if (n_here > 0) {
-                shares.push_back({ block, column, part, n_here, 0, 0 });
-                n_pieces += n_here;
+        for (const alike & blocks : tokens) {
+            if (blocks.n_pieces[part] == 0) {
+                continue;
+            }
+            const int64_t n = blocks.end - blocks.begin, n_takers = std::min(n, (4 * n_threads + n_together - 1) / n_together);
+            column = blocks.column;
+            for (int64_t taker = 0, i = 0; taker < n_takers; ++taker) {
+                const int64_t thread = std::min_element(load.begin(), load.end()) - load.begin();
+                for (; i < (taker + 1) * n / n_takers; ++i) {
+                    const row_block & block = blocks.begin[i];
+                    shares.push_back({ &block, column, part, thread, n_rows[thread] });
+                    column += block.n_rows();
+                    n_rows[thread] += block.n_rows();
+                    load[thread] += blocks.n_pieces[part] * block.n_rows();
+                }
             }
         }
-    }
-    int64_t before = 0, thread = 0, row = 0;
-    for (share & s : shares) {
-        if (before * n_threads / n_pieces != thread) {
-            thread = before * n_threads / n_pieces, row = 0;
-        }
-        s.thread = thread, s.row = row;
-        before += s.n_pieces;
-        row += s.block->n_rows();
     }
 }
 
@@ -751,7 +785,7 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
         for (end = i; end < blocks.size() && n_rows + blocks[end].n_rows() <= TILE; n_rows += blocks[end++].n_rows()) {
         }
         pack(f, &blocks[i], end - i, work.queries);
-        divide(&blocks[i], &blocks[i] + (end - i), nth, shares);
+        divide(f, &blocks[i], &blocks[i] + (end - i), nth, shares);
         for (const share & s : shares) {
             n_found += s.thread == ith ? s.block->n_rows() : 0;
         }
@@ -774,7 +808,9 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
             first = last;
         }
         ggml_barrier(params->threadpool);
-        all.clear(f, n_rows);
+        for (int64_t r = ith; r < n_rows; r += nth) {
+            all.clear(f, r, 1);
+        }
         for (const share & s : shares) {
             const found from = found_in(s);
             for (int64_t r = 0; r < s.block->n_rows(); ++r) {
@@ -801,7 +837,7 @@ bool can_attend(const flash & f) {
     const auto readable = [](ggml_type type) { return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float; };
     return f.q->type == GGML_TYPE_F32 && readable(f.k->type) && readable(f.v->type) && f.k->nb[0] == ggml_type_size(f.k->type) &&
            f.v->nb[0] == ggml_type_size(f.v->type) && f.q->nb[0] == sizeof(float) && f.k->ne[2] == f.v->ne[2] && f.k->ne[3] == f.v->ne[3] &&
-           f.n_v % LANES == 0 && CHUNK % ggml_blck_size(f.k->type) == 0 && (!f.mask || (f.mask->type == GGML_TYPE_F16 && f.mask->ne[2] == 1));
+           f.n_v % LANES == 0 && (!f.mask || (f.mask->type == GGML_TYPE_F16 && f.mask->ne[2] == 1));
 }
 #endif
 

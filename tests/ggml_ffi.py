@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -94,10 +95,16 @@ def op_name(tensor) -> str:
     return ffi.string(base.ggml_op_name(tensor.op)).decode()
 
 
-def set_threads(cpu_backend, n_threads: int) -> None:
+@contextlib.contextmanager
+def threads(cpu_backend, n_threads: int):
     registry = base.ggml_backend_dev_backend_reg(base.ggml_backend_get_device(cpu_backend))
     of_registry = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
-    ffi.cast("void(*)(void *, int)", of_registry)(cpu_backend, n_threads)
+    set_threads = ffi.cast("void(*)(void *, int)", of_registry)
+    set_threads(cpu_backend, n_threads)
+    try:
+        yield cpu_backend
+    finally:
+        set_threads(cpu_backend, 4)  # GGML_DEFAULT_N_THREADS
 
 
 def compute(backend, context, out, inputs, got) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ggml_ffi import OUR_FLOATS, base, compute, ffi, set_threads
+from ggml_ffi import OUR_FLOATS, base, compute, ffi, threads
 import gguf
 import numpy as np
 import pytest
@@ -93,6 +93,13 @@ def check(found, tolerance=3e-6):
     assert np.abs(got - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
+@pytest.fixture(params=[1, 4])
+def backend(request, cpu_backend):
+    """With one thread, which takes all heads together, and with several, where short prompts leave each a head by itself."""
+    with threads(cpu_backend, request.param):
+        yield cpu_backend
+
+
 @pytest.mark.parametrize("n_head, n_group", [(1, 1), (4, 4), (6, 2), (8, 1), (9, 3), (20, 4), (130, 2)])
 @pytest.mark.parametrize("n_token, n_kv", [(1, 1), (1, 63), (1, 700), (4, 65), (7, 128), (33, 100), (130, 192)])
 def test_heads_and_tokens(cpu_backend, n_head, n_group, n_token, n_kv):
@@ -110,34 +117,34 @@ def test_sizes_of_keys_and_values(cpu_backend, n_key, n_value, n_token):
 
 
 @pytest.mark.parametrize("kind", [F32, F16, Q4_0, Q8_0])
-@pytest.mark.parametrize("n_token", [1, 30])
+@pytest.mark.parametrize("n_token", [1, 30, 150])
 @pytest.mark.parametrize("n_group", [2, 8])
-def test_types_of_the_cache(cpu_backend, kind, n_token, n_group):
+def test_types_of_the_cache(backend, kind, n_token, n_group):
     q, k, v = random(1, n_token, 8, n_group, 260)
-    check(attention(cpu_backend, q, k, v, causal(1, n_token, 260), kind))
+    check(attention(backend, q, k, v, causal(1, n_token, 260), kind))
 
 
 @pytest.mark.parametrize("n_token", [1, 5, 40])
 @pytest.mark.parametrize("n_group", [3, 9])
-def test_sequences_side_by_side(cpu_backend, n_token, n_group):
+def test_sequences_side_by_side(backend, n_token, n_group):
     q, k, v = random(3, n_token, 9, n_group, 90)
     mask = causal(3, n_token, 90)
     mask[1, :, 20:] = -np.inf  # a shorter one
-    check(attention(cpu_backend, q, k, v, mask))
+    check(attention(backend, q, k, v, mask))
 
 
-@pytest.mark.parametrize("n_token", [1, 40])
+@pytest.mark.parametrize("n_token", [1, 130])
 @pytest.mark.parametrize("n_group", [2, 6])
-def test_what_models_add(cpu_backend, n_token, n_group):
+def test_what_models_add(backend, n_token, n_group):
     """Sinks (gpt-oss), bounded scores (Gemma 2, Grok), ALiBi with a number of heads that is no power of two, no mask."""
     q, k, v = random(1, n_token, 6, n_group, 140)
     mask = causal(1, n_token, 140)
     sinks = np.linspace(-2, 6, 6, dtype=np.float32)
-    check(attention(cpu_backend, q, k, v, mask, sinks=sinks))
-    check(attention(cpu_backend, q, k, v, mask, softcap=3.0))
+    check(attention(backend, q, k, v, mask, sinks=sinks))
+    check(attention(backend, q, k, v, mask, softcap=3.0))
     distances = np.where(np.isfinite(mask), -np.abs(np.arange(140) - 100.0), mask)
-    check(attention(cpu_backend, q, k, v, distances.astype(np.float32), max_bias=8.0))
-    check(attention(cpu_backend, q, k, v, None))
+    check(attention(backend, q, k, v, distances.astype(np.float32), max_bias=8.0))
+    check(attention(backend, q, k, v, None))
 
 
 @pytest.mark.parametrize("n_token", [1, 16])
@@ -187,9 +194,8 @@ def test_any_number_of_threads_gives_the_same_numbers(cpu_backend, n_head, n_gro
     mask[:, :, 700:900] = -np.inf  # none sees these
     results = []
     for n_threads in (1, 2, 3, 5):
-        set_threads(cpu_backend, n_threads)
-        results.append(attention(cpu_backend, q, k, v, mask))
-    set_threads(cpu_backend, 4)
+        with threads(cpu_backend, n_threads):
+            results.append(attention(cpu_backend, q, k, v, mask))
     check(results[0], tolerance=1e-5)  # of thousands of values, most cancel
     assert all(np.array_equal(got, results[0][0]) for got, _ in results[1:])
 

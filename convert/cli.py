@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 import sys
+import time
 from typing import Optional, Sequence
 
 from allocmoe_edge import __version__
@@ -12,7 +14,7 @@ from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive
 from allocmoe_edge.command import run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
-from . import huggingface, pipeline, quantize, sensitivity
+from . import checkpoint, huggingface, pipeline, quantize, sensitivity
 from .settings import CALIB_TOKENS, CALIB_TOKENS_ALONE, Settings, checkpoint_path
 
 _DESCRIPTION = """\
@@ -207,7 +209,7 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    return run_command(parser(), _convert, argv, interrupted=_left_behind)
+    return run_command(parser(), _convert, argv, interrupted=functools.partial(_left_behind, time.time()))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -223,8 +225,12 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"  experts per layer: {' '.join(map(str, plan.expert_used_count))}")
 
 
-def _left_behind(args: argparse.Namespace) -> str:
+def _left_behind(started: float, args: argparse.Namespace) -> str:
+    """started: seconds, as the system counts those of files."""
     kept = checkpoint_path(args.output)
+    if args.output.exists() and args.output.stat().st_mtime >= started - 1:  # which file systems may round down
+        checkpoint.remove(kept)
+        return f"{args.output} was written"
     if not kept.exists():
         return "no output was written"
     return f"no output was written; what was measured is in {kept}, and the same command goes on from there"

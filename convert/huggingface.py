@@ -79,6 +79,10 @@ def download(repository: str) -> Path:
             f"{repository}: has no config.json, so no model to convert; of a repository with GGUF files, download one "
             "and give its name"
         ) from None
+    except errors.HFValidationError:
+        raise ConvertError(
+            f"{repository}: no such file or folder here, and no name of a repository (org/name)"
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise ConvertError(
             f"{repository}: no such folder here, and {constants.ENDPOINT} cannot be reached to look for a repository of "

@@ -107,7 +107,9 @@ def test_our_kernels_go_into_every_variant_of_the_cpu_backend(tmp_path):
         if target.endswith("-feats"):  # says whether a variant can run here, compiled without its instructions
             assert not ours, target
         else:
-            assert {f"allocmoe-{part}.cpp" for part in ("attention", "cache-product", "mul-mat", "router", "transpose")} < ours, target
+            assert {
+                f"allocmoe-{part}.cpp" for part in ("attention", "cache-product", "mul-mat", "router", "transpose")
+            } < ours, target
 
 
 def test_our_libraries_are_found_without_any_variable():

@@ -487,6 +487,23 @@ def test_interrupted_and_continued(testbed_path, tmp_path):
     np.testing.assert_allclose(np.concatenate(again.sensitivity), np.concatenate(first.sensitivity), rtol=1e-9)
 
 
+def test_interrupted_when_all_is_written(tiny, tmp_path, monkeypatch, capsys):
+    from allocmoe_edge.convert import cli, pipeline
+
+    out, kept = tmp_path / "o.gguf", tmp_path / "o.gguf.profile"
+    remove = pipeline.checkpoint.remove
+
+    def interrupt(path):
+        assert out.exists() and kept.exists()
+        monkeypatch.setattr(pipeline.checkpoint, "remove", remove)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.checkpoint, "remove", interrupt)
+    assert cli.main([str(tiny.gguf_path), *NO_RULE, "--calib-tokens", "64", "-o", str(out)]) == 130
+    assert f"interrupted: {out} was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [out] and metadata.read(out).plan
+
+
 def test_budget_in_milliseconds(testbed_path, tmp_path):
     done = run(testbed_path, *NO_RULE, "--cost", "ms", "-o", tmp_path / "o.gguf")
     assert done.returncode == 0, done.stderr

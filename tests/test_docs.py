@@ -78,6 +78,7 @@ LLAMA_SERVER_OPTIONS = {
     "--hf-repo-draft",
     "--n-gpu-layers",
     "--no-cache-prompt",
+    "--no-kv-unified",
     "--models-dir",
     "--models-preset",
 }

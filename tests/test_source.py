@@ -133,6 +133,9 @@ def refused_here(capsys, *args, expect: str) -> None:
 
 def test_no_such_folder(out, capsys):
     refused_here(capsys, out / "none" / "model", "-o", out / "m.gguf", expect="no such file or folder")
+    refused_here(
+        capsys, "../none", "-o", out / "m.gguf", expect="../none: no such file or folder here, and no name of a rep"
+    )
 
 
 def test_no_model_in_the_folder(tmp_path, out, capsys):

@@ -99,14 +99,20 @@ def _wait_politely() -> None:
 
 def _import_llama_cpp(lib_dir: Path):
     loaded_before = "llama_cpp.llama_cpp" in sys.modules
-    folder = os.environ.get("LLAMA_CPP_LIB_PATH") or str(lib_dir)
+    named = os.environ.get("LLAMA_CPP_LIB_PATH")
+    folder = named or str(lib_dir)
     os.environ["LLAMA_CPP_LIB_PATH"] = folder
     os.environ["MTMD_CPP_LIB"] = os.environ.get("MTMD_CPP_LIB") or folder
     try:
         import llama_cpp
     except FileNotFoundError:
         raise ImportError(
-            f"allocmoe_edge: no libraries in {folder}: unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
+            f"allocmoe_edge: no libraries in {folder}: "
+            + (
+                "unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
+                if named
+                else "the package is incomplete: install it again (pip install .)"
+            )
         ) from None
     except RuntimeError as error:  # of a library that does not load, llama_cpp's own words
         why = str(error.__context__ or error).strip()

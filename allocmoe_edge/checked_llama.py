@@ -630,21 +630,29 @@ def check_arguments(kwargs: dict) -> None:
 
 
 def check_cache_types(path: Union[str, os.PathLike], kwargs: dict) -> None:
-    """Refuses quantised key-value caches that the model's heads do not fit into, or that need flash attention. Raises ValueError."""
-    given = {name: kwargs.get(name) for name in ("type_k", "type_v")}
-    quantised = {
-        name: kind for name, kind in given.items() if kind is not None and libggml_base.ggml_is_quantized(kind)
-    }
-    if not kwargs.get("flash_attn"):
-        if "type_v" in quantised:
-            raise ValueError(f"type_v: found {quantised['type_v']}, a quantised type, which needs flash_attn=True")
-        return
-    if not quantised:
+    """Refuses types of the key-value cache that the model cannot have: quantised ones that its heads do not fit into, or that need flash
+    attention, and different ones under latent attention. Raises ValueError."""
+    default = llama_cpp.GGML_TYPE_F16
+    kinds = {name: default if kwargs.get(name) is None else kwargs[name] for name in ("type_k", "type_v")}
+    quantised = {name: kind for name, kind in kinds.items() if libggml_base.ggml_is_quantized(kind)}
+    if "type_v" in quantised and not kwargs.get("flash_attn"):
+        raise ValueError(f"type_v: found {quantised['type_v']}, a quantised type, which needs flash_attn=True")
+    if {*kinds.values()} == {default}:
         return
     with GGUFFile(path) as file:
         arch = file.get("general.architecture")
-        n_embd, n_head = file.get(f"{arch}.embedding_length"), file.get(f"{arch}.attention.head_count")
-        even = n_embd // n_head if isinstance(n_embd, int) and isinstance(n_head, int) and n_head > 0 else 0
+        latent = file.get(f"{arch}.attention.key_length_mla") or arch == "deepseek4"
+        if latent and kinds["type_k"] != kinds["type_v"]:
+            raise ValueError(
+                f"type_v: found {kinds['type_v']}, want {kinds['type_k']}, that of type_k, since {path} has latent attention"
+            )
+        if not kwargs.get("flash_attn"):
+            return
+        # of each layer, or of all; the first one's is what llama.cpp goes by
+        heads = np.ravel(file.get(f"{arch}.attention.head_count", 0))
+        n_head = int(heads[0]) if heads.size and heads.dtype.kind in "iu" else 0
+        n_embd = file.get(f"{arch}.embedding_length")
+        even = n_embd // n_head if isinstance(n_embd, int) and n_head > 0 else 0
         for name, kind in quantised.items():
             key = f"{arch}.attention.{'key' if name == 'type_k' else 'value'}_length"
             block, size = libggml_base.ggml_blck_size(kind), file.get(key, even)

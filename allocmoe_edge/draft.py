@@ -431,24 +431,29 @@ def _load(path: Union[str, os.PathLike], kwargs: Dict[str, Any], llm: Llama) -> 
             raise ValueError(
                 f"draft_model: {draft.model_path} cannot go on from a text: a model for embeddings, or loaded with vocab_only"
             )
-        check(draft, llm)
+        check(draft)
+        check_fits(draft, llm)
     except ValueError:
         draft.close()
         raise
     return draft
 
 
-def check(draft: Llama, llm: Llama, ends: bool = False) -> None:
-    """Whether one can draft for the other; of both the vocabulary is enough.
+def check(draft: Llama) -> None:
+    """Whether it can draft for any model; its vocabulary is enough. Raises ValueError: it cannot forget tokens."""
+    if not draft.forgets:
+        raise ValueError(f"draft_model: {draft.model_path} cannot forget tokens, as a recurrent model cannot")
+
+
+def check_fits(draft: Llama, llm: Llama, ends: bool = False) -> None:
+    """Whether it can draft for this model; of both the vocabulary is enough.
 
     Args:
         ends: what stands at the begin and the end of a text has to be the same, too, as llama-server wants it.
 
     Raises:
-        ValueError: it cannot forget tokens, or a token of one is not the same text in the other.
+        ValueError: a token of one is not the same text in the other.
     """
-    if not draft.forgets:
-        raise ValueError(f"draft_model: {draft.model_path} cannot forget tokens, as a recurrent model cannot")
     vocabs = [llama_cpp.llama_model_get_vocab(each.model) for each in (draft, llm)]
     where = f"draft_model: {draft.model_path}: its vocabulary is not that of {llm.model_path}"
     types = [llama_cpp.llama_vocab_type(vocab) for vocab in vocabs]

@@ -43,6 +43,12 @@ _VARIABLES = {
 _MODEL_OPTIONS = {
     "-m", "--model", "-mu", "--model-url", "-dr", "--docker-repo", "-hf", "-hfr", "--hf-repo", "--models-dir", "--models-preset",
 }  # fmt: skip
+# by which it loads what it fetches: --model says where to, if anything
+_FETCHED_MODELS = (
+    (("-mu", "--model-url"), "LLAMA_ARG_MODEL_URL"),
+    (("-dr", "--docker-repo"), "LLAMA_ARG_DOCKER_REPO"),
+    (("-hf", "-hfr", "--hf-repo"), "LLAMA_ARG_HF_REPO"),
+)
 # slots where --parallel says nothing: the most that there are; tokens where --batch-size does
 _SLOTS, _BATCH = 4, 2048
 # options, their variables, and the most threads of each: of HTTP's, which compute nothing, a half of what Linux has room for in a
@@ -281,8 +287,15 @@ def _draft_options(model: Optional[str], options: Sequence[str]) -> List[str]:
             return []
         if not file.get(f"{arch}.attention.causal", True):
             raise CommandError(f"--model-draft: {path} cannot go on from a text: a model for embeddings")
-    _check_draft(model or _given(options, ("-m", "--model"), "LLAMA_ARG_MODEL"), path)
+    _check_draft(model or _model_file(options), path)
     return [] if kinds else ["--spec-type", "draft-simple"]
+
+
+def _model_file(options: Sequence[str]) -> Optional[str]:
+    """The one that llama-server's own option names; None where it names none, or one that is fetched."""
+    if any(_given(options, names, variable) for names, variable in _FETCHED_MODELS):
+        return None
+    return _given(options, ("-m", "--model"), "LLAMA_ARG_MODEL") or None
 
 
 def _check_draft(model: Optional[str], path: str) -> None:
@@ -302,7 +315,9 @@ def _check_draft(model: Optional[str], path: str) -> None:
             with load_errors(model):
                 llms.append(Llama(model, vocab_only=True, verbose=False))
         try:
-            draft.check(llms[0], llms[-1], ends=True)
+            draft.check(llms[0])
+            if model is not None:
+                draft.check_fits(llms[0], llms[1], ends=True)
         except ValueError as error:
             raise CommandError(str(error).replace("draft_model:", "--model-draft:", 1)) from None
     finally:

@@ -217,7 +217,8 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
     By bisection, so it takes perplexity to fall as the total grows; the full budget where nothing less will do.
     """
     low, high = sum(min(k, profile.k_base) for k in full), sum(full)
-    error = 0.0
+    # of the step that came nearest to the limit
+    distance, error = np.inf, 0.0
     while low < high:
         middle = (low + high) // 2
         plans = {a: replace(profile, allocation=a).plan(middle, full, "off") for a in ("alloc-l", "uniform")}
@@ -227,8 +228,10 @@ def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationT
         increase = found[best].perplexity / found["full"].perplexity - 1
         spread = f"standard error {found[best].error:.2%}"
         say(f"  {middle} of {sum(full)} activations: perplexity {_beside(increase, max_increase)}, {spread}")
+        if abs(increase - max_increase) < distance:
+            distance, error = abs(increase - max_increase), found[best].error
         if increase <= max_increase:
-            high, error = middle, found[best].error
+            high = middle
         else:
             low = middle + 1
     if 2 * error > max_increase:

@@ -118,8 +118,9 @@ def parser() -> argparse.ArgumentParser:
         "--k-base",
         type=positive,
         metavar="N",
-        help="experts that every token keeps in each layer, as far as it has so many; no layer is planned with fewer where the "
-        "budget has room for them in all. Default: 1",
+        help="experts that every token keeps in each layer, as far as it is planned with so many. Alloc-L plans none with fewer "
+        "where the budget, at what experts cost, has room for them in all; uniform k may where layers use different numbers. "
+        "Default: 1",
     )
     where.add_argument(
         "--reprofile", action="store_true", help="measure again although the input carries sensitivities"

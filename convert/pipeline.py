@@ -34,6 +34,8 @@ from .progress import Conversion, conversion, say, waiting
 from .settings import Settings
 from .task import Task, plan_task
 
+_NO_ESTIMATES = "this model, or the backend that it runs on, has no estimates of experts that a token leaves out"
+
 
 @dataclass(frozen=True)
 class Written:
@@ -202,7 +204,7 @@ def _with_room(task: Task) -> Task:
                 f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of {what}, and "
                 f"{free / 1e9:.1f} GB are free (--token-rule estimate tries them all the same)"
             )
-            return replace(task, has_room=False)
+            return replace(task, can_estimate=False)
     return task
 
 
@@ -212,14 +214,15 @@ def _that_runs(task: Task, llm: Llama) -> Task:
     Raises:
         ConvertError: it cannot run the token rule that is asked for.
     """
-    if task.settings.token_rule == "threshold" and not thresholds.possible(llm, task.full):
+    rule = task.settings.token_rule
+    if rule in ("threshold", "batch") and not thresholds.possible(llm, task.full):
         raise ConvertError(
-            "token rule threshold: this model, or the backend that it runs on, cannot leave out single experts of a token"
+            f"token rule {rule}: this model, or the backend that it runs on, cannot leave out single experts of a token"
         )
-    if not task.tries_estimates or task.calibrated or estimate.possible(llm, task.full):
+    if not task.tries_estimates or estimate.possible(llm, task.full):
         return task
-    _left_out(task, "this model, or the backend that it runs on, has no estimates of experts that a token leaves out")
-    return replace(task, has_room=False)
+    _left_out(task, _NO_ESTIMATES)
+    return replace(task, can_estimate=False)
 
 
 def _memory_needed(task: Task, shape: tuple) -> int:
@@ -237,12 +240,15 @@ def _estimator(
     # at full budget nothing is skipped to learn from
     at = max(task.total if task.total < sum(task.full) else -(-sum(task.full) // 2), task.least)
     try:
-        return estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
+        found = estimate.calibrate(llm, profile, at, task.full, text.fit, text.spend, checkpoint=results)
+        reason = _NO_ESTIMATES
     except CalibrationError as error:
         if not error.finite:
             raise
-        _left_out(task, f"cannot be calibrated on this text ({error}); --calib FILE gives it another")
-        return None
+        found, reason = None, f"cannot be calibrated on this text ({error}); --calib FILE gives it another"
+    if found is None:
+        _left_out(task, reason)
+    return found
 
 
 def _left_out(task: Task, reason: str) -> None:

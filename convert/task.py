@@ -24,7 +24,7 @@ class Task:
     total: the budget in activations per token, unless the settings have it found.
     stored: the file's profile, if its sensitivities are to be used.
     n_expert, n_embd: of the model, 0 where the file is a plan alone.
-    has_room: whether there is memory and disk space to calibrate estimates.
+    can_estimate: whether the model can have estimates, and there is memory and disk space to calibrate them, as far as is known.
     """
 
     settings: Settings
@@ -34,7 +34,7 @@ class Task:
     stored: Optional[Profile] = None
     n_expert: int = 0
     n_embd: int = 0
-    has_room: bool = True
+    can_estimate: bool = True
 
     @property
     def full(self) -> tuple:
@@ -51,7 +51,9 @@ class Task:
     def tries_estimates(self) -> bool:
         """Whether token rule "estimate" is asked for, or among those to be tried and possible at this budget."""
         rule = self.settings.token_rule
-        return self.has_room and (rule == "estimate" or (rule is None and self.least <= self.total < sum(self.full)))
+        return self.can_estimate and (
+            rule == "estimate" or (rule is None and self.least <= self.total < sum(self.full))
+        )
 
     @property
     def calib_tokens(self) -> int:

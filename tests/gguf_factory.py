@@ -62,6 +62,9 @@ def _copy(reader, writer, values=None) -> None:
             continue
         value_type, *sub_type = field.types
         value = (values or {}).get(name, field.contents())
+        # one for each layer, in place of one for all
+        if isinstance(value, list) and value_type != gguf.GGUFValueType.ARRAY:
+            value_type, sub_type = gguf.GGUFValueType.ARRAY, [value_type]
         writer.add_key_value(name, value, value_type, sub_type=sub_type[-1] if sub_type else None)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)

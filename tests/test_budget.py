@@ -107,6 +107,16 @@ def test_no_layer_is_planned_below_k_base(changes):
         assert least[7] == 1
 
 
+def test_k_base_is_paid_from_the_budget():
+    """Of 20 activations 8 are a share of 11.2 of the cost, and two in each layer cost 16: so much was planned."""
+    full, cost = (8, 8, 2, 2), (1.0, 1.0, 3.0, 3.0)
+    rows = tuple(np.linspace(2.0, 1.0, k) for k in full)
+    profile = made_profile(sensitivity=rows, cost=cost, cost_unit="ms")
+    table = profile.plan_table(full)
+    assert all(row @ cost <= total / 20 * 28 + 1e-9 for total, row in zip(range(6, 21), table[2:]))
+    assert [total for total, row in zip(range(4, 21), table) if row.min() >= 2][0] == 12
+
+
 def test_rule_of_the_files_own_plan(llm):
     profile = made_profile()
     plan = profile.plan(8, FULL)

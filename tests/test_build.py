@@ -87,6 +87,18 @@ def test_a_variable_that_names_no_libraries(tmp_path, folder):
         assert done.returncode == 0, done.stderr
 
 
+def test_a_package_without_libraries(tmp_path):
+    """As of a build that was broken off; no variable has to do with it."""
+    package = tmp_path / "allocmoe_edge"
+    shutil.copytree(BUILD_DIR, package, ignore=shutil.ignore_patterns("lib", "upstream", "__pycache__"))
+    (package / "lib").mkdir()
+    code = "import sys, allocmoe_commands; sys.exit(allocmoe_commands.inspect())"
+    env = {**clean_env(), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: allocmoe_edge: no libraries in {package / 'lib'}: the package is incomplete")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake"), reason="configures a build")
 def test_our_kernels_go_into_every_variant_of_the_cpu_backend(tmp_path):

@@ -533,20 +533,32 @@ def test_max_ppl_increase(converted, tmp_path):
     assert totals[0] > totals[1] > totals[2] == 30
 
 
+@pytest.fixture
+def smallest(monkeypatch):
+    """choose.smallest_total of a model of 16 activations whose perplexity rises by so much, and with such errors, by total."""
+
+    def find(limit, increases, errors) -> int:
+        def scores(llm, full, plans, windows):
+            found = {
+                name: choose.Score(1 + increases[plan.budget_total], 1.0, 0.0, errors[plan.budget_total])
+                for name, plan in plans.items()
+            }
+            return {"full": choose.Score(1.0, 0.0, 0.0, 0.0), **found}
+
+        monkeypatch.setattr(choose, "scores", scores)
+        calibration = metadata.Calibration("made up", 1, "0" * 64)
+        profile = metadata.Profile((np.linspace(2, 1, 4),) * 4, (1.0,) * 4, calibration)
+        text = CalibrationText(*[np.zeros((1, 8), np.int32)] * 4, calibration)
+        return choose.smallest_total(None, profile, (4,) * 4, text, limit)
+
+    return find
+
+
 @pytest.mark.parametrize("error", [0.004, 0.006])
-def test_an_increase_is_printed_on_its_side_of_the_limit(monkeypatch, capsys, error):
+def test_an_increase_is_printed_on_its_side_of_the_limit(smallest, capsys, error):
     """+1.04% was "+1.0%", and refused for being above 1.0%. And a limit that so few tokens do not tell is said to be one."""
-    full, limit = (4,) * 4, 0.01
-    increases = {10: 0.0104, 13: 0.00996, 11: 0.0100004, 12: 0.0099999}
-
-    def scores(llm, full, plans, windows):
-        found = {name: choose.Score(1 + increases[plan.budget_total], 1.0, 0.0, error) for name, plan in plans.items()}
-        return {"full": choose.Score(1.0, 0.0, 0.0, 0.0), **found}
-
-    monkeypatch.setattr(choose, "scores", scores)
-    profile = metadata.Profile((np.linspace(2, 1, 4),) * 4, (1.0,) * 4, metadata.Calibration("made up", 1, "0" * 64))
-    text = CalibrationText(*[np.zeros((1, 8), np.int32)] * 4, profile.calibration)
-    assert choose.smallest_total(None, profile, full, text, limit) == 12
+    limit, increases = 0.01, {10: 0.0104, 13: 0.00996, 11: 0.0100004, 12: 0.0099999}
+    assert smallest(limit, increases, dict.fromkeys(increases, error)) == 12
     printed = capsys.readouterr().err
     warning = "a limit of 1% cannot be told on 8 held-out tokens: by chance perplexity is off by up to 1.2% there"
     assert (warning in printed) == (error == 0.006) and f"standard error {error:.2%}" in printed
@@ -554,6 +566,14 @@ def test_an_increase_is_printed_on_its_side_of_the_limit(monkeypatch, capsys, er
     assert [int(total) for total, _ in said] == [10, 13, 12, 11]
     for total, shown in said:
         assert (float(shown) <= 100 * limit) == (increases[int(total)] <= limit), (total, shown)
+
+
+def test_a_limit_that_no_step_is_within(smallest, capsys):
+    """That the tokens are too few was said of budgets within the limit alone. What is far above it, or no number, tells nothing."""
+    increases = {10: np.inf, 13: 0.3, 15: 0.02}
+    for error, said in ((0.05, True), (0.004, False)):
+        assert smallest(0.01, increases, {10: np.inf, 13: 0.06, 15: error}) == 16
+        assert ("by chance perplexity is off by up to 10.0% there" in capsys.readouterr().err) == said
 
 
 def test_max_ppl_increase_leaves_k_base(tiny, tmp_path):

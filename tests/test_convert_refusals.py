@@ -5,11 +5,11 @@ from pathlib import Path
 import shutil
 import subprocess
 
-from allocmoe_edge.convert import cli
+from allocmoe_edge.convert import cli, estimate, output
 from allocmoe_edge.convert.progress import Conversion
 from allocmoe_edge.plan import metadata
 import gguf
-from gguf_factory import write_imatrix
+from gguf_factory import random_estimator, write_imatrix
 import numpy as np
 import odd_models
 import pytest
@@ -92,7 +92,7 @@ def test_numbers_that_the_model_cannot_have(tiny_planned, tiny, out, refused):
 # token rules
 
 
-@pytest.mark.parametrize("rule", ["estimate", "threshold"])
+@pytest.mark.parametrize("rule", ["estimate", "threshold", "batch"])
 def test_a_rule_that_the_model_cannot_run(out, refused, tmp_path, rule):
     """Before text and profile, which take hours."""
     model = odd_models.write_grovemoe(tmp_path / "m.gguf")
@@ -110,6 +110,37 @@ def test_estimates_that_the_model_cannot_have(out, tmp_path, capsys, monkeypatch
     assert "token rule estimate is left out" in first
     assert any("passes over 16 windows" in line for line in rest)
     assert not [name for name, _ in expected[-1] if name.startswith("estimates")]
+
+
+@pytest.mark.parametrize("rule", [[], ["--token-rule", "estimate"]], ids=["tried", "asked for"])
+def test_estimates_in_the_file_that_the_model_cannot_have(out, refused, tmp_path, capsys, rule):
+    """They were compared with other rules, and written, where they did nothing."""
+    source = odd_models.write_grovemoe(tmp_path / "source.gguf")
+    full = metadata.read(source).full
+    rows, calibration = tuple(np.linspace(2, 1, k) for k in full), metadata.Calibration("made up", 1, "0" * 64)
+    estimator = random_estimator(len(full), odd_models.N_EXPERT, odd_models.N_EMBD, 4, 0, 1)
+    profile = metadata.Profile(rows, (1.0,) * len(full), calibration, estimator=estimator)
+    model = tmp_path / "m.gguf"
+    output.write_planned(source, model, profile.plan(0.5, full), profile)
+    options = [str(model), "--max-ppl-increase", "50%", "--ctx-size", "32", "--calib-tokens", "64", *rule]
+    said = "this model, or the backend that it runs on, has no estimates"
+    if rule:
+        refused(*options, "-o", out / "m.gguf", expect=f"token rule estimate: {said}")
+        return
+    assert cli.main([*options, "-o", str(out / "m.gguf")]) == 0
+    assert f"token rule estimate is left out: {said}" in capsys.readouterr().err
+    assert metadata.read(out / "m.gguf").profile.estimator is None
+
+
+def test_no_estimates_after_all(out, tmp_path, capsys, monkeypatch):
+    """A calibration that gives none is said to, whoever has found them possible."""
+    monkeypatch.setattr(estimate, "possible", lambda *_: True)
+    model, text = odd_models.write_grovemoe(tmp_path / "m.gguf"), ["--ctx-size", "32", "--calib-tokens", "64"]
+    said = "this model, or the backend that it runs on, has no estimates"
+    assert cli.main([str(model), "--token-rule", "estimate", *text, "-o", str(out / "m.gguf")]) == 1
+    assert f"error: token rule estimate: {said}" in capsys.readouterr().err
+    assert cli.main([str(model), *text, "-o", str(out / "m.gguf")]) == 0
+    assert f"token rule estimate is left out: {said}" in capsys.readouterr().err
 
 
 def test_thresholds_do_not_stand_in_for_estimates(built, out, refused, capsys):

@@ -12,7 +12,7 @@ from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.plan import metadata
 from conftest import plan_from_made_up_profile
-from gguf_factory import plan_keys, split_gguf, write_gguf
+from gguf_factory import changed_keys, plan_keys, split_gguf, write_gguf
 import llama_cpp
 import numpy as np
 import odd_models
@@ -423,6 +423,29 @@ def test_caches_that_heads_do_not_fit_into(built, name, capfd):
         with pytest.raises(ValueError, match="^type_[kv]: found .*(blocks of|needs flash_attn)"):
             Llama(path, n_ctx=64, verbose=False, **types)
     assert capfd.readouterr().err == ""
+
+
+def test_caches_of_heads_by_layer(built, tmp_path):
+    """A file may say of each layer how many heads it has: 4 of 16 values."""
+    path = built["olmoe"].gguf_path
+    with GGUFFile(path) as file:
+        assert file.get("olmoe.attention.key_length") is None
+    by_layer = str(changed_keys(path, tmp_path / "m.gguf", {"olmoe.attention.head_count": [4] * 4}))
+    Llama(by_layer, n_ctx=64, verbose=False).close()
+    with pytest.raises(ValueError, match="^type_k: found 8, a type of blocks of 32 values, and a head of .* has 16"):
+        Llama(by_layer, n_ctx=64, verbose=False, type_k=8)
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek4"])
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_caches_of_latent_attention(built, tmp_path, name, flash_attn):
+    """Keys and values are of one tensor there."""
+    path = built[name].gguf_path if name in built else odd_models.write_deepseek4(tmp_path / "m.gguf", 1)
+    options = dict(n_ctx=64, verbose=False, flash_attn=flash_attn)
+    Llama(str(path), **options, type_k=0, type_v=0).close()
+    for types in ({"type_k": 0}, {"type_v": 0}, {"type_k": 0, "type_v": 30}):
+        with pytest.raises(ValueError, match="^type_v: found .* has latent attention"):
+            Llama(str(path), **options, **types)
 
 
 def test_states_that_are_damaged_within(planned_path):

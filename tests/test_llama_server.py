@@ -645,7 +645,8 @@ def test_drafts_that_there_are_not(drafts, capsys, monkeypatch, options, message
 
 
 def test_drafts_for_models_that_are_named_otherwise(drafts, capsys, monkeypatch):
-    """Of llama-server's own option the model is known, of a folder it is not: what can draft for none is refused there."""
+    """Of llama-server's own option the model is known; of a folder, or one that is fetched, it is not: what can draft for none is
+    refused there. A file that was yet to be fetched was refused, for there was no such file."""
     monkeypatch.delattr(llama_server, "_become")
     folder, model = ["--models-dir", str(drafts["model"].parent)], ["-m", str(drafts["model"])]
     for options, name, message in (
@@ -656,10 +657,22 @@ def test_drafts_for_models_that_are_named_otherwise(drafts, capsys, monkeypatch)
     ):
         assert llama_server.main([*options, "--model-draft", str(drafts[name])]) == 1
         assert message in capsys.readouterr().err
-    assert llama_server._draft_options(None, [*folder, "-md", str(drafts["letters"])]) == [
-        "--spec-type",
-        "draft-simple",
-    ]
+    monkeypatch.delattr("allocmoe_edge.draft.check_fits")  # which would ask for every token of a vocabulary
+    draft, used = ["-md", str(drafts["letters"])], ["--spec-type", "draft-simple"]
+    monkeypatch.setenv("LLAMA_ARG_MODEL", "")
+    assert llama_server._draft_options(None, [*folder, *draft]) == used
+    monkeypatch.setenv("LLAMA_ARG_MODEL", str(drafts["model"].parent / "not there yet.gguf"))
+    for names, variable in (
+        (("-mu", "--model-url"), "LLAMA_ARG_MODEL_URL"),
+        (("-hf", "-hfr", "--hf-repo"), "LLAMA_ARG_HF_REPO"),
+        (("-dr", "--docker-repo"), "LLAMA_ARG_DOCKER_REPO"),
+    ):
+        for name in names:
+            for file in ([], model):
+                assert llama_server._draft_options(None, [*file, name, "a/b", *draft]) == used
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "a/b")
+            assert llama_server._draft_options(None, [*model, *draft]) == used
 
 
 @pytest.mark.parametrize(

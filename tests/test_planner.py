@@ -360,29 +360,32 @@ def test_refuses_cost_that_is_no_array_of_numbers(bad):
 @given(exact)
 def test_the_plans_of_all_totals_are_those_of_each(case):
     sensitivity, full, _, _, _ = case
-    rows = allocate_totals(sensitivity, full)
-    least = sum(K > 0 for K in full)
-    assert len(rows) == sum(full) - least + 1
-    for row, total in zip(rows, range(least, sum(full) + 1)):
-        assert tuple(row) == allocate(sensitivity, total, full).expert_used_count
-    least = [min(K, 2) for K in full]
-    rows = allocate_totals(sensitivity, full, k_base=2)
-    assert len(rows) == sum(full) - sum(least) + 1
-    for row, total in zip(rows, range(sum(least), sum(full) + 1)):
-        assert tuple(row) == allocate(sensitivity, total, full, k_min=least).expert_used_count
+    for k_base in (1, 2):
+        held = [min(K, k_base) for K in full]
+        rows = allocate_totals(sensitivity, full, k_base=k_base)
+        assert len(rows) == sum(full) - sum(K > 0 for K in full) + 1
+        for row, total in zip(rows, range(sum(K > 0 for K in full), sum(full) + 1)):
+            k_min = held if total >= sum(held) else 1
+            assert tuple(row) == allocate(sensitivity, total, full, k_min=k_min).expert_used_count
 
 
 @settings(max_examples=60, deadline=None)
-@given(real)
-def test_with_costs_a_total_is_a_share_of_what_all_cost(case):
+@given(real, st.integers(1, 3))
+def test_with_costs_a_total_is_a_share_of_what_all_cost(case, k_base):
     """Plans of equal damage and cost but for rounding may differ, hence no comparison of counts."""
     sensitivity, full, _, _, cost = case
     most, least = sum(c * K for c, K in zip(cost, full)), sum(c for c, K in zip(cost, full) if K)
-    for row, total in zip(allocate_totals(sensitivity, full, cost), range(sum(K > 0 for K in full), sum(full) + 1)):
+    held = [min(K, k_base) for K in full]
+    least_held = sum(c * k for c, k in zip(cost, held))
+    rows = allocate_totals(sensitivity, full, cost, k_base)
+    for row, total in zip(rows, range(sum(K > 0 for K in full), sum(full) + 1)):
         budget, found = total / sum(full) * most, Plan(row.tolist(), full)
         if budget < least * (1 - 1e-9):
             assert max(found.expert_used_count) == 1  # the cheapest there is
             continue
-        want = allocate(sensitivity, budget * (1 + 1e-12), full, cost=cost)
+        if abs(budget / least_held - 1) < 1e-9:
+            continue  # held or not, by rounding
+        k_min = held if budget > least_held else 1
+        want = allocate(sensitivity, budget * (1 + 1e-12), full, cost=cost, k_min=k_min)
         assert total_cost(cost, found) <= budget * (1 + 1e-9)
         assert total_damage(sensitivity, found) == pytest.approx(total_damage(sensitivity, want), abs=1e-12)

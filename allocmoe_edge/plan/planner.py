@@ -67,22 +67,25 @@ def allocate(sensitivity, budget_total, expert_used_count_full, *, k_min=1, k_ma
 
 
 def allocate_totals(sensitivity, expert_used_count_full, cost=None, k_base=1):
-    """The plans of every budget that leaves each layer k_base experts, or all that it has: int64 [n_totals, n_layer], row 0 for the
-    least total, the last for all.
+    """The plans of every budget at once: int64 [n_totals, n_layer], row r for n_moe_layers + r activations, up to all.
 
     Without costs, a row is `allocate` of its total. With costs, it is the best that costs no more than the same share of
-    what all activations cost: the total of activations / sum(K_l).
+    what all activations cost: the total of activations / sum(K_l). Where that buys k_base experts in every layer, or all that
+    it has, no layer gets fewer.
     """
     whole = Plan.full(expert_used_count_full)
     full, layers = whole.expert_used_count, whole.moe_layers
     damages = _check_sensitivity(sensitivity, full)
     unit = _check_cost(cost, full, layers)
     most = sum(unit[i] * full[i] for i in layers)
-    lo = tuple(min(k, k_base) for k in full)
-    spent, steps = _fronts(damages, full, layers, lo, full, unit, most * (1 + 1e-12))
+    fronts = [
+        _fronts(damages, full, layers, [min(k, least) for k in full], full, unit, most * (1 + 1e-12))
+        for least in sorted({1, k_base}, reverse=True)
+    ]
     rows = []
-    for total in range(sum(lo), sum(full) + 1):
+    for total in range(len(layers), sum(full) + 1):
         budget = total if cost is None else total / sum(full) * most * (1 + 1e-12)
+        spent, steps = next((front for front in fronts if front[0][0] <= budget), fronts[-1])
         # the cheapest plan where shares of the cost do not reach even that
         rows.append(_path(steps, layers, full, max(np.searchsorted(spent, budget, side="right") - 1, 0)))
     return np.array(rows)

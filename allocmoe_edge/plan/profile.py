@@ -96,11 +96,7 @@ class Profile:
         if self.allocation == "uniform":
             totals = range(sum(k > 0 for k in full), sum(full) + 1)
             return np.array([Plan.uniform(full, total).expert_used_count for total in totals])
-        table = allocate_totals(self._rows(full), full, self._cost())
-        if self.k_base > 1:  # which no layer goes below where the total has room for as many in each
-            held = allocate_totals(self._rows(full), full, self._cost(), self.k_base)
-            table[-len(held) :] = held
-        return table
+        return allocate_totals(self._rows(full), full, self._cost(), self.k_base)
 
     def estimate_table(self, full: tuple) -> tuple:
         """The same under "estimate", and the thresholds, see `Estimator.plan_table`; for a profile that has an estimator."""

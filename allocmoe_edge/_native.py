@@ -105,9 +105,10 @@ def _import_llama_cpp(lib_dir: Path):
     os.environ["MTMD_CPP_LIB"] = os.environ.get("MTMD_CPP_LIB") or folder
     try:
         import llama_cpp
-    except FileNotFoundError:
+    except OSError as error:
+        why = "" if isinstance(error, FileNotFoundError) else f" that can be read ({error.strerror})"
         raise ImportError(
-            f"allocmoe_edge: no libraries in {folder}: "
+            f"allocmoe_edge: no libraries in {folder}{why}: "
             + (
                 "unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
                 if named

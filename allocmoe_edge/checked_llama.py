@@ -635,6 +635,9 @@ def check_cache_types(path: Union[str, os.PathLike], kwargs: dict) -> None:
     default = llama_cpp.GGML_TYPE_F16
     kinds = {name: default if kwargs.get(name) is None else kwargs[name] for name in ("type_k", "type_v")}
     quantised = {name: kind for name, kind in kinds.items() if libggml_base.ggml_is_quantized(kind)}
+    for name, kind in quantised.items():
+        if libggml_base.ggml_blck_size(kind) > 32:
+            raise ValueError(f"{name}: found {kind}, want a type of blocks of 32 values at most")
     if "type_v" in quantised and not kwargs.get("flash_attn"):
         raise ValueError(f"type_v: found {quantised['type_v']}, a quantised type, which needs flash_attn=True")
     if {*kinds.values()} == {default}:

@@ -73,7 +73,7 @@ def test_a_library_that_the_machine_lacks(tmp_path):
     assert done.stderr.startswith("error: allocmoe_edge: its libraries cannot be loaded: libdriver.so.1: cannot open")
 
 
-@pytest.mark.parametrize("folder", ["", "nothing here"])
+@pytest.mark.parametrize("folder", ["", "nothing here", 5000 * "a"])
 def test_a_variable_that_names_no_libraries(tmp_path, folder):
     """An empty one is as none."""
     (tmp_path / "nothing here").mkdir()

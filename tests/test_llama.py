@@ -419,7 +419,7 @@ def test_caches_that_heads_do_not_fit_into(built, name, capfd):
     else:
         wrong = [{"type_k": 8}, {"type_v": 2}, {"type_k": 1, "type_v": 8}]
     llm.close()
-    for types in [*wrong, {"type_v": 8, "flash_attn": False}]:
+    for types in [*wrong, {"type_v": 8, "flash_attn": False}, {"type_k": 12, "flash_attn": False}]:
         with pytest.raises(ValueError, match="^type_[kv]: found .*(blocks of|needs flash_attn)"):
             Llama(path, n_ctx=64, verbose=False, **types)
     assert capfd.readouterr().err == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import List, Tuple
 
+from allocmoe_edge import Plan
+
 from . import choose, sensitivity
 from .task import Task
 
@@ -38,14 +40,21 @@ def expected(task: Task) -> List[Tuple[str, float]]:
             ("estimates, ranks", task.n_embd / 3),
             ("estimates, spend", _HALF * 4 * min(n_fit / 4, 4096)),
         ]
-    n_plans = 2 + (settings.token_rule is None) * 2 + task.tries_estimates * choose.N_ESTIMATES
+    n_allocated = _n_allocated(task)
+    n_plans = n_allocated * (1 + (settings.token_rule is None)) + task.tries_estimates * choose.N_ESTIMATES
     check = ("held-out check", n_held * (1 + _HALF * n_plans))
     if settings.max_ppl_increase is not None:
         found += [check] * (sum(full) - task.least).bit_length()
     if settings.token_rule in (None, "threshold"):
-        found += [("thresholds", _HALF * n_profile)] * 2
+        found += [("thresholds", _HALF * n_profile)] * n_allocated
     found += [check]
     if n_held < n_fit / 4:
         found += [("held-out check", (n_fit / 4 - n_held) * (1 + _HALF * 2))]
     file = _FILE * sum(work for _, work in found)
     return [("loading the model", file), *found, ("writing the model", file)]
+
+
+def _n_allocated(task: Task) -> int:
+    """Different plans of Alloc-L and uniform k: 1 where the budget is known, and buys all experts or the fewest of every layer."""
+    only = task.full, tuple(min(k, task.k_base) for k in task.full)
+    return 1 if task.settings.fixed_budget and Plan.uniform(task.full, task.total).expert_used_count in only else 2

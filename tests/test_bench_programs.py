@@ -27,6 +27,36 @@ PROGRAMS = {
     "expert_cache quality": ["quality", "MODEL", "--text", TEXT, "--prompt", "8", "--gen", "4"],
     "server_load": ["MODEL", "--seconds", "0.05", "--slots", "1", "--gen", "2", "--prompt", "4", "--threads", "1"],
 }  # fmt: skip
+# by program what it measures: a column of its tables by its heading, or where in a line
+NUMBERS = {
+    "token_rule_cost": "tokens/s",
+    "node_profile": re.compile(r"^\| sum \| (\S+) ", re.M),
+    "speculative replay": "times as fast",
+    "speculative limit": "time",
+    "speculative limit, on a text": "time",
+    "speculative real": "times as fast",
+    "expert_usage": re.compile(r"^entropy (\S+) ", re.M),
+    "expert_replay": "hit rate, 0.5 of the experts",
+    "expert_rules": re.compile(r", (\S+) experts a layer$", re.M),
+    "expert_cache quality": "experts run",
+    "server_load": re.compile(r"^(?:full|half|adaptive)\b.* (\S+) \(.* \(", re.M),
+}
+
+
+def numbers(printed: str, where) -> list:
+    """The first of every cell below a heading, in tables of Markdown; or what a pattern's group finds."""
+    if not isinstance(where, str):
+        return [float(found) for found in where.findall(printed)]
+    found, at = [], None
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if where in cells:
+            at = cells.index(where)
+        elif len(cells) == 1:
+            at = None
+        elif at is not None and cells[at].strip("-:"):
+            found.append(float(cells[at].split()[0]))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +82,8 @@ def test_it_runs(name, model, tmp_path):
     program = ROOT / "bench" / f"{re.split('[ ,]', name)[0]}.py"
     done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"\d\.\d\d", done.stdout) and "nan" not in done.stdout, done.stdout
+    found = numbers(done.stdout, NUMBERS[name])
+    assert found and all(0 < number < np.inf for number in found), done.stdout
 
 
 def test_texts_as_tokens(dense_path, tmp_path, monkeypatch):

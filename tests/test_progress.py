@@ -6,7 +6,7 @@ import struct
 import subprocess
 import time
 
-from allocmoe_edge.convert import progress
+from allocmoe_edge.convert import cli, progress, stages
 import pytest
 from test_convert import COMMAND, run
 
@@ -102,6 +102,33 @@ def test_what_an_earlier_run_has_done_tells_nothing_of_speed():
                 time.sleep(0.1)
                 bar.update()
         assert conversion.left == pytest.approx(1.0, rel=0.5)
+
+
+@pytest.mark.parametrize("budget, n_plans", [("16", 2), ("4", 2), ("8", 4)])
+def test_plans_that_are_one_are_expected_once(tiny, out, monkeypatch, budget, n_plans):
+    """Alloc-L's and uniform k's of all experts, or of one in each layer: two of them were expected, with thresholds of each."""
+    expected, opened, expect, open_ = [], [], progress.Conversion.expect, progress.Conversion.open
+    monkeypatch.setattr(progress.Conversion, "expect", lambda self, all_: expected.append(all_) or expect(self, all_))
+    monkeypatch.setattr(progress.Conversion, "open", lambda self, bar: opened.append(bar) or open_(self, bar))
+    monkeypatch.setattr("allocmoe_edge.convert.task.Task.tries_estimates", False)
+    options = [
+        "--budget",
+        budget,
+        "--calib-tokens",
+        "64",
+        "--ctx-size",
+        "32",
+        "--threads",
+        "1",
+        "-o",
+        str(out / "m.gguf"),
+    ]
+    assert cli.main([str(tiny.gguf_path), *options]) == 0
+    work = dict(expected[-1])
+    bars = [bar for bar in opened if bar.desc in work]
+    assert [bar.desc for bar in bars] == [name for name, _ in expected[-1]]
+    check = next(bar for bar in bars if bar.desc == "held-out check")
+    assert check.total == 1 + n_plans and work[check.desc] == 32 * (1 + stages._HALF * n_plans)
 
 
 @pytest.mark.parametrize(

@@ -150,8 +150,11 @@ if libggml.ggml_backend_reg_count() == 0:
 
 # what llama_cpp logs to, and what we log to when not verbose
 _log_all = llama_cpp._logger.llama_log_callback
-_log_errors = llama_cpp.llama_log_callback(int(ffi.cast("uintptr_t", ffi.addressof(libllama, "allocmoe_log_errors"))))
-_log_nothing = llama_cpp.llama_log_callback(lambda level, text, data: None)
+# native, since what a signal raises within a callback of Python is lost
+_log_errors, _log_nothing = (
+    llama_cpp.llama_log_callback(int(ffi.cast("uintptr_t", ffi.addressof(libllama, name))))
+    for name in ("allocmoe_log_errors", "allocmoe_log_nothing")
+)
 
 
 def set_verbose(verbose: bool) -> None:

@@ -473,6 +473,8 @@ void allocmoe_set_cpu_kernels(bool use) {
     }
 }
 
+void allocmoe_log_nothing(int32_t /*level*/, const char * /*text*/, void * /*user_data*/) {}
+
 void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {
     static std::atomic<bool> error{ false }; // whether the line being written is one
     if (level != GGML_LOG_LEVEL_CONT) {

@@ -203,6 +203,8 @@ LLAMA_API void allocmoe_set_cpu_kernels(bool use);
 // A logger for llama_log_set that prints errors to stderr and nothing else. No Python runs in it, so none can be interrupted
 // inside llama.cpp's calls.
 LLAMA_API void allocmoe_log_errors(int32_t level, const char * text, void * user_data);
+// For the same: writes nothing.
+LLAMA_API void allocmoe_log_nothing(int32_t level, const char * text, void * user_data);
 
 // [cffi end]
 

@@ -97,6 +97,9 @@ def _wait_politely() -> None:
         os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
+_OTHER_FOLDER = "unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
+
+
 def _import_llama_cpp(lib_dir: Path):
     loaded_before = "llama_cpp.llama_cpp" in sys.modules
     named = os.environ.get("LLAMA_CPP_LIB_PATH")
@@ -109,11 +112,7 @@ def _import_llama_cpp(lib_dir: Path):
         why = "" if isinstance(error, FileNotFoundError) else f" that can be read ({error.strerror})"
         raise ImportError(
             f"allocmoe_edge: no libraries in {folder}{why}: "
-            + (
-                "unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
-                if named
-                else "the package is incomplete: install it again (pip install .)"
-            )
+            + (_OTHER_FOLDER if named else "the package is incomplete: install it again (pip install .)")
         ) from None
     except RuntimeError as error:  # of a library that does not load, llama_cpp's own words
         why = str(error.__context__ or error).strip()
@@ -125,11 +124,7 @@ def _import_llama_cpp(lib_dir: Path):
     if not hasattr(raw._lib, "allocmoe_plan_version"):
         raise ImportError(
             f"allocmoe_edge: llama_cpp has loaded the libraries in {raw._base_path}, which are not allocmoe-edge's: "
-            + (
-                "import allocmoe_edge before llama_cpp"
-                if loaded_before
-                else "unset LLAMA_CPP_LIB_PATH or point it at allocmoe-edge's libraries"
-            )
+            + ("import allocmoe_edge before llama_cpp" if loaded_before else _OTHER_FOLDER)
         )
     return llama_cpp, Path(raw._base_path)
 

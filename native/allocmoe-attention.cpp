@@ -754,14 +754,14 @@ void attend_by_parts(const flash & f, const ggml_compute_params * params, const 
         const auto found_in = [&](const share & s) { return found(found_of[s.thread] + found::size(f, s.row), s.block->n_rows()); };
 
         for (auto first = shares.begin(); first < shares.end();) {
+            if (first->thread != ith) {
+                ++first;
+                continue;
+            }
             mine.clear();
             auto last = first;
             for (; last < shares.end() && last->thread == ith && last->part == first->part && last->block->same_lines(*first->block); ++last) {
                 mine.push_back(found_in(*last));
-            }
-            if (last == first) {
-                ++first;
-                continue;
             }
             attend_part(f, first->block, mine.size(), first->part, work.queries + f.n_k * first->column, work, mine.data());
             first = last;

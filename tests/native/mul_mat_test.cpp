@@ -10,11 +10,13 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -60,7 +62,33 @@ static std::mt19937 rng;
 
 static int random_below(int n) { return rng() % n; }
 
-// What is the same for all ops of one type and shape.
+// Blocks of any bits, of ones alone, of zeros alone, of the least numbers of 8 bits; their scales are finite numbers of either sign.
+static void fill_with_extremes(ggml_type type, std::vector<char> & weights, int n_rows) {
+    static const std::map<ggml_type, std::vector<int>> HALVES = { // where the blocks have them
+        { GGML_TYPE_Q4_0, { 0 } }, { GGML_TYPE_Q4_1, { 0, 2 } }, { GGML_TYPE_Q5_0, { 0 } }, { GGML_TYPE_Q5_1, { 0, 2 } },
+        { GGML_TYPE_Q8_0, { 0 } }, { GGML_TYPE_IQ4_NL, { 0 } }, { GGML_TYPE_MXFP4, {} }, { GGML_TYPE_Q2_K, { 80, 82 } },
+        { GGML_TYPE_Q3_K, { 108 } }, { GGML_TYPE_Q4_K, { 0, 2 } }, { GGML_TYPE_Q5_K, { 0, 2 } }, { GGML_TYPE_Q6_K, { 208 } },
+        { GGML_TYPE_IQ4_XS, { 0 } }
+    };
+    constexpr unsigned char BYTES[] = { 0xff, 0x00, 0x80 };
+    const size_t row_size = weights.size() / n_rows, block_size = ggml_type_size(type);
+    for (int r = 0; r < n_rows; ++r) {
+        for (size_t i = 0; i < row_size; ++i) {
+            weights[r * row_size + i] = char(r % 4 ? BYTES[r % 4 - 1] : random_below(256));
+        }
+        for (size_t block = r * row_size; block < (r + 1) * row_size; block += block_size) {
+            for (int half : HALVES.at(type)) {
+                const ggml_fp16_t scale = ggml_fp32_to_fp16((random_below(2) ? 1 : -1) * std::ldexp(1.0f, random_below(4) - 8));
+                memcpy(&weights[block + half], &scale, sizeof(scale));
+            }
+            if (type == GGML_TYPE_MXFP4) { // a power of two, and 127 is one
+                weights[block] = char(119 + random_below(4));
+            }
+        }
+    }
+}
+
+// What is the same for all ops of one type and shape. extreme: the largest products that the type can have, all of one sign
 struct data {
     ggml_type type;
     shape size;
@@ -70,14 +98,18 @@ struct data {
     std::vector<double> scale;    // the same: |row|*|input|
     std::vector<float> seen;      // the same: what the first op gave, NaN before
 
-    data(ggml_type type, shape size) : type(type), size(size) {
+    data(ggml_type type, shape size, bool extreme = false) : type(type), size(size) {
         const int n_in = size.n_in, n_rows = N_EXPERT * size.n_out, n_x = 2 * size.max_tokens;
         std::vector<float> w(n_rows * n_in);
         for (auto & v : w) {
             v = (random_below(65536) + random_below(65536) - 65536) / 20000.0f;
         }
         weights.resize(ggml_row_size(type, n_in) * n_rows);
-        ggml_quantize_chunk(type, w.data(), weights.data(), 0, n_rows, n_in, nullptr);
+        if (extreme) {
+            fill_with_extremes(type, weights, n_rows);
+        } else {
+            ggml_quantize_chunk(type, w.data(), weights.data(), 0, n_rows, n_in, nullptr);
+        }
         ggml_get_type_traits(type)->to_float(weights.data(), w.data(), w.size());
 
         x.resize(n_x * n_in);
@@ -89,6 +121,9 @@ struct data {
             x[i] = factor * (i % 32 == 7 ? (random_below(2) ? 127 : -127) : random_below(255) - 127);
             if (n_in > 256 && i / n_in % 4 == 2 && i % n_in < 256) {
                 x[i] = 0; // a block of nothing else
+            }
+            if (extreme) {
+                x[i] = factor * (i / n_in % 2 ? 127 : -127);
             }
         }
 
@@ -247,7 +282,7 @@ static void check(
                     wrong = y == 0 ? nullptr : "a skipped slot is not zero";
                 } else {
                     const size_t i     = d.at(ids[slot], input) + r;
-                    const double error = std::abs(y - d.expected[i]) / d.scale[i];
+                    const double error = std::abs(y - d.expected[i]) / std::max(d.scale[i], DBL_MIN);
                     if (ours && std::isnan(d.seen[i])) {
                         d.seen[i] = y;
                     }
@@ -360,10 +395,11 @@ int main(int argc, char ** argv) {
         const bool layouts[2] = { true, repack_buffer_type && is_repacked(type) };
         for (shape size : is_k ? SHAPES_K : SHAPES_32) {
             size.max_tokens = std::min(size.max_tokens, max_tokens);
-            data d(type, size);
+            data d(type, size), extreme(type, { size.n_in, size.n_out, std::min(size.max_tokens, 17) }, true);
             for (int repack = 0; repack < 2; ++repack) {
                 if (layouts[repack]) {
                     check_all(d, repack, has_kernel, results[repack]);
+                    check_all(extreme, repack, has_kernel, results[repack]);
                 }
             }
         }

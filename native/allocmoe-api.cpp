@@ -312,7 +312,9 @@ int32_t allocmoe_get_left_seq(llama_context * ctx, int32_t seq_id, float * left,
 
 int32_t allocmoe_set_left_seq(llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens) {
     const auto * spent = allocmoe_access::state(ctx).spent.get();
-    return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) { spent[il].left[place] = left[i]; });
+    return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) {
+        spent[il].left[place] = std::isfinite(left[i]) ? left[i] : 0.0f; // it may come from a damaged file
+    });
 }
 
 void allocmoe_get_left(llama_context * ctx, float * left, int32_t n_tokens) {

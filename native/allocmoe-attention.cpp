@@ -523,6 +523,18 @@ void attend(const flash & f, const row_block & block, const float * queries, con
     add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, into.values, f.n_v, n_rows);
 }
 
+bool all_finite(const flash & f, const found & x, int64_t n_rows) {
+    vec zeros = zero(); // not where a number is not finite
+    for (int64_t i = 0; i < n_rows * f.n_v; i += LANES) {
+        zeros = multiply_add(load(x.values + i), zero(), zeros);
+    }
+    float lanes[LANES];
+    store(lanes, zeros);
+    return std::all_of(lanes, lanes + LANES, [](float lane) { return lane == 0.0f; }) &&
+           std::all_of(x.sum, x.sum + n_rows, [](float sum) { return std::isfinite(sum); }) &&
+           std::all_of(x.max, x.max + n_rows, [](float max) { return max < INFINITY; });
+}
+
 // Blocks that are alike but for their heads, over one part of the cache.
 void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int64_t part, const float * queries, const scratch & work, found * into) {
     for (size_t i = 0; i < n_blocks; ++i) {
@@ -539,6 +551,24 @@ void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int
             attend(f, blocks[i], of_block, lines, work, into[i]);
         }
     });
+    // An infinite key or value reaches rows that do not see its line, for zero times infinity is no number: then each token by itself.
+    for (size_t i = 0; i < n_blocks; ++i) {
+        if (blocks[i].n_tokens == 1 || all_finite(f, into[i], blocks[i].n_rows())) {
+            continue;
+        }
+        std::vector<float> packed(blocks[i].n_heads * f.n_k + LANES);
+        for (int64_t t = 0; t < blocks[i].n_tokens; ++t) {
+            row_block one = blocks[i];
+            one.token0 += t;
+            one.n_tokens = 1;
+            found its    = into[i];
+            its.max += t * one.n_heads;
+            its.sum += t * one.n_heads;
+            its.values += t * one.n_heads * f.n_v;
+            pack(f, &one, 1, packed.data());
+            attend_part(f, &one, 1, part, packed.data(), work, &its);
+        }
+    }
 }
 
 // All rows, in blocks of TILE at most. A token whose lines are scattered, as in a cache that many sequences share, is in a block

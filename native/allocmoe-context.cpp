@@ -72,6 +72,16 @@ bool allocmoe_runs_token_rules(ggml_backend_dev_t device) {
     return device && ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), ALLOCMOE_PROC_TOKEN_RULES);
 }
 
+// Zeros, whose pages are taken as they are written.
+template <typename T>
+static std::shared_ptr<T> new_zeros(size_t n_bytes) {
+    std::shared_ptr<T> zeros((T *) calloc(1, n_bytes), free);
+    if (!zeros) {
+        throw std::bad_alloc();
+    }
+    return zeros;
+}
+
 // In pinned memory of the model's device where it has one that runs token rules: those write there without a copy to the host.
 // n_left: positions of each of n_seq sequences for which is kept what is left over.
 static void allocate_spent(allocmoe_state & state, const llama_model & model, int32_t n_left, int32_t n_seq) {
@@ -79,6 +89,9 @@ static void allocate_spent(allocmoe_state & state, const llama_model & model, in
     const size_t n_bytes = n_layer * (sizeof(allocmoe_spent) + (size_t) n_seq * n_left * (sizeof(float) + sizeof(uint16_t)));
     state.has_devices    = !model.devices.empty();
     for (const auto & device : model.devices) {
+        if (model.hparams.n_expert == 0) {
+            break; // nothing is ever written
+        }
         auto * type   = allocmoe_runs_token_rules(device.dev) ? ggml_backend_dev_host_buffer_type(device.dev) : nullptr;
         auto * buffer = type ? ggml_backend_buft_alloc_buffer(type, n_bytes) : nullptr;
         if (!buffer) {
@@ -91,10 +104,7 @@ static void allocate_spent(allocmoe_state & state, const llama_model & model, in
         break;
     }
     if (!state.spent) {
-        state.spent.reset((allocmoe_spent *) calloc(1, n_bytes), free); // pages are taken as they are written
-        if (!state.spent) {
-            throw std::bad_alloc();
-        }
+        state.spent = new_zeros<allocmoe_spent>(n_bytes);
     }
     auto * left = (float *) (state.spent.get() + n_layer);
     auto * kept = (uint16_t *) (left + n_layer * n_seq * n_left);
@@ -165,7 +175,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         ran.n_place = (int64_t) n_left * cparams.n_seq_max;
         ran.n_entry = 1 + most;
         ran.n_absent.resize(n_layer);
-        ran.entries.resize(n_layer * ran.n_place * ran.n_entry);
+        ran.entries = new_zeros<int16_t>(n_layer * ran.n_place * ran.n_entry * sizeof(int16_t));
     }
     state->records.layers.resize(n_layer);
     state->records.outputs.resize(n_layer);

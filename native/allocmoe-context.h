@@ -18,13 +18,14 @@ class allocmoe_expert_cache;
 // Under ALLOCMOE_RULE_ESTIMATE: which experts the token at each position of each sequence has run. So what is at hand for a token
 // depends on the tokens before it in its sequence, whatever else the cache holds.
 struct allocmoe_ran {
-    std::vector<int16_t> entries;  // [block_count][n_seq_max][n_left][1 + most of a layer]: ALLOCMOE_RAN_*, ids by rank, -1 where they end
+    // [block_count][n_seq_max][n_left][1 + most of a layer]: ALLOCMOE_RAN_*, ids by rank, -1 where they end
+    std::shared_ptr<int16_t> entries;
     std::vector<int64_t> n_absent; // [block_count], skipped for being absent
     int64_t n_place = 0;           // of a layer
     int64_t n_entry = 0;
     int32_t n_left  = 0; // as allocmoe_spent has it
 
-    int16_t * at(int il, int32_t place) { return entries.data() + (il * n_place + place) * n_entry; }
+    int16_t * at(int il, int32_t place) { return entries.get() + (il * n_place + place) * n_entry; }
 };
 
 enum {

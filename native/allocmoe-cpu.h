@@ -29,12 +29,13 @@ extern bool allocmoe_cpu_streams;
 // as llama.cpp's repacked layouts have them; 0, 0: as in the file.
 bool allocmoe_mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst, int n_rows_together, int step);
 
-// MUL_MAT of a single token by half-precision matrices that several heads share: the key-value cache. Returns false, in every
+// MUL_MAT of few tokens by half-precision matrices that several heads share: the key-value cache. Returns false, in every
 // thread, where dst is something else: nothing has been done then.
 bool allocmoe_mul_mat_cache(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-// MUL_MAT by a router, of floats. Returns false, in every thread, where dst is something else: nothing has been done then.
-bool allocmoe_mul_mat_router(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+// MUL_MAT by a matrix of floats of no more than 1,024 rows, as routers are. Returns false, in every thread, where dst is something
+// else: nothing has been done then.
+bool allocmoe_mul_mat_floats(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 // FLASH_ATTN_EXT, with keys and values of any type. Returns false, in every thread, where it does not apply: nothing has been
 // done then.

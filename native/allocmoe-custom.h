@@ -22,7 +22,7 @@ struct allocmoe_spent {
     int64_t activations[2]; // by ALLOCMOE_PHASE_*
     // Activations that a strict rule has left over after the token at each position of each sequence, [n_seq_max][n_left],
     // positions beyond taking the first places again. So a token's experts depend on the tokens before it in its sequence,
-    // and not on what else the context has read, or has removed since. A token of several sequences counts for its first.
+    // and not on what else the context has read, or has removed since. A token of several sequences counts for the one with the least id.
     float * left;
     // What the token at each position has spent, in the same order: its activations and 1, or 0 where it has not reached the
     // router.

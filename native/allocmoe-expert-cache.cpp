@@ -442,10 +442,14 @@ static std::string read_at(int fd, char * to, size_t n, size_t wanted, size_t of
         if (got < 0 && errno != EINTR) {
             return std::string("the model's file cannot be read: ") + strerror(errno);
         }
+        const size_t before = done;
         done += std::max<ssize_t>(got, 0);
         if (done < wanted) {
             // a direct read goes on from a block's beginning
             done = round_down(done);
+            if (got > 0 && done == before) {
+                return "the model's file is shorter than when it was loaded";
+            }
         }
     }
     return "";

@@ -24,8 +24,9 @@ static_assert((int) ALLOCMOE_NODE_RULE_BATCH == ALLOCMOE_RULE_BATCH &&
                   (int) ALLOCMOE_NODE_VALUE_REMAINING == ALLOCMOE_VALUE_REMAINING,
     "allocmoe-custom.h repeats allocmoe.h");
 
+// Of several that of the least id: the order in which they lie is a hash table's.
 static int32_t sequence_of(const llama_ubatch & ubatch, int64_t t) {
-    return ubatch.seq_id && ubatch.n_seq_id[t] > 0 ? ubatch.seq_id[t][0] : 0;
+    return ubatch.seq_id && ubatch.n_seq_id[t] > 0 ? *std::min_element(ubatch.seq_id[t], ubatch.seq_id[t] + ubatch.n_seq_id[t]) : 0;
 }
 
 // The place of a token's position, or of the one so many after it, in what is kept by position; -1 for none.
@@ -176,7 +177,7 @@ static allocmoe_layer_rule rule_of(const allocmoe_settings & settings, int il, i
     rule.value        = plan->value;
     rule.strict       = plan->strict && !record;
     if (plan->token_rule == ALLOCMOE_RULE_ESTIMATE) {
-        rule.rule = shares || record ? ALLOCMOE_RULE_ESTIMATE : ALLOCMOE_RULE_OFF;
+        rule.rule = (shares || record) && plan->estimates->layers[il].down ? ALLOCMOE_RULE_ESTIMATE : ALLOCMOE_RULE_OFF;
     } else if (plan->token_rule != ALLOCMOE_RULE_OFF && (shares || record || least < most)) {
         rule.rule = plan->token_rule;
     } else if (least < most) {

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <locale>
 #include <mutex>
 #include <numeric>
@@ -96,21 +97,35 @@ static int64_t total_of(const common_json & budget, const allocmoe_served & mode
     return (int64_t) total;
 }
 
+// The string of JSON that begins after body[i - 1], a quotation mark; i becomes where it ends. What is not ASCII is left out.
+static std::string read_string(const std::string & body, size_t & i) {
+    std::string text;
+    for (; i < body.size() && body[i] != '"'; ++i) {
+        if (body[i] != '\\') {
+            text += body[i];
+        } else if (++i < body.size() && body[i] == 'u') {
+            const long code = std::strtol(body.substr(i + 1, 4).c_str(), nullptr, 16);
+            text += code > 0 && code < 0x80 ? (char) code : ' ';
+            i += 4;
+        } else if (i < body.size()) {
+            text += std::strchr("bfnrt", body[i]) ? ' ' : body[i];
+        }
+    }
+    return text;
+}
+
 void allocmoe_server_check(const std::string & body) {
     static constexpr int MAX_DEPTH = 500;
-    const size_t first             = body.find_first_not_of(" \t\r\n");
+    const size_t begin             = body.compare(0, 3, "\xef\xbb\xbf") == 0 ? 3 : 0; // a mark of UTF-8, which the parser skips
+    const size_t first             = body.find_first_not_of(" \t\r\n", begin);
     if (first == std::string::npos || (body[first] != '{' && body[first] != '[')) {
         return; // no JSON, or none that nests
     }
-    int depth      = 0;
-    bool in_string = false;
+    int depth = 0;
     for (size_t i = first; i < body.size(); ++i) {
         const char c = body[i];
-        if (in_string) {
-            i += c == '\\';
-            in_string = c != '"';
-        } else if (c == '"') {
-            in_string = true;
+        if (c == '"') {
+            allocmoe_server_check(read_string(body, ++i)); // JSON in a string, as a tool's arguments are
         } else if (c == '{' || c == '[') {
             if (++depth > MAX_DEPTH) {
                 throw std::invalid_argument("the request's JSON is nested more than " + std::to_string(MAX_DEPTH) + " deep");

@@ -78,7 +78,8 @@ void allocmoe_server_ended(int status);
 // Puts the server's own budget in force. False, with the reason in the log, where that cannot be.
 bool allocmoe_server_init(llama_context * ctx);
 
-// Throws std::invalid_argument for JSON that is nested so deep that copies of it, which recurse, would run out of stack.
+// Throws std::invalid_argument for JSON, or JSON in its strings, that is nested so deep that copies of it, which recurse, would run
+// out of stack.
 void allocmoe_server_check(const std::string & body);
 
 // Reads a request's fields. Throws std::invalid_argument for what the model cannot serve.

@@ -87,7 +87,7 @@ LLAMA_API int32_t allocmoe_preset(const struct llama_context * ctx, const char *
 // The budget of one sequence in place of the context's, under the context's token rule; ALLOCMOE_TOTAL_OF_FILE ends it. Its
 // tokens run in one batch with those of other sequences, each by its own. Under ALLOCMOE_RULE_BATCH sequences with the same
 // count in a layer share it. What a strict rule has left over is a sequence's own, by position; llama_memory_seq_cp does not
-// take it along, and a token of several sequences counts for its first.
+// take it along, and a token of several sequences counts for the one with the least id.
 LLAMA_API int32_t allocmoe_set_budget_seq(struct llama_context * ctx, int32_t seq_id, int64_t total);
 
 // From now on the context's budgets come from this file, a side file as `allocmoe-convert --plan-only` writes, and the plan in
@@ -125,7 +125,7 @@ LLAMA_API int32_t allocmoe_get_counts(const struct llama_context * ctx, int32_t 
 LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 
 // The same for the tokens at the positions first to last - 1 of one sequence, each as it was computed last: to be asked soon
-// after their batch, since other text may take their places later. A token of several sequences counts for its first.
+// after their batch, since other text may take their places later.
 LLAMA_API int32_t allocmoe_get_spent(const struct llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int64_t * activations, int64_t * tokens, int32_t n_layer);
 
 // What a strict rule has left over after each of the first n_tokens positions of sequence 0, [n_layer][n_tokens]: goes with

@@ -19,7 +19,7 @@ import tempfile
 KERNELS = (
     "allocmoe_mul_mat",
     "allocmoe_mul_mat_cache",
-    "allocmoe_mul_mat_router",
+    "allocmoe_mul_mat_floats",
     "allocmoe_flash_attention",
     "allocmoe_transpose",
 )

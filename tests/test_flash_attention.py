@@ -133,6 +133,22 @@ def test_sequences_side_by_side(backend, n_token, n_group):
     check(attention(backend, q, k, v, mask))
 
 
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("n_token", [4, 40])
+@pytest.mark.parametrize("n_group", [2, 6])
+def test_infinity_stays_with_those_who_see_it(backend, which, n_token, n_group):
+    """Zero times infinity is no number, and half precision ends at 65504."""
+    q, k, v = random(1, n_token, 6, n_group, 300)
+    mask = causal(1, n_token, 300)
+    mask[0, ::2, 70] = -np.inf
+    wanted = attention(backend, q, k, v, mask)[0]
+    (k if which == "key" else v)[0, 70] = np.inf
+    with np.errstate(invalid="ignore"):
+        got = attention(backend, q, k, v, mask)[0]
+    assert np.array_equal(got[0, ::2], wanted[0, ::2])
+    assert not np.isfinite(got[0, 1::2]).any(axis=-1).any()
+
+
 @pytest.mark.parametrize("n_token", [1, 130])
 @pytest.mark.parametrize("n_group", [2, 6])
 def test_what_models_add(backend, n_token, n_group):

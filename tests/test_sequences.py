@@ -79,13 +79,15 @@ class Context:
         libllama.allocmoe_set_plan_seq(self.ctx, seq, counts, threshold)
 
     def decode(self, tokens: list, outputs=None) -> np.ndarray:
-        """Logits of [(token, position, sequence), ...] in one batch, of those at the indices `outputs`."""
+        """Logits of [(token, position, sequence or several), ...] in one batch, of those at the indices `outputs`."""
         outputs = range(len(tokens)) if outputs is None else outputs
-        batch = raw.llama_batch_init(len(tokens), 0, 1)
+        batch = raw.llama_batch_init(len(tokens), 0, 4)
         batch.n_tokens = len(tokens)
         for i, (token, position, sequence) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, i in outputs
-            batch.seq_id[i][0] = sequence
+            sequences = np.atleast_1d(sequence)
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, len(sequences), i in outputs
+            for j, seq in enumerate(sequences.tolist()):
+                batch.seq_id[i][j] = seq
         assert raw.llama_decode(self.pointer, batch) == 0
         logits = [raw.llama_get_logits_ith(self.pointer, i) for i in outputs]
         rows = np.array([np.ctypeslib.as_array(row, (self.n_vocab,)) for row in logits])
@@ -169,6 +171,31 @@ def test_each_sequence_as_it_is_alone(model, rule, unified):
             assert abs(both.spent() - spent) <= (4 if rule == "estimate" and (unified or n_batch == 1) else 0)
             # with the other one's budget it shows
             assert distance(both_of(both, own[0], estimates), wanted[1]) > 0.1
+
+
+def test_a_token_of_several_sequences_counts_for_the_least_id(model):
+    few, many = plans("threshold")
+    with Context(model, n_seq_max=4, unified=True) as context:
+        found = {}
+        for sequences in ((0,), (3,), (0, 1, 2, 3), (3, 2, 1, 0)):
+            raw.llama_memory_clear(context.memory, True)
+            context.set_plan(few)
+            for seq in (1, 2, 3):
+                context.set_plan_seq(seq, many)
+            context.spent()
+            context.decode([(TOKENS[0][i], i, sequences) for i in range(N_TOKENS)])
+            found[sequences] = context.spent()
+    assert found[0, 1, 2, 3] == found[3, 2, 1, 0] == found[0,] < found[3,]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_left_over_is_a_number(model, bad):
+    """From a damaged file: without, it would stay for the rest of a text."""
+    with Context(model) as context:
+        assert libllama.allocmoe_set_left_seq(context.ctx, 1, [bad, 2.0] * N_LAYER, 2) == 0
+        left = ffi.new("float[]", 2 * N_LAYER)
+        assert libllama.allocmoe_get_left_seq(context.ctx, 1, left, 2) == 0
+    assert list(left) == [0.0, 2.0] * N_LAYER
 
 
 def both_of(context: Context, plan: Plan, estimates) -> np.ndarray:

@@ -156,6 +156,32 @@ def test_prompts_longer_than_the_context(server, prompt):
     assert found.status_code == 200 and 0 < found.json()["tokens_predicted"] <= 6 and found.json()["truncated"]
 
 
+DEEP = 200_000 * "["
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        DEEP.encode(),
+        b"\xef\xbb\xbf" + DEEP.encode(),
+        json.dumps({"prompt": DEEP}).encode(),
+        json.dumps({"prompt": json.dumps({"in a string in a string": 2000 * "["})}).encode(),
+        b'{"prompt": "' + 200_000 * b"\\u005b" + b'"}',
+    ],
+    ids=["plain", "byte order mark", "in a string", "in a string of a string", "escaped"],
+)
+def test_json_that_nests_deep_is_refused(server, body):
+    """Also in a string, where a tool's arguments are: what reads or copies it recurses."""
+    found = httpx.post(f"{server[0]}/completion", content=body, headers=HEADERS, timeout=60)
+    assert found.status_code == 400 and "nested more than 500 deep" in found.text, found.text
+
+
+def test_brackets_in_a_text_are_text(server):
+    for prompt in ("see " + DEEP[:600], 300 * "[" + 300 * "]" + 300 * "[", '"' * 9 + "\\" * 9 + "\x00[{"):
+        found = httpx.post(f"{server[0]}/tokenize", json={"content": prompt}, headers=HEADERS, timeout=60)
+        assert found.status_code == 200, found.text
+
+
 def rude(port: int, number: int) -> None:
     """A client that asks wrongly, goes away in the midst of an answer, or says no more."""
     if number % 4 == 3:

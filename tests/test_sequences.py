@@ -85,7 +85,12 @@ class Context:
         batch.n_tokens = len(tokens)
         for i, (token, position, sequence) in enumerate(tokens):
             sequences = np.atleast_1d(sequence)
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, len(sequences), i in outputs
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = (
+                token,
+                position,
+                len(sequences),
+                i in outputs,
+            )
             for j, seq in enumerate(sequences.tolist()):
                 batch.seq_id[i][j] = seq
         assert raw.llama_decode(self.pointer, batch) == 0

@@ -277,7 +277,7 @@ def _check_numbers(file: GGUFFile, arch: str) -> None:
 
 
 def _check_types(file: GGUFFile) -> None:
-    """What else a tensor cannot be, such as a norm in float16, is refused by the library (native/allocmoe-types.cpp)."""
+    """What else a tensor cannot be, such as a norm in float16, is refused by the library (native/allocmoe-cpu-types.cpp)."""
     for tensor in file.tensors:
         if tensor.type_name in _NO_WEIGHTS:
             raise GGUFError(

@@ -1,5 +1,6 @@
 #include "allocmoe-expert-cache.h"
 
+#include "allocmoe-graph.h"
 #include "allocmoe-hooks.h"
 #include "allocmoe.h"
 
@@ -730,13 +731,7 @@ void allocmoe_expert_cache::add_requests(ggml_context * ctx, ggml_cgraph * gf, i
         return;
     }
 
-    ggml_graph_clear(gf);
-    // inputs are set whether a node reads them or not, so all of them need memory
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        if (t->flags & GGML_TENSOR_FLAG_INPUT) {
-            ggml_build_forward_expand(gf, t);
-        }
-    }
+    allocmoe_clear_graph(ctx, gf);
     const auto add = [&](request * what, ggml_tensor * ids) {
         ggml_tensor * node = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &ids, 1, compute_request, 1, what);
         ggml_set_name(node, "allocmoe_experts");

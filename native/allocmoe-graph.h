@@ -78,6 +78,10 @@ struct allocmoe_graph {
 // The graph's own, made where there is none yet.
 allocmoe_graph & allocmoe_graph_of(llm_graph_result & res, const llama_cparams & cparams);
 
+// Takes all nodes out, to be put back with others between them. Inputs stay: they are set whether a node reads them or not, so
+// all of them need memory.
+void allocmoe_clear_graph(ggml_context * ctx, ggml_cgraph * gf);
+
 // The node that a layer's ids come from, from its sources but for the rule's values.
 ggml_tensor * allocmoe_build_routed(ggml_context * ctx, const allocmoe_graph::layer & layer, allocmoe_node node, std::vector<ggml_tensor *> args, ggml_custom_op_t compute, void * userdata = nullptr);
 

@@ -238,13 +238,7 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
         return;
     }
 
-    ggml_graph_clear(gf);
-    // inputs are set whether a node reads them or not, so all of them need memory
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        if (t->flags & GGML_TENSOR_FLAG_INPUT) {
-            ggml_build_forward_expand(gf, t);
-        }
-    }
+    allocmoe_clear_graph(ctx, gf);
 
     if (first != nodes.end()) {
         ggml_tensor * output = *first;

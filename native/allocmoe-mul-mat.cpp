@@ -3,7 +3,8 @@
 // Each thread unpacks 16 rows by 256 columns of the weights at a time into a panel (allocmoe-panel.h) that stays in its
 // first-level cache, and multiplies it with the 8-bit activations of all tokens of that expert. Activations are quantised
 // as by llama.cpp's own functions, and every product is exact in 32-bit integers as in its kernels: results differ from those
-// by the order in which the floats of sub-blocks, or of blocks, are added. That order is the same for any number of tokens.
+// by the order in which the floats of sub-blocks, or of blocks, are added, and with Q4_1 and Q5_1 by the sums of activations,
+// which llama.cpp rounds to half precision. That order is the same for any number of tokens.
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for ours

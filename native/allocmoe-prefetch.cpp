@@ -1,5 +1,7 @@
 #include "allocmoe-prefetch.h"
 
+#include "allocmoe-graph.h"
+
 #include "llama-model.h"
 
 #include "ggml-backend.h"
@@ -105,13 +107,7 @@ void allocmoe_add_prefetch(ggml_context * ctx, ggml_cgraph * gf) {
         return;
     }
 
-    ggml_graph_clear(gf);
-    // inputs are set whether a node reads them or not, so all of them need memory
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
-        if (t->flags & GGML_TENSOR_FLAG_INPUT) {
-            ggml_build_forward_expand(gf, t);
-        }
-    }
+    allocmoe_clear_graph(ctx, gf);
     for (ggml_tensor * node : nodes) {
         const auto found = node->op == GGML_OP_MUL_MAT_ID ? args.find(node->src[2]) : args.end();
         if (found != args.end()) {

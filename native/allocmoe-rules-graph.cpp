@@ -202,6 +202,15 @@ bool allocmoe_graph::serves(const std::shared_ptr<const allocmoe_settings> & oth
     });
 }
 
+void allocmoe_clear_graph(ggml_context * ctx, ggml_cgraph * gf) {
+    ggml_graph_clear(gf);
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        if (t->flags & GGML_TENSOR_FLAG_INPUT) {
+            ggml_build_forward_expand(gf, t);
+        }
+    }
+}
+
 // The values of the rule that a layer with so many tokens reads: those of an earlier layer, or new ones.
 static allocmoe_graph::input & values_of(ggml_context * ctx, allocmoe_graph & graph, int64_t n_tokens, int64_t n_layer) {
     for (auto & input : graph.inputs) {

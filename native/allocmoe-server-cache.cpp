@@ -1,5 +1,5 @@
 // The text that llama.cpp's server keeps: which request may go on from it, and what goes with it where it is moved.
-#include "allocmoe-served.h"
+#include "allocmoe-server-model.h"
 #include "allocmoe-server.h"
 
 #include "allocmoe.h"

@@ -1,5 +1,5 @@
 // What requests of llama.cpp's server spend: counted, and as answers, /props and /metrics have it.
-#include "allocmoe-served.h"
+#include "allocmoe-server-model.h"
 #include "allocmoe-server.h"
 
 #include "allocmoe.h"

@@ -1,5 +1,5 @@
 // A budget for each request of llama.cpp's server: what it may be, and when it is put in force.
-#include "allocmoe-served.h"
+#include "allocmoe-server-model.h"
 #include "allocmoe-server.h"
 
 #include "allocmoe.h"

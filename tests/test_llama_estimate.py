@@ -255,19 +255,24 @@ def test_the_best_division_among_layers_is_chosen(llm, profile):
 
 
 def test_the_two_best_are_told_apart_on_further_text(llm, profile):
-    """By windows that they have not been compared on, and those that they have: here the second on these is the better one on all."""
-    windows = np.random.default_rng(5).integers(3, 300, (4, 64)).astype(np.int32)
-    text = CalibrationText(windows[:1], windows[:1], windows[:1], windows, profile.calibration)
-    found = choose.choose(llm, profile, 8, FULL, text, "estimate")
-    first, second = sorted((n for n in found.scores if "estimate" in n), key=lambda n: found.scores[n].kl)[:2]
-    assert found.n_further == 3 * 64 and set(found.further) == {first, second, "full"}
+    """By windows that they have not been compared on, and those that they have: on some text the second on these is the better one
+    on all. Which text that is, rounding decides."""
     plans = {name: plan for name, (_, plan) in choose._estimates(profile, 8, FULL).items()}
-    assert found.plan == plans[second] == found.profile.plan(8, FULL)
-    on_all = choose.scores(llm, FULL, {name: plans[name] for name in (first, second)}, windows)
-    assert on_all[second].kl < on_all[first].kl
-    for name in (first, second):
-        assert (found.scores[name].kl + 3 * found.further[name].kl) / 4 == pytest.approx(on_all[name].kl, rel=1e-9)
-    assert found.profile.held_out.n_tokens == 64
+    for seed in range(5, 25):
+        windows = np.random.default_rng(seed).integers(3, 300, (4, 64)).astype(np.int32)
+        text = CalibrationText(windows[:1], windows[:1], windows[:1], windows, profile.calibration)
+        found = choose.choose(llm, profile, 8, FULL, text, "estimate")
+        first, second = sorted((n for n in found.scores if "estimate" in n), key=lambda n: found.scores[n].kl)[:2]
+        assert found.n_further == 3 * 64 and set(found.further) == {first, second, "full"}
+        on_all = choose.scores(llm, FULL, {name: plans[name] for name in (first, second)}, windows)
+        for name in (first, second):
+            assert (found.scores[name].kl + 3 * found.further[name].kl) / 4 == pytest.approx(on_all[name].kl, rel=1e-9)
+        best = min((first, second), key=lambda name: on_all[name].kl)
+        assert found.plan == plans[best] == found.profile.plan(8, FULL)
+        assert found.profile.held_out.n_tokens == 64
+        if best == second:
+            return
+    raise AssertionError("the first is the better one on every text")
 
 
 def test_plans_without_estimates_are_compared_once(llm, profile):

@@ -363,6 +363,62 @@ def test_caches_of_prompts(llm):
             assert text(llm, budget=budget) == alone[budget]
 
 
+CACHES = {
+    "memory": lambda folder: llama_cpp.LlamaRAMCache(),
+    "disk": lambda folder: llama_cpp.LlamaDiskCache(str(folder)),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_caches_of_prompts_at_two_budgets(llm, kind, tmp_path):
+    """Both budgets find their own text: neither hides the other's, nor removes it."""
+    budgets = (0.375, 0.5)
+    alone = {budget: at(llm, budget) for budget in budgets}
+    n = len(llm.tokenize(PROMPT.encode(), add_bos=False))
+    llm.set_cache(CACHES[kind](tmp_path))
+    llm.expert_stats(reset=True)
+    for i in range(3):
+        for budget in budgets:
+            llm.clear_cache()
+            assert text(llm, budget=budget) == alone[budget]
+            assert prefilled(llm) == n if i == 0 else prefilled(llm) <= 1
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_entries_of_another_plan_are_none(llm, kind, tmp_path):
+    """And stay: a look under one plan leaves them as they are, and finds the longest beginning under its own."""
+    llm.set_cache(CACHES[kind](tmp_path))
+    begin, longer = [5, 6, 7], [5, 6, 7, 8]
+
+    def store(tokens):
+        llm.clear_cache()
+        llm.eval(tokens)
+        llm.cache[tokens] = llm.save_state()
+
+    llm.set_budget(0.375)
+    store(begin)
+    llm.set_budget(0.75)
+    assert longer not in llm.cache
+    with pytest.raises(KeyError):
+        llm.cache[longer]
+    store(longer)
+    store(begin)
+    assert longer in llm.cache and llm.cache[longer].n_tokens == 4
+    assert [9, *longer] not in llm.cache  # with nothing in common
+    llm.set_budget(0.375)
+    assert longer in llm.cache and llm.cache[longer].n_tokens == 3
+
+
+def test_text_of_two_plans_is_not_kept(llm):
+    """It is of no use to anyone."""
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    chunks = llm(PROMPT, stream=True, **OPTIONS)
+    next(chunks)
+    llm.set_budget(0.75)
+    list(chunks)
+    assert not llm.cache.cache_state
+
+
 # several at once
 
 

@@ -268,6 +268,42 @@ def test_whatever_was_in_force_is_so_again(llm, name):
     copy.close()
 
 
+@pytest.mark.parametrize("name", [*PLANS, "the constructor's"])
+def test_copy_goes_on_as_the_model_does(path, name):
+    """Also at budgets of requests, whose rule is that of the last budget, and the file's after a plan by hand."""
+    asked = {"budget": 0.625, "token_rule": "threshold"} if name == "the constructor's" else {}
+    llm = Llama(path, n_ctx=512, seed=1, verbose=False, **asked)
+    PLANS.get(name, lambda llm: None)(llm)
+    copy = pickle.loads(pickle.dumps(llm))
+    between = pickle.loads(pickle.dumps(copy))
+    for each in (copy, between):
+        for budget in (None, 0.375, "full", None):
+            found = [during(x, budget) for x in (llm, each)]
+            assert found[0] == found[1]
+        each.close()
+    llm.close()
+
+
+def test_copy_of_a_model_whose_budget_was_overridden(path):
+    """That is in force until a budget is set, which the file's plan is not."""
+    llm = Llama(path, n_ctx=64, verbose=False, kv_overrides={"allocmoe.budget_total": 12})
+    for total, then in ((12, 10), (10, None), (PLANNED, None)):
+        assert llm.plan.budget_total == total
+        copy = pickle.loads(pickle.dumps(llm))
+        assert copy.plan == llm.plan
+        copy.close()
+        llm.set_budget(then)
+    llm.close()
+
+
+def during(llm, budget):
+    """The plan of a request at this budget, and its text."""
+    chunks = llm(PROMPT, budget=budget, stream=True, **OPTIONS)
+    parts = [next(chunks)]
+    plan = llm.plan
+    return plan, "".join(part["choices"][0]["text"] for part in [*parts, *chunks])
+
+
 def test_estimator_by_hand(llm):
     if llm.plan.token_rule != "estimate":
         pytest.skip("of the rule that has one")

@@ -1048,7 +1048,8 @@ class Llama(CheckedLlama):
         if not (size and self.n_tokens):
             return None
         ran = np.zeros((libllama.allocmoe_n_layer(context_pointer(self)), self.n_tokens, size), np.int16)
-        libllama.allocmoe_get_ran_seq(context_pointer(self), 0, ffi.from_buffer("int16_t[]", ran), self.n_tokens)
+        pointer = ffi.from_buffer("int16_t[]", ran)
+        self._check(libllama.allocmoe_get_ran_seq(context_pointer(self), 0, pointer, self.n_tokens))
         return ran
 
     def _put_ran(self, ran: Optional[np.ndarray]) -> None:
@@ -1060,7 +1061,7 @@ class Llama(CheckedLlama):
         )
         fits = isinstance(ran, np.ndarray) and ran.shape == shape and ran.dtype == np.int16
         pointer = ffi.from_buffer("int16_t[]", np.ascontiguousarray(ran)) if fits else ffi.NULL
-        libllama.allocmoe_set_ran_seq(context_pointer(self), 0, pointer, self.n_tokens)
+        self._check(libllama.allocmoe_set_ran_seq(context_pointer(self), 0, pointer, self.n_tokens))
 
     def _left_over(self) -> Optional[np.ndarray]:
         """float32 [n_layer, n_tokens]: what a strict plan has left over after each cached token; None for any other plan."""
@@ -1070,14 +1071,16 @@ class Llama(CheckedLlama):
         if plan != self._named_plan():
             return None if self._left is None else self._left[:, : self.n_tokens].copy()
         left = np.zeros((plan.n_layer, self.n_tokens), np.float32)
-        libllama.allocmoe_get_left(context_pointer(self), ffi.from_buffer("float[]", left), self.n_tokens)
+        pointer = ffi.from_buffer("float[]", left)
+        self._check(libllama.allocmoe_get_left_seq(context_pointer(self), 0, pointer, self.n_tokens))
         return left
 
     def _put_left_over(self, left: Optional[np.ndarray]) -> None:
         if left is not None and self._plan_of_tokens == self._named_plan():
             n_tokens = min(self.n_tokens, left.shape[1])
             left = np.ascontiguousarray(left[:, :n_tokens])
-            libllama.allocmoe_set_left(context_pointer(self), ffi.from_buffer("float[]", left), n_tokens)
+            pointer = ffi.from_buffer("float[]", left)
+            self._check(libllama.allocmoe_set_left_seq(context_pointer(self), 0, pointer, n_tokens))
 
     @in_turn
     def load_state(self, state) -> None:
@@ -1134,6 +1137,9 @@ class Llama(CheckedLlama):
             raise ValueError(
                 f"load_state: found a {type(state).__name__}, want what save_state() of a Llama like this one gave"
             )
+        # each token leaves, or takes, a layer's experts at most; written so that no number is refused, too
+        if left is not None and not (np.abs(left) <= left.shape[1] * max(self.expert_used_count_full)).all():
+            raise ValueError("load_state: the state is damaged: more is left over than its tokens can leave")
 
     @property
     def cache(self):

@@ -2,6 +2,7 @@
 
 On a tiny random model, whose texts differ at any two budgets."""
 
+import copy
 from dataclasses import replace
 import gc
 import itertools
@@ -261,11 +262,11 @@ def test_whatever_was_in_force_is_so_again(llm, name):
     before, expected = llm.plan, text(llm)
     text(llm, budget=0.375)
     chunks = half_read(llm)
-    copy = pickle.loads(pickle.dumps(llm))  # of what lasts
+    another = pickle.loads(pickle.dumps(llm))  # of what lasts
     chunks.close()
     assert llm.plan == before and text(llm) == expected
-    assert copy.plan == before
-    copy.close()
+    assert another.plan == before
+    another.close()
 
 
 @pytest.mark.parametrize("name", [*PLANS, "the constructor's"])
@@ -274,9 +275,8 @@ def test_copy_goes_on_as_the_model_does(path, name):
     asked = {"budget": 0.625, "token_rule": "threshold"} if name == "the constructor's" else {}
     llm = Llama(path, n_ctx=512, seed=1, verbose=False, **asked)
     PLANS.get(name, lambda llm: None)(llm)
-    copy = pickle.loads(pickle.dumps(llm))
-    between = pickle.loads(pickle.dumps(copy))
-    for each in (copy, between):
+    another = pickle.loads(pickle.dumps(llm))
+    for each in (another, copy.copy(another)):
         for budget in (None, 0.375, "full", None):
             found = [during(x, budget) for x in (llm, each)]
             assert found[0] == found[1]
@@ -289,9 +289,9 @@ def test_copy_of_a_model_whose_budget_was_overridden(path):
     llm = Llama(path, n_ctx=64, verbose=False, kv_overrides={"allocmoe.budget_total": 12})
     for total, then in ((12, 10), (10, None), (PLANNED, None)):
         assert llm.plan.budget_total == total
-        copy = pickle.loads(pickle.dumps(llm))
-        assert copy.plan == llm.plan
-        copy.close()
+        another = pickle.loads(pickle.dumps(llm))
+        assert another.plan == llm.plan
+        another.close()
         llm.set_budget(then)
     llm.close()
 
@@ -397,6 +397,23 @@ def test_caches_of_prompts(llm):
         for budget in (0.375, None):
             llm.clear_cache()
             assert text(llm, budget=budget) == alone[budget]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+def test_state_of_which_more_is_left_over_than_can_be(llm, number):
+    """As in a damaged file. It was taken, and a strict plan no longer held its budget, whatever text came."""
+    llm.set_budget(0.375, token_rule="threshold", strict=True)
+    llm.clear_cache()
+    expected, state = text(llm), llm.save_state()
+    damaged = copy.copy(state)
+    damaged.left = state.left.copy()
+    damaged.left[1, 3] = number
+    with pytest.raises(ValueError, match="^load_state: the state is damaged: more is left over"):
+        llm.load_state(damaged)
+    now = llm.save_state()
+    assert now.n_tokens == state.n_tokens and np.array_equal(now.left, state.left)
+    llm.load_state(state)
+    assert text(llm) == expected
 
 
 CACHES = {

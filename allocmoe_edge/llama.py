@@ -27,7 +27,7 @@ from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata,
 from .plan.estimator import Estimator
 from .prompt_cache import CacheOfOnePlan
 from .second_context import SecondContext
-from .sharing import in_turn, turns
+from .threads_and_forks import in_turn, turns
 from .whole_numbers import whole
 
 Budget = Union[float, int, str]

@@ -105,7 +105,7 @@ sanitize-thread: $(VENV)/.installed-test
 	cmake --build $(TSAN) --target llama --parallel $(shell nproc)
 	rm -f $(TSAN).log.*
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:exitcode=66:log_path=$(CURDIR)/$(TSAN).log \
-	$(call SANITIZED_PYTEST,libtsan,$(TSAN),device_code expert_cache sharing,-k "not child_of_a_fork")
+	$(call SANITIZED_PYTEST,libtsan,$(TSAN),device_code expert_cache threads_and_forks,-k "not child_of_a_fork")
 
 # Our readers and ggml's GGUF reader are compiled into the program, for coverage; the rest is the package's. An enum that a file
 # has out of its range is checked by upstream after it was read, hence -fno-sanitize=enum.

@@ -18,7 +18,7 @@ from . import projector
 from ._native import libggml_base, llama_cpp
 from .gguf_file import GGUFFile
 from .plan import shown
-from .sharing import in_turn, keep_over_forks, turns
+from .threads_and_forks import in_turn, keep_over_forks, turns
 from .whole_numbers import MOST_INT32, MOST_THREADS, whole
 
 internals = llama_cpp._internals

@@ -27,7 +27,7 @@ from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata,
 from .plan.estimator import Estimator
 from .prompt_cache import CacheOfOnePlan
 from .second_context import SecondContext
-from .sharing import in_turn, turns
+from .threads_and_forks import in_turn, turns
 from .whole_numbers import whole
 
 Budget = Union[float, int, str]
@@ -137,6 +137,8 @@ class Llama(CheckedLlama):
     # budget of the request that is being made, and what was in force before a request with one, while that runs
     _asked: Optional[Budget] = None
     _before: Optional[_Before] = None
+    # arguments of the last set_budget(), by which a copy comes to what is in force, unless that is by hand; None as it was loaded
+    _set_to: Optional[Dict[str, Any]] = None
     # n_gpu_layers=None: whether that is still to be chosen, and then the layers with experts elsewhere
     _to_fit, _n_partial = False, 0
     # draft_model, which is opened when there is a context with a plan
@@ -398,6 +400,7 @@ class Llama(CheckedLlama):
         if not (strict is None or isinstance(strict, (bool, np.bool_))):
             raise PlanError(f"strict: found {shown(strict)}, want True, False or None")
         self._plan_set(self._put_budget(total, token_rule, strict))
+        self._set_to = {"budget": budget, "token_rule": token_rule, "strict": strict}
         own = self._stored.plan.token_rule if self._stored.plan else "off"
         self._warn_if_degraded(own if token_rule is None else token_rule)
         found = self.plan
@@ -426,7 +429,7 @@ class Llama(CheckedLlama):
         """
         wanted = speed_target.speed(tokens_per_second)
         self._tokens_change("set_speed()")
-        before, by_hand = self._plan_or_none(), self._by_hand
+        before, by_hand, set_to = self._plan_or_none(), self._by_hand, self._set_to
         probe, done = speed_target.Probe(self), False
 
         def at(total: int) -> float:
@@ -449,7 +452,7 @@ class Llama(CheckedLlama):
         finally:
             if not done:
                 self._plan_set(self._put_plan(before if by_hand is None else by_hand))
-                self._by_hand = by_hand
+                self._by_hand, self._set_to = by_hand, set_to
             self.clear_cache()
             self.expert_stats(reset=True)
         if self.verbose:
@@ -1045,7 +1048,8 @@ class Llama(CheckedLlama):
         if not (size and self.n_tokens):
             return None
         ran = np.zeros((libllama.allocmoe_n_layer(context_pointer(self)), self.n_tokens, size), np.int16)
-        libllama.allocmoe_get_ran_seq(context_pointer(self), 0, ffi.from_buffer("int16_t[]", ran), self.n_tokens)
+        pointer = ffi.from_buffer("int16_t[]", ran)
+        self._check(libllama.allocmoe_get_ran_seq(context_pointer(self), 0, pointer, self.n_tokens))
         return ran
 
     def _put_ran(self, ran: Optional[np.ndarray]) -> None:
@@ -1057,7 +1061,7 @@ class Llama(CheckedLlama):
         )
         fits = isinstance(ran, np.ndarray) and ran.shape == shape and ran.dtype == np.int16
         pointer = ffi.from_buffer("int16_t[]", np.ascontiguousarray(ran)) if fits else ffi.NULL
-        libllama.allocmoe_set_ran_seq(context_pointer(self), 0, pointer, self.n_tokens)
+        self._check(libllama.allocmoe_set_ran_seq(context_pointer(self), 0, pointer, self.n_tokens))
 
     def _left_over(self) -> Optional[np.ndarray]:
         """float32 [n_layer, n_tokens]: what a strict plan has left over after each cached token; None for any other plan."""
@@ -1067,14 +1071,16 @@ class Llama(CheckedLlama):
         if plan != self._named_plan():
             return None if self._left is None else self._left[:, : self.n_tokens].copy()
         left = np.zeros((plan.n_layer, self.n_tokens), np.float32)
-        libllama.allocmoe_get_left(context_pointer(self), ffi.from_buffer("float[]", left), self.n_tokens)
+        pointer = ffi.from_buffer("float[]", left)
+        self._check(libllama.allocmoe_get_left_seq(context_pointer(self), 0, pointer, self.n_tokens))
         return left
 
     def _put_left_over(self, left: Optional[np.ndarray]) -> None:
         if left is not None and self._plan_of_tokens == self._named_plan():
             n_tokens = min(self.n_tokens, left.shape[1])
             left = np.ascontiguousarray(left[:, :n_tokens])
-            libllama.allocmoe_set_left(context_pointer(self), ffi.from_buffer("float[]", left), n_tokens)
+            pointer = ffi.from_buffer("float[]", left)
+            self._check(libllama.allocmoe_set_left_seq(context_pointer(self), 0, pointer, n_tokens))
 
     @in_turn
     def load_state(self, state) -> None:
@@ -1131,6 +1137,9 @@ class Llama(CheckedLlama):
             raise ValueError(
                 f"load_state: found a {type(state).__name__}, want what save_state() of a Llama like this one gave"
             )
+        # each token leaves, or takes, a layer's experts at most; written so that no number is refused, too
+        if left is not None and not (np.abs(left) <= left.shape[1] * max(self.expert_used_count_full)).all():
+            raise ValueError("load_state: the state is damaged: more is left over than its tokens can leave")
 
     @property
     def cache(self):
@@ -1181,6 +1190,8 @@ class Llama(CheckedLlama):
         theirs = super().__getstate__()
         ours = (cache_size.KEY, cache_size.PRICE_KEY)
         given = {key: value for key, value in (theirs["kv_overrides"] or {}).items() if key not in ours}
+        lasts = self._before or _Before(self._plan_or_none(), self._by_hand)
+        by_hand = lasts.plan is None or lasts.by_hand is not None
         return {
             **theirs,
             "kv_overrides": given or None,
@@ -1192,14 +1203,15 @@ class Llama(CheckedLlama):
             "expert_cache": self._asked_cache,
             "miss_price": self._miss_price or "auto",
             "budget": None if self._beyond_plan is None else 1.0,
-            "plan": self._before.plan if self._before else self._plan_or_none(),
+            "set_to": {"plan": lasts.plan} if by_hand else self._set_to,
         }
 
     def __setstate__(self, state):
         state = dict(state)
-        plan = state.pop("plan")
+        set_to = state.pop("set_to")
         self.__init__(**state)
-        self.set_plan(plan)
+        if set_to is not None:
+            (self.set_plan if "plan" in set_to else self.set_budget)(**set_to)
 
     def _expert_used_count(self, getter) -> tuple:
         n_layer = libllama.allocmoe_n_layer(context_pointer(self))

@@ -9,7 +9,7 @@ and whatever else `Llama` takes. Needs the package lm_eval.
 from __future__ import annotations
 
 import sys
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class AllocmoeLM(TemplateLM):
 
     Args:
         model: the GGUF file.
-        n_ctx: tokens of context; what is longer loses its beginning.
+        n_ctx: tokens of context, more than a task's answers may have; what is longer with its answer loses its beginning.
         max_gen_toks: of an answer, where a task does not say.
         batch_size, device: the harness's; one request is computed at a time, where the libraries were built for.
         **kwargs: of `Llama`.
@@ -101,12 +101,23 @@ class AllocmoeLM(TemplateLM):
             totals.append(sum(value for value, _ in scored))
         return totals
 
+    def _max_tokens(self, options: Dict[str, Any]) -> int:
+        """Of an answer. Raises ValueError where no token of the prompt would be left: it is the harness's rule for its own models."""
+        n = int(options.get("max_gen_toks", self._max_gen_toks))
+        if n >= self.max_length:
+            raise ValueError(
+                f"n_ctx: found {self.max_length}, want more than the {n} tokens (max_gen_toks) that an answer may have"
+            )
+        return n
+
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> List[str]:
         texts = []
         for request in requests:
+            self._max_tokens(request.args[1])  # refused before hours have been spent on others
+        for request in requests:
             prompt, options = request.args
             until = options.get("until") or []
-            n = int(options.get("max_gen_toks", self._max_gen_toks))
+            n = self._max_tokens(options)
             tokens = self.tok_encode(prompt)[-(self.max_length - n) :]
             sampled = bool(options.get("do_sample"))
             answer = self.llm.create_completion(

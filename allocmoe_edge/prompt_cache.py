@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 import weakref
+import zlib
+
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -21,16 +24,32 @@ class CacheOfOnePlan:
         self._cache, self._llm = cache, weakref.ref(llm)
 
     def __getitem__(self, tokens: Sequence[int]):
-        state, llm = self._cache[tokens], self._llm()
-        if llm is None or getattr(state, "mixed", False) or getattr(state, "plan", None) != llm.plan:
+        plan = self._plan()
+        state = self._cache[_key(tokens, plan)]
+        if getattr(state, "plan", None) != plan:
             raise KeyError("the entry is of another plan")
         return state
 
     def __setitem__(self, tokens: Sequence[int], state) -> None:
-        self._cache[tokens] = state
+        if not getattr(state, "mixed", False):  # no plan's text
+            self._cache[_key(tokens, getattr(state, "plan", None))] = state
 
     def __contains__(self, tokens: Sequence[int]) -> bool:
-        return tokens in self._cache
+        return _key(tokens, self._plan()) in self._cache
 
     def __getattr__(self, name: str):
         return getattr(self._cache, name)
+
+    def _plan(self) -> Optional[Plan]:
+        llm = self._llm()
+        if llm is None:
+            raise KeyError("the model is gone")
+        return llm.plan
+
+
+def _key(tokens: Sequence[int], plan: Optional[Plan]) -> Tuple[int, ...]:
+    """What the cache looks for the longest beginning of: tokens, the first of which tells plans apart. An int of its own in front
+    would be a beginning that all entries of a plan have in common, and `LlamaDiskCache` removes what it finds."""
+    # the same in every process, for caches on disk
+    number = 0 if plan is None else zlib.crc32(repr(plan).encode()) + 1
+    return tuple(int(token) + (0 if i else number << 32) for i, token in enumerate(tokens))

@@ -15,7 +15,7 @@ import numpy as np
 from . import ConvertError
 from .checkpoint import Checkpoint
 from .progress import progress_bar
-from .writing import write_documents
+from .self_generated import write_documents
 
 # one window in HELD_OUT is kept out of the profile, for the check against uniform k
 HELD_OUT = 5

@@ -13,7 +13,7 @@ from typing import Iterator, Optional
 
 from allocmoe_edge._native import BUILD_DIR
 
-from . import ConvertError, child, output
+from . import ConvertError, output, subprocesses
 
 UPSTREAM = BUILD_DIR / "upstream"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -196,8 +196,8 @@ def convert(
     # nothing that a model's files name is to be fetched from the network behind the user's back
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        child.run(command, target, expected, "converting", env)
-    except child.ChildFailed as error:
+        subprocesses.run(command, target, expected, "converting", env)
+    except subprocesses.ChildFailed as error:
         reason = error.reason
         if "pre-tokenizer was not recognized" in error.log:
             reason = (

@@ -17,7 +17,7 @@ from allocmoe_edge._native import llama_cpp
 from allocmoe_edge.gguf_file import GGUFFile
 import numpy as np
 
-from . import ConvertError, child
+from . import ConvertError, subprocesses
 
 # upstream's quantiser holds 8 GiB of rows by default, more than a small machine has
 _MAX_BUFFER = 512 << 20
@@ -80,8 +80,8 @@ def quantize(
     # without the current folder on the path, which may hold a checkout of this package
     code = f"import sys; sys.path[:] = filter(None, sys.path); from {__name__} import main; main()"
     try:
-        child.run([sys.executable, "-c", code, json.dumps(job)], target, expected, f"quantising to {name}")
-    except child.ChildFailed as error:
+        subprocesses.run([sys.executable, "-c", code, json.dumps(job)], target, expected, f"quantising to {name}")
+    except subprocesses.ChildFailed as error:
         reason = error.reason.rpartition("failed to quantize: ")[2]
         if "requantizing" in reason:
             reason += (

@@ -12,7 +12,7 @@ from typing import Iterator
 from allocmoe_edge.gguf_file import GGUFFile, model_paths
 
 from . import ConvertError, calibration, huggingface, output, quantize
-from .claim import claimed
+from .output_lock import claimed
 from .progress import say
 from .settings import Settings
 

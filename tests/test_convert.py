@@ -299,7 +299,7 @@ def test_documents_side_by_side_are_what_the_model_would_write(tiny_planned, mon
     0.05: keys and values are kept in 8 bits (0.021 was found). 1e-3: in 16, of one token and of many in their last bits.
     """
     from allocmoe_edge._native import llama_cpp
-    from allocmoe_edge.convert.writing import write_documents
+    from allocmoe_edge.convert.self_generated import write_documents
 
     monkeypatch.setattr(llama_cpp, "GGML_TYPE_Q8_0", getattr(llama_cpp, cache))
     n_tokens = 200
@@ -327,7 +327,7 @@ def test_a_cache_in_8_bits_that_cannot_be_is_nothing_to_speak_of(built, out, cap
 def test_sampling_by_probability_among_the_likeliest():
     """Of five tokens, of which three have 95%: 20,000 draws within five standard deviations (0.0035 each at most)."""
     from allocmoe_edge.convert import CalibrationError
-    from allocmoe_edge.convert.writing import sample
+    from allocmoe_edge.convert.self_generated import sample
 
     p = np.array([0.02, 0.5, 0.1, 0.36, 0.02])
     rng = np.random.default_rng(0)

@@ -183,7 +183,7 @@ def test_importance_that_is_no_mean_square(tiny_planned, out, refused, tmp_path,
 
 def test_crash_of_llama_cpp_is_one_line(tiny, tmp_path, monkeypatch):
     """Its own words where it has some; without a debugger."""
-    from allocmoe_edge.convert import child
+    from allocmoe_edge.convert import subprocesses
 
     code = "import os, sys; print('[Inferior 1 detached]'); print('/x/y/ggml-quants.c:17: GGML_ASSERT(a > 0) failed'); os.abort()"
     for program, reason in (
@@ -191,8 +191,8 @@ def test_crash_of_llama_cpp_is_one_line(tiny, tmp_path, monkeypatch):
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "llama.cpp crashed: Segmentation fault"),
         ("import os; assert os.environ['GGML_NO_BACKTRACE']; print('enough'); raise SystemExit(3)", "enough"),
     ):
-        with pytest.raises(child.ChildFailed) as error:
-            child.run(["python3", "-c", program], tmp_path / "none", 1, "crashing")
+        with pytest.raises(subprocesses.ChildFailed) as error:
+            subprocesses.run(["python3", "-c", program], tmp_path / "none", 1, "crashing")
         assert error.value.reason == reason
 
 

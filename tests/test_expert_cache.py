@@ -561,6 +561,9 @@ def test_a_speed_that_is_asked_for(tiny_planned):
         llm.set_speed(1e9)
     assert llm.plan == before and llm.expert_stats()["decode"]["tokens"].sum() == 0
     assert llm._by_hand is None  # it is still a budget's plan: requests take their rule from it
+    copy = pickle.loads(pickle.dumps(llm))
+    assert copy.plan == before
+    copy.close()
     assert llm.set_speed(1e-3).expert_used_count == llm.expert_used_count_full == llm.plan.expert_used_count
     for wrong in (0, -1, True, "12", float("nan"), float("inf"), 10**400):
         with pytest.raises(ValueError, match="tokens_per_second: found"):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from allocmoe_edge import PlanError
 from conftest import plan_from_made_up_profile
@@ -99,6 +100,30 @@ def test_scores(model):
     (cut,) = lm._loglikelihood_tokens([(None, list(range(30, 200)) * 3, continuation)])
     (same,) = lm._loglikelihood_tokens([(None, (list(range(30, 200)) * 3)[-(257 - 40) :], continuation)])
     assert cut == same
+
+
+def test_answers_that_leave_no_room_for_the_prompt(model):
+    """An error before anything is generated, as of the harness's own models; at a context's length the prompt was not cut off,
+    and beyond that its beginning was missing, both without a word."""
+    from allocmoe_edge.lm_eval import AllocmoeLM
+
+    lm = AllocmoeLM(str(model), n_ctx=256)
+    requests = [SimpleNamespace(args=("Q: What is red?\nA:", {"max_gen_toks": n})) for n in (4, 256, 300)]
+    for request, n in ((requests[1], 256), (requests[2], 300)):
+        with pytest.raises(ValueError, match=f"^n_ctx: found 256, want more than the {n} tokens"):
+            lm.generate_until([requests[0], request])
+        assert lm.llm.n_tokens == 0
+    prompt = "Q: What is red? " * 100
+    tokens = lm.tok_encode(prompt)
+    seen = []
+
+    def completion(prompt, max_tokens, **options):
+        seen.append((prompt, max_tokens))
+        return {"choices": [{"text": ""}]}
+
+    lm.llm.create_completion = completion
+    lm.generate_until([SimpleNamespace(args=(prompt, {"max_gen_toks": n})) for n in (4, 255)])
+    assert seen == [(tokens[-252:], 4), (tokens[-1:], 255)]
 
 
 def test_wrong_arguments(model):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from allocmoe_edge import Llama, Plan
-from allocmoe_edge.convert import ConvertError, claim, output
+from allocmoe_edge.convert import ConvertError, output, output_lock
 from allocmoe_edge.plan import metadata
 from gguf_factory import plan_keys, write_gguf, write_imatrix
 import numpy as np
@@ -102,7 +102,7 @@ def test_output_that_is_a_link_is_written_through(tiny_planned, tiny_split, out,
 def test_two_runs_to_one_output(tiny_planned, tiny_split, out):
     """The second is refused, by whatever name; one to another output is not."""
     (out / "link.gguf").symlink_to(out / "m.gguf")
-    with claim.claimed(out / "m.gguf"):
+    with output_lock.claimed(out / "m.gguf"):
         refused(tiny_planned, "-o", out / "m.gguf", expect="m.gguf: another allocmoe-convert is writing it")
         refused(tiny_planned, "--force", "--plan-only", "-o", out / "link.gguf", expect="another allocmoe-convert")
         refused(tiny_split[0], "-o", out / "m-00001-of-00003.gguf", expect="another allocmoe-convert")
@@ -124,8 +124,8 @@ def test_two_runs_that_begin_at_once(tiny_planned, out):
 
 def test_output_of_a_run_that_was_killed(tiny_planned, out):
     """It keeps nobody away, and what it has left goes; files of others stay."""
-    code = "import sys, time; from pathlib import Path; from allocmoe_edge.convert import claim\n"
-    code += "with claim.claimed(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from allocmoe_edge.convert import output_lock\n"
+    code += "with output_lock.claimed(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, out / "m.gguf"], stdout=subprocess.PIPE, cwd=out)
     holder.stdout.readline()
     refused(tiny_planned, "-o", out / "m.gguf", expect="is writing it")
@@ -248,7 +248,7 @@ def test_split_is_replaced_by_a_run_that_is_killed(tiny_split, out):
         assert first in (None, old[targets[0].name].encode()) or b"precious" not in b"".join(
             map(Path.read_bytes, targets)
         )
-        with claim.claimed(out / "m.gguf"):
+        with output_lock.claimed(out / "m.gguf"):
             pass
         found = {path.name: path.read_bytes() for path in out.iterdir()}
         assert found.keys() == old.keys()

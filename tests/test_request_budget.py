@@ -2,6 +2,7 @@
 
 On a tiny random model, whose texts differ at any two budgets."""
 
+import copy
 from dataclasses import replace
 import gc
 import itertools
@@ -261,11 +262,46 @@ def test_whatever_was_in_force_is_so_again(llm, name):
     before, expected = llm.plan, text(llm)
     text(llm, budget=0.375)
     chunks = half_read(llm)
-    copy = pickle.loads(pickle.dumps(llm))  # of what lasts
+    another = pickle.loads(pickle.dumps(llm))  # of what lasts
     chunks.close()
     assert llm.plan == before and text(llm) == expected
-    assert copy.plan == before
-    copy.close()
+    assert another.plan == before
+    another.close()
+
+
+@pytest.mark.parametrize("name", [*PLANS, "the constructor's"])
+def test_copy_goes_on_as_the_model_does(path, name):
+    """Also at budgets of requests, whose rule is that of the last budget, and the file's after a plan by hand."""
+    asked = {"budget": 0.625, "token_rule": "threshold"} if name == "the constructor's" else {}
+    llm = Llama(path, n_ctx=512, seed=1, verbose=False, **asked)
+    PLANS.get(name, lambda llm: None)(llm)
+    another = pickle.loads(pickle.dumps(llm))
+    for each in (another, copy.copy(another)):
+        for budget in (None, 0.375, "full", None):
+            found = [during(x, budget) for x in (llm, each)]
+            assert found[0] == found[1]
+        each.close()
+    llm.close()
+
+
+def test_copy_of_a_model_whose_budget_was_overridden(path):
+    """That is in force until a budget is set, which the file's plan is not."""
+    llm = Llama(path, n_ctx=64, verbose=False, kv_overrides={"allocmoe.budget_total": 12})
+    for total, then in ((12, 10), (10, None), (PLANNED, None)):
+        assert llm.plan.budget_total == total
+        another = pickle.loads(pickle.dumps(llm))
+        assert another.plan == llm.plan
+        another.close()
+        llm.set_budget(then)
+    llm.close()
+
+
+def during(llm, budget):
+    """The plan of a request at this budget, and its text."""
+    chunks = llm(PROMPT, budget=budget, stream=True, **OPTIONS)
+    parts = [next(chunks)]
+    plan = llm.plan
+    return plan, "".join(part["choices"][0]["text"] for part in [*parts, *chunks])
 
 
 def test_estimator_by_hand(llm):
@@ -361,6 +397,79 @@ def test_caches_of_prompts(llm):
         for budget in (0.375, None):
             llm.clear_cache()
             assert text(llm, budget=budget) == alone[budget]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e30, -1e30])
+def test_state_of_which_more_is_left_over_than_can_be(llm, number):
+    """As in a damaged file. It was taken, and a strict plan no longer held its budget, whatever text came."""
+    llm.set_budget(0.375, token_rule="threshold", strict=True)
+    llm.clear_cache()
+    expected, state = text(llm), llm.save_state()
+    damaged = copy.copy(state)
+    damaged.left = state.left.copy()
+    damaged.left[1, 3] = number
+    with pytest.raises(ValueError, match="^load_state: the state is damaged: more is left over"):
+        llm.load_state(damaged)
+    now = llm.save_state()
+    assert now.n_tokens == state.n_tokens and np.array_equal(now.left, state.left)
+    llm.load_state(state)
+    assert text(llm) == expected
+
+
+CACHES = {
+    "memory": lambda folder: llama_cpp.LlamaRAMCache(),
+    "disk": lambda folder: llama_cpp.LlamaDiskCache(str(folder)),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_caches_of_prompts_at_two_budgets(llm, kind, tmp_path):
+    """Both budgets find their own text: neither hides the other's, nor removes it."""
+    budgets = (0.375, 0.5)
+    alone = {budget: at(llm, budget) for budget in budgets}
+    n = len(llm.tokenize(PROMPT.encode(), add_bos=False))
+    llm.set_cache(CACHES[kind](tmp_path))
+    llm.expert_stats(reset=True)
+    for i in range(3):
+        for budget in budgets:
+            llm.clear_cache()
+            assert text(llm, budget=budget) == alone[budget]
+            assert prefilled(llm) == n if i == 0 else prefilled(llm) <= 1
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_entries_of_another_plan_are_none(llm, kind, tmp_path):
+    """And stay: a look under one plan leaves them as they are, and finds the longest beginning under its own."""
+    llm.set_cache(CACHES[kind](tmp_path))
+    begin, longer = [5, 6, 7], [5, 6, 7, 8]
+
+    def store(tokens):
+        llm.clear_cache()
+        llm.eval(tokens)
+        llm.cache[tokens] = llm.save_state()
+
+    llm.set_budget(0.375)
+    store(begin)
+    llm.set_budget(0.75)
+    assert longer not in llm.cache
+    with pytest.raises(KeyError):
+        llm.cache[longer]
+    store(longer)
+    store(begin)
+    assert longer in llm.cache and llm.cache[longer].n_tokens == 4
+    assert [9, *longer] not in llm.cache  # with nothing in common
+    llm.set_budget(0.375)
+    assert longer in llm.cache and llm.cache[longer].n_tokens == 3
+
+
+def test_text_of_two_plans_is_not_kept(llm):
+    """It is of no use to anyone."""
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    chunks = llm(PROMPT, stream=True, **OPTIONS)
+    next(chunks)
+    llm.set_budget(0.75)
+    list(chunks)
+    assert not llm.cache.cache_state
 
 
 # several at once

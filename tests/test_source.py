@@ -12,7 +12,7 @@ import sys
 import time
 
 from allocmoe_edge import Llama
-from allocmoe_edge.convert import ConvertError, child, cli, huggingface, output, source
+from allocmoe_edge.convert import ConvertError, cli, huggingface, output, source, subprocesses
 from allocmoe_edge.convert.settings import Settings
 from allocmoe_edge.plan import metadata
 from fake_hub import serve
@@ -313,11 +313,11 @@ def test_interrupted_while_starting_a_child(tmp_path, monkeypatch):
             started.append(self)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(child.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(subprocesses.subprocess, "Popen", Interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            child.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "none", 1, "waiting")
+            subprocesses.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "none", 1, "waiting")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -317,14 +317,6 @@ int32_t allocmoe_set_left_seq(llama_context * ctx, int32_t seq_id, const float *
     });
 }
 
-void allocmoe_get_left(llama_context * ctx, float * left, int32_t n_tokens) {
-    allocmoe_get_left_seq(ctx, 0, left, n_tokens);
-}
-
-void allocmoe_set_left(llama_context * ctx, const float * left, int32_t n_tokens) {
-    allocmoe_set_left_seq(ctx, 0, left, n_tokens);
-}
-
 //
 // where the experts are
 //

@@ -128,12 +128,8 @@ LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 // after their batch, since other text may take their places later.
 LLAMA_API int32_t allocmoe_get_spent(const struct llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int64_t * activations, int64_t * tokens, int32_t n_layer);
 
-// What a strict rule has left over after each of the first n_tokens positions of sequence 0, [n_layer][n_tokens]: goes with
-// the memory of those tokens where that is saved and restored.
-LLAMA_API void allocmoe_get_left(struct llama_context * ctx, float * left, int32_t n_tokens);
-LLAMA_API void allocmoe_set_left(struct llama_context * ctx, const float * left, int32_t n_tokens);
-
-// The same for another sequence.
+// What a strict rule has left over after each of a sequence's first n_tokens positions, [n_layer][n_tokens]: goes with the memory of
+// those tokens where that is saved and restored. What is no finite number is set to 0.
 LLAMA_API int32_t allocmoe_get_left_seq(struct llama_context * ctx, int32_t seq_id, float * left, int32_t n_tokens);
 LLAMA_API int32_t allocmoe_set_left_seq(struct llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens);
 

@@ -523,20 +523,9 @@ void attend(const flash & f, const row_block & block, const float * queries, con
     add_values_to(work.scores, TILE, 1, work.values, f.n_v, lines.n, into.values, f.n_v, n_rows);
 }
 
-bool all_finite(const flash & f, const found & x, int64_t n_rows) {
-    vec zeros = zero(); // not where a number is not finite
-    for (int64_t i = 0; i < n_rows * f.n_v; i += LANES) {
-        zeros = multiply_add(load(x.values + i), zero(), zeros);
-    }
-    float lanes[LANES];
-    store(lanes, zeros);
-    return std::all_of(lanes, lanes + LANES, [](float lane) { return lane == 0.0f; }) &&
-           std::all_of(x.sum, x.sum + n_rows, [](float sum) { return std::isfinite(sum); }) &&
-           std::all_of(x.max, x.max + n_rows, [](float max) { return max < INFINITY; });
-}
-
-// Blocks that are alike but for their heads, over one part of the cache.
-void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int64_t part, const float * queries, const scratch & work, found * into) {
+// Blocks that are alike but for their heads, over one part of the cache. Not inlined in two places: GCC's code for a few tokens took up
+// to 1.7 times as long.
+[[gnu::noinline]] void attend_together(const flash & f, const row_block * blocks, size_t n_blocks, int64_t part, const float * queries, const scratch & work, found * into) {
     for (size_t i = 0; i < n_blocks; ++i) {
         into[i].clear(f, 0, blocks[i].n_rows());
     }
@@ -551,7 +540,27 @@ void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int
             attend(f, blocks[i], of_block, lines, work, into[i]);
         }
     });
-    // An infinite key or value reaches rows that do not see its line, for zero times infinity is no number: then each token by itself.
+}
+
+bool all_finite(const flash & f, const found & x, int64_t n_rows) {
+    constexpr int N = 4;
+    vec zeros[N]    = { zero(), zero(), zero(), zero() }; // no zero where a number is not finite
+    for (int64_t i = 0; i < n_rows * f.n_v / LANES; ++i) {
+        zeros[i % N] = multiply_add(load(x.values + i * LANES), zero(), zeros[i % N]);
+    }
+    float lanes[N * LANES];
+    for (int i = 0; i < N; ++i) {
+        store(lanes + i * LANES, zeros[i]);
+    }
+    return std::all_of(lanes, lanes + N * LANES, [](float lane) { return lane == 0.0f; }) &&
+           std::all_of(x.sum, x.sum + n_rows, [](float sum) { return std::isfinite(sum); }) &&
+           std::all_of(x.max, x.max + n_rows, [](float max) { return max < INFINITY; });
+}
+
+// The same. An infinite key or value reaches rows that do not see its line, for zero times infinity is no number: where there is
+// one, each token is computed by itself.
+void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int64_t part, const float * queries, const scratch & work, found * into) {
+    attend_together(f, blocks, n_blocks, part, queries, work, into);
     for (size_t i = 0; i < n_blocks; ++i) {
         if (blocks[i].n_tokens == 1 || all_finite(f, into[i], blocks[i].n_rows())) {
             continue;
@@ -566,7 +575,7 @@ void attend_part(const flash & f, const row_block * blocks, size_t n_blocks, int
             its.sum += t * one.n_heads;
             its.values += t * one.n_heads * f.n_v;
             pack(f, &one, 1, packed.data());
-            attend_part(f, &one, 1, part, packed.data(), work, &its);
+            attend_together(f, &one, 1, part, packed.data(), work, &its);
         }
     }
 }

@@ -15,8 +15,8 @@ from typing import Any, Callable, ContextManager, Generator, Iterator, List, Map
 import numpy as np
 
 from . import projector
-from ._native import libggml_base, llama_cpp
-from .gguf_file import GGUFFile
+from ._native import ffi, libggml_base, libllama, llama_cpp
+from .gguf_file import GGUFFile, ranks
 from .plan import shown
 from .threads_and_forks import in_turn, keep_over_forks, turns
 from .whole_numbers import MOST_INT32, MOST_THREADS, whole
@@ -164,7 +164,14 @@ class CheckedLlama(llama_cpp.Llama):
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
         self._pictures = []
         with _loading:
-            super().__init__(os.fsdecode(model_path), **kwargs)
+            libllama.allocmoe_take_first_error()
+            try:
+                super().__init__(os.fsdecode(model_path), **kwargs)
+            except ValueError as error:
+                why = ffi.string(libllama.allocmoe_take_first_error()).decode(errors="replace").strip()
+                if not why:
+                    raise
+                raise ValueError(f"{error}: {why}") from error
         # with a draft model llama-cpp-python computes and keeps the logits of prompts, too, and has no place for those of texts
         # longer than a batch
         self._logits_all = bool(kwargs.get("logits_all"))
@@ -501,7 +508,7 @@ class CheckedLlama(llama_cpp.Llama):
 
     @in_turn
     def embed(self, input: Union[str, List[str]], normalize=False, truncate=True, return_count=False):
-        """As in `llama_cpp.Llama`, also for several texts without pooling.
+        """As in `llama_cpp.Llama`, also for several texts without pooling; with LLAMA_POOLING_TYPE_RANK a text's scores alone.
 
         Raises:
             ValueError: a text without a token.
@@ -512,6 +519,13 @@ class CheckedLlama(llama_cpp.Llama):
             if not self.tokenize(text.encode()):
                 raise ValueError(f"embed: the text {text!r} has no tokens")
         self.reset()  # llama-cpp-python empties the cache of what has been read before
+        if self.pooling_type() == llama_cpp.LLAMA_POOLING_TYPE_RANK:
+            n_scores = llama_cpp.llama_model_n_cls_out(self._model.model)
+            self.n_embd = lambda: n_scores  # type: ignore[method-assign]  # it would read as many floats as a text has
+            try:
+                return super().embed(input, normalize, truncate, return_count)
+            finally:
+                del self.n_embd
         if isinstance(input, str) or self.pooling_type() != llama_cpp.LLAMA_POOLING_TYPE_NONE:
             return super().embed(input, normalize, truncate, return_count)
         # without pooling llama-cpp-python mistakes tokens for values where it looks for the second text
@@ -627,6 +641,16 @@ def check_arguments(kwargs: dict) -> None:
     pooling = kwargs.get("pooling_type", -1)
     if pooling not in _POOLING_TYPES:
         raise ValueError(f"pooling_type: found {pooling!r}, want one of llama_cpp.LLAMA_POOLING_TYPE_*")
+
+
+def check_pooling(path: Union[str, os.PathLike], kwargs: dict) -> None:
+    """Refuses scores (LLAMA_POOLING_TYPE_RANK) of a model that makes none: they would be what a buffer held. Raises ValueError."""
+    pooling = kwargs.get("pooling_type", llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED)
+    if pooling == llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED:
+        with GGUFFile(path) as file:
+            pooling = file.get(f"{file.get('general.architecture')}.pooling_type")
+    if kwargs.get("embedding") and pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK and not ranks(path):
+        raise ValueError(f"pooling_type: found {pooling}, scores, and {path} is no reranker: it has no tensors cls.*")
 
 
 def check_cache_types(path: Union[str, os.PathLike], kwargs: dict) -> None:

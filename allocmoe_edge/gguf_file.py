@@ -184,6 +184,15 @@ def model_paths(path: Union[str, os.PathLike]) -> list:
         return split_paths(file.path, n_split) if n_split > 1 else [file.path]
 
 
+def ranks(path: Union[str, os.PathLike]) -> bool:
+    """Whether the model can rank texts: has tensors that a score comes from. Raises GGUFError."""
+    for part in model_paths(path):
+        with GGUFFile(part) as file:
+            if any(tensor.name.startswith("cls.") for tensor in file.tensors):
+                return True
+    return False
+
+
 def _n_split(file: GGUFFile) -> int:
     """Files of the split model that `file` is the first of; 0 or 1 if it is not split. GGUFError for another file of it."""
     n_split = _bounded(file, "split.count", 0, 65535, default=0)

@@ -18,7 +18,14 @@ import numpy as np
 from . import expert_cache as cache_size
 from . import gpu_fit, hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
-from .checked_llama import CheckedLlama, GenerationError, check_arguments, check_cache_types, check_tokens
+from .checked_llama import (
+    CheckedLlama,
+    GenerationError,
+    check_arguments,
+    check_cache_types,
+    check_pooling,
+    check_tokens,
+)
 from .draft import DraftModel
 from .gguf_file import GGUFFile, model_paths
 from .measure import memory
@@ -219,6 +226,7 @@ class Llama(CheckedLlama):
             raise PlanError(f"{model_path}: {_DENSE}")
         overrides.check_ours(model_path, kwargs.get("kv_overrides"), beside=beside)
         check_cache_types(model_path, kwargs)
+        check_pooling(model_path, kwargs)
         if plan_path is not None:
             self._stored = metadata.read_for(plan_path, self._stored, estimator=False)
         self._check_overrides(model_path, kwargs.get("kv_overrides"), budget)

@@ -21,7 +21,7 @@ from . import server_address as address
 from ._native import BUILD_DIR
 from .arguments import add_expert_cache
 from .command import CommandError, load_errors, run_command
-from .gguf_file import GGUFFile, model_paths
+from .gguf_file import GGUFFile, model_paths, ranks
 from .measure import memory
 from .plan import PlanError, metadata
 from .whole_numbers import MOST_THREADS
@@ -137,8 +137,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise CommandError("which model? allocmoe-server MODEL, or --models-dir FOLDER for several; see --help")
         if model is not None:
             _check_files(model, args.plan)
+            _check_ranking(model, args.rest)
         _check_projector(args.rest)
         _check_threads(args.rest)
+        _check_context(args.rest)
         draft = _draft_options(model, args.rest)
         _check_batch(args.rest, _n_drafted([*args.rest, *draft]))
         cache = _cache_options(model, args)
@@ -199,6 +201,20 @@ def _check_projector(options: Sequence[str]) -> None:
     path = _given(options, ("-mm", "--mmproj"), "LLAMA_ARG_MMPROJ")
     if path:
         projector.check(path)
+
+
+def _check_ranking(model: str, options: Sequence[str]) -> None:
+    """Raises CommandError where the server shall rank texts, and the model cannot."""
+    asked = {"--rerank", "--reranking"} & {*options} or _given(options, ("--pooling",), "LLAMA_ARG_POOLING") == "rank"
+    if asked and not ranks(model):
+        raise CommandError(f"--reranking: {model} is no reranker: it has no tensors cls.*")
+
+
+def _check_context(options: Sequence[str]) -> None:
+    """llama-server ends in an assert where it has no place for two tokens. Raises CommandError."""
+    n_ctx = _number(options, ("-c", "--ctx-size"), "LLAMA_ARG_CTX_SIZE")
+    if n_ctx is not None and n_ctx != 0 and n_ctx < 2:
+        raise CommandError(f"--ctx-size: found {n_ctx}, want at least 2, or 0 for what the model was trained for")
 
 
 def _check_threads(options: Sequence[str]) -> None:

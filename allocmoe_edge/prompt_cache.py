@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CacheOfOnePlan:
-    """A cache that has no entry but those computed under the plan in force: text depends on that plan alone.
+    """A cache that has no entry but those computed under the plan in force, and the price of a miss: text depends on these alone.
 
     Args:
         cache: what stores them, which several models may share.
@@ -24,32 +24,33 @@ class CacheOfOnePlan:
         self._cache, self._llm = cache, weakref.ref(llm)
 
     def __getitem__(self, tokens: Sequence[int]):
-        plan = self._plan()
-        state = self._cache[_key(tokens, plan)]
-        if getattr(state, "plan", None) != plan:
+        llm = self._model()
+        state = self._cache[_key(tokens, llm.plan, llm.miss_price)]
+        if getattr(state, "plan", None) != llm.plan:
             raise KeyError("the entry is of another plan")
         return state
 
     def __setitem__(self, tokens: Sequence[int], state) -> None:
         if not getattr(state, "mixed", False):  # no plan's text
-            self._cache[_key(tokens, getattr(state, "plan", None))] = state
+            self._cache[_key(tokens, getattr(state, "plan", None), self._model().miss_price)] = state
 
     def __contains__(self, tokens: Sequence[int]) -> bool:
-        return _key(tokens, self._plan()) in self._cache
+        llm = self._model()
+        return _key(tokens, llm.plan, llm.miss_price) in self._cache
 
     def __getattr__(self, name: str):
         return getattr(self._cache, name)
 
-    def _plan(self) -> Optional[Plan]:
+    def _model(self) -> Llama:
         llm = self._llm()
         if llm is None:
             raise KeyError("the model is gone")
-        return llm.plan
+        return llm
 
 
-def _key(tokens: Sequence[int], plan: Optional[Plan]) -> Tuple[int, ...]:
-    """What the cache looks for the longest beginning of: tokens, the first of which tells plans apart. An int of its own in front
-    would be a beginning that all entries of a plan have in common, and `LlamaDiskCache` removes what it finds."""
+def _key(tokens: Sequence[int], plan: Optional[Plan], miss_price: float) -> Tuple[int, ...]:
+    """What the cache looks for the longest beginning of: tokens, the first of which tells plans and prices apart. An int of its own in
+    front would be a beginning that all entries of a plan have in common, and `LlamaDiskCache` removes what it finds."""
     # the same in every process, for caches on disk
-    number = 0 if plan is None else zlib.crc32(repr(plan).encode()) + 1
+    number = 0 if plan is None and miss_price == 1 else zlib.crc32(repr((plan, miss_price)).encode()) + 1
     return tuple(int(token) + (0 if i else number << 32) for i, token in enumerate(tokens))

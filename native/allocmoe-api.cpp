@@ -18,6 +18,8 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <mutex>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -313,7 +315,8 @@ int32_t allocmoe_get_left_seq(llama_context * ctx, int32_t seq_id, float * left,
 int32_t allocmoe_set_left_seq(llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens) {
     const auto * spent = allocmoe_access::state(ctx).spent.get();
     return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) {
-        spent[il].left[place] = std::isfinite(left[i]) ? left[i] : 0.0f; // it may come from a damaged file
+        // it may come from a damaged file
+        spent[il].left[place] = std::fabs(left[i]) <= ALLOCMOE_STRICT_LEFT ? left[i] : 0.0f;
     });
 }
 
@@ -469,6 +472,9 @@ void allocmoe_set_cpu_kernels(bool use) {
 
 void allocmoe_log_nothing(int32_t /*level*/, const char * /*text*/, void * /*user_data*/) {}
 
+static std::mutex first_error_mutex;
+static std::string first_error;
+
 void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/) {
     static std::atomic<bool> error{ false }; // whether the line being written is one
     if (level != GGML_LOG_LEVEL_CONT) {
@@ -476,5 +482,15 @@ void allocmoe_log_errors(int32_t level, const char * text, void * /*user_data*/)
     }
     if (error) {
         (void) fputs(text, stderr);
+        const std::lock_guard<std::mutex> lock(first_error_mutex);
+        first_error = first_error.empty() ? text : first_error;
     }
+}
+
+const char * allocmoe_take_first_error(void) {
+    static thread_local std::string taken;
+    const std::lock_guard<std::mutex> lock(first_error_mutex);
+    taken = std::move(first_error);
+    first_error.clear();
+    return taken.c_str();
 }

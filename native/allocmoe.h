@@ -129,7 +129,7 @@ LLAMA_API void allocmoe_reset_counts(struct llama_context * ctx);
 LLAMA_API int32_t allocmoe_get_spent(const struct llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int64_t * activations, int64_t * tokens, int32_t n_layer);
 
 // What a strict rule has left over after each of a sequence's first n_tokens positions, [n_layer][n_tokens]: goes with the memory of
-// those tokens where that is saved and restored. What is no finite number is set to 0.
+// those tokens where that is saved and restored. What a rule cannot leave becomes 0.
 LLAMA_API int32_t allocmoe_get_left_seq(struct llama_context * ctx, int32_t seq_id, float * left, int32_t n_tokens);
 LLAMA_API int32_t allocmoe_set_left_seq(struct llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens);
 
@@ -199,6 +199,9 @@ LLAMA_API void allocmoe_set_cpu_kernels(bool use);
 // A logger for llama_log_set that prints errors to stderr and nothing else. No Python runs in it, so none can be interrupted
 // inside llama.cpp's calls.
 LLAMA_API void allocmoe_log_errors(int32_t level, const char * text, void * user_data);
+// The first that it has printed since the last call, "" for none: llama-cpp-python loads a model with stderr shut. Valid until the
+// thread's next call.
+LLAMA_API const char * allocmoe_take_first_error(void);
 // For the same: writes nothing.
 LLAMA_API void allocmoe_log_nothing(int32_t level, const char * text, void * user_data);
 

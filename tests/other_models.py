@@ -99,14 +99,17 @@ def write_dense(path: Path) -> Path:
     return path
 
 
-def write_bert(path: Path) -> Path:
-    """bert: embeddings of texts, by the mean of their tokens; no memory of tokens before."""
+def write_bert(path: Path, ranks: bool = False) -> Path:
+    """bert: embeddings of texts, by the mean of their tokens, or a score of each; no memory of tokens before."""
     w = _Writer(path, "bert")
     w.add_head_count_kv(N_HEAD)
     w.add_layer_norm_eps(1e-6)
     w.add_causal_attention(False)
-    w.add_pooling_type(gguf.PoolingType.MEAN)
+    w.add_pooling_type(gguf.PoolingType.RANK if ranks else gguf.PoolingType.MEAN)
     w.add_token_type_count(2)
+    if ranks:
+        w.matrix("cls.output.weight", 1, N_EMBD)
+        w.zeros("cls.output.bias", 1)
     w.add_tokenizer_model("bert")
     w.add_token_list(BERT_WORDS)
     w.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (len(BERT_WORDS) - 4))

@@ -132,6 +132,32 @@ def test_nothing_to_go_on_from(llm):
 # --- embeddings
 
 
+def test_why_a_model_does_not_load_is_said(path, tmp_path):
+    """llama-cpp-python shuts stderr while it loads one, unless it is verbose."""
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(path.read_bytes().replace(b"blk.0.attn_norm.weight", b"blk.0.attn_nirm.weight"))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="Failed to load model from file: .*: .*tensor 'blk.0.attn_norm.weight' not found"
+        ):
+            Llama(damaged, **SIZES)
+    Llama(path, **SIZES).close()
+
+
+def test_scores_of_a_reranker_are_one_number_each(tmp_path):
+    llm = Llama(other_models.write_bert(tmp_path / "ranks.gguf", ranks=True), **SIZES, embedding=True)
+    texts = ["a b", "b c d", "a b"]
+    first, second, third = llm.embed(texts)
+    assert len(first) == 1 and first == third != second and first == llm.embed("a b")
+    assert llm.n_embd() == 64
+
+
+def test_scores_of_no_reranker_are_refused(path):
+    with pytest.raises(ValueError, match="is no reranker: it has no tensors cls"):
+        Llama(path, **SIZES, embedding=True, pooling_type=4)
+    Llama(path, **SIZES, pooling_type=4).close()  # nobody asks for any
+
+
 @pytest.mark.parametrize("pooling", ["NONE", "MEAN", "LAST"])
 def test_embeddings_of_a_list_are_those_of_its_texts(path, pooling):
     llm = Llama(path, **SIZES, embedding=True, pooling_type=getattr(llama_cpp, f"LLAMA_POOLING_TYPE_{pooling}"))

@@ -498,6 +498,18 @@ def test_at_hand_is_nothing_of_a_text_before_where_none_has_run(path):
     llm.close()
 
 
+def test_cached_prompts_are_of_the_same_price(path):
+    llm = load(path, miss_price=50, logits_all=False)
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    llm.create_completion([50, 51, 52], max_tokens=8, temperature=0)
+    assert [50, 51, 52] in llm.cache
+    llm.miss_price = 1
+    assert [50, 51, 52] not in llm.cache
+    llm.miss_price = 50
+    assert [50, 51, 52] in llm.cache
+    llm.close()
+
+
 def test_where_nothing_is_at_hand_the_largest_runs(path):
     """At a price that no expert is worth: what runs is what a threshold leaves that none reaches."""
     llm, found = load(path), []

@@ -487,6 +487,10 @@ def test_what_keeps_it_from_starting(planned_path, testbed_path, tmp_path):
             ([planned_path, "--no-such-option"], "--no-such-option"),
             ([planned_path, "-b", 1, "--parallel", 1], "--batch-size: found 1, want at least 2"),
             ([planned_path, "--batch-size", 3], "--batch-size: found 3, want at least 4"),
+            ([planned_path, "--ctx-size", 1], "--ctx-size: found 1, want at least 2, or 0"),
+            ([planned_path, "-c", -1], "--ctx-size: found -1, want at least 2, or 0"),
+            ([planned_path, "--reranking"], f"--reranking: {planned_path} is no reranker"),
+            ([planned_path, "--pooling", "rank"], f"--reranking: {planned_path} is no reranker"),
         ]:
             # an unspecific port where it is not the point
             free = [] if "--port" in options or "--host" in options else ["--port", 0]

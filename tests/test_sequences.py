@@ -193,7 +193,7 @@ def test_a_token_of_several_sequences_counts_for_the_least_id(model):
     assert found[0, 1, 2, 3] == found[3, 2, 1, 0] == found[0,] < found[3,]
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, -1e30])
 def test_what_is_left_over_is_a_number(model, bad):
     """From a damaged file: without, it would stay for the rest of a text."""
     with Context(model) as context:

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from . import __version__, output_file
 from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed, speed
 from .checked_llama import GenerationError
-from .command import CommandError, load_errors, reason, run_command
+from .command import CommandError, is_of_chat_template, load_errors, reason, run_command
 from .llama import Budget, Llama
 from .terminal import Terminal
 
@@ -118,8 +118,11 @@ class Chat:
                 raise
             except Exception as error:
                 # a ValueError is what llama-cpp-python, or the model's template, has against these messages
-                expected = isinstance(error, ValueError)
-                self._terminal.warn(f"error: {reason(CommandError(error) if expected else error)}")
+                if is_of_chat_template(error):
+                    error = CommandError(f"{self._llm.model_path}: its chat template: {error}")
+                elif isinstance(error, ValueError):
+                    error = CommandError(error)
+                self._terminal.warn(f"error: {reason(error)}")
                 good = self._terminal.interactive
         return good
 

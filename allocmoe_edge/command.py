@@ -27,6 +27,17 @@ def load_errors(path: Union[str, os.PathLike]) -> Iterator[None]:
         raise
     except (ValueError, RuntimeError) as error:
         raise CommandError(f"{path}: llama.cpp cannot load it: {error}") from error
+    except Exception as error:
+        if not is_of_chat_template(error):
+            raise
+        raise CommandError(f"{path}: its chat template: {error}") from error
+
+
+def is_of_chat_template(error: BaseException) -> bool:
+    """Whether it is what a model's chat template has raised, or how that is written."""
+    from jinja2 import TemplateError
+
+    return isinstance(error, TemplateError)
 
 
 # what is wrong with the input or with the machine, and no fault of ours

@@ -7,6 +7,7 @@ token each, and an end of text; the embedding model has words.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Optional
 
 import gguf
 import numpy as np
@@ -85,9 +86,11 @@ class _Writer(gguf.GGUFWriter):
         self.close()
 
 
-def write_dense(path: Path) -> Path:
+def write_dense(path: Path, chat_template: Optional[str] = None) -> Path:
     """llama: attention and one FFN a layer."""
     w = _Writer(path, "llama")
+    if chat_template is not None:
+        w.add_chat_template(chat_template)
     w.byte_vocabulary()
     w.add_head_count_kv(N_HEAD)
     w.add_rope_dimension_count(N_EMBD // N_HEAD)

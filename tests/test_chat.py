@@ -308,6 +308,17 @@ def test_models_without_a_choice(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "template, message",
+    [("{% for", "unexpected 'end of template'"), ("{{ nope() }}", "'nope' is undefined"), ("{{ ''.__class__.__mro__ }}", "unsafe")],
+)
+def test_a_broken_chat_template_is_the_files(tmp_path, template, message):
+    path = other_models.write_dense(tmp_path / "model.gguf", template)
+    done = piped("Hello\n", path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "should not happen" not in done.stderr
+    assert f"{path}: its chat template: " in done.stderr and message in done.stderr
+
+
+@pytest.mark.parametrize(
     "arguments, code, message",
     [
         (["none.gguf"], 1, "none.gguf"),

@@ -309,7 +309,11 @@ def test_models_without_a_choice(tmp_path):
 
 @pytest.mark.parametrize(
     "template, message",
-    [("{% for", "unexpected 'end of template'"), ("{{ nope() }}", "'nope' is undefined"), ("{{ ''.__class__.__mro__ }}", "unsafe")],
+    [
+        ("{% for", "unexpected 'end of template'"),
+        ("{{ nope() }}", "'nope' is undefined"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
 )
 def test_a_broken_chat_template_is_the_files(tmp_path, template, message):
     path = other_models.write_dense(tmp_path / "model.gguf", template)

@@ -79,6 +79,8 @@ LLAMA_SERVER_OPTIONS = {
     "--n-gpu-layers",
     "--no-cache-prompt",
     "--no-kv-unified",
+    "--kv-unified",
+    "--reranking",
     "--models-dir",
     "--models-preset",
 }

@@ -4,6 +4,7 @@
 
 #include "allocmoe.h"
 
+#include <cmath>
 #include <numeric>
 #include <sstream>
 
@@ -22,7 +23,7 @@ double allocmoe_spending::part::mean() const {
     for (size_t il = 0; il < activations.size(); ++il) {
         sum += tokens[il] > 0 ? (double) activations[il] / tokens[il] : 0;
     }
-    return sum;
+    return std::round(sum * 1e6) / 1e6; // 97, not 96.99999999999999
 }
 
 void allocmoe_server_count(llama_context * ctx, const allocmoe_run & run, allocmoe_spending & spending, allocmoe_totals & totals) {

@@ -157,6 +157,16 @@ def test_estimates_are_calibrated_with_stored_sensitivities(tiny_planned, tmp_pa
     assert metadata.read(tmp_path / "half.gguf").plan.token_rule == "estimate"
 
 
+@pytest.mark.parametrize("option", ["--estimate-tokens", "--calib-tokens"])
+def test_more_tokens_than_the_text_has(tiny, tmp_path, option):
+    """What there is is taken; room for it was asked for as if all were there."""
+    (tmp_path / "small.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    text = ["--ctx-size", "64", "--calib-tokens", "64", "--estimate-tokens", "128", "--calib", tmp_path / "small.txt"]
+    done = run(tiny.gguf_path, *text, option, "999999999", "-o", tmp_path / "m.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "not tried" not in done.stderr and "calibrating estimates" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def planned_task(testbed_path):
     def plan(**options):

@@ -72,6 +72,8 @@ def _from_huggingface(settings: Settings, stack: ExitStack) -> Source:
     output.check_target([], settings.output, settings.force, [settings.model, *_other_inputs(settings)])
     if not settings.model.is_dir() and not huggingface.is_repository_id(settings.model.as_posix()):
         raise ConvertError(f"{settings.model}: no such file or folder, and no repository id (org/name)")
+    if settings.model.is_dir():  # what is wrong with it first: no package mends that
+        n_weights = huggingface.check_folder(settings.model)
     huggingface.check_installed()
     if settings.pre_tokenizer is not None and settings.pre_tokenizer not in huggingface.pre_tokenizers():
         known = ", ".join(huggingface.pre_tokenizers())
@@ -84,7 +86,7 @@ def _from_huggingface(settings: Settings, stack: ExitStack) -> Source:
         say(f"looking for {repository}")
         folder = huggingface.download(repository)
         output.check_target([], settings.output, settings.force, [folder])
-    n_weights = huggingface.check_folder(folder)
+        n_weights = huggingface.check_folder(folder)
 
     outtype = settings.outtype or "auto"
     expected = huggingface.converted_size(n_weights, outtype)

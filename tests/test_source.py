@@ -144,6 +144,17 @@ def test_no_model_in_the_folder(tmp_path, out, capsys):
     refused_here(capsys, tmp_path, "-o", out / "m.gguf", expect="give one of them (m-Q4_K_M.gguf)")
 
 
+def test_folder_is_looked_at_before_the_packages(tmp_path, out, capsys, monkeypatch):
+    """None of them makes a model of it."""
+    monkeypatch.setattr(huggingface, "_NEEDED", ("a_package_that_is_not_there",))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "", "."):
+        refused_here(capsys, folder, "-o", out / "m.gguf", expect="it has no config.json")
+    (tmp_path / "m-Q4_K_M.gguf").touch()
+    refused_here(capsys, tmp_path, "-o", out / "m.gguf", expect="give one of them (m-Q4_K_M.gguf)")
+    refused_here(capsys, "org/name", "-o", out / "m.gguf", expect="needs a_package_that_is_not_there")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_config_is_damaged(folder, out, capsys, text):
     (folder / "config.json").write_text(text)

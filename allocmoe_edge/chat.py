@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from . import __version__, output_file
 from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed, speed
 from .checked_llama import GenerationError
-from .command import CommandError, load_errors, reason, run_command
+from .command import CommandError, load_errors, printable, reason, run_command
 from .llama import Budget, Llama
 from .terminal import Terminal
 
@@ -457,7 +457,7 @@ def _chat(args: argparse.Namespace) -> None:
         if llm.expert_cache
         else ""
     )
-    terminal.note(f"{Path(args.model).name}{f', {plan}' if plan else ''}{cache}. /help lists the commands.")
+    terminal.note(f"{printable(Path(args.model).name)}{f', {plan}' if plan else ''}{cache}. /help lists the commands.")
     if not chat.run():
         raise SystemExit(1)
 

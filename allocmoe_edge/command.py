@@ -76,7 +76,7 @@ def run_command(
         return code
     except KeyboardInterrupt:
         message = interrupted(args) if interrupted is not None else ""
-        _complain("\n" + ": ".join(filter(None, (program, "interrupted", message))))
+        _complain("\n" + ": ".join(filter(None, (program, "interrupted", printable(message)))))
         return 130
     except BrokenPipeError:  # the reader of our output, head or less, has seen enough
         _discard(sys.stdout)

@@ -11,7 +11,7 @@ from typing import Optional, Sequence
 
 from allocmoe_edge import __version__
 from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed, speed
-from allocmoe_edge.command import run_command
+from allocmoe_edge.command import printable, run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
 from . import checkpoint, huggingface, pipeline, quantize, sensitivity
@@ -223,7 +223,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _convert(args: argparse.Namespace) -> None:
     done = pipeline.convert(settings(args))
     paths, plan = done.paths, done.plan
-    print(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))
+    print(f"wrote {printable(str(paths[0]))}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))
     uniform = done.profile.allocation == "uniform" and plan.token_rule != "estimate"
     print(f"  {plan}" + (" (uniform)" if uniform else ""))
     if not done.checked:

@@ -208,9 +208,10 @@ def _with_room(task: Task) -> Task:
     }
     for what, (needed, free) in room.items():
         if free is not None and needed > free:
+            has, wants = output.sizes(free, needed)
             say(
-                f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of {what}, and "
-                f"{free / 1e9:.1f} GB are free (--token-rule estimate tries them all the same)"
+                f"estimates of experts are not tried: to calibrate them takes {wants} of {what}, and "
+                f"{has} are free (--token-rule estimate tries them all the same)"
             )
             return replace(task, can_estimate=False)
     return task

@@ -11,7 +11,7 @@ from typing import Iterator
 
 from allocmoe_edge.gguf_file import GGUFFile, model_paths
 
-from . import ConvertError, calibration, huggingface, output, quantize
+from . import ConvertError, calibration, estimator_fit, huggingface, output, quantize
 from .output_lock import claimed
 from .progress import say
 from .settings import Settings
@@ -55,7 +55,7 @@ def _from_gguf(settings: Settings, stack: ExitStack) -> Source:
     n_split = 1 if settings.plan_only or settings.quantize else len(sources)
     output.check_target(sources, settings.output, settings.force, _other_inputs(settings), n_split)
     if settings.quantize is None:
-        needed = output.METADATA_SLACK if settings.plan_only else output.copy_size(sources, settings.output)
+        needed = _plan_size(sources[0]) if settings.plan_only else output.copy_size(sources, settings.output)
         output.check_space(settings.output.parent, needed, settings.output.name)
         return Source(settings.model, temporary=False)
     n_elements = 0
@@ -65,6 +65,15 @@ def _from_gguf(settings: Settings, stack: ExitStack) -> Source:
     expected = quantize.n_bytes(n_elements, settings.quantize)
     output.check_space(settings.output.parent, expected + output.METADATA_SLACK, settings.output.name)
     return _quantized(settings, stack, settings.model, expected)
+
+
+def _plan_size(path: Path) -> int:
+    """Bytes that a plan for the model takes, about: without estimates kilobytes."""
+    with GGUFFile(path) as file:
+        arch = file.get("general.architecture")
+        found = [file.get(f"{arch}.{key}") for key in ("block_count", "expert_count", "embedding_length")]
+    n_layer, n_expert, n_embd = (n if isinstance(n, int) else 0 for n in found)
+    return 10**6 + estimator_fit.stored_size(n_layer, n_expert, n_embd)
 
 
 def _from_huggingface(settings: Settings, stack: ExitStack) -> Source:

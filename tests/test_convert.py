@@ -188,15 +188,13 @@ def test_estimates_are_not_tried_without_the_memory(planned_task, monkeypatch, c
     monkeypatch.setattr(pipeline.memory, "available", lambda: 10**6)
     found = pipeline._with_room(planned)
     assert not found.tries_estimates and found.calib_tokens == 2048
-    assert re.search(
-        r"not tried: to calibrate them takes 0\.\d GB of memory, and 0\.0 GB are free", capsys.readouterr().err
-    )
+    assert re.search(r"not tried: to calibrate them takes \d+ MB of memory, and 1 MB are free", capsys.readouterr().err)
 
 
 def test_estimates_are_not_tried_without_the_disk_space(planned_task, monkeypatch, capsys):
     monkeypatch.setattr(pipeline.output, "free_space", lambda folder: 10**8)
     assert not pipeline._with_room(planned_task()).tries_estimates
-    assert "takes 0.4 GB of disk space, and 0.1 GB are free" in capsys.readouterr().err
+    assert "MB of disk space, and 100 MB are free" in capsys.readouterr().err
     asked = planned_task(token_rule="estimate")
     assert pipeline._with_room(asked) is asked
 
@@ -435,7 +433,19 @@ def test_disk_too_small_is_seen_before_the_work(testbed_path, tmp_path, monkeypa
 
     monkeypatch.setattr(output.shutil, "disk_usage", lambda folder: Usage)
     assert cli.main([str(testbed_path), "-o", str(tmp_path / "o.gguf")]) == 1
-    assert "0.0 GB free, 0.2 GB needed" in capsys.readouterr().err
+    assert re.search("1 MB free, [12]\\d\\d MB needed", capsys.readouterr().err)
+
+
+def test_what_is_short_looks_short():
+    from allocmoe_edge.convert import output
+
+    for free, needed, *expected in (
+        (219_999_999, 220_000_000, "219 MB", "220 MB"),
+        (0, 3_600_001, "0 MB", "4 MB"),
+        (12_340_000_000, 12_350_000_000, "12.3 GB", "12.4 GB"),
+        (9_999_000_000, 9_999_500_000, "9,999 MB", "10,000 MB"),
+    ):
+        assert list(output.sizes(free, needed)) == expected
 
 
 def test_stored_plan_is_damaged(tmp_path):

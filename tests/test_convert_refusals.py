@@ -90,6 +90,10 @@ def test_budgets_that_are_none(tiny_planned, out, refused, budget):
     refused(tiny_planned, f"--budget={budget}", "-o", out / "m.gguf", expect="budget")
 
 
+def test_budgets_by_name_are_of_a_plan(tiny_planned, out, refused):
+    refused(tiny_planned, "--budget", "fast", "-o", out / "m.gguf", expect="names are of budgets of a plan")
+
+
 def test_numbers_that_the_model_cannot_have(tiny_planned, tiny, out, refused):
     target = ["-o", out / "m.gguf"]
     refused(tiny.gguf_path, "--ctx-size", "257", *target, expect="--ctx-size 257: the model reads 256 tokens at most")

@@ -11,7 +11,7 @@ import traceback
 from typing import Callable, Iterator, Optional, Sequence, Union
 
 from .gguf_file import GGUFError
-from .plan import PlanError
+from .plan import PlanError, metadata
 
 
 class CommandError(Exception):
@@ -27,6 +27,12 @@ def load_errors(path: Union[str, os.PathLike]) -> Iterator[None]:
         raise
     except (ValueError, RuntimeError) as error:
         raise CommandError(f"{path}: llama.cpp cannot load it: {error}") from error
+
+
+def need_model(path: Union[str, os.PathLike], otherwise: str) -> None:
+    """Raises PlanError, which ends in `otherwise`, where a file is a plan alone."""
+    if metadata.read(path, estimator=False).side_file:
+        raise PlanError(f"{path}: has a plan and no model: {otherwise}")
 
 
 # what is wrong with the input or with the machine, and no fault of ours

@@ -67,8 +67,8 @@ def convert(settings: Settings) -> Written:
             written = [output.write_side_file(settings.output, task.model, plan, profile)]
         else:
             written = output.write_planned(gguf.path, settings.output, plan, profile, consume=gguf.temporary)
+    checkpoint.remove_ours(settings.checkpoint)  # also what a killed run has left
     if task.runs_the_model:
-        checkpoint.remove(settings.checkpoint)
         peak = memory.peak()
         say(progress.summary() + (f"; at most {peak / 1e9:.1f} GB of memory" if peak else ""))
     return Written(written, plan, profile, checked=task.runs_the_model)

@@ -317,6 +317,7 @@ def test_models_without_a_choice(tmp_path):
         (["MODEL", "--load", "none.json"], 1, "none.json"),
         (["MODEL", "--load", "/proc/self/mem"], 1, "/proc/self/mem: Input/output error"),
         (["MODEL", "--plan", "none.gguf"], 1, "none.gguf"),
+        (["MODEL", "--expert-cache", "x"], 2, "argument --expert-cache: found 'x', want a size"),
         (["."], 1, ".: a folder; of a model in Hugging Face's format allocmoe-convert makes a file"),
         ([], 2, "MODEL"),
     ],

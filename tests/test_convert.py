@@ -667,6 +667,34 @@ def test_side_file_runs_with_the_model(side_file, testbed_path, planned_path):
     assert llm.plan.budget_total == 144
 
 
+def test_side_file_in_place_of_a_model(side_file, tiny, capsys):
+    """Commands say what to do in their own options; another model's plan is named in a line that can be read."""
+    from allocmoe_edge import PlanError, chat
+    from allocmoe_edge.bench import cli as bench
+
+    for command, expect in ((chat, "pass it as --plan"), (bench, "as allocmoe-convert writes without --plan-only")):
+        assert command.main([str(side_file)]) == 1
+        said = capsys.readouterr().err
+        assert "has a plan and no model" in said and expect in said and "plan_path" not in said
+    with pytest.raises(PlanError, match=r"experts per token 12 x30\) than this \(.*, 4 x4\)"):
+        metadata.read_for(side_file, metadata.read(tiny.gguf_path))
+
+
+def test_what_a_killed_run_has_left_goes_with_the_output(tiny_planned, tmp_path):
+    """Whatever kind of run completes that. Another file of that name stays."""
+    from allocmoe_edge.convert.checkpoint import Checkpoint
+
+    left = tmp_path / "m.gguf.profile"
+    with Checkpoint(left, tiny_planned) as results:
+        results.put("a cell", [1])
+        results.arrays("sizes", lambda: {"a": np.zeros(2)})
+    assert run(tiny_planned, "-o", tmp_path / "m.gguf").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    left.write_text("mine")
+    assert run(tiny_planned, "--force", "-o", tmp_path / "m.gguf").returncode == 0
+    assert left.read_text() == "mine"
+
+
 def test_side_file_is_planned_again_in_a_blink(side_file, tmp_path):
     done = run(side_file, "--budget", "0.3", "--plan-only", "-o", tmp_path / "p.gguf")
     assert done.returncode == 0, done.stderr

@@ -94,8 +94,8 @@ def add_n_cpu_moe(parser) -> None:
 def _cache_bytes(text: str) -> int:
     try:
         return expert_cache.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError as error:  # argparse names the option
+        raise argparse.ArgumentTypeError(str(error).removeprefix("expert_cache: ")) from None
 
 
 def _miss_price(text: str) -> Union[float, str]:

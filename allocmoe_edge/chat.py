@@ -22,8 +22,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from . import __version__, output_file
 from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed, speed
 from .checked_llama import GenerationError
-from .command import CommandError, is_of_chat_template, load_errors, reason, run_command
+from .command import CommandError, is_of_chat_template, load_errors, need_model, printable, reason, run_command
 from .llama import Budget, Llama
+from .plan import share_text
 from .terminal import Terminal
 
 _DESCRIPTION = """\
@@ -261,7 +262,7 @@ class Chat:
 
     def _budget(self) -> Optional[str]:
         plan = self._llm.plan
-        return plan and f"{plan.budget:.2f}"
+        return plan and share_text(plan.budget)
 
     def _set_budget(self, *budget: str) -> None:
         if len(budget) > 1:
@@ -429,6 +430,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    need_model(args.model, "pass it as --plan, beside the model's own file")
     with load_errors(args.model):
         llm = Llama(
             args.model,
@@ -460,7 +462,7 @@ def _chat(args: argparse.Namespace) -> None:
         if llm.expert_cache
         else ""
     )
-    terminal.note(f"{Path(args.model).name}{f', {plan}' if plan else ''}{cache}. /help lists the commands.")
+    terminal.note(f"{printable(Path(args.model).name)}{f', {plan}' if plan else ''}{cache}. /help lists the commands.")
     if not chat.run():
         raise SystemExit(1)
 

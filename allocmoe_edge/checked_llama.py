@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import math
 import os
+import sys
 import threading
 from typing import Any, Callable, ContextManager, Generator, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -133,6 +134,13 @@ class _Tokenizer(llama_cpp.LlamaTokenizer):
             return super().detokenize(tokens, prev_tokens, special)
 
 
+class _FileName(str):
+    """Encoded as the system does: llama-cpp-python asks for UTF-8, which a file's name need not be."""
+
+    def encode(self, *_: str) -> bytes:
+        return super().encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+
+
 class CheckedLlama(llama_cpp.Llama):
     """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
 
@@ -159,14 +167,14 @@ class CheckedLlama(llama_cpp.Llama):
     def __init__(self, model_path: Union[str, os.PathLike], **kwargs: Any):
         for name in ("lora_path", "lora_base"):
             if kwargs.get(name) is not None:
-                kwargs[name] = os.fsdecode(kwargs[name])
+                kwargs[name] = _FileName(os.fsdecode(kwargs[name]))
         # else llama-cpp-python keeps tokens for fewer places than the context has, and fails where a text goes beyond
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
         self._pictures = []
         with _loading:
             libllama.allocmoe_take_first_error()
             try:
-                super().__init__(os.fsdecode(model_path), **kwargs)
+                super().__init__(_FileName(os.fsdecode(model_path)), **kwargs)
             except ValueError as error:
                 why = ffi.string(libllama.allocmoe_take_first_error()).decode(errors="replace").strip()
                 if not why:

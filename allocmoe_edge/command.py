@@ -11,7 +11,7 @@ import traceback
 from typing import Callable, Iterator, Optional, Sequence, Union
 
 from .gguf_file import GGUFError
-from .plan import PlanError
+from .plan import PlanError, metadata
 
 
 class CommandError(Exception):
@@ -38,6 +38,12 @@ def is_of_chat_template(error: BaseException) -> bool:
     from jinja2 import TemplateError
 
     return isinstance(error, TemplateError)
+
+
+def need_model(path: Union[str, os.PathLike], otherwise: str) -> None:
+    """Raises PlanError, which ends in `otherwise`, where a file is a plan alone."""
+    if metadata.read(path, estimator=False).side_file:
+        raise PlanError(f"{path}: has a plan and no model: {otherwise}")
 
 
 # what is wrong with the input or with the machine, and no fault of ours
@@ -87,7 +93,7 @@ def run_command(
         return code
     except KeyboardInterrupt:
         message = interrupted(args) if interrupted is not None else ""
-        _complain("\n" + ": ".join(filter(None, (program, "interrupted", message))))
+        _complain("\n" + ": ".join(filter(None, (program, "interrupted", printable(message)))))
         return 130
     except BrokenPipeError:  # the reader of our output, head or less, has seen enough
         _discard(sys.stdout)

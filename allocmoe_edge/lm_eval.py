@@ -21,7 +21,14 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError(f"allocmoe_edge.lm_eval needs the package lm_eval ({error}): pip install lm_eval") from error
+    lacking = f"allocmoe_edge.lm_eval needs the package lm_eval ({error}): pip install lm_eval"
+    if __name__ == "__main__":
+        raise SystemExit(f"python -m allocmoe_edge.lm_eval: error: {lacking}") from None
+    raise ImportError(lacking) from error
+
+
+# by the harness's names for it, the first that a task gives (its normalize_gen_kwargs)
+_MAX_TOKENS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"
 
 
 @register_model("allocmoe")
@@ -103,7 +110,8 @@ class AllocmoeLM(TemplateLM):
 
     def _max_tokens(self, options: Dict[str, Any]) -> int:
         """Of an answer. Raises ValueError where no token of the prompt would be left: it is the harness's rule for its own models."""
-        n = int(options.get("max_gen_toks", self._max_gen_toks))
+        given = (options[name] for name in _MAX_TOKENS if options.get(name) is not None)
+        n = int(next(given, self._max_gen_toks))
         if n >= self.max_length:
             raise ValueError(
                 f"n_ctx: found {self.max_length}, want more than the {n} tokens (max_gen_toks) that an answer may have"

@@ -42,22 +42,45 @@ class CalibrationText(NamedTuple):
     source: Calibration
 
 
-def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0) -> CalibrationText:
-    """Windows spread evenly over a UTF-8 text file, put together of pieces from all over it if it is much longer than they are.
+def read(llm: Llama, path: Path) -> np.ndarray:
+    """Token ids of a UTF-8 text file, int32, shape [n].
+
+    Raises:
+        ConvertError: the file cannot be read, or is not text.
+    """
+    try:
+        return read_tokens(llm, path)
+    except ValueError as error:
+        raise ConvertError(f"calibration {error}") from None
+
+
+def most(llm: Llama, tokens: np.ndarray, n_ctx: int) -> int:
+    """Tokens that a text has for `fit`, in windows of n_ctx; a window at least."""
+    n = len(windows(tokens, n_ctx, bos_token(llm)))
+    return n_ctx * max(1, n - max(1, n // HELD_OUT))
+
+
+def from_tokens(
+    llm: Llama, tokens: np.ndarray, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0
+) -> CalibrationText:
+    """Windows spread evenly over a text, put together of pieces from all over it if it is much longer than they are.
 
     Args:
+        tokens: as `read` returns them.
+        path: of the text.
         n_tokens: tokens for the profile; up to as many again are held out.
         n_ctx: tokens in a window, at most the context of `llm`.
         n_fit: tokens for `fit`, and a quarter as many for `spend`, if that is more and the text has as many.
 
     Raises:
-        ConvertError: the file cannot be read, is not text, or holds fewer than two windows.
+        ConvertError: the text holds fewer than two windows.
     """
-    try:
-        tokens = read_tokens(llm, path)
-    except ValueError as error:
-        raise ConvertError(f"calibration {error}") from None
     return _split(llm, tokens, n_tokens, n_ctx, f"file {path.name}", n_fit)
+
+
+def from_file(llm: Llama, path: Path, n_tokens: int, n_ctx: int, n_fit: int = 0) -> CalibrationText:
+    """As `from_tokens`, of those that `read` finds in the file."""
+    return from_tokens(llm, read(llm, path), path, n_tokens, n_ctx, n_fit)
 
 
 def check(path: Path) -> None:

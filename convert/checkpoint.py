@@ -155,6 +155,15 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def remove_ours(path: Path) -> None:
+    """As `remove`, of a checkpoint alone and no other file of that name."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            first = _parse(file.readline(1000).decode(errors="replace"))
+        if first and "allocmoe_profile" in first:
+            remove(path)
+
+
 def _array_folder(path: Path) -> Path:
     return path.with_name(path.name + ".arrays")
 

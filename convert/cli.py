@@ -11,7 +11,7 @@ from typing import Optional, Sequence
 
 from allocmoe_edge import __version__
 from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed, speed
-from allocmoe_edge.command import run_command
+from allocmoe_edge.command import printable, run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
 from . import checkpoint, huggingface, pipeline, quantize, sensitivity
@@ -38,6 +38,9 @@ examples:
       the smallest budget that keeps perplexity on held-out text within 3% of the full model's
   allocmoe-convert model.gguf --target-tps 12 --plan-only -o plan.gguf
       the largest budget that decodes 12 tokens/s on this machine, as a small file for Llama(model, plan_path=...)"""
+
+# of an increase of perplexity: more than any budget costs
+_MOST_PERCENT = 1e6
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,14 +188,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _share(text: str) -> float:
-    digits, percent = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
+    percent = text.endswith("%")
     try:
-        value = float(digits)
+        value = float(text.removesuffix("%"))
     except ValueError:
         value = float("nan")
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: want a share of at least 0, like 3% or 0.03")
-    return value * percent
+    if not 0.0 <= value <= _MOST_PERCENT:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: want a share like 3% or 0.03, at most {_MOST_PERCENT:.0f}%")
+    if value >= 1 and not percent:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]}: want a share below 1, or per cent with their sign: {value:g} per cent are written {value:g}%"
+        )
+    return value * 0.01 if percent else value
 
 
 def _ftype(text: str) -> str:
@@ -216,7 +223,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _convert(args: argparse.Namespace) -> None:
     done = pipeline.convert(settings(args))
     paths, plan = done.paths, done.plan
-    print(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))
+    print(f"wrote {printable(str(paths[0]))}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))
     uniform = done.profile.allocation == "uniform" and plan.token_rule != "estimate"
     print(f"  {plan}" + (" (uniform)" if uniform else ""))
     if not done.checked:

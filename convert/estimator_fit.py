@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Dict, Iterator, List, Tuple
 
 from allocmoe_edge.measure.recording import LayerRecord
@@ -54,6 +55,11 @@ def memory(expert_used_count_full: tuple, n_expert: int, n_embd: int, shape: tup
 def disk_space(expert_used_count_full: tuple, n_embd: int, shape: tuple) -> int:
     """Bytes that calibrating takes in a temporary file for windows of a shape [n, n_ctx]: see `InputFile`."""
     return 2 * sum(k > 0 for k in expert_used_count_full) * n_embd * shape[0] * shape[1]
+
+
+def stored_size(n_layer: int, n_expert: int, n_embd: int) -> int:
+    """Bytes that an Estimator takes in a file, at most."""
+    return 2 * sum(map(math.prod, Estimator.shapes(n_layer, n_expert, N_SIZE + N_RELU, RANK, n_embd).values()))
 
 
 def keeps(sizes: np.ndarray, threshold: float, k_base: int) -> np.ndarray:

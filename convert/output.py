@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 import re
 import shutil
-from typing import Iterable, Iterator, Optional
+from typing import Iterable, Iterator, Optional, Tuple
 
 from allocmoe_edge import GGUFError, Plan
 from allocmoe_edge.gguf_file import GGUFFile, model_paths, split_paths
@@ -89,7 +89,15 @@ def check_space(folder: Path, needed: int, purpose: str) -> None:
     """Raises ConvertError if less than `needed` bytes are free where `folder` is (or will be)."""
     free = free_space(folder)
     if free < needed:
-        raise ConvertError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for {purpose}")
+        has, wants = sizes(free, needed)
+        raise ConvertError(f"{folder}: {has} free, {wants} needed for {purpose}")
+
+
+def sizes(free: int, needed: int) -> Tuple[str, str]:
+    """Bytes as text, that never says as much is free as is needed."""
+    unit, n_digits, name = (10**8, 1, "GB") if needed >= 10**10 else (10**6, 0, "MB")
+    has, wants = (f"{n / 10**n_digits:,.{n_digits}f} {name}" for n in (free // unit, -(-needed // unit)))
+    return has, wants
 
 
 def copy_size(sources: list, target: Path) -> int:

@@ -56,7 +56,8 @@ def convert(settings: Settings) -> Written:
     with conversion() as progress, source.as_gguf(settings) as gguf:
         task = plan_task(settings, gguf)
         if task.runs_the_model:
-            task = _with_room(task)
+            if settings.calib is None:  # how much a text has is known when it has been read
+                task = _with_room(task)
             progress.expect(stages.expected(task))
             choice = measure(task, progress)
             profile, plan = choice.profile, choice.plan
@@ -66,8 +67,8 @@ def convert(settings: Settings) -> Written:
             written = [output.write_side_file(settings.output, task.model, plan, profile)]
         else:
             written = output.write_planned(gguf.path, settings.output, plan, profile, consume=gguf.temporary)
+    checkpoint.remove_ours(settings.checkpoint)  # also what a killed run has left
     if task.runs_the_model:
-        checkpoint.remove(settings.checkpoint)
         peak = memory.peak()
         say(progress.summary() + (f"; at most {peak / 1e9:.1f} GB of memory" if peak else ""))
     return Written(written, plan, profile, checked=task.runs_the_model)
@@ -89,22 +90,27 @@ def measure(task: Task, progress: Optional[Conversion] = None) -> choose.Choice:
             say(f"{results.path} was of another model: measuring anew")
         llm = load(task)
         try:
+            tokens = None
+            if settings.calib is not None:
+                with waiting("reading the calibration text"):
+                    tokens = calibration.read(llm, settings.calib)
+                task = replace(task, text_tokens=calibration.most(llm, tokens, settings.ctx_size))
             # what the model itself has taken is known now, and what it can do
             task = _that_runs(_with_room(task), llm)
             llm.set_plan(None)
             if progress is not None:
                 progress.expect(stages.expected(task))
-            return _measured(task, llm, results)
+            return _measured(task, llm, tokens, results)
         except CalibrationError as error:
             raise ConvertError(_why_not_finite(task, error)) from error
         finally:
             llm.close()
 
 
-def _measured(task: Task, llm: Llama, results: Checkpoint) -> choose.Choice:
+def _measured(task: Task, llm: Llama, tokens: Optional[np.ndarray], results: Checkpoint) -> choose.Choice:
     settings, full = task.settings, task.full
-    n_fit = settings.estimate_tokens if task.tries_estimates and not task.calibrated else 0
-    text = calibration_text(task, llm, results, n_fit)
+    n_fit = task.estimate_tokens if task.tries_estimates and not task.calibrated else 0
+    text = calibration_text(task, llm, tokens, results, n_fit)
     decoded = text.held_out.ravel()
     cost = None
     if settings.cost == "ms" or settings.target_tps is not None:
@@ -140,12 +146,14 @@ def _measured(task: Task, llm: Llama, results: Checkpoint) -> choose.Choice:
     return choice
 
 
-def calibration_text(task: Task, llm: Llama, results: Checkpoint, n_fit: int) -> CalibrationText:
-    """From the file that the settings name, or written by the model. n_fit: tokens to calibrate estimates on."""
+def calibration_text(
+    task: Task, llm: Llama, tokens: Optional[np.ndarray], results: Checkpoint, n_fit: int
+) -> CalibrationText:
+    """Of the tokens of the file that the settings name, or written by the model. n_fit: tokens to calibrate estimates on."""
     settings = task.settings
-    if settings.calib is not None:
-        with waiting("reading the calibration text"):
-            return calibration.from_file(llm, settings.calib, task.calib_tokens, settings.ctx_size, n_fit)
+    if tokens is not None:
+        assert settings.calib is not None
+        return calibration.from_tokens(llm, tokens, settings.calib, task.calib_tokens, settings.ctx_size, n_fit)
     say("the model writes its own calibration text (--calib FILE gives it one)")
     return calibration.self_generated(llm, task.calib_tokens, settings.ctx_size, settings.seed, results, n_fit)
 
@@ -189,7 +197,7 @@ def _with_room(task: Task) -> Task:
     settings = task.settings
     if not task.tries_estimates or task.calibrated or settings.token_rule == "estimate":
         return task
-    tokens = max(settings.estimate_tokens, task.calib_tokens)
+    tokens = max(task.estimate_tokens, task.calib_tokens)
     shape = max(tokens // settings.ctx_size, 1), settings.ctx_size
     room = {
         "memory": (_memory_needed(task, shape), memory.available()),
@@ -200,9 +208,10 @@ def _with_room(task: Task) -> Task:
     }
     for what, (needed, free) in room.items():
         if free is not None and needed > free:
+            has, wants = output.sizes(free, needed)
             say(
-                f"estimates of experts are not tried: to calibrate them takes {needed / 1e9:.1f} GB of {what}, and "
-                f"{free / 1e9:.1f} GB are free (--token-rule estimate tries them all the same)"
+                f"estimates of experts are not tried: to calibrate them takes {wants} of {what}, and "
+                f"{has} are free (--token-rule estimate tries them all the same)"
             )
             return replace(task, can_estimate=False)
     return task

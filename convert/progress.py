@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+from allocmoe_edge.command import printable
 from tqdm import tqdm
 
 # Seconds between lines where there is no terminal: at first, and as a share of the time so far.
@@ -19,7 +20,7 @@ _KNOWN = 0.1
 
 def say(line: str) -> None:
     """A line for the user, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class Bar(tqdm):

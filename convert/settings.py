@@ -75,9 +75,10 @@ class Settings:
         try:
             parse_budget(self.budget, _MOST_ACTIVATIONS, 1)
         except PlanError:
+            named = "; names are of budgets of a plan, which is yet to be made" if self.budget.strip().isalpha() else ""
             raise ConvertError(
                 f"--budget {self.budget}: want a share of the model's own activations up to 1.0 (0.5, 50%), or a whole "
-                "number of activations per token over all layers (96)"
+                f"number of activations per token over all layers (96){named}"
             ) from None
         for name in ("imatrix", "allow_requantize"):
             if getattr(self, name) and self.quantize is None:

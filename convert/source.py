@@ -11,7 +11,7 @@ from typing import Iterator
 
 from allocmoe_edge.gguf_file import GGUFFile, model_paths
 
-from . import ConvertError, calibration, huggingface, output, quantize
+from . import ConvertError, calibration, estimator_fit, huggingface, output, quantize
 from .output_lock import claimed
 from .progress import say
 from .settings import Settings
@@ -55,7 +55,7 @@ def _from_gguf(settings: Settings, stack: ExitStack) -> Source:
     n_split = 1 if settings.plan_only or settings.quantize else len(sources)
     output.check_target(sources, settings.output, settings.force, _other_inputs(settings), n_split)
     if settings.quantize is None:
-        needed = output.METADATA_SLACK if settings.plan_only else output.copy_size(sources, settings.output)
+        needed = _plan_size(sources[0]) if settings.plan_only else output.copy_size(sources, settings.output)
         output.check_space(settings.output.parent, needed, settings.output.name)
         return Source(settings.model, temporary=False)
     n_elements = 0
@@ -67,11 +67,22 @@ def _from_gguf(settings: Settings, stack: ExitStack) -> Source:
     return _quantized(settings, stack, settings.model, expected)
 
 
+def _plan_size(path: Path) -> int:
+    """Bytes that a plan for the model takes, about: without estimates kilobytes."""
+    with GGUFFile(path) as file:
+        arch = file.get("general.architecture")
+        found = [file.get(f"{arch}.{key}") for key in ("block_count", "expert_count", "embedding_length")]
+    n_layer, n_expert, n_embd = (n if isinstance(n, int) else 0 for n in found)
+    return 10**6 + estimator_fit.stored_size(n_layer, n_expert, n_embd)
+
+
 def _from_huggingface(settings: Settings, stack: ExitStack) -> Source:
     repository = None
     output.check_target([], settings.output, settings.force, [settings.model, *_other_inputs(settings)])
     if not settings.model.is_dir() and not huggingface.is_repository_id(settings.model.as_posix()):
         raise ConvertError(f"{settings.model}: no such file or folder, and no repository id (org/name)")
+    if settings.model.is_dir():  # what is wrong with it first: no package mends that
+        n_weights = huggingface.check_folder(settings.model)
     huggingface.check_installed()
     if settings.pre_tokenizer is not None and settings.pre_tokenizer not in huggingface.pre_tokenizers():
         known = ", ".join(huggingface.pre_tokenizers())
@@ -84,7 +95,7 @@ def _from_huggingface(settings: Settings, stack: ExitStack) -> Source:
         say(f"looking for {repository}")
         folder = huggingface.download(repository)
         output.check_target([], settings.output, settings.force, [folder])
-    n_weights = huggingface.check_folder(folder)
+        n_weights = huggingface.check_folder(folder)
 
     outtype = settings.outtype or "auto"
     expected = huggingface.converted_size(n_weights, outtype)

@@ -22,7 +22,7 @@ def expected(task: Task) -> List[Tuple[str, float]]:
     tries = task.tries_estimates and not task.calibrated
     # a window is the least
     n_profile = max(task.calib_tokens, settings.ctx_size)
-    n_fit = max(n_profile, settings.estimate_tokens) if tries else n_profile
+    n_fit = max(n_profile, task.estimate_tokens) if tries else n_profile
     n_held = min(n_profile, max(n_fit / 4, settings.ctx_size))
     found = []
     if settings.calib is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+import math
 from typing import Optional
 
 from allocmoe_edge import parse_budget
@@ -25,6 +26,7 @@ class Task:
     stored: the file's profile, if its sensitivities are to be used.
     n_expert, n_embd: of the model, 0 where the file is a plan alone.
     can_estimate: whether the model can have estimates, and there is memory and disk space to calibrate them, as far as is known.
+    text_tokens: that a calibration text from a file has to measure on, once it has been read.
     """
 
     settings: Settings
@@ -35,6 +37,7 @@ class Task:
     n_expert: int = 0
     n_embd: int = 0
     can_estimate: bool = True
+    text_tokens: float = math.inf
 
     @property
     def full(self) -> tuple:
@@ -58,7 +61,13 @@ class Task:
     @property
     def calib_tokens(self) -> int:
         """Tokens for the profile."""
-        return self.settings.calib_tokens or (CALIB_TOKENS if self.tries_estimates else CALIB_TOKENS_ALONE)
+        asked = self.settings.calib_tokens or (CALIB_TOKENS if self.tries_estimates else CALIB_TOKENS_ALONE)
+        return int(min(asked, self.text_tokens))
+
+    @property
+    def estimate_tokens(self) -> int:
+        """Tokens for the estimates."""
+        return int(min(self.settings.estimate_tokens, self.text_tokens))
 
     @property
     def k_base(self) -> int:

@@ -332,6 +332,7 @@ def test_a_broken_chat_template_is_the_files(tmp_path, template, message):
         (["MODEL", "--load", "none.json"], 1, "none.json"),
         (["MODEL", "--load", "/proc/self/mem"], 1, "/proc/self/mem: Input/output error"),
         (["MODEL", "--plan", "none.gguf"], 1, "none.gguf"),
+        (["MODEL", "--expert-cache", "x"], 2, "argument --expert-cache: found 'x', want a size"),
         (["."], 1, ".: a folder; of a model in Hugging Face's format allocmoe-convert makes a file"),
         ([], 2, "MODEL"),
     ],

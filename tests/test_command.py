@@ -260,3 +260,11 @@ def test_affinity_limits_threads():
         "from allocmoe_edge.measure.cores import physical_cores; print(physical_cores())"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "1\n"
+
+
+def test_lm_eval_without_the_package(tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "allocmoe_edge.lm_eval", "--tasks", "hellaswag"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "pip install lm_eval" in done.stderr

@@ -157,6 +157,16 @@ def test_estimates_are_calibrated_with_stored_sensitivities(tiny_planned, tmp_pa
     assert metadata.read(tmp_path / "half.gguf").plan.token_rule == "estimate"
 
 
+@pytest.mark.parametrize("option", ["--estimate-tokens", "--calib-tokens"])
+def test_more_tokens_than_the_text_has(tiny, tmp_path, option):
+    """What there is is taken; room for it was asked for as if all were there."""
+    (tmp_path / "small.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    text = ["--ctx-size", "64", "--calib-tokens", "64", "--estimate-tokens", "128", "--calib", tmp_path / "small.txt"]
+    done = run(tiny.gguf_path, *text, option, "999999999", "-o", tmp_path / "m.gguf")
+    assert done.returncode == 0, done.stderr
+    assert "not tried" not in done.stderr and "calibrating estimates" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def planned_task(testbed_path):
     def plan(**options):
@@ -178,15 +188,13 @@ def test_estimates_are_not_tried_without_the_memory(planned_task, monkeypatch, c
     monkeypatch.setattr(pipeline.memory, "available", lambda: 10**6)
     found = pipeline._with_room(planned)
     assert not found.tries_estimates and found.calib_tokens == 2048
-    assert re.search(
-        r"not tried: to calibrate them takes 0\.\d GB of memory, and 0\.0 GB are free", capsys.readouterr().err
-    )
+    assert re.search(r"not tried: to calibrate them takes \d+ MB of memory, and 1 MB are free", capsys.readouterr().err)
 
 
 def test_estimates_are_not_tried_without_the_disk_space(planned_task, monkeypatch, capsys):
     monkeypatch.setattr(pipeline.output, "free_space", lambda folder: 10**8)
     assert not pipeline._with_room(planned_task()).tries_estimates
-    assert "takes 0.4 GB of disk space, and 0.1 GB are free" in capsys.readouterr().err
+    assert "MB of disk space, and 100 MB are free" in capsys.readouterr().err
     asked = planned_task(token_rule="estimate")
     assert pipeline._with_room(asked) is asked
 
@@ -425,7 +433,19 @@ def test_disk_too_small_is_seen_before_the_work(testbed_path, tmp_path, monkeypa
 
     monkeypatch.setattr(output.shutil, "disk_usage", lambda folder: Usage)
     assert cli.main([str(testbed_path), "-o", str(tmp_path / "o.gguf")]) == 1
-    assert "0.0 GB free, 0.2 GB needed" in capsys.readouterr().err
+    assert re.search("1 MB free, [12]\\d\\d MB needed", capsys.readouterr().err)
+
+
+def test_what_is_short_looks_short():
+    from allocmoe_edge.convert import output
+
+    for free, needed, *expected in (
+        (219_999_999, 220_000_000, "219 MB", "220 MB"),
+        (0, 3_600_001, "0 MB", "4 MB"),
+        (12_340_000_000, 12_350_000_000, "12.3 GB", "12.4 GB"),
+        (9_999_000_000, 9_999_500_000, "9,999 MB", "10,000 MB"),
+    ):
+        assert list(output.sizes(free, needed)) == expected
 
 
 def test_stored_plan_is_damaged(tmp_path):
@@ -645,6 +665,34 @@ def test_side_file_runs_with_the_model(side_file, testbed_path, planned_path):
     # it takes the place of a plan in the model's own file
     llm = Llama(str(planned_path), plan_path=str(side_file), n_ctx=64, verbose=False)
     assert llm.plan.budget_total == 144
+
+
+def test_side_file_in_place_of_a_model(side_file, tiny, capsys):
+    """Commands say what to do in their own options; another model's plan is named in a line that can be read."""
+    from allocmoe_edge import PlanError, chat
+    from allocmoe_edge.bench import cli as bench
+
+    for command, expect in ((chat, "pass it as --plan"), (bench, "as allocmoe-convert writes without --plan-only")):
+        assert command.main([str(side_file)]) == 1
+        said = capsys.readouterr().err
+        assert "has a plan and no model" in said and expect in said and "plan_path" not in said
+    with pytest.raises(PlanError, match=r"experts per token 12 x30\) than this \(.*, 4 x4\)"):
+        metadata.read_for(side_file, metadata.read(tiny.gguf_path))
+
+
+def test_what_a_killed_run_has_left_goes_with_the_output(tiny_planned, tmp_path):
+    """Whatever kind of run completes that. Another file of that name stays."""
+    from allocmoe_edge.convert.checkpoint import Checkpoint
+
+    left = tmp_path / "m.gguf.profile"
+    with Checkpoint(left, tiny_planned) as results:
+        results.put("a cell", [1])
+        results.arrays("sizes", lambda: {"a": np.zeros(2)})
+    assert run(tiny_planned, "-o", tmp_path / "m.gguf").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    left.write_text("mine")
+    assert run(tiny_planned, "--force", "-o", tmp_path / "m.gguf").returncode == 0
+    assert left.read_text() == "mine"
 
 
 def test_side_file_is_planned_again_in_a_blink(side_file, tmp_path):

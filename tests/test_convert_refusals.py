@@ -67,6 +67,9 @@ def folder(tiny, tmp_path) -> Path:
         ("--max-ppl-increase", "-3%"),
         ("--max-ppl-increase", "%"),
         ("--max-ppl-increase", "inf"),
+        ("--max-ppl-increase", "1e308"),
+        ("--max-ppl-increase", "1e9%"),
+        ("--max-ppl-increase", "1"),
         ("--quantize", "Q99"),
         ("--profile", "slow"),
     ],
@@ -75,9 +78,20 @@ def test_numbers_out_of_range(tiny_planned, out, refused, option, value):
     refused(tiny_planned, f"{option}={value}", "-o", out / "m.gguf", expect=f"argument {option}: ", code=2)
 
 
+def test_per_cent_without_their_sign(tiny_planned, out, refused):
+    """3 was 300%, and nothing said so."""
+    options = ["--max-ppl-increase", "3", "-o", out / "m.gguf"]
+    refused(tiny_planned, *options, expect="3 per cent are written 3%", code=2)
+    assert cli._share("300%") == 3.0 and cli._share("3%") == cli._share("0.03") == 0.03
+
+
 @pytest.mark.parametrize("budget", ["nan", "1e999", "-1", "", "0", "²", "9" * 30])
 def test_budgets_that_are_none(tiny_planned, out, refused, budget):
     refused(tiny_planned, f"--budget={budget}", "-o", out / "m.gguf", expect="budget")
+
+
+def test_budgets_by_name_are_of_a_plan(tiny_planned, out, refused):
+    refused(tiny_planned, "--budget", "fast", "-o", out / "m.gguf", expect="names are of budgets of a plan")
 
 
 def test_numbers_that_the_model_cannot_have(tiny_planned, tiny, out, refused):

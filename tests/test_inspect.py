@@ -467,6 +467,15 @@ def test_budget_that_the_model_cannot_have(planned_path, book, capfd):
     assert code == 1 and "budget: found '3'" in err
 
 
+def test_budgets_by_name(planned_path, testbed_path, book, capfd):
+    options = ["--measure-curve", book, "--ctx-size", "32", "--tokens", "32", "--threads", "1", "--budgets"]
+    code, out, err = inspect(capfd, planned_path, "--json", *options, "fast, 180,balanced")
+    assert code == 0, err
+    assert [point["budget_total"] for point in strict_json(out)["measured_curve"]["points"]] == [120, 180]
+    code, _, err = inspect(capfd, testbed_path, *options, "fast")
+    assert code == 1 and "convert it first" in err and len(err.splitlines()) == 1
+
+
 def test_dense_model_cannot_be_measured(tmp_path, book, capfd):
     code, _, err = inspect(capfd, write_gguf(tmp_path / "m.gguf", expert_count=0), "--measure-curve", book)
     assert code == 1 and "dense model" in err

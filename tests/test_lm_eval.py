@@ -124,6 +124,11 @@ def test_answers_that_leave_no_room_for_the_prompt(model):
     lm.llm.create_completion = completion
     lm.generate_until([SimpleNamespace(args=(prompt, {"max_gen_toks": n})) for n in (4, 255)])
     assert seen == [(tokens[-252:], 4), (tokens[-1:], 255)]
+    seen.clear()  # the harness's other names for it
+    both = {"max_tokens": 6, "max_new_tokens": 5}
+    options = ({"max_new_tokens": 7}, both, {"max_completion_tokens": 8, "max_gen_toks": None})
+    lm.generate_until([SimpleNamespace(args=("a", each)) for each in options])
+    assert [n for _, n in seen] == [7, 5, 8]
 
 
 def test_wrong_arguments(model):

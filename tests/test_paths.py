@@ -93,6 +93,18 @@ def test_conversion(folder, tmp_path):
     assert inspected.returncode == 0 and '"budget_total": 8' in inspected.stdout, inspected.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are any bytes on Linux")
+def test_names_that_are_no_text(folder, tmp_path):
+    """In another encoding than UTF-8, or with what commands a terminal."""
+    model = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\x1b[31m.gguf"))
+    shutil.copy(folder / "planned.gguf", model)
+    expected = Llama(folder / "planned.gguf", **SIZES).plan
+    assert Llama(model, **SIZES).plan == Llama(str(model), **SIZES).plan == expected
+    done = convert(model, tmp_path / "\x1b[31m.gguf", "--budget", "0.75")
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr, done.stderr
+    assert "caf??[31m.gguf" in done.stderr and "?[31m.gguf" in done.stdout
+
+
 def test_server(folder):
     from test_llama_server import serving  # skips where there is none
 

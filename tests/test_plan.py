@@ -300,6 +300,11 @@ def test_parse_budget(budget, total):
     assert got == total and type(got) is int
 
 
+def test_only_the_full_budget_is_shown_as_1():
+    shown = {total: str(Plan.uniform((8,) * 30, total)).split(":")[0] for total in (120, 238, 239, 240)}
+    assert shown == {120: "budget 0.50", 238: "budget 0.99", 239: "budget 0.995", 240: "budget 1.00"}
+
+
 def test_parse_budget_rounds_half_up():
     assert [parse_budget(f, 2, 1) for f in (0.25, 0.74, 0.75)] == [1, 1, 2]
     assert parse_budget(0.5, 5, 1) == 3 and parse_budget(0.5, 3, 1) == 2

@@ -144,6 +144,17 @@ def test_no_model_in_the_folder(tmp_path, out, capsys):
     refused_here(capsys, tmp_path, "-o", out / "m.gguf", expect="give one of them (m-Q4_K_M.gguf)")
 
 
+def test_folder_is_looked_at_before_the_packages(tmp_path, out, capsys, monkeypatch):
+    """None of them makes a model of it."""
+    monkeypatch.setattr(huggingface, "_NEEDED", ("a_package_that_is_not_there",))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "", "."):
+        refused_here(capsys, folder, "-o", out / "m.gguf", expect="it has no config.json")
+    (tmp_path / "m-Q4_K_M.gguf").touch()
+    refused_here(capsys, tmp_path, "-o", out / "m.gguf", expect="give one of them (m-Q4_K_M.gguf)")
+    refused_here(capsys, "org/name", "-o", out / "m.gguf", expect="needs a_package_that_is_not_there")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_config_is_damaged(folder, out, capsys, text):
     (folder / "config.json").write_text(text)
@@ -250,10 +261,20 @@ def test_disk_too_small_is_seen_before_the_work(folder, tiny, tiny_split, out, m
         free = 1_000_000
 
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: Usage)
-    refused_here(capsys, folder, "--outtype", "f32", "-o", out / "m.gguf", expect="0.1 GB needed for m.gguf in f32")
+    refused_here(capsys, folder, "--outtype", "f32", "-o", out / "m.gguf", expect="MB needed for m.gguf in f32")
     refused_here(capsys, folder, "--quantize", "Q8_0", "-o", out / "m.gguf", expect="and, meanwhile, the same in auto")
     refused_here(capsys, tiny.gguf_path, "--quantize", "Q8_0", "-o", out / "m.gguf", expect="needed for m.gguf")
     refused_here(capsys, tiny_split[0], "-o", out / "m.gguf", expect="needed for m.gguf")
+
+
+def test_a_plan_alone_needs_little_disk(tiny_planned, out, monkeypatch):
+    class Usage:
+        free = 4_000_000
+
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: Usage)
+    done = run(tiny_planned, "--plan-only", "-o", out / "plan.gguf")
+    assert done.returncode == 0, done.stderr
+    assert (out / "plan.gguf").stat().st_size < source._plan_size(tiny_planned)
 
 
 def test_sizes_are_estimated_well(tiny):

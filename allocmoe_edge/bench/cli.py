@@ -14,9 +14,9 @@ import numpy as np
 from .. import Llama, Plan, PlanError, __version__, output_file, parse_budget
 from .._native import llama_cpp
 from ..arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
-from ..command import load_errors, printable, run_command
+from ..command import load_errors, need_model, printable, run_command
 from ..measure.traffic import WeightTraffic
-from ..plan import TOKEN_RULES
+from ..plan import TOKEN_RULES, share_text
 from . import BenchError, machine, measure, report
 
 _DESCRIPTION = """\
@@ -128,6 +128,9 @@ def bench(args: argparse.Namespace) -> None:
     items += [measure.Item("decode", n, args.gen) for n in args.depth if args.gen]
     if not items:
         raise BenchError("nothing to measure: want a prompt length above 0, or tokens to generate and a depth")
+    need_model(
+        args.model, "allocmoe-bench takes a model that the plan is in, as allocmoe-convert writes without --plan-only"
+    )
     for path in filter(None, (args.json, args.csv, args.plot)):
         output_file.check(path, inputs=[args.model, *([args.text] if args.text else [])])
     if args.plot:
@@ -217,7 +220,7 @@ def configurations(llm: Llama, budgets: Optional[Sequence[str]], token_rule: Opt
     full = llm.expert_used_count_full
     plans = {"full": Plan.full(full)}
     if budgets is None and stored.plan is not None:
-        plans[f"{stored.plan.budget:.2f} (file)"] = llm.set_budget(None, token_rule=token_rule)
+        plans[f"{share_text(stored.plan.budget)} (file)"] = llm.set_budget(None, token_rule=token_rule)
     for budget in budgets if budgets is not None else () if stored.plan else ("0.5",):
         total = (
             llm.budget_total(budget) if budget.isalpha() else parse_budget(budget, sum(full), sum(k > 0 for k in full))

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--budgets",
         type=lambda value: value.split(","),
         metavar="LIST",
-        help="for --measure-curve, shares or totals as for allocmoe-convert. Default: 25%%,37.5%%,50%%,75%%,100%%",
+        help="for --measure-curve, each a share, a total, or fast, balanced or full. Default: 25%%,37.5%%,50%%,75%%,100%%",
     )
     run.add_argument(
         "--routing",

@@ -34,7 +34,8 @@ def add(report: dict, args: argparse.Namespace) -> None:
         raise InspectError(f"{args.file}: a dense model: it has no experts to measure")
     least = sum(k > 0 for k in full)
     budgets = args.budgets or [max(round(share * sum(full)), least) for share in _SHARES]
-    totals = sorted({parse_budget(budget, sum(full), least) for budget in budgets})
+    names = [budget for budget in budgets if isinstance(budget, str) and budget.strip().isalpha()]
+    totals = {parse_budget(budget, sum(full), least) for budget in budgets if budget not in names}
     with load_errors(args.file):
         llm = Llama(
             args.file,
@@ -47,13 +48,14 @@ def add(report: dict, args: argparse.Namespace) -> None:
             n_cpu_moe=args.n_cpu_moe,
             verbose=False,
         )
+    totals.update(map(llm.budget_total, names))  # which the plan in the file says
     if args.measure_curve:
         text = read_windows(llm, args.measure_curve, args.tokens, args.ctx_size)
         report["measured_curve"] = {
             "source": args.measure_curve.name,
             "n_tokens": text.size,
             "n_ctx": text.shape[1],
-            "points": measured_curve(llm, text, totals, full),
+            "points": measured_curve(llm, text, sorted(totals), full),
         }
     if args.routing:
         text = read_windows(llm, args.routing, args.tokens, args.ctx_size)

@@ -6,7 +6,7 @@ import textwrap
 from typing import Iterator
 
 from ..command import printable
-from ..plan import Plan
+from ..plan import Plan, share_text
 
 _LABEL = 15
 _MIN_BAR, _MAX_CELL = 8, 3
@@ -56,7 +56,10 @@ def _model(report: dict) -> Iterator:
     if model["name"]:
         yield "model", model["name"]
     if file["kind"] == "plan":
-        yield "architecture", f"{model['architecture']} (a plan alone: pass it as plan_path, beside the model)"
+        yield (
+            "architecture",
+            f"{model['architecture']} (a plan alone: for --plan of allocmoe-chat and allocmoe-server, or plan_path of Llama)",
+        )
         return
     yield "architecture", f"{model['architecture']}, {_count(model['parameters'])} parameters"
     full = [k for k in model["experts_per_token"] if k]
@@ -85,7 +88,7 @@ def _plan(report: dict) -> Iterator:
     obj = Plan(plan["experts_per_token"], plan["experts_per_token_full"])
     yield (
         "budget",
-        f"{obj.budget:.2f}: {obj.budget_total} of {obj.budget_full} expert activations per token, mean {obj.mean:.1f} "
+        f"{share_text(obj.budget)}: {obj.budget_total} of {obj.budget_full} expert activations per token, mean {obj.mean:.1f} "
         f"of {obj.mean_full:.1f}",
     )
     rule = plan["token_rule"]
@@ -181,7 +184,7 @@ def _curve(report: dict) -> Iterator:
     yield f"  {'budget':>6}  {'experts':>7}  {'plan':>9}  {'uniform':>9}"
     for point in curve["points"]:
         plan = "-" if point["plan"] is None else f"{point['plan']:.2f}"
-        yield f"  {point['budget']:>6.2f}  {point['budget_total']:>7}  {plan:>9}  {point['uniform']:>9.2f}"
+        yield f"  {share_text(point['budget']):>6}  {point['budget_total']:>7}  {plan:>9}  {point['uniform']:>9.2f}"
 
 
 _HIT_RATES = (0.5, 0.75, 0.9, 0.95, 0.99)

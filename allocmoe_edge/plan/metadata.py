@@ -48,6 +48,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 import hashlib
+import itertools
 from pathlib import Path
 import re
 from typing import Optional
@@ -226,9 +227,9 @@ def read_for(path, model: ModelPlan, *, estimator: bool = True) -> ModelPlan:
     if found.plan is None:
         raise PlanError(f"{path}: has no plan; allocmoe-convert --plan-only writes one")
     if found.architecture != model.architecture or found.full != model.full:
-        made_for = f"{found.architecture}, experts per token {found.full}"
+        made_for = f"{found.architecture}, experts per token {_in_runs(found.full)}"
         raise PlanError(
-            f"{path}: was made for another model ({made_for}) than this ({model.architecture}, {model.full})"
+            f"{path}: was made for another model ({made_for}) than this ({model.architecture}, {_in_runs(model.full)})"
         )
     own = found.routers if found.side_file else routers_hash(path)
     if own and model.path is not None and own != routers_hash(model.path):
@@ -237,6 +238,12 @@ def read_for(path, model: ModelPlan, *, estimator: bool = True) -> ModelPlan:
             "its routers; convert this one"
         )
     return replace(model, plan=found.plan, profile=found.profile)
+
+
+def _in_runs(counts) -> str:
+    """Layers' counts in short: 0, 8 x29."""
+    runs = ((k, len(list(same))) for k, same in itertools.groupby(counts or ()))
+    return ", ".join(f"{k} x{n}" if n > 1 else str(k) for k, n in runs) or "none"
 
 
 def write_side_file(path, model: ModelPlan, plan: Plan, profile: Optional[Profile]) -> None:

@@ -234,7 +234,7 @@ class Plan:
 
     def __str__(self):
         return (
-            f"budget {self.budget:.2f}: {self.budget_total} of {self.budget_full} expert activations per token,"
+            f"budget {share_text(self.budget)}: {self.budget_total} of {self.budget_full} expert activations per token,"
             f" mean {self.mean:.1f} of {self.mean_full:.1f}, token rule {self.token_rule}"
         )
 
@@ -261,6 +261,11 @@ def _float(value):
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def share_text(share):
+    """A budget as a share in (0, 1], as text: 1.00 for the full one alone."""
+    return f"{share:.2f}" if share < 0.995 or share == 1 else f"{math.floor(1000 * share) / 1000:.3f}"
 
 
 def looks_like_percent(budget, budget_full):

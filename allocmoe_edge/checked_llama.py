@@ -145,6 +145,8 @@ class CheckedLlama(llama_cpp.Llama):
     """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
 
     n_tokens: int
+    lora_path: Optional[str]
+    lora_base: Optional[str]
     tokenizer_: Any
     draft_model: Any
     # (begin, end) of the cached places that are no tokens, and the end of what eval() has evaluated
@@ -177,9 +179,11 @@ class CheckedLlama(llama_cpp.Llama):
                 super().__init__(_FileName(os.fsdecode(model_path)), **kwargs)
             except ValueError as error:
                 why = ffi.string(libllama.allocmoe_take_first_error()).decode(errors="replace").strip()
-                if not why:
+                if not why or type(error) is not ValueError:
                     raise
                 raise ValueError(f"{error}: {why}") from error
+        self.model_path = os.fsdecode(model_path)
+        self.lora_path, self.lora_base = (path and str(path) for path in (self.lora_path, self.lora_base))
         # with a draft model llama-cpp-python computes and keeps the logits of prompts, too, and has no place for those of texts
         # longer than a batch
         self._logits_all = bool(kwargs.get("logits_all"))

@@ -148,7 +148,7 @@ class GGUFFile:
         if value is None:
             gguf.gguf_remove_key(self._ctx, name)
         elif isinstance(value, str):
-            gguf.gguf_set_val_str(self._ctx, name, value.encode())
+            gguf.gguf_set_val_str(self._ctx, name, value.encode(errors="replace"))
         elif isinstance(value, int):
             gguf.gguf_set_val_u32(self._ctx, name, value)
         else:

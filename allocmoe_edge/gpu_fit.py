@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any, Tuple
 
 from ._native import ffi, libllama, llama_cpp
@@ -40,7 +41,7 @@ def choose(path: str, model_params: Any, context_params: Any) -> Tuple[int, Any]
     overrides = ffi.new("struct llama_model_tensor_buft_override[]", n_most)
     pointers = (int(ctypes.addressof(params)) for params in (model_params, context_params))
     model, context = (ffi.cast(f"struct llama_{name}_params *", at) for name, at in zip(("model", "context"), pointers))
-    if libllama.allocmoe_fit(path.encode(), model, context, split, overrides, MARGIN) < 0:
+    if libllama.allocmoe_fit(os.fsencode(path), model, context, split, overrides, MARGIN) < 0:
         raise ValueError(f"{path}: n_gpu_layers: found None: {ffi.string(libllama.allocmoe_last_error()).decode()}")
     n_partial = 0
     while model_params.tensor_buft_overrides and overrides[n_partial].pattern:

@@ -206,6 +206,7 @@ def _check_projector(options: Sequence[str]) -> None:
 def _check_ranking(model: str, options: Sequence[str]) -> None:
     """Raises CommandError where the server shall rank texts, and the model cannot."""
     asked = {"--rerank", "--reranking"} & {*options} or _given(options, ("--pooling",), "LLAMA_ARG_POOLING") == "rank"
+    asked = asked or (_given([], [], "LLAMA_ARG_RERANKING") or "").lower() in ("on", "enabled", "true", "1")
     if asked and not ranks(model):
         raise CommandError(f"--reranking: {model} is no reranker: it has no tensors cls.*")
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-import sys
 from typing import Any, Callable, Dict, Optional, Union
 import zipfile
 import zlib
@@ -16,6 +15,7 @@ from allocmoe_edge.gguf_file import GGUFFile, model_paths
 import numpy as np
 
 from . import ConvertError
+from .progress import say
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -105,7 +105,7 @@ class Checkpoint:
                 with np.load(path, allow_pickle=False) as stored:
                     return dict(stored)
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-                print(f"{path}: damaged, computed anew ({error})", file=sys.stderr, flush=True)
+                say(f"{path}: damaged, computed anew ({error})")
         found = compute()
         if found is not None:
             file = hashlib.sha256(name.encode()).hexdigest()[:16] + ".npz"

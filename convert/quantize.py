@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from pathlib import Path
 import re
 import sys
@@ -140,7 +141,7 @@ def _c_notes(path: str, n_entries: int) -> ctypes.Array:
     """The keys by which a quantised file names its importance matrix, as llama-quantize writes them."""
     notes = (llama_cpp.llama_model_kv_override * 3)()
     notes[0].tag, notes[0].key = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, b"quantize.imatrix.file"
-    notes[0].value.val_str = Path(path).name.encode()[:127]
+    notes[0].value.val_str = os.fsencode(Path(path).name)[:127]
     notes[1].tag, notes[1].key = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, b"quantize.imatrix.entries_count"
     notes[1].value.val_i64 = n_entries
     return notes
@@ -159,4 +160,6 @@ def main() -> None:
         entries, notes = _c_imatrix(matrix), _c_notes(job["imatrix"], len(matrix))
         params.imatrix = entries
         params.kv_overrides = notes
-    sys.exit(llama_cpp.llama_model_quantize(job["source"].encode(), job["target"].encode(), ctypes.byref(params)))
+    sys.exit(
+        llama_cpp.llama_model_quantize(os.fsencode(job["source"]), os.fsencode(job["target"]), ctypes.byref(params))
+    )

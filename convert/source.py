@@ -103,7 +103,7 @@ def _from_huggingface(settings: Settings, stack: ExitStack) -> Source:
     if settings.quantize:
         quantized = quantize.n_bytes(n_weights, settings.quantize)
         needed += quantized
-        purpose = f"{settings.output.name} ({quantized / 1e9:.1f} GB in {settings.quantize}) and, meanwhile, the same in {outtype}"
+        purpose = f"{settings.output.name} ({output.sizes(0, quantized)[1]} in {settings.quantize}) and, meanwhile, the same in {outtype}"
     output.check_space(settings.output.parent, needed + output.METADATA_SLACK, purpose)
 
     converted = _temporary(settings, stack, "converted")

@@ -97,7 +97,8 @@ static int64_t total_of(const common_json & budget, const allocmoe_served & mode
     return (int64_t) total;
 }
 
-// The string of JSON that begins after body[i - 1], a quotation mark; i becomes where it ends. What is not ASCII is left out.
+// The string of JSON that begins after body[i - 1], a quotation mark; i becomes where it ends. Blanks stand for control characters
+// and for what \u makes of more than ASCII.
 static std::string read_string(const std::string & body, size_t & i) {
     std::string text;
     for (; i < body.size() && body[i] != '"'; ++i) {
@@ -114,26 +115,33 @@ static std::string read_string(const std::string & body, size_t & i) {
     return text;
 }
 
-void allocmoe_server_check(const std::string & body) {
-    static constexpr int MAX_DEPTH = 500;
-    const size_t begin             = body.compare(0, 3, "\xef\xbb\xbf") == 0 ? 3 : 0; // a mark of UTF-8, which the parser skips
-    const size_t first             = body.find_first_not_of(" \t\r\n", begin);
-    if (first == std::string::npos || (body[first] != '{' && body[first] != '[')) {
+// Up to where it is no JSON, which a parser reads no further. outer: levels that it is nested in, strings of JSON among them
+static void check_depth(const std::string & text, int outer) {
+    static constexpr int MAX_DEPTH = 500, OF_STRING = 50; // a string of JSON is so many levels: each is copied to be read
+    const size_t begin             = text.compare(0, 3, "\xef\xbb\xbf") == 0 ? 3 : 0; // a mark of UTF-8, which the parser skips
+    const size_t first             = text.find_first_not_of(" \t\r\n", begin);
+    if (first == std::string::npos || (text[first] != '{' && text[first] != '[')) {
         return; // no JSON, or none that nests
     }
-    int depth = 0;
-    for (size_t i = first; i < body.size(); ++i) {
-        const char c = body[i];
+    int depth = outer;
+    for (size_t i = first; i < text.size(); ++i) {
+        const char c = text[i];
         if (c == '"') {
-            allocmoe_server_check(read_string(body, ++i)); // JSON in a string, as a tool's arguments are
+            check_depth(read_string(text, ++i), depth + OF_STRING); // as a tool's arguments are
         } else if (c == '{' || c == '[') {
             if (++depth > MAX_DEPTH) {
                 throw std::invalid_argument("the request's JSON is nested more than " + std::to_string(MAX_DEPTH) + " deep");
             }
         } else if (c == '}' || c == ']') {
             --depth;
+        } else if (!std::strchr(" \t\r\n,:+-.0123456789eEtrufalsn", c)) {
+            return;
         }
     }
+}
+
+void allocmoe_server_check(const std::string & body) {
+    check_depth(body, 0);
 }
 
 void allocmoe_server_parse(const common_json & body, allocmoe_request & request) {

@@ -78,7 +78,6 @@ LLAMA_SERVER_OPTIONS = {
     "--hf-repo-draft",
     "--n-gpu-layers",
     "--no-cache-prompt",
-    "--no-kv-unified",
     "--kv-unified",
     "--reranking",
     "--models-dir",

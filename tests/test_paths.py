@@ -103,6 +103,12 @@ def test_names_that_are_no_text(folder, tmp_path):
     done = convert(model, tmp_path / "\x1b[31m.gguf", "--budget", "0.75")
     assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr, done.stderr
     assert "caf??[31m.gguf" in done.stderr and "?[31m.gguf" in done.stdout
+    text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    text.write_text("It was the best of times, it was the worst of times. " * 60, encoding="utf-8")
+    done = convert(model, tmp_path / "measured.gguf", *OPTIONS, "--calib", text, "--reprofile")
+    assert (
+        done.returncode == 0 and metadata.read(tmp_path / "measured.gguf").profile.calibration.source == "file caf?.txt"
+    )
 
 
 def test_server(folder):

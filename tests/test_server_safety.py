@@ -167,8 +167,9 @@ DEEP = 200_000 * "["
         json.dumps({"prompt": DEEP}).encode(),
         json.dumps({"prompt": json.dumps({"in a string in a string": 2000 * "["})}).encode(),
         b'{"prompt": "' + 200_000 * b"\\u005b" + b'"}',
+        b'["[' + b"[".join(b"\\" + k * b"u005c" + b"u0022" for k in range(40)),
     ],
-    ids=["plain", "byte order mark", "in a string", "in a string of a string", "escaped"],
+    ids=["plain", "byte order mark", "in a string", "in a string of a string", "escaped", "strings of strings"],
 )
 def test_json_that_nests_deep_is_refused(server, body):
     """Also in a string, where a tool's arguments are: what reads or copies it recurses."""
@@ -177,7 +178,8 @@ def test_json_that_nests_deep_is_refused(server, body):
 
 
 def test_brackets_in_a_text_are_text(server):
-    for prompt in ("see " + DEEP[:600], 300 * "[" + 300 * "]" + 300 * "[", '"' * 9 + "\\" * 9 + "\x00[{"):
+    log = "[INFO] " + 600 * "\x1b[31mx"
+    for prompt in ("see " + DEEP[:600], 300 * "[" + 300 * "]" + 300 * "[", '"' * 9 + "\\" * 9 + "\x00[{", log):
         found = httpx.post(f"{server[0]}/tokenize", json={"content": prompt}, headers=HEADERS, timeout=60)
         assert found.status_code == 200, found.text
 

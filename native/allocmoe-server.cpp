@@ -117,9 +117,9 @@ static std::string read_string(const std::string & body, size_t & i) {
 
 // Up to where it is no JSON, which a parser reads no further. outer: levels that it is nested in, strings of JSON among them
 static void check_depth(const std::string & text, int outer) {
-    static constexpr int MAX_DEPTH = 500, OF_STRING = 50; // a string of JSON is so many levels: each is copied to be read
-    const size_t begin             = text.compare(0, 3, "\xef\xbb\xbf") == 0 ? 3 : 0; // a mark of UTF-8, which the parser skips
-    const size_t first             = text.find_first_not_of(" \t\r\n", begin);
+    static constexpr int MAX_DEPTH = 500, OF_STRING = 50;                 // a string of JSON is so many levels: each is copied to be read
+    const size_t begin = text.compare(0, 3, "\xef\xbb\xbf") == 0 ? 3 : 0; // a mark of UTF-8, which the parser skips
+    const size_t first = text.find_first_not_of(" \t\r\n", begin);
     if (first == std::string::npos || (text[first] != '{' && text[first] != '[')) {
         return; // no JSON, or none that nests
     }

@@ -657,11 +657,13 @@ def check_arguments(kwargs: dict) -> None:
 
 def check_pooling(path: Union[str, os.PathLike], kwargs: dict) -> None:
     """Refuses scores (LLAMA_POOLING_TYPE_RANK) of a model that makes none: they would be what a buffer held. Raises ValueError."""
+    if not kwargs.get("embedding"):
+        return
     pooling = kwargs.get("pooling_type", llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED)
     if pooling == llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED:
         with GGUFFile(path) as file:
             pooling = file.get(f"{file.get('general.architecture')}.pooling_type")
-    if kwargs.get("embedding") and pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK and not ranks(path):
+    if pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK and not ranks(path):
         raise ValueError(f"pooling_type: found {pooling}, scores, and {path} is no reranker: it has no tensors cls.*")
 
 

@@ -40,10 +40,12 @@ def is_of_chat_template(error: BaseException) -> bool:
     return isinstance(error, TemplateError)
 
 
-def need_model(path: Union[str, os.PathLike], otherwise: str) -> None:
-    """Raises PlanError, which ends in `otherwise`, where a file is a plan alone."""
-    if metadata.read(path, estimator=False).side_file:
+def need_model(path: Union[str, os.PathLike], otherwise: str) -> metadata.ModelPlan:
+    """What a model's file carries, without the estimator. Raises PlanError, which ends in `otherwise`, where it is a plan alone."""
+    stored = metadata.read(path, estimator=False)
+    if stored.side_file:
         raise PlanError(f"{path}: has a plan and no model: {otherwise}")
+    return stored
 
 
 # what is wrong with the input or with the machine, and no fault of ours

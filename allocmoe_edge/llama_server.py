@@ -20,10 +20,10 @@ from . import __version__, expert_cache, projector
 from . import server_address as address
 from ._native import BUILD_DIR
 from .arguments import add_expert_cache
-from .command import CommandError, load_errors, run_command
+from .command import CommandError, load_errors, need_model, run_command
 from .gguf_file import GGUFFile, model_paths, ranks
 from .measure import memory
-from .plan import PlanError, metadata
+from .plan import metadata
 from .whole_numbers import MOST_THREADS
 
 _DESCRIPTION = """\
@@ -177,9 +177,7 @@ def _names_models(options: Sequence[str]) -> bool:
 
 def _check_files(model: str, plan: Optional[str]) -> None:
     """Says at once what is wrong with them, and not in the middle of a log. Raises GGUFError or PlanError."""
-    stored = metadata.read(model, estimator=False)
-    if stored.side_file:
-        raise PlanError(f"{model}: has a plan and no model: pass it as --plan, beside the model's own file")
+    stored = need_model(model, "pass it as --plan, beside the model's own file")
     if plan is not None:
         metadata.read_for(plan, stored, estimator=False)
 

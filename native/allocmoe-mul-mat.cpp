@@ -118,11 +118,16 @@ static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, floa
             const vf d = load(p.scales + s * ROWS + v);
             const vf m = load(p.scales + (F::MIN ? CHUNK / F::SUB + s : s) * ROWS + v);
             vb w[F::SUB / 4];
-            load_panel<F::SUB, ROWS>(p.q + s * F::SUB * ROWS + v * TOGETHER, w);
+            load_panel(p.q + in_panel(v, s * F::SUB), w);
+            vf xd[(N + 3) / 4];
+            for (int t = 0; t + 4 <= N; t += 4) {
+                xd[t / 4] = load(x.d + s * N + t);
+            }
             multiply_tokens<F::SUB, N>(w, x.q + s * N * F::SUB, [&](int group, const row_sums & y) {
                 for (int t = group * TOKENS_AT_ONCE; t < std::min(N, (group + 1) * TOKENS_AT_ONCE); ++t) {
-                    const int i = s * N + t;
-                    sum[t]      = fma(to_float(of_token(y, t % TOKENS_AT_ONCE)), mul(d, broadcast(x.d + i)), sum[t]);
+                    const int i  = s * N + t;
+                    const vf dxd = t < N / 4 * 4 ? vmulq_n_f32(d, xd[t / 4][t % 4]) : mul(d, broadcast(x.d + i));
+                    sum[t]       = fma(to_float(of_token(y, t % TOKENS_AT_ONCE)), dxd, sum[t]);
                     if (F::MIN) {
                         sum[t] = fma(m, broadcast(x.sum + i), sum[t]);
                     }
@@ -142,7 +147,7 @@ static void multiply_block(const panel & p, const tile & x, float * acc) {
         for (int s = 0; s < CHUNK / F::SUB; ++s) {
             const row_scales scale(p.whole.scale[s] + v);
             vb w[F::SUB / 4];
-            load_panel<F::SUB, ROWS>(p.q + s * F::SUB * ROWS + v * TOGETHER, w);
+            load_panel(p.q + in_panel(v, s * F::SUB), w);
             multiply_tokens<F::SUB, N>(w, x.q + s * N * F::SUB, [&](int group, const row_sums & y) { add_scaled(sum[group], y, scale); });
         }
         vi second[N];

@@ -3,7 +3,7 @@
 // (allocmoe-whole-blocks.h): the same exact sums in any order, which become floats once in 256 columns.
 //
 // With i8mm one instruction multiplies 8 columns of two rows with those of two tokens. Panels hold 8 columns of a row together for it,
-// and 4 without.
+// and 4 without, of 4 rows in turns: what is multiplied with one token's columns lies in the order in which it is read.
 #pragma once
 
 #include "allocmoe-vectors.h"
@@ -19,6 +19,9 @@ constexpr int TOGETHER = 8; // columns of a row that lie together in a panel
 #else
 constexpr int TOGETHER = 4;
 #endif
+
+// Where a panel has columns from c on, a multiple of 8, of 4 rows.
+constexpr int in_panel(int row, int c) { return row * QK_K + c * 4; }
 
 inline int8x16_t as_signed(vb x) { return vreinterpretq_s8_u8(x); }
 
@@ -142,13 +145,12 @@ template <int OFFSET>
 inline vb less(vb x) { return OFFSET == 0 ? x : vsubq_u8(x, vdupq_n_u8(OFFSET)); }
 
 // 16 columns of 4 rows to a panel.
-template <int ROWS>
 inline void store_16_columns(const vb (&x)[4], uint8_t * at) {
     if (TOGETHER == 8) {
         for (int i = 0; i < 4; i += 2) {
             const uint64x2_t a = vreinterpretq_u64_u8(x[i]), b = vreinterpretq_u64_u8(x[i + 1]);
             vst1q_u8(at + 8 * i, vreinterpretq_u8_u64(vtrn1q_u64(a, b)));
-            vst1q_u8(at + 8 * i + 8 * ROWS, vreinterpretq_u8_u64(vtrn2q_u64(a, b)));
+            vst1q_u8(at + 8 * i + 32, vreinterpretq_u8_u64(vtrn2q_u64(a, b)));
         }
         return;
     }
@@ -159,8 +161,8 @@ inline void store_16_columns(const vb (&x)[4], uint8_t * at) {
         pairs[i][1] = vreinterpretq_u64_u32(vtrn2q_u32(a, b));
     }
     for (int i = 0; i < 2; ++i) {
-        vst1q_u8(at + 4 * i * ROWS, vreinterpretq_u8_u64(vtrn1q_u64(pairs[0][i], pairs[1][i])));
-        vst1q_u8(at + (8 + 4 * i) * ROWS, vreinterpretq_u8_u64(vtrn2q_u64(pairs[0][i], pairs[1][i])));
+        vst1q_u8(at + 16 * i, vreinterpretq_u8_u64(vtrn1q_u64(pairs[0][i], pairs[1][i])));
+        vst1q_u8(at + 16 * i + 32, vreinterpretq_u8_u64(vtrn2q_u64(pairs[0][i], pairs[1][i])));
     }
 }
 
@@ -249,12 +251,12 @@ inline void add_scaled(row_sums & sums, const row_sums & y, const row_scales & s
 inline vi of_token(const row_sums & sums, int) { return sums.of; }
 #endif
 
-// The registers of a panel for SUB columns of the 4 rows from which on they lie.
-template <int SUB, int ROWS>
-inline void load_panel(const uint8_t * from, vb (&w)[SUB / 4]) {
+// The registers of a panel for SUB columns of 4 rows.
+template <int N>
+inline void load_panel(const uint8_t * from, vb (&w)[N]) {
 #pragma GCC unroll 8
-    for (int i = 0; i < SUB / 4; ++i) {
-        w[i] = load_bytes(from + (TOGETHER == 4 ? i * 4 * ROWS : i / 2 * 8 * ROWS + i % 2 * 16));
+    for (int i = 0; i < N; ++i) {
+        w[i] = load_bytes(from + 16 * i);
     }
 }
 
@@ -356,16 +358,15 @@ struct sums_of_4<4> {
 };
 
 // to columns c to c + 7 of a panel
-template <int STEP, int ROWS>
+template <int STEP>
 inline void store_piece(piece x, int c, int row, uint8_t * panel) {
-    uint8_t * at = panel + c * ROWS + row * TOGETHER;
     if (STEP != TOGETHER) {
         const uint32x4_t a = vreinterpretq_u32_u8(x.of[0]), b = vreinterpretq_u32_u8(x.of[1]);
         x = { { vreinterpretq_u8_u32(STEP == 4 ? vzip1q_u32(a, b) : vuzp1q_u32(a, b)),
             vreinterpretq_u8_u32(STEP == 4 ? vzip2q_u32(a, b) : vuzp2q_u32(a, b)) } };
     }
-    vst1q_u8(at, x.of[0]);
-    vst1q_u8(at + (TOGETHER == 8 ? 16 : 4 * ROWS), x.of[1]);
+    vst1q_u8(panel + in_panel(row, c), x.of[0]);
+    vst1q_u8(panel + in_panel(row, c) + 16, x.of[1]);
 }
 
 } // namespace allocmoe

@@ -33,13 +33,13 @@ struct repacked : F {
                 vst1q_f32(p.scales + i * ROWS + r, scales_of_4(x[i], first));
                 if constexpr (std::is_same<F, format_q8_0>::value) {
                     for (int k = 0; k < 4; ++k) {
-                        store_piece<STEP, ROWS>(load_piece<N, STEP>(x[i].qs, first, k), 32 * i + 8 * k, r, p.q);
+                        store_piece<STEP>(load_piece<N, STEP>(x[i].qs, first, k), 32 * i + 8 * k, r, p.q);
                     }
                 } else {
                     for (int k = 0; k < 2; ++k) {
                         const piece both = load_piece<N, STEP>(x[i].qs, first, k);
-                        store_piece<STEP, ROWS>(each(both, values_of<F, 0>), 32 * i + 8 * k, r, p.q);
-                        store_piece<STEP, ROWS>(each(both, values_of<F, 4>), 32 * i + 8 * k + 16, r, p.q);
+                        store_piece<STEP>(each(both, values_of<F, 0>), 32 * i + 8 * k, r, p.q);
+                        store_piece<STEP>(each(both, values_of<F, 4>), 32 * i + 8 * k + 16, r, p.q);
                     }
                 }
             }
@@ -86,8 +86,8 @@ struct repacked_k4 : F {
                     for (int i = 0; i < 4; ++i) {
                         piece low, high;
                         pieces_of_64<F, STEP, J>(x, first, i, low, high);
-                        store_piece<STEP, ROWS>(low, 64 * J + 8 * i, r + first, p.q);
-                        store_piece<STEP, ROWS>(high, 64 * J + 8 * i + 32, r + first, p.q);
+                        store_piece<STEP>(low, 64 * J + 8 * i, r + first, p.q);
+                        store_piece<STEP>(high, 64 * J + 8 * i + 32, r + first, p.q);
                     }
                 };
                 store_64(std::integral_constant<int, 0>());
@@ -127,7 +127,7 @@ struct repacked<format_q6_K, block_q6_Kx8, 8, STEP> : format_q6_K {
                     pieces_of_q6_K<STEP>(x, i / 4, first, i % 4, q);
                     for (int c = 0; c < 4; ++c) {
                         const auto centred = [](vb y) { return vsubq_u8(y, vdupq_n_u8(OFFSET)); };
-                        store_piece<STEP, ROWS>(each(q[c], centred), 128 * (i / 4) + 32 * c + 8 * (i % 4), r + first, p.q);
+                        store_piece<STEP>(each(q[c], centred), 128 * (i / 4) + 32 * c + 8 * (i % 4), r + first, p.q);
                     }
                 }
             }

@@ -20,7 +20,7 @@ constexpr int ROWS  = 16;
 constexpr int CHUNK = 256;
 
 struct panel {
-    alignas(64) uint8_t q[CHUNK * ROWS]; // [CHUNK/4][ROWS][4], on Arm with i8mm [CHUNK/8][ROWS][8]
+    alignas(64) uint8_t q[CHUNK * ROWS]; // [CHUNK/4][ROWS][4], on Arm [ROWS/4][CHUNK/TOGETHER][4][TOGETHER]
     union {
         alignas(64) float scales[2 * CHUNK / 16 * ROWS]; // [sub-block][ROWS] of d, then the same of m
         // where whole_blocks
@@ -127,7 +127,7 @@ inline void interleave_codes(const uint8_t * codes, int n, uint8_t * q) {
             for (int i = 0; i < 4; ++i) {
                 x[i] = less<OFFSET>(vld1q_u8(codes + (r + i) * STRIDE + c));
             }
-            store_16_columns<ROWS>(x, q + c * ROWS + r * TOGETHER);
+            store_16_columns(x, q + in_panel(r, c));
         }
     }
 }

@@ -33,6 +33,30 @@ constexpr int PANEL_TOKENS = 4;  // an expert's tokens from which on making pane
 constexpr int AMX_TOKENS   = 12; // and on using AMX
 
 #if defined(__AVX2__)
+// A sub-block's sums of W rows for one token, added to `sum`. w: of the panel, for these rows
+template <typename F>
+static vi add_sub_block(vi sum, const uint8_t * w, const int8_t * x) {
+    constexpr int N = F::SUB / 4;
+    vb codes[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+        codes[i] = load_bytes(w + 4 * i * ROWS);
+    }
+#if !defined(ALLOCMOE_VNNI)
+    if constexpr (!F::SIGNED) {
+        return multiply_sub_block<F::LARGEST, F::SUB>(sum, codes, x, _mm256_set1_epi16(1)); // several in 16 bits
+    }
+#endif
+    // two sums: each waits for its previous addition
+    vi other = zero();
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i += 2) {
+        sum   = dot<F::SIGNED>(sum, codes[i], broadcast_4(x + 4 * i));
+        other = dot<F::SIGNED>(other, codes[i + 1], broadcast_4(x + 4 * i + 4));
+    }
+    return add(sum, other);
+}
+
 // acc: [N][ROWS], added to.
 template <typename F, int N>
 static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, float * acc) {
@@ -48,14 +72,8 @@ static void multiply_sub_blocks(const panel & p, int n_sub, const tile & x, floa
 #pragma GCC unroll 8
             for (int t = 0; t < N; ++t) {
                 const int i = s * N + t;
-                // two sums: each waits for its previous addition
-                vi even = broadcast(x.init + i), odd = zero();
-#pragma GCC unroll 4
-                for (int k = 0; k < F::SUB; k += 8) {
-                    even = dot<F::SIGNED>(even, load_bytes(w + k * ROWS), broadcast_4(x.q + i * F::SUB + k));
-                    odd  = dot<F::SIGNED>(odd, load_bytes(w + (k + 4) * ROWS), broadcast_4(x.q + i * F::SUB + k + 4));
-                }
-                sum[t] = fma(to_float(add(even, odd)), mul(d, broadcast(x.d + i)), sum[t]);
+                const vi y  = add_sub_block<F>(broadcast(x.init + i), w, x.q + i * F::SUB);
+                sum[t]      = fma(to_float(y), mul(d, broadcast(x.d + i)), sum[t]);
                 if (F::MIN) {
                     sum[t] = fma(m, broadcast(x.sum + i), sum[t]);
                 }

@@ -240,12 +240,14 @@ struct format_q2_K : format_k {
 
 template <typename B>
 struct format_nibbles : format_32 {
-    using block = B;
+    using block                  = B;
+    static constexpr int LARGEST = 15;
     static void codes(const block & b, uint8_t * q) { store_32(nibbles(b.qs), q); }
 };
 
 template <typename B>
 struct format_five_bits : format_nibbles<B> {
+    static constexpr int LARGEST = 31;
     static void codes(const B & b, uint8_t * q) {
         store_32(either(nibbles(b.qs), fifth_bits(b.qh)), q);
     }
@@ -314,7 +316,8 @@ struct format_iq4_nl : with_scale<format_nibbles<block_iq4_nl>> {
 };
 
 struct format_mxfp4 : with_scale<format_nibbles<block_mxfp4>> {
-    static constexpr int OFFSET = 12;
+    static constexpr int OFFSET  = 12;
+    static constexpr int LARGEST = 24;
     static void codes(const block & b, uint8_t * q) {
         store_32(look_up(values_mxfp4.values, nibbles(b.qs)), q);
     }

@@ -214,22 +214,20 @@ inline __m256i add_32(__m256i sum, __m256i codes, const int8_t * x, __m256i scal
 template <int LARGEST, int SUB>
 inline vi multiply_sub_block(vi sum, const vb * w, const int8_t * x, vi scale) {
     constexpr int FITS = std::min(SUB / 4, BY_FOUR<LARGEST> ? PAIRS_THAT_FIT<LARGEST> / 2 : PAIRS_THAT_FIT<LARGEST>);
+    vi some            = zero();
 #pragma GCC unroll 8
-    for (int k = 0; k < SUB / 4; k += FITS) {
-        vi some = zero();
-#pragma GCC unroll 8
-        for (int i = k; i < k + FITS; ++i) {
-            const vb four = broadcast_4(x + 4 * i);
+    for (int i = 0; i < SUB / 4; ++i) {
+        const bool first = i % FITS == 0, last = i % FITS == FITS - 1 || i == SUB / 4 - 1;
+        const vb four = broadcast_4(x + 4 * i);
 #if defined(ALLOCMOE_VNNI)
-            if (BY_FOUR<LARGEST>) {
-                some = dot_unsigned(some, w[i], four);
-                continue;
-            }
+        const vi more = BY_FOUR<LARGEST> ? dot_unsigned(first ? zero() : some, w[i], four) : multiply_pairs(w[i], four);
+#else
+        const vi more = multiply_pairs(w[i], four);
 #endif
-            const vi pairs = multiply_pairs(w[i], four);
-            some           = i == k ? pairs : add_16(some, pairs);
+        some = first || BY_FOUR<LARGEST> ? more : add_16(some, more);
+        if (last) {
+            sum = add_products(sum, some, scale);
         }
-        sum = add_products(sum, some, scale);
     }
     return sum;
 }

@@ -1,6 +1,7 @@
 # make demo   set everything up, build the small real MoE model, convert it at half budget, chat, print the table
 # make test   set everything up and run every test
 #
+# make test-server    build llama.cpp's server too, and run the tests of allocmoe-server
 # make test-vulkan    build for Vulkan into build/vulkan and test that on Mesa's software device; needs packages, see docs/gpu.md
 # make check-vulkan   a part of that, some minutes: builds the Vulkan backend alone, for the package in $(VENV), as a module
 # make sanitize       our native code under the address, undefined-behaviour and thread sanitizers, and the tests that run it
@@ -24,7 +25,7 @@ SOURCES := pyproject.toml $(wildcard allocmoe_commands/*.py allocmoe_edge/*.py a
 
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
 
-.PHONY: demo test test-vulkan check-vulkan sanitize sanitize-address sanitize-thread fuzz sbom test-install same-bytes lint format tidy clean
+.PHONY: demo test test-server test-vulkan check-vulkan sanitize sanitize-address sanitize-thread fuzz sbom test-install same-bytes lint format tidy clean
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
 
@@ -50,6 +51,13 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.llama-cpp-python
 $(VENV)/.installed-test: $(SOURCES) $(VENV)/.llama-cpp-python
 	$(PIP) install ".[test]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-server: $(SOURCES) $(VENV)/.llama-cpp-python
+	ALLOCMOE_SERVER=1 $(PIP) install ".[test]"
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+test-server: $(VENV)/.installed-server
+	$(VENV)/bin/pytest -n 2 --dist worksteal --max-worker-restart 0 $(wildcard tests/test_*server*.py) tests/test_paths.py $(PYTEST_ARGS)
 
 VULKAN         := build/vulkan
 VULKAN_MODULE  := build/vulkan-module

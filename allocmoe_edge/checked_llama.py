@@ -145,6 +145,8 @@ class CheckedLlama(llama_cpp.Llama):
     """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
 
     n_tokens: int
+    input_ids: Any
+    _logits_all: bool
     lora_path: Optional[str]
     lora_base: Optional[str]
     tokenizer_: Any
@@ -182,6 +184,10 @@ class CheckedLlama(llama_cpp.Llama):
                 if not why or type(error) is not ValueError:
                     raise
                 raise ValueError(f"{error}: {why}") from error
+        if len(self.input_ids) < self.n_ctx():  # n_ctx=0: the model's own, which llama.cpp makes larger
+            self.input_ids = np.ndarray((self.n_ctx(),), np.intc)
+            if self._logits_all:
+                self.scores = np.ndarray((self.n_ctx(), self.n_vocab()), np.single)
         self.model_path = os.fsdecode(model_path)
         self.lora_path, self.lora_base = (path and str(path) for path in (self.lora_path, self.lora_base))
         # with a draft model llama-cpp-python computes and keeps the logits of prompts, too, and has no place for those of texts

@@ -1166,6 +1166,7 @@ class Llama(CheckedLlama):
         additional_files: Optional[Sequence[str]] = None,
         local_dir: Union[str, os.PathLike, None] = None,
         cache_dir: Union[str, os.PathLike, None] = None,
+        local_dir_use_symlinks: Union[bool, str] = "auto",
         **kwargs,
     ) -> Llama:
         """A model from a repository of the Hugging Face hub, downloaded as far as it is not there. Needs huggingface_hub.
@@ -1177,13 +1178,16 @@ class Llama(CheckedLlama):
             additional_files: names or patterns of more files to download.
             local_dir: where the files go, in place of the hub's cache.
             cache_dir: another cache than the default.
+            local_dir_use_symlinks: llama-cpp-python has it; huggingface_hub no longer looks at it.
             **kwargs: as in the constructor.
 
         Raises:
             ImportError: huggingface_hub is not installed.
             ValueError: no file fits, or files of several models do; the message lists them.
-            OSError: huggingface_hub's errors, where the repository is missing, private, or cannot be reached.
+            TypeError: an argument that there is not; nothing is downloaded.
+            OSError, or an error of the HTTP library: the repository is missing, private, or cannot be reached.
         """
+        _check_names(kwargs)
         return cls(model_path=hub.download(repo_id, filename, additional_files, local_dir, cache_dir), **kwargs)
 
     @in_turn

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 import weakref
 import zlib
 
+from llama_cpp.llama_cache import BaseLlamaCache
+
 from .plan import Plan
 
 if TYPE_CHECKING:
     from .llama import Llama
 
 
-class CacheOfOnePlan:
+class CacheOfOnePlan(BaseLlamaCache):
     """A cache that has no entry but those computed under the plan in force, and the price of a miss: text depends on these alone.
 
     Args:
@@ -21,7 +23,7 @@ class CacheOfOnePlan:
     """
 
     def __init__(self, cache: Any, llm: Llama):
-        self._cache, self._llm = cache, weakref.ref(llm)
+        self.__dict__.update(_cache=cache, _llm=weakref.ref(llm))
 
     def __getitem__(self, tokens: Sequence[int]):
         llm = self._model()
@@ -38,8 +40,21 @@ class CacheOfOnePlan:
         llm = self._model()
         return _key(tokens, llm.plan, llm.miss_price) in self._cache
 
+    @property
+    def cache_size(self) -> int:
+        return self._cache.cache_size
+
+    def _find_longest_prefix_key(self, key: Tuple[int, ...]):
+        return self._cache._find_longest_prefix_key(key)
+
+    # all else is the cache's own
     def __getattr__(self, name: str):
+        if name == "_cache":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._cache, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._cache, name, value)
 
     def _model(self) -> Llama:
         llm = self._llm()

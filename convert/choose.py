@@ -116,21 +116,9 @@ def choose(
         token_rule: None to try "off", "threshold" and "estimate".
         max_increase: of perplexity over the full model's; a plan within it goes before any that is not.
     """
-    candidates, tables = {}, {}
-    for allocation in ("alloc-l", "uniform"):
-        candidate = replace(profile, allocation=allocation, token_rule="off", threshold_table=None, held_out=None)
-        plan = candidate.plan(total, full)
-        # "estimate" has layers of its own; these are what it is compared with
-        rules = [token_rule] if token_rule not in (None, "estimate") else ["off"]
-        if token_rule in (None, "threshold"):
-            if plan not in tables:
-                tables[plan] = thresholds.calibrate(llm, plan, text.profile)
-            if tables[plan] is not None:
-                candidate = replace(candidate, threshold_table=tables[plan])
-                rules = [token_rule] if token_rule else ["off", "threshold"]
-        for rule in rules:
-            ruled = replace(candidate, token_rule=rule)
-            candidates[f"{allocation}, token rule {rule}"] = (ruled, ruled.with_token_rule(plan))
+    # "estimate" has layers of its own; these are what it is compared with
+    rules = {None: ("off", "threshold"), "estimate": ("off",)}.get(token_rule, (token_rule,))
+    candidates = _top_k(llm, profile, total, full, text, rules)
     others = list(candidates)
     if token_rule in (None, "estimate"):
         candidates |= _estimates(profile, total, full)
@@ -171,6 +159,25 @@ def choose(
     return Choice(chosen, candidates[best][1], measured, further, int(rest.size) if further else 0)
 
 
+def _top_k(
+    llm: Llama, profile: Profile, total: int, full: tuple, text: CalibrationText, rules: tuple
+) -> Dict[str, Tuple[Profile, Plan]]:
+    """The candidates with rules other than "estimate"; without "threshold" where this model cannot have it."""
+    candidates, tables = {}, {}
+    for allocation in ("alloc-l", "uniform"):
+        candidate = replace(profile, allocation=allocation, token_rule="off", threshold_table=None, held_out=None)
+        plan = candidate.plan(total, full)
+        if "threshold" in rules:
+            if plan not in tables:
+                tables[plan] = thresholds.calibrate(llm, plan, text.profile)
+            candidate = replace(candidate, threshold_table=tables[plan])
+        for rule in rules:
+            if rule != "threshold" or tables[plan] is not None:
+                ruled = replace(candidate, token_rule=rule)
+                candidates[f"{allocation}, token rule {rule}"] = (ruled, ruled.with_token_rule(plan))
+    return candidates
+
+
 def _without(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Those rows that are not among the others."""
     known = {row.tobytes() for row in others}
@@ -188,7 +195,7 @@ def _estimates(profile: Profile, total: int, full: tuple) -> Dict[str, Tuple[Pro
     return found
 
 
-def report(choice: Choice) -> None:
+def report(choice: Choice, max_increase: float = np.inf) -> None:
     """Says what was compared, and where the choice is not what one would expect."""
 
     def table(found: Dict[str, Score]) -> None:
@@ -201,8 +208,12 @@ def report(choice: Choice) -> None:
         say(f"the two best on {choice.n_further} further tokens, by which and the above the better one is chosen:")
         table(choice.further)
     held_out = choice.profile.held_out
+    assert held_out is not None
+    increase = held_out.plan / held_out.full - 1
+    if increase > max_increase:
+        say(f"no plan is within the limit: perplexity {_beside(increase, max_increase)}")
     if choice.plan.token_rule == "estimate":
-        if held_out is not None and held_out.kl_plan > held_out.kl_uniform:
+        if held_out.kl_plan > held_out.kl_uniform:
             say("this plan does worse than uniform k on held-out text; it is written because --token-rule asks for it")
     elif choice.profile.allocation == "uniform":
         say(
@@ -211,21 +222,33 @@ def report(choice: Choice) -> None:
         )
 
 
-def smallest_total(llm: Llama, profile: Profile, full: tuple, text: CalibrationText, max_increase: float) -> int:
+def smallest_total(
+    llm: Llama,
+    profile: Profile,
+    full: tuple,
+    text: CalibrationText,
+    max_increase: float,
+    token_rule: Optional[str] = None,
+) -> int:
     """The least total of activations whose plan keeps held-out perplexity within (1 + max_increase) of the full model's.
 
-    By bisection, so it takes perplexity to fall as the total grows; the full budget where nothing less will do.
+    By bisection, so it takes perplexity to fall as the total grows; the full budget where nothing less will do. token_rule: as for
+    `choose`, but None does without thresholds, which are calibrated anew for each total.
     """
     low, high = sum(min(k, profile.k_base) for k in full), sum(full)
     # of the step that came nearest to the limit
     distance, error = np.inf, 0.0
     while low < high:
         middle = (low + high) // 2
-        plans = {a: replace(profile, allocation=a).plan(middle, full, "off") for a in ("alloc-l", "uniform")}
-        plans |= {name: plan for name, (_, plan) in _estimates(profile, middle, full).items()}
-        found = scores(llm, full, plans, text.held_out)
-        best = min(plans, key=lambda name: found[name].kl)
-        increase = found[best].perplexity / found["full"].perplexity - 1
+        candidates: Dict[str, Tuple[Profile, Plan]] = {}
+        if token_rule != "estimate":
+            candidates |= _top_k(llm, profile, middle, full, text, (token_rule or "off",))
+        if token_rule in (None, "estimate"):
+            candidates |= _estimates(profile, middle, full)
+        found = scores(llm, full, {name: plan for name, (_, plan) in candidates.items()}, text.held_out)
+        increases = {name: found[name].perplexity / found["full"].perplexity - 1 for name in candidates}
+        best = min(candidates, key=lambda name: (increases[name] > max_increase, found[name].kl))
+        increase = increases[best]
         spread = f"standard error {found[best].error:.2%}"
         say(f"  {middle} of {sum(full)} activations: perplexity {_beside(increase, max_increase)}, {spread}")
         if abs(increase - max_increase) < distance:

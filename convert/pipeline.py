@@ -136,13 +136,16 @@ def _measured(task: Task, llm: Llama, tokens: Optional[np.ndarray], results: Che
         say(
             f"looking for the smallest budget within {100 * settings.max_ppl_increase:g}% of the full model's perplexity"
         )
-        task = replace(task, total=choose.smallest_total(llm, profile, full, text, settings.max_ppl_increase))
+        total = choose.smallest_total(llm, profile, full, text, settings.max_ppl_increase, settings.token_rule)
+        task = replace(task, total=total)
     limit = np.inf if settings.max_ppl_increase is None else settings.max_ppl_increase
     choice = choose.choose(llm, profile, task.total, full, text, settings.token_rule, limit)
-    choose.report(choice)
+    choose.report(choice, limit)
     if settings.target_tps is not None:
         with waiting("decoding"):
-            say(f"measured with this plan: {1000 / costs.decode_ms(llm, choice.plan, decoded):.1f} tokens/s")
+            speed = 1000 / costs.decode_ms(llm, choice.plan, decoded)
+        missed = f", less than the {settings.target_tps:g} of --target-tps" if speed < settings.target_tps else ""
+        say(f"measured with this plan: {speed:.1f} tokens/s{missed}")
     return choice
 
 

@@ -138,7 +138,7 @@ def _from_errors(damage: dict, il: int, errors: np.ndarray) -> np.ndarray:
     """S[l, 1..K_l] in proportion to the errors, through the measured cell at half of the layer's experts."""
     own = len(errors) - 1
     half = half_of(own)
-    rise = damage[il, half] - damage[il, own]
+    rise = max(damage[il, half] - damage[il, own], 0.0)  # a perplexity may be better by chance
     share = errors[1:] / errors[half] if errors[half] > 0 else np.zeros(own)
     return damage[il, own] + rise * share
 

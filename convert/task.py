@@ -117,6 +117,11 @@ def plan_task(settings: Settings, gguf: Source) -> Task:
                 f"{settings.model}: has sensitivities and no model, and this needs the model; give the model's file"
             )
         task = _with_sizes(task)
+        if settings.fixed_budget and settings.token_rule is None and total == sum(model.full) and max(model.full) > 1:
+            say(
+                f"--budget {settings.budget} is the full budget, for which there is nothing to estimate: this file will serve lower ones "
+                "by numbers of experts alone; --budget 0.5, or --token-rule estimate, calibrates estimates, which serve them better"
+            )
     _check_k_base(task)
     return task
 

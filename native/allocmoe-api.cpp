@@ -19,6 +19,7 @@
 #include <cstdio>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -106,6 +107,17 @@ int32_t allocmoe_preset(const llama_context * ctx, const char * name, int32_t to
     return allocmoe_guarded([&] {
         const auto * file = allocmoe_access::state(ctx).file.get();
         *total            = allocmoe_preset_total(name, file, allocmoe_access::model(ctx), token_rule);
+        return (int32_t) ALLOCMOE_OK;
+    });
+}
+
+int32_t allocmoe_get_total(const llama_context * ctx, int64_t * total) {
+    return allocmoe_guarded([&] {
+        const auto & model = allocmoe_access::model(ctx);
+        const auto * file  = allocmoe_access::state(ctx).file.get();
+        const auto * plan  = allocmoe_access::settings(ctx).plan.get();
+        const auto counts  = allocmoe_effective_plan(model, plan);
+        *total             = plan && file ? allocmoe_total_of(*file, model, *plan) : std::accumulate(counts.begin(), counts.end(), (int64_t) 0);
         return (int32_t) ALLOCMOE_OK;
     });
 }
@@ -313,10 +325,14 @@ int32_t allocmoe_get_left_seq(llama_context * ctx, int32_t seq_id, float * left,
 }
 
 int32_t allocmoe_set_left_seq(llama_context * ctx, int32_t seq_id, const float * left, int32_t n_tokens) {
-    const auto * spent = allocmoe_access::state(ctx).spent.get();
+    const auto * spent   = allocmoe_access::state(ctx).spent.get();
+    const auto & hparams = allocmoe_access::model(ctx).hparams;
+    const auto & plan    = allocmoe_access::settings(ctx).plan;
+    const bool estimate  = plan && plan->token_rule == ALLOCMOE_RULE_ESTIMATE;
     return for_each_place(ctx, seq_id, n_tokens, [&](int32_t il, int32_t place, size_t i) {
-        // it may come from a damaged file
-        spent[il].left[place] = std::fabs(left[i]) <= ALLOCMOE_STRICT_LEFT ? left[i] : 0.0f;
+        // it may come from a damaged file; by thresholds each token leaves all of a layer's experts at most
+        const float least = estimate ? -ALLOCMOE_STRICT_LEFT : 0.0f, most = estimate ? ALLOCMOE_STRICT_LEFT : (i % n_tokens + 1.0f) * hparams.n_expert_used(il);
+        spent[il].left[place] = left[i] >= least && left[i] <= most ? left[i] : 0.0f;
     });
 }
 

@@ -13,7 +13,7 @@ static int64_t sum_of(const std::vector<int32_t> & k) {
     return std::accumulate(k.begin(), k.end(), (int64_t) 0);
 }
 
-bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model) {
+bool allocmoe_raised_above_plan(const allocmoe_model & file, const llama_model & model) {
     const auto own = allocmoe_effective_plan(model, nullptr);
     for (size_t il = 0; il < own.size(); ++il) {
         if (own[il] > file.full[il]) {
@@ -54,6 +54,31 @@ static void for_each_row(const allocmoe_model & file, const std::vector<int32_t>
     }
 }
 
+int64_t allocmoe_total_of(const allocmoe_model & file, const llama_model & model, const allocmoe_plan & plan) {
+    const auto own       = allocmoe_effective_plan(model, nullptr);
+    const size_t n_layer = own.size();
+    const bool estimate  = plan.token_rule == ALLOCMOE_RULE_ESTIMATE;
+    const auto & table   = estimate ? file.estimate : file.counts;
+    const auto cut_off   = [&](const int32_t * counts) {
+        std::vector<int32_t> k(counts, counts + n_layer);
+        std::transform(k.begin(), k.end(), own.begin(), k.begin(), [](int32_t a, int32_t b) { return std::min(a, b); });
+        return k;
+    };
+    const auto counts = cut_off(plan.expert_used_count.data());
+    if (estimate && file.estimate.threshold.empty()) {
+        return sum_of(counts); // estimates that are not the file's
+    }
+    int64_t total = -1;
+    for_each_row(file, own, plan.token_rule, [&](size_t row, int64_t spends) {
+        const bool same = cut_off(&table.expert_used_count[row * n_layer]) == counts &&
+                          (!estimate || std::equal(plan.threshold.begin(), plan.threshold.end(), table.threshold.begin() + row * n_layer));
+        if (total < 0 && same) {
+            total = spends;
+        }
+    });
+    return total < 0 ? sum_of(counts) : total;
+}
+
 allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model & model, int32_t token_rule) {
     const auto own = allocmoe_effective_plan(model, nullptr);
     if (sum_of(own) == 0) {
@@ -62,14 +87,11 @@ allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model &
     if (!file || file->n_rows == 0) {
         throw allocmoe_error("other budgets need the plans that allocmoe-convert stores in the file; convert it first");
     }
-    if (allocmoe_overridden(*file, model)) {
+    if (allocmoe_raised_above_plan(*file, model)) {
         fail_overridden(*file, model);
     }
-    allocmoe_budgets range = { sum_of(own), 0, sum_of(own) };
+    allocmoe_budgets range = { sum_of(own), allocmoe_total_of(*file, model, file->plan), sum_of(own) };
     for_each_row(*file, own, token_rule, [&](size_t, int64_t spends) { range.least = std::min(range.least, spends); });
-    for (size_t il = 0; il < own.size(); ++il) {
-        range.of_file += std::min(own[il], file->plan.expert_used_count[il]);
-    }
     return range;
 }
 
@@ -119,7 +141,7 @@ std::vector<float> allocmoe_miss_threshold(const allocmoe_model & file, const ll
     }
     const auto own   = allocmoe_effective_plan(model, nullptr);
     int64_t low      = 0;
-    const size_t row = best_row(file, own, ALLOCMOE_RULE_ESTIMATE, sum_of(file.plan.expert_used_count), low);
+    const size_t row = best_row(file, own, ALLOCMOE_RULE_ESTIMATE, allocmoe_total_of(file, model, file.plan), low);
     if (row == file.n_rows) {
         return {};
     }
@@ -167,7 +189,7 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
         throw allocmoe_error(format("token rule: found %d, strict %d, want -1 or one that there is", token_rule, strict));
     }
     if (file && token_rule == -1 && strict == -1 && total == ALLOCMOE_TOTAL_OF_FILE) {
-        if (allocmoe_overridden(*file, model)) {
+        if (allocmoe_raised_above_plan(*file, model)) {
             return nullptr; // whoever raises the count wants it raised
         }
         auto plan = std::make_unique<allocmoe_plan>(file->plan);
@@ -176,7 +198,7 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
     if (!file || file->n_rows == 0) {
         return full_or_fail(file, model, total, token_rule, strict);
     }
-    if (allocmoe_overridden(*file, model)) {
+    if (allocmoe_raised_above_plan(*file, model)) {
         if ((total != ALLOCMOE_TOTAL_OF_FILE && total != sum_of(own)) || token_rule > ALLOCMOE_RULE_OFF || strict == 1) {
             fail_overridden(*file, model);
         }
@@ -198,7 +220,7 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
     if (!same_counts) {
         const size_t n_layer = own.size();
         const auto & table   = estimate ? file->estimate : file->counts;
-        const size_t row     = find_row(*file, own, rule, total == ALLOCMOE_TOTAL_OF_FILE ? sum_of(file->plan.expert_used_count) : total);
+        const size_t row     = find_row(*file, own, rule, total == ALLOCMOE_TOTAL_OF_FILE ? allocmoe_total_of(*file, model, file->plan) : total);
         plan->expert_used_count.assign(table.expert_used_count.begin() + row * n_layer, table.expert_used_count.begin() + (row + 1) * n_layer);
         if (estimate) {
             plan->threshold.assign(table.threshold.begin() + row * n_layer, table.threshold.begin() + (row + 1) * n_layer);

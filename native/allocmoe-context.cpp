@@ -19,7 +19,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <numeric>
 
 const llama_model & allocmoe_access::model(const llama_context * ctx) {
     return ctx->model;
@@ -128,8 +127,7 @@ std::shared_ptr<const allocmoe_plan> allocmoe_runnable(std::unique_ptr<allocmoe_
         const bool thresholds = plan->token_rule == ALLOCMOE_RULE_ESTIMATE && file && file->n_rows > 0 && !file->threshold_table.empty();
         LLAMA_LOG_WARN("allocmoe: token rule %s is off: %s\n", allocmoe_token_rule_names[plan->token_rule], obstacle);
         if (thresholds) {
-            const int64_t total = std::accumulate(plan->expert_used_count.begin(), plan->expert_used_count.end(), (int64_t) 0);
-            return allocmoe_runnable(allocmoe_plan_budget(file, model, total, ALLOCMOE_RULE_THRESHOLD, -1), state, model);
+            return allocmoe_runnable(allocmoe_plan_budget(file, model, allocmoe_total_of(*file, model, *plan), ALLOCMOE_RULE_THRESHOLD, -1), state, model);
         }
         plan->token_rule = ALLOCMOE_RULE_OFF;
     }
@@ -196,7 +194,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
         return;
     }
     const int64_t asked = state->file->asked_total;
-    if (asked == 0 && allocmoe_overridden(*state->file, model)) {
+    if (asked == 0 && allocmoe_raised_above_plan(*state->file, model)) {
         LLAMA_LOG_WARN("allocmoe: %s.expert_used_count is overridden with more than the file's plan was made for: it is not used\n", llm_arch_name(model.arch));
     }
     settings->plan = allocmoe_runnable(allocmoe_plan_budget(state->file.get(), model, asked, -1, -1), *state, model);

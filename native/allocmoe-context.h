@@ -40,7 +40,8 @@ struct allocmoe_state {
         std::vector<int64_t> tokens;      // [block_count]
     };
     std::array<phase, 2> phases; // by ALLOCMOE_PHASE_*
-    // [block_count], written by the nodes of the token rules: to be read after the context has been synchronised
+    // [block_count], written by the nodes of the token rules, and by allocmoe_count() for layers without one: to be read after the context
+    // has been synchronised
     std::shared_ptr<allocmoe_spent> spent;
     bool spent_on_devices = false; // the model's devices can write it too
     bool has_devices      = false; // the model has some

@@ -14,12 +14,17 @@
 #include <cmath>
 #include <vector>
 
+// For so many tokens a slot an expert counts as one that was run. Where a price leaves few to be run, those of all slots would be looked
+// for through the whole text, for every token.
+constexpr int64_t TOKENS_PER_SLOT = 16;
+
 // What of token t's candidates is not among the n_slots different experts that its sequence ran last.
 static void find_absent(const allocmoe_estimate_args & args, allocmoe_ran & ran, int64_t n_slots, int32_t t, allocmoe_absent * absent) {
     std::vector<bool> recent(ran.n_entry > 0 ? LLAMA_MAX_EXPERTS : 0);
-    int64_t n     = 0;
-    int32_t place = args.places[t].before;
-    for (int32_t step = 0; place >= 0 && step < ran.n_left && n < n_slots; ++step) {
+    int64_t n             = 0;
+    int32_t place         = args.places[t].before;
+    const int64_t n_steps = std::min<int64_t>(ran.n_left, TOKENS_PER_SLOT * n_slots);
+    for (int64_t step = 0; place >= 0 && step < n_steps && n < n_slots; ++step) {
         const int16_t * entry = ran.at(args.node.il, place);
         // from the best on, as the cache keeps them
         for (int64_t r = 1; entry[0] != ALLOCMOE_RAN_NOTHING && r < ran.n_entry && entry[r] >= 0 && n < n_slots; ++r) {

@@ -749,7 +749,7 @@ void allocmoe_expert_cache::add_requests(ggml_context * ctx, ggml_cgraph * gf, i
         if (found != asked.end()) {
             add(found->second, node->src[2]);
         }
-        ggml_build_forward_expand(gf, node);
+        ggml_build_forward_order(gf, node);
     }
 }
 

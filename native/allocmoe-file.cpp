@@ -40,7 +40,7 @@ struct keys {
         return { values, values + n };
     }
 
-    std::vector<float> finite(const std::string & name, size_t n) const {
+    std::vector<float> numbers(const std::string & name, size_t n) const {
         auto values = array<float>(name, GGUF_TYPE_FLOAT32, n);
         if (std::any_of(values.begin(), values.end(), [](float x) { return std::isnan(x); })) {
             fail(name, "has an entry that is not a number");
@@ -124,7 +124,7 @@ static void read_plan(const keys & keys, const llama_hparams & hparams, allocmoe
         plan.k_base = keys.number("k_base", 1, hparams.n_expert);
     }
     if (allocmoe_by_threshold(plan.token_rule)) {
-        plan.threshold = keys.finite("threshold", n_layer);
+        plan.threshold = keys.numbers("threshold", n_layer);
     }
 }
 
@@ -210,7 +210,7 @@ static void read_tables(const keys & keys, allocmoe_model & file) {
             file.threshold_begin.push_back(n);
             n += k;
         }
-        file.threshold_table = keys.finite("threshold_table", n);
+        file.threshold_table = keys.numbers("threshold_table", n);
     }
 }
 
@@ -284,12 +284,16 @@ std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & l
             throw allocmoe_error(format("%s cannot be overridden: %s", key.c_str(), file ? "of our keys only allocmoe.budget_total can" : "the file has no plan"));
         }
     }
-    if (file) {
+    const auto asked = loader.kv_overrides.find("allocmoe.budget_total");
+    if (file && asked != loader.kv_overrides.end()) {
+        const auto & value = asked->second;
+        const int64_t full = std::accumulate(file->full.begin(), file->full.end(), (int64_t) 0);
+        if (value.tag != LLAMA_KV_OVERRIDE_TYPE_INT || value.val_i64 < 1 || value.val_i64 > full) {
+            throw allocmoe_error(format("allocmoe.budget_total: want a whole number of expert activations per token, 1 to %lld", (long long) full));
+        }
         const int64_t i = gguf_find_key(loader.metadata, "allocmoe.budget_total");
-        uint32_t total  = 0;
-        // a key override beats what is in the file
-        if (i >= 0 && loader.get_key("allocmoe.budget_total", total, false) && total != gguf_get_val_u32(loader.metadata, i)) {
-            file->asked_total = total;
+        if (i < 0 || value.val_i64 != gguf_get_val_u32(loader.metadata, i)) {
+            file->asked_total = value.val_i64;
         }
     }
     return file;

@@ -27,7 +27,7 @@ struct allocmoe_model {
     allocmoe_plan plan;        // what the file says is to be run, without estimates
     std::vector<int32_t> full; // [block_count], the experts per token that the plans were made for, 0 where a layer routes none
 
-    // Plans by what they spend: row r is for n_moe_layers + r activations, the last for all. Empty: the file has none.
+    // Plans by total: row r is for n_moe_layers + r activations, or as large a share of their cost; the last for all. Empty: the file has none.
     struct table {
         std::vector<int32_t> expert_used_count; // [n_rows][block_count]
         std::vector<float> threshold;           // [n_rows][block_count], for ALLOCMOE_RULE_ESTIMATE; NaN where the rule cannot spend so little
@@ -71,6 +71,9 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
 // The thresholds of the file's own budget under ALLOCMOE_RULE_ESTIMATE, [block_count]; empty where it has none.
 std::vector<float> allocmoe_miss_threshold(const allocmoe_model & file, const llama_model & model);
 
+// The total for which the file's table has a plan's counts: what they add up to, but where a budget counts milliseconds.
+int64_t allocmoe_total_of(const allocmoe_model & file, const llama_model & model, const allocmoe_plan & plan);
+
 // The budgets that allocmoe_plan_budget serves under a rule. Throws allocmoe_error where there is no choice.
 struct allocmoe_budgets {
     int64_t least;
@@ -83,4 +86,4 @@ allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model &
 int64_t allocmoe_preset_total(const std::string & name, const allocmoe_model * file, const llama_model & model, int32_t token_rule);
 
 // Whether the model runs more experts per token than the file's plans were made for: somebody has overridden its count.
-bool allocmoe_overridden(const allocmoe_model & file, const llama_model & model);
+bool allocmoe_raised_above_plan(const allocmoe_model & file, const llama_model & model);

@@ -78,8 +78,9 @@ struct allocmoe_graph {
 // The graph's own, made where there is none yet.
 allocmoe_graph & allocmoe_graph_of(llm_graph_result & res, const llama_cparams & cparams);
 
-// Takes all nodes out, to be put back with others between them. Inputs stay: they are set whether a node reads them or not, so
-// all of them need memory.
+// Takes all nodes out, to be put back with others between them, by ggml_build_forward_order(): of two branches, such as tokens and
+// embeddings as input, the one that is not taken is in the graph too, and must not come to be computed. Inputs stay: they are set
+// whether a node reads them or not, so all of them need memory.
 void allocmoe_clear_graph(ggml_context * ctx, ggml_cgraph * gf);
 
 // The node that a layer's ids come from, from its sources but for the rule's values.

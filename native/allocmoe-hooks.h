@@ -81,8 +81,8 @@ ggml_tensor * allocmoe_build_token_rule(
     ggml_tensor * weights,  // [1, n_expert_used, n_tokens]
     float skipped);
 
-// Where the layer's rule goes by estimates: as above, for weights that are final, which stay as they are. Where inputs are
-// recorded: remembers the input.
+// Where the layer's rule goes by estimates: as above, for weights that are final, which stay as they are. Remembers the input, for
+// the instrument.
 void allocmoe_build_estimate(
     ggml_context * ctx,
     llm_graph_result & res,
@@ -99,7 +99,7 @@ ggml_tensor * allocmoe_build_record(
     ggml_tensor * weights, // [1, n_expert_used, n_tokens]
     bool renormalised);
 
-// Where a token rule is on: the weighted sum over each token's experts, [n_embd, n_tokens], and the estimate of the others if
+// The weighted sum over each token's experts, [n_embd, n_tokens], and the estimate of the others if
 // there is one; a single node where the CPU runs it. Null where upstream's nodes are to do it.
 ggml_tensor * allocmoe_build_sum(
     ggml_context * ctx,

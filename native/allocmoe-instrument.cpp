@@ -251,6 +251,7 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
             }
         }
         nodes.erase(nodes.begin(), first + 1);
+        ggml_build_forward_expand(gf, start);
         for (auto & layer : graph.layers) {
             if (layer.il <= il) {
                 layer.n_tokens = layer.activations = 0; // does not run
@@ -259,7 +260,7 @@ void allocmoe_edit_for_instrument(const allocmoe_instrument & instrument, allocm
     }
 
     for (ggml_tensor * node : nodes) {
-        ggml_build_forward_expand(gf, node);
+        ggml_build_forward_order(gf, node);
         const int layer = instrument.keep_outputs ? layer_of_output(node) : -1;
         if (layer >= 0 && layer < (int) kept.size()) {
             kept[layer].resize(ggml_nelements(node));

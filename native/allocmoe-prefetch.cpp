@@ -117,6 +117,6 @@ void allocmoe_add_prefetch(ggml_context * ctx, ggml_cgraph * gf) {
             ggml_build_forward_expand(gf, prefetch);
             args.erase(found);
         }
-        ggml_build_forward_expand(gf, node);
+        ggml_build_forward_order(gf, node);
     }
 }

@@ -268,9 +268,7 @@ bool allocmoe_server_init(llama_context * ctx) {
     if (setting("ALLOCMOE_SERVER_PREFETCH") == "on" && allocmoe_set_prefetch(ctx, true) > 0) {
         LOG_INF("allocmoe: experts are prefetched from the model's file\n");
     }
-    std::vector<int32_t> plan(model->n_layer);
-    allocmoe_get_plan(ctx, plan.data(), model->n_layer);
-    model->total_default = sum_of(plan);
+    allocmoe_get_total(ctx, &model->total_default);
     if (model->floor > model->total_default) {
         return refuse_to_start("the adaptive budget's floor, " + std::to_string(model->floor) + " activations per token, is above the server's budget, " +
                                std::to_string(model->total_default));

@@ -393,7 +393,7 @@ struct allocmoe_estimate_shared {
     float parts[ALLOCMOE_MAX_BLOCK];
 };
 
-ALLOCMOE_FN float allocmoe_weight(const allocmoe_estimate_args & a, int32_t t, int32_t r) {
+ALLOCMOE_FN float allocmoe_weight_of(const allocmoe_estimate_args & a, int32_t t, int32_t r) {
     return a.weights[t * a.stride_weights + r * a.stride_weights_rank];
 }
 
@@ -411,7 +411,7 @@ ALLOCMOE_FN float allocmoe_size_part(const allocmoe_estimate_args & a, int32_t t
 
 // v_e from its lanes' parts
 ALLOCMOE_FN float allocmoe_size(const allocmoe_estimate_args & a, int32_t t, int32_t r, const float * parts, int32_t n_lanes) {
-    const float weight = allocmoe_weight(a, t, r);
+    const float weight = allocmoe_weight_of(a, t, r);
     const float last   = a.table[a.ids[t * a.stride_ids + r] * a.stride_table + a.n_down];
     float size         = 0.0f;
     for (int32_t i = 0; i < n_lanes; ++i) {
@@ -544,7 +544,7 @@ ALLOCMOE_FN void allocmoe_sum_skipped(Block & block, const allocmoe_estimate_arg
         if (routed[r] >= 0) {
             continue;
         }
-        const float weight   = allocmoe_weight(a, t, r);
+        const float weight   = allocmoe_weight_of(a, t, r);
         const float * output = a.table + ids[r] * a.stride_table;
         for (int32_t i = block.rank(); i < a.rank; i += block.size()) {
             out[i] += weight * (output[i] + u[i]);

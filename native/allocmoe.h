@@ -84,6 +84,9 @@ LLAMA_API int32_t allocmoe_budget_range(const struct llama_context * ctx, int64_
 // that, or the least that the rule serves. token_rule as in allocmoe_set_budget.
 LLAMA_API int32_t allocmoe_preset(const struct llama_context * ctx, const char * name, int32_t token_rule, int64_t * total);
 
+// The budget in force, as allocmoe_set_budget takes it: what its plan's counts add up to, but where budgets count milliseconds.
+LLAMA_API int32_t allocmoe_get_total(const struct llama_context * ctx, int64_t * total);
+
 // The budget of one sequence in place of the context's, under the context's token rule; ALLOCMOE_TOTAL_OF_FILE ends it. Its
 // tokens run in one batch with those of other sequences, each by its own. Under ALLOCMOE_RULE_BATCH sequences with the same
 // count in a layer share it. What a strict rule has left over is a sequence's own, by position; llama_memory_seq_cp does not

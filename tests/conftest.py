@@ -10,6 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # before anything imports llama_cpp: this decides which libllama the process runs
 import allocmoe_edge  # noqa: F401
 from filelock import FileLock
+import llama_cpp
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,3 +184,21 @@ def out(tmp_path) -> Path:
     """An empty folder for the output, so that it shows what else was left there."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
+
+
+def put_picture(llm, n_places=6, seed=0):
+    """What llama-cpp-python's chat handlers do with a picture, when its encoder has run: embeddings in the places of tokens."""
+    n_embd, begin = llm.n_embd(), llm.n_tokens
+    batch = llama_cpp.llama_batch_init(n_places, n_embd, 1)
+    try:
+        values = np.random.default_rng(seed).standard_normal(n_places * n_embd).astype(np.float32)
+        np.ctypeslib.as_array(batch.embd, (n_places * n_embd,))[:] = values
+        batch.n_tokens = n_places
+        for i in range(n_places):
+            batch.pos[i], batch.n_seq_id[i], batch.logits[i] = begin + i, 1, i == n_places - 1
+            batch.seq_id[i][0] = 0
+        assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    llm.input_ids[begin : begin + n_places] = 2**30  # what was there before, which may be anything
+    llm.n_tokens = begin + n_places

@@ -77,9 +77,9 @@ class _Writer(gguf.GGUFWriter):
         self.close()
 
 
-def write_qwen3moe(path: Path, more: Sequence[str] = ()) -> Path:
+def write_qwen3moe(path: Path, more: Sequence[str] = (), n_ctx: int = 256) -> Path:
     """Nothing odd, with a vocabulary of single letters in which any English text can be written, and of `more`."""
-    w = _Writer(path, "qwen3moe", _HEAD_DIM, tokens=[*_LETTERS, "<|endoftext|>", *more])
+    w = _Writer(path, "qwen3moe", _HEAD_DIM, tokens=[*_LETTERS, "<|endoftext|>", *more], n_ctx=n_ctx)
     w.add_eos_token_id(len(_LETTERS))
     w.add_head_count_kv(N_HEAD)
     _qwen3_layers(w)

@@ -126,6 +126,28 @@ def test_rule_of_the_files_own_plan(llm):
     assert llm.set_budget() == plan
 
 
+@pytest.mark.parametrize("rule", ["off", "threshold", "estimate"])
+def test_budgets_of_a_file_that_counts_milliseconds(source, tmp_path, rule):
+    """A plan's counts add up to another number than its total there, and that number was looked up: "balanced" spent another share of
+    the time than the plan in the file, and so did the file's plan under another rule."""
+    profile = made_profile(cost=(1.0, 1.0, 3.0, 3.0), cost_unit="ms", token_rule=rule, k_base=1)
+    llm = Llama(str(written(source, tmp_path / "m.gguf", profile)), **SIZES)
+    own = llm.plan
+    assert own == profile.plan(8, FULL) and own.budget_total != 8
+    assert llm.set_budget("balanced") == llm.set_budget(0.5) == llm.set_budget() == own
+    assert llm.budget_total("balanced") == 8 and llm.budget_total("fast") == 5
+    for other in TOKEN_RULES:
+        want = profile.with_token_rule(own, other)
+        assert want.expert_used_count == profile.plan(8, FULL, other).expert_used_count
+        assert llm.set_budget(token_rule=other) == (replace(want, k_base=1) if other == "off" else want)
+    total = ffi.new("int64_t *")
+    for asked in (6, 8, 12):
+        llm.set_budget(asked)
+        assert libllama.allocmoe_get_total(context_pointer(llm), total) == 0
+        assert llm.set_budget(total[0]) == profile.plan(asked, FULL)
+    llm.close()
+
+
 def test_errors_are_sentences(llm):
     def message(*arguments) -> str:
         assert libllama.allocmoe_set_budget(context_pointer(llm), *arguments) == libllama.ALLOCMOE_ERR_BUDGET
@@ -177,8 +199,12 @@ def test_budget_by_key_override(planned):
     llm = Llama(str(planned), kv_overrides={"allocmoe.budget_total": 11}, **SIZES)
     assert llm.plan == made_profile().plan(11, FULL)
     llm.close()
-    with pytest.raises(ValueError):
-        Llama(str(planned), kv_overrides={"allocmoe.budget_total": 99}, **SIZES)
+    # 2**32 + 6 was 6
+    for total in (99, 2**32 + 6):
+        with pytest.raises(
+            ValueError, match="allocmoe.budget_total: want a whole number of expert activations per token, 1 to 16"
+        ):
+            Llama(str(planned), kv_overrides={"allocmoe.budget_total": total}, **SIZES)
 
 
 @pytest.mark.parametrize(

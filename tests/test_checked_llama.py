@@ -13,6 +13,7 @@ from allocmoe_edge import DraftModel, GenerationError, Llama
 import llama_cpp
 from llama_cpp import LlamaGrammar, LogitsProcessorList, StoppingCriteriaList
 import numpy as np
+import odd_models
 import other_models
 import pytest
 
@@ -512,6 +513,17 @@ def test_context_is_as_large_as_llama_cpp_makes_it(path):
     assert llm.n_ctx() == 512
     list(itertools.islice(llm.generate([1] * 310, temp=0.0), 3))
     assert len(llm.input_ids) == 512 and llm.n_tokens == 312
+
+
+@pytest.mark.parametrize("logits_all", [True, False])
+def test_the_models_own_context(tmp_path, logits_all):
+    """As large as llama.cpp makes it, too; a longer prompt did not fit the array of tokens, and generated ones were lost."""
+    model = odd_models.write_qwen3moe(tmp_path / "m.gguf", n_ctx=300)
+    llm = Llama(model, n_ctx=0, logits_all=logits_all, verbose=False)
+    assert llm.n_ctx() == len(llm.input_ids) == 512
+    assert len(llm.scores) == 512
+    list(itertools.islice(llm.generate([1] * 310, temp=0.0), 3))
+    assert llm.n_tokens == 312 and (llm.input_ids[:310] == 1).all()
 
 
 @pytest.mark.parametrize("n_past", [-1, 256, 10**20, 1.5])

@@ -596,6 +596,30 @@ def test_a_limit_that_no_step_is_within(smallest, capsys):
         assert ("by chance perplexity is off by up to 10.0% there" in capsys.readouterr().err) == said
 
 
+@pytest.mark.parametrize("rule", ["off", "batch", "threshold", "estimate"])
+def test_max_ppl_increase_looks_at_plans_of_its_rule(tiny, tmp_path, rule):
+    """Under "estimate" it looked at plans without, too, and wrote one above the limit without a word."""
+    done = run(tiny.gguf_path, *TEXT, "--token-rule", rule, "--max-ppl-increase", "2%", "-o", tmp_path / "o.gguf")
+    assert done.returncode == 0, done.stderr
+    plan, held_out = metadata.read(tmp_path / "o.gguf").plan, metadata.read(tmp_path / "o.gguf").profile.held_out
+    assert plan.token_rule == rule and held_out.plan <= 1.02 * held_out.full
+    steps = dict(re.findall(r"(\d+) of 16 activations: perplexity ([+-][\d.]+)%", done.stderr))
+    found = steps.get(str(plan.budget_total), "0")
+    assert float(found) == pytest.approx(100 * (held_out.plan / held_out.full - 1), abs=0.1)
+
+
+def test_max_ppl_increase_without_a_plan_within_it(capsys):
+    """Not even full budget, where estimates take experts out: said."""
+    calibration = metadata.Calibration("made up", 1, "0" * 64)
+    held_out = metadata.HeldOut(8, 1.0, 1.0, 1.031, 0.1, 0.1)
+    profile = metadata.Profile((np.linspace(2, 1, 4),) * 4, (1.0,) * 4, calibration, held_out=held_out)
+    choice = choose.Choice(profile, profile.plan(8, (4,) * 4), {}, {}, 0)
+    choose.report(choice, 0.03)
+    assert "no plan is within the limit: perplexity +3.1%" in capsys.readouterr().err
+    choose.report(choice, 0.04)
+    assert "limit" not in capsys.readouterr().err
+
+
 def test_max_ppl_increase_leaves_k_base(tiny, tmp_path):
     """No budget below what every token keeps is looked at, however much may be lost: it was 4."""
     options = *TEXT, "--token-rule", "threshold", "--k-base", "2", "--max-ppl-increase", "1000000%"

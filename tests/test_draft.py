@@ -8,7 +8,7 @@ import pickle
 
 from allocmoe_edge import DraftModel, GenerationError, Llama, PlanError
 from allocmoe_edge.second_context import SecondContext
-from conftest import plan_from_made_up_profile
+from conftest import plan_from_made_up_profile, put_picture
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 import numpy as np
@@ -167,24 +167,6 @@ def test_callbacks_see_the_text_alone(path, plain):
     stop = llama_cpp.StoppingCriteriaList([lambda input_ids, logits: seen.append(input_ids.tolist()) or len(seen) == 9])
     assert tokens(llm, 30, stopping_criteria=stop) == tokens(plain, 8)
     assert seen == [text[: len(text) - 30 + n] for n in range(9)]
-
-
-def put_picture(llm, n_places=6, seed=0):
-    """What llama-cpp-python's chat handlers do with a picture, when its encoder has run: embeddings in the places of tokens."""
-    n_embd, begin = llm.n_embd(), llm.n_tokens
-    batch = llama_cpp.llama_batch_init(n_places, n_embd, 1)
-    try:
-        values = np.random.default_rng(seed).standard_normal(n_places * n_embd).astype(np.float32)
-        np.ctypeslib.as_array(batch.embd, (n_places * n_embd,))[:] = values
-        batch.n_tokens = n_places
-        for i in range(n_places):
-            batch.pos[i], batch.n_seq_id[i], batch.logits[i] = begin + i, 1, i == n_places - 1
-            batch.seq_id[i][0] = 0
-        assert llama_cpp.llama_decode(llm.ctx, batch) == 0
-    finally:
-        llama_cpp.llama_batch_free(batch)
-    llm.input_ids[begin : begin + n_places] = 2**30  # what was there before, which may be anything
-    llm.n_tokens = begin + n_places
 
 
 def with_pictures(llm, n=30, seed=0) -> list:

@@ -22,6 +22,7 @@ from allocmoe_edge.inspect.routing import hit_rates
 from allocmoe_edge.measure import memory
 from allocmoe_edge.plan import metadata
 from allocmoe_edge.plan.estimator import N_QUANTILES
+from conftest import put_picture
 import expert_cache as expert_cache_bench
 import expert_replay
 import expert_rules
@@ -87,6 +88,31 @@ def logits(llm) -> np.ndarray:
 def expected(path):
     llm = Llama(str(path), **SIZES)
     yield logits(llm)
+    llm.close()
+
+
+@pytest.mark.parametrize("how", ["in memory", "expert cache", "prefetch"])
+def test_embeddings_in_place_of_tokens(path, how):
+    """As of a picture. A graph has nodes for tokens, too, that are not computed then, and were where we add nodes: of tokens that
+    nobody had set, which ended the process."""
+    kwargs = {"expert cache": dict(expert_cache=size_for(path, 5), miss_price=1), "prefetch": dict(prefetch=True)}.get(
+        how, {}
+    )
+    llm = Llama(str(path), **{**SIZES, "n_ctx": 256, "n_ubatch": 128}, **kwargs)
+    for n_places in (40, 1, 64):
+        llm.eval([5, 6, 7])
+        put_picture(llm, n_places)
+    llm.eval([8])
+    found = llm.scores[llm.n_tokens - 1].copy()
+    assert np.isfinite(found).all()
+    if how != "in memory":
+        other = Llama(str(path), **{**SIZES, "n_ctx": 256, "n_ubatch": 128})
+        for n_places in (40, 1, 64):
+            other.eval([5, 6, 7])
+            put_picture(other, n_places)
+        other.eval([8])
+        assert np.array_equal(found, other.scores[other.n_tokens - 1])
+        other.close()
     llm.close()
 
 
@@ -435,6 +461,23 @@ def test_at_hand_is_what_the_own_text_has_run(path):
     assert copy.miss_price == 50
     for each in (llm, other, copy):
         each.close()
+
+
+def test_at_hand_is_nothing_of_long_ago(path):
+    """16 tokens a slot are looked at: where a price left few to be run, the whole text was, for every token."""
+    llm = load(path, 8, miss_price=1e6, n_ctx=512)
+    llm.apply_plan(by_estimates())
+    found = []
+    for n in (10, 16 * max(slots(llm)) + 1):
+        llm.clear_cache()
+        llm.eval([5, 5])  # a prompt, which runs all
+        for _ in range(n):
+            llm.eval([9])
+        llm.expert_stats(reset=True)
+        llm.eval([5])
+        found.append(llm.expert_stats()["decode"]["activations"].sum())
+    assert found[0] > found[1]
+    llm.close()
 
 
 def test_a_state_that_is_loaded_has_at_hand_what_its_text_has_run(path):

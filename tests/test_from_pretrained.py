@@ -34,6 +34,13 @@ for pattern, reason in (("*.gguf", "several files fit"), ("none", "no file fits 
     else:
         raise AssertionError(pattern)
 try:
+    Llama.from_pretrained("org/name", "whole.gguf", cache_dir=sys.argv[2], n_ctxx=64)
+except TypeError as error:
+    assert "did you mean n_ctx" in str(error) and not Path(sys.argv[2]).exists()
+else:
+    raise AssertionError("an argument that there is not")
+Llama.from_pretrained("org/name", "whole.gguf", local_dir_use_symlinks=False, **options)
+try:
     Llama.from_pretrained("org/none", "whole.gguf")
 except OSError as error:
     assert "org/none" in str(error)
@@ -49,8 +56,8 @@ def test_from_pretrained(tmp_path):
     assert len(split_gguf(whole, folder / "split", 20)) > 1
     (folder / "README.txt").write_text("A model.")
     with serve(folder, "org/name") as (endpoint, asked):
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "here")]
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "here"), str(tmp_path / "cache")]
         done = subprocess.run(command, capture_output=True, text=True, env=hub_env(endpoint, tmp_path / "home"))
         assert done.returncode == 0, done.stderr[-3000:]
         # the other model was downloaded for nobody
-        assert len([path for path in asked if path.endswith("whole.gguf")]) <= 2
+        assert len([path for path in asked if path.endswith("whole.gguf")]) <= 3

@@ -416,6 +416,38 @@ def test_state_of_which_more_is_left_over_than_can_be(llm, number):
     assert text(llm) == expected
 
 
+def test_the_cache_that_was_set(llm):
+    """`llm.cache` can be used as the one that was set; an assignment to it was lost, and a copy never ended."""
+    own = llama_cpp.LlamaRAMCache()
+    llm.set_cache(own)
+    text(llm)
+    assert isinstance(llm.cache, llama_cpp.llama_cache.BaseLlamaCache)
+    assert llm.cache.cache_size == own.cache_size > 0
+    llm.cache.capacity_bytes = 5
+    assert own.capacity_bytes == 5 and copy.copy(llm.cache).capacity_bytes == 5
+    llm.set_cache(None)
+    assert llm.cache is None
+
+
+def test_state_of_which_much_is_left_over(llm):
+    """A text for which thresholds find little to run; what was above 400 became 0, though it may be more by thresholds."""
+    plan = replace(llm.set_budget(0.5, token_rule="threshold", strict=True), threshold=[9.0] * llm.plan.n_layer)
+    llm.set_plan(plan)
+    llm.clear_cache()
+    for _ in range(8):
+        llm.eval([5] * 60)
+    state = llm.save_state()
+    assert state.left.max() > 400
+    llm.eval([7])
+    expected = llm.save_state().left
+    for _ in range(2):
+        llm.clear_cache()
+        llm.load_state(state)
+        assert np.array_equal(llm.save_state().left, state.left)
+        llm.eval([7])
+        assert np.array_equal(llm.save_state().left, expected)
+
+
 CACHES = {
     "memory": lambda folder: llama_cpp.LlamaRAMCache(),
     "disk": lambda folder: llama_cpp.LlamaDiskCache(str(folder)),

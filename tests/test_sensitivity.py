@@ -93,6 +93,12 @@ def test_isolated_profile_measured_by_hand(llm, full_logits_llm, text, tmp_path)
             assert by_kl[layer][k - 1] == pytest.approx(divergence(full_logits_llm, few, counts), rel=1e-4)
 
 
+def test_a_perplexity_that_is_better_at_half_by_chance():
+    """It was taken for what fewer experts gain, and one was best of all."""
+    damage, errors = {(0, 2): 9.99, (0, 4): 10.0}, np.array([4.0, 3.0, 1.0, 0.5, 0.0])
+    assert np.array_equal(sensitivity._from_errors(damage, 0, errors), [10.0] * 4)
+
+
 def test_fast_profile(llm, full_logits_llm, text, tmp_path):
     """Measured at half; in proportion to the layer's own output error elsewhere; nothing lost at full."""
     with Checkpoint(tmp_path / "c", Path(llm.model_path)) as checkpoint:

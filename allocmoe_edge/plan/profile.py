@@ -77,7 +77,7 @@ class Profile:
             same = token_rule == plan.token_rule
             if same:
                 return replace(plan, strict=strict is not False)
-            return self.plan(plan.budget_total, plan.expert_used_count_full, token_rule, strict)
+            return self.plan(self._total_of(plan), plan.expert_used_count_full, token_rule, strict)
         threshold = None
         if token_rule == "threshold":
             if self.threshold_table is None:
@@ -90,6 +90,18 @@ class Profile:
         return replace(
             plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value="score"
         )
+
+    def _total_of(self, plan: Plan) -> int:
+        """The total for which a plan was made: what it spends, but where a budget counts milliseconds."""
+        full = plan.expert_used_count_full
+        if plan.token_rule == "estimate" and self.estimator is not None:
+            counts, threshold = self.estimate_table(full)
+            asked = np.float32(threshold) == np.float32(plan.threshold)  # as a file has them
+            same = (counts == plan.expert_used_count).all(axis=1) & asked.all(axis=1)
+        else:
+            same = (self.plan_table(full) == plan.expert_used_count).all(axis=1)
+        rows = np.flatnonzero(same)
+        return sum(k > 0 for k in full) + int(rows[0]) if len(rows) else plan.budget_total
 
     def plan_table(self, full: tuple) -> np.ndarray:
         """The counts of every total under the rules other than "estimate": int64 [n_totals, n_layer], as `allocate_totals`."""

@@ -14,6 +14,7 @@ from allocmoe_edge import chat, llama_server
 from allocmoe_edge.bench import cli as bench_cli
 from allocmoe_edge.convert import cli as convert_cli
 from allocmoe_edge.inspect import cli as inspect_cli
+import llama_cpp
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,6 +265,18 @@ def test_pages_made_from_docstrings_are_current():
     spec.loader.exec_module(generate)
     for path, text in generate.pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{_name(path)}: run python docs/generate.py, and commit it"
+
+
+def test_differences_from_llama_cpp_python_are_named():
+    """Arguments that only our class has, in the table of docs/python.md."""
+    theirs = inspect.signature(llama_cpp.Llama.__init__).parameters
+    ours = [name for name in inspect.signature(allocmoe_edge.Llama.__init__).parameters if name not in theirs]
+    found = [
+        row[2]
+        for row in _rows(DOCS / "python.md", "Differences from llama-cpp-python")
+        if row[0].startswith("arguments")
+    ]
+    assert [re.findall(r"`(\w+)`", cell) for cell in found] == [ours]
 
 
 def _rows(path: Path, heading: str) -> list:

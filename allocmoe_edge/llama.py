@@ -75,9 +75,10 @@ class Llama(CheckedLlama):
       raises a `GenerationError`. From a callback of the completion (a logits processor, a stopping criterion) they are
           refused with that error. What such a callback raises ends the completion, and is raised by it.
 
-    Several threads may share one: a call waits until that of another thread has ended, a completion that is not streamed as a
-    whole. A stream is a call for each part of it, so all that is said above holds between its parts for other threads, too. Only
-    `tokenize` and `detokenize` do not wait. Two `Llama` objects, even of one file, have separate plans and run at the same time.
+    Several threads may share one: a call waits until that of another thread has ended, a completion that is not
+    streamed as a whole. A stream is a call for each part of it, so all that is said above holds between its parts for
+    other threads, too. Only `tokenize` and `detokenize` do not wait. Two `Llama` objects, even of one file, have separate
+    plans and run at the same time.
 
     The child of a fork may use it, as a copy of its own, unless a thread other than the one that forked was at work with it, or
     there is a GPU: then it raises a `RuntimeError`, and the child has to load its own.
@@ -105,9 +106,9 @@ class Llama(CheckedLlama):
             as it can. None: if the file is larger than the memory that is available when it is loaded (or the limit of a
             control group, if that is less) and there is no expert_cache; for a model that stays in memory it only costs
             time. Without effect where no experts are in a mapped file, and on Windows.
-        expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and read the
-            others from the file when a layer's router has chosen them; those used last are kept. The output is the same, bit
-            for bit, as that of a model in memory with repack=False, but for what miss_price leaves out. An expert that cannot
+        expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and
+            read the others from the file when a layer's router has chosen them; those used last are kept. The output is
+            the same, bit for bit, as that of a model in memory with repack=False, but for what miss_price leaves out. An expert that cannot
             be read ends the evaluation with a `GenerationError`. None: a cache is made only if the file is larger than the
             free memory and neither n_gpu_layers nor prefetch is given; it takes what the other weights and the context leave.
             0 for none. Not on Windows.

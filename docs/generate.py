@@ -71,8 +71,9 @@ print(llm.create_completion("The capital of France is", max_tokens=16)["choices"
 _FILE_FORMAT = """\
 # File format
 
-Made by `docs/generate.py` from the docstring of `allocmoe_edge/plan/metadata.py`, the module that reads and writes these keys.
-Terms are explained in [how it works](how-it-works.md#terms). To see what a file holds: `allocmoe-inspect FILE`.
+Made by `docs/generate.py` from the docstring of `allocmoe_edge/plan/metadata.py`, the module that reads and writes these
+keys. Terms are explained in [how it works](how-it-works.md#terms). To see what a file holds:
+[`allocmoe-inspect FILE`](inspect.md).
 
 """
 

@@ -108,21 +108,22 @@ class Llama(CheckedLlama):
             time. Without effect where no experts are in a mapped file, and on Windows.
         expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and
             read the others from the file when a layer's router has chosen them; those used last are kept. The output is
-            the same, bit for bit, as that of a model in memory with repack=False, but for what miss_price leaves out. An expert that cannot
-            be read ends the evaluation with a `GenerationError`. None: a cache is made only if the file is larger than the
-            free memory and neither n_gpu_layers nor prefetch is given; it takes what the other weights and the context leave.
-            0 for none. Not on Windows.
-        miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times the
-            time of one at hand, 1 to 1e6. An expert that is not at hand runs for a generated token only if its estimated output
-            is at least sqrt(miss_price) times the threshold; otherwise its estimate is used. The threshold is that of the budget
-            in force, or of the plan in the file if that is higher. At full budget all that is at hand runs, and of the rest what
-            is worth it. At 1 the output is that without a cache. At hand for a token is what the tokens before it in its own
-            text have run last, as many experts as the cache holds of a layer. So equal text gives equal output if it is read
-            in the same pieces, also after `load_state` and from the `cache`. The same call twice does not read in the same
-            pieces: a prompt is computed without the price, and the second call computes its last token alone, with it;
-            `clear_cache` makes them equal. "auto": what it takes on this machine, measured as the model is loaded and rounded
-            to a power of two; give the number that `miss_price` then has for the same output on another machine, or under
-            another load. If it is above 1 and the rule is "estimate", what a draft model proposes is passed over.
+            the same, bit for bit, as that of a model in memory with repack=False, but for what miss_price leaves out.
+            An expert that cannot be read ends the evaluation with a `GenerationError`. None: a cache is made only if
+            the file is larger than the free memory and neither n_gpu_layers nor prefetch is given; it takes what the
+            other weights and the context leave. 0 for none. Not on Windows.
+        miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times
+            the time of one at hand, 1 to 1e6. An expert that is not at hand runs for a generated token only if its
+            estimated output is at least sqrt(miss_price) times the threshold; otherwise its estimate is used. The
+            threshold is that of the budget in force, or of the plan in the file if that is higher. At full budget all
+            that is at hand runs, and of the rest what is worth it. At 1 the output is that without a cache. At hand for
+            a token is what the tokens before it in its own text have run last, as many experts as the cache holds of a
+            layer. So equal text gives equal output if it is read in the same pieces, also after `load_state` and from
+            the `cache`. The same call twice does not read in the same pieces: a prompt is computed without the price,
+            and the second call computes its last token alone, with it; `clear_cache` makes them equal. "auto": what it
+            takes on this machine, measured as the model is loaded and rounded to a power of two; give the number that
+            `miss_price` then has for the same output on another machine, or under another load. If it is above 1 and
+            the rule is "estimate", what a draft model proposes is passed over.
         **kwargs: see `llama_cpp.Llama`. flash_attn is on by default where no layer is on a GPU and the cache is not of float32.
             n_threads and n_threads_batch are by default the physical cores that this process may use. An override of the
             experts per token (kv_overrides) lowers a plan to it; above what the plan in the file

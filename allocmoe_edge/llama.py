@@ -75,10 +75,10 @@ class Llama(CheckedLlama):
       raises a `GenerationError`. From a callback of the completion (a logits processor, a stopping criterion) they are
           refused with that error. What such a callback raises ends the completion, and is raised by it.
 
-    Several threads may share one: a call waits until that of another thread has ended, a completion that is not streamed as a
-    whole. A stream is a call for each part of it, so all that is said above holds between its parts for other threads, too. Only
-    tokens are made of text, and text of tokens, without waiting. Two of them, of one file or of several, each have a plan of their
-    own, and compute at the same time.
+    Several threads may share one: a call waits until that of another thread has ended, a completion that is not
+    streamed as a whole. A stream is a call for each part of it, so all that is said above holds between its parts for
+    other threads, too. Only `tokenize` and `detokenize` do not wait. Two `Llama` objects, even of one file, have separate
+    plans and run at the same time.
 
     The child of a fork may use it, as a copy of its own, unless a thread other than the one that forked was at work with it, or
     there is a GPU: then it raises a `RuntimeError`, and the child has to load its own.
@@ -106,21 +106,24 @@ class Llama(CheckedLlama):
             as it can. None: if the file is larger than the memory that is available when it is loaded (or the limit of a
             control group, if that is less) and there is no expert_cache; for a model that stays in memory it only costs
             time. Without effect where no experts are in a mapped file, and on Windows.
-        expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and read the
-            others from the file when a layer's router has chosen them; those used last are kept. The output is the same, bit
-            for bit, as that of a model in memory with repack=False, but for what miss_price leaves out. An expert that cannot be read ends the evaluation with a
-            `GenerationError`. None: where the file is larger than the memory that is available, what that leaves beside the
-            other weights, unless there is an n_gpu_layers or a prefetch. 0 for none. Not on Windows.
-        miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times the
-            time of one at hand, 1 to 1e6. Such an expert runs for a generated token only where it is estimated to be worth
-            that: sqrt(miss_price) times as large as one at hand has to be, and as one has to be in the plan in the file; its
-            estimate stands in for it elsewhere. So at full budget all that is at hand runs, and of the rest what is worth it.
-            At 1 the output is that without a cache. At hand for a token is what the tokens before it in its own text have run
-            last, as many experts as the cache holds of a layer: so equal text gives equal output where it is read in the same
-            pieces (a prompt is computed without the price), also after `load_state` and from the `cache`. "auto": what it
+        expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and
+            read the others from the file when a layer's router has chosen them; those used last are kept. The output is
+            the same, bit for bit, as that of a model in memory with repack=False, but for what miss_price leaves out.
+            An expert that cannot be read ends the evaluation with a `GenerationError`. None: a cache is made only if
+            the file is larger than the free memory and neither n_gpu_layers nor prefetch is given; it takes what the
+            other weights and the context leave. 0 for none. Not on Windows.
+        miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times
+            the time of one at hand, 1 to 1e6. An expert that is not at hand runs for a generated token only if its
+            estimated output is at least sqrt(miss_price) times the threshold; otherwise its estimate is used. The
+            threshold is that of the budget in force, or of the plan in the file if that is higher. At full budget all
+            that is at hand runs, and of the rest what is worth it. At 1 the output is that without a cache. At hand for
+            a token is what the tokens before it in its own text have run last, as many experts as the cache holds of a
+            layer. So equal text gives equal output if it is read in the same pieces, also after `load_state` and from
+            the `cache`. The same call twice does not read in the same pieces: a prompt is computed without the price,
+            and the second call computes its last token alone, with it; `clear_cache` makes them equal. "auto": what it
             takes on this machine, measured as the model is loaded and rounded to a power of two; give the number that
-            `miss_price` then has for the same output on another machine, or under another load. Where it is above 1 and the
-            rule is "estimate", what a draft model proposes is passed over.
+            `miss_price` then has for the same output on another machine, or under another load. If it is above 1 and
+            the rule is "estimate", what a draft model proposes is passed over.
         **kwargs: see `llama_cpp.Llama`. flash_attn is on by default where no layer is on a GPU and the cache is not of float32.
             n_threads and n_threads_batch are by default the physical cores that this process may use. An override of the
             experts per token (kv_overrides) lowers a plan to it; above what the plan in the file

@@ -112,8 +112,8 @@ def parser() -> argparse.ArgumentParser:
         "--token-rule",
         choices=TOKEN_RULES[::-1],
         help="how activations are shared among tokens. estimate: a token's experts run where what they would give is "
-        "estimated to be large, and a low-rank estimate stands in for the others (CPU and CUDA; to calibrate it takes "
-        "memory beside the model, which is printed); threshold: a token gets more where its routing scores are high and less "
+        "estimated to be large, and a low-rank estimate stands in for the others (CPU, CUDA and Vulkan; to calibrate it "
+        "takes memory beside the model, which is printed); threshold: a token gets more where its routing scores are high and less "
         "where they are low; batch: the same by ranking each micro-batch, which does nothing for single tokens; off: the "
         "same number for all. Default: estimate, threshold or off, whichever does best on held-out text",
     )
@@ -121,9 +121,8 @@ def parser() -> argparse.ArgumentParser:
         "--k-base",
         type=positive,
         metavar="N",
-        help="experts that every token keeps in each layer, as far as it is planned with so many. Alloc-L plans none with fewer "
-        "where the budget, at what experts cost, has room for them in all; uniform k may where layers use different numbers. "
-        "Default: 1",
+        help="experts that every token always keeps, in layers planned with at least that many. Plans give no layer fewer if "
+        "the budget allows it (uniform k may). Default: 1",
     )
     where.add_argument(
         "--reprofile", action="store_true", help="measure again although the input carries sensitivities"

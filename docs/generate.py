@@ -20,8 +20,8 @@ DOCS = Path(__file__).resolve().parent
 _PYTHON = """\
 # Python API
 
-Made by `docs/generate.py` from the docstrings of `allocmoe_edge`. Terms are explained in [how it works](how-it-works.md#terms),
-how to pick a budget in [choosing a budget](budget.md).
+Made by `docs/generate.py` from the docstrings of `allocmoe_edge`. Terms are explained in [how it
+works](how-it-works.md#terms), how to pick a budget in [choosing a budget](budget.md).
 
 Import `allocmoe_edge` before `llama_cpp`: it decides which build of llama.cpp the process loads.
 
@@ -31,13 +31,49 @@ from allocmoe_edge import Llama
 llm = Llama(model_path="model-half.gguf", n_ctx=4096, verbose=False)
 print(llm.create_completion("The capital of France is", max_tokens=16)["choices"][0]["text"])
 ```
+
+## Differences from llama-cpp-python
+
+`allocmoe_edge.Llama` is a subclass of `llama_cpp.Llama` and takes all of its arguments. What differs:
+
+| | `llama_cpp.Llama` | `allocmoe_edge.Llama` |
+| --- | --- | --- |
+| import | on its own | `allocmoe_edge` before `llama_cpp` |
+| arguments of its own | | `budget`, `token_rule`, `plan_path`, `n_cpu_moe`, `repack`, `prefetch`, `expert_cache`, `miss_price` |
+| an argument that it does not know | is ignored | `TypeError`, with the nearest name |
+| `flash_attn` | off | on, if no layer is on a GPU and the cache is not of float32 |
+| `n_threads`, `n_threads_batch` | half of the processors, all of them | the physical cores that the process may use |
+| `n_gpu_layers` | a number | also None or `"auto"`: as many as fit. A number without a GPU says so in a line |
+| `model_path` | a str | also a `Path` |
+| a file larger than the memory | is mapped | gets an expert cache, unless `n_gpu_layers` or `prefetch` is given |
+| a file that is missing or damaged | `ValueError` | `GGUFError`, a `ValueError` that names file and reason |
+| numbers at full budget | llama.cpp's | the same but for the rounding of sums |
+| `budget=` of a completion | | for that text alone |
+| a prompt that begins like cached text | goes on from it | the same, if that was computed under the same plan; also entries of `set_cache` |
+| another call during a stream (`reset`, a second completion, ...) | the stream goes on with another text | reading on raises a `GenerationError` |
+| several threads | no lock | calls wait for each other |
+| the child of a fork | not provided for | may use its copy, without a GPU |
+| an exception in a logits processor | is printed, and the text goes on | ends the completion and is raised |
+| `logit_bias` beside a logits processor | neither has an effect | both have one |
+| a grammar, token, state or number that llama.cpp cannot use | may end the process | an error |
+| any use after `close()` | may end the process | `RuntimeError` |
+| `draft_model` | proposes a fixed number of tokens | the same, or a `DraftModel`, which proposes as many as pay |
+| `logprobs` with a draft model | without more | needs `logits_all=True`, as without a draft |
+| a draft for a model that cannot forget tokens (a recurrent one) | not checked | `ValueError` |
+| `save_state()` | | also holds the plan; logits only with `logits_all=True` |
+| `embed()` | | leaves nothing cached; takes several texts without pooling; a reranker gives its scores alone |
+| `from_pretrained` | `local_dir_use_symlinks` | has no such argument; downloads all files of a split model |
+| copies (`pickle`, `copy`) | have the arguments | have the budget that was set, too |
+
+`python -m llama_cpp.server` is no part of this: [`allocmoe-server`](server.md) is llama.cpp's own server.
 """
 
 _FILE_FORMAT = """\
 # File format
 
-Made by `docs/generate.py` from the docstring of `allocmoe_edge/plan/metadata.py`, the module that reads and writes these keys.
-Terms are explained in [how it works](how-it-works.md#terms). To see what a file holds: `allocmoe-inspect FILE`.
+Made by `docs/generate.py` from the docstring of `allocmoe_edge/plan/metadata.py`, the module that reads and writes these
+keys. Terms are explained in [how it works](how-it-works.md#terms). To see what a file holds:
+[`allocmoe-inspect FILE`](inspect.md).
 
 """
 

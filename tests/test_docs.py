@@ -14,6 +14,7 @@ from allocmoe_edge import chat, llama_server
 from allocmoe_edge.bench import cli as bench_cli
 from allocmoe_edge.convert import cli as convert_cli
 from allocmoe_edge.inspect import cli as inspect_cli
+import llama_cpp
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +86,25 @@ LLAMA_SERVER_OPTIONS = {
 }
 # folders of the repository: a path in backticks that starts with one has to exist
 TOP = ("allocmoe_commands", "allocmoe_edge", "bench", "convert", "docs", "native", "tests")
+
+# rows of the table in README: where each has its figures from, a heading of docs/speed.md and the model in the table there
+README_SPEED = {
+    "OLMoE-1B-7B shape, Q4_K_M": ("AMX", "OLMoE-1B-7B, Q4_K_M"),
+    "OLMoE-1B-7B shape, AVX-512 without AMX": ("AVX-512 VNNI", "OLMoE-1B-7B, Q4_K_M"),
+    "OLMoE-1B-7B shape, AVX2 alone": ("AVX2", "OLMoE-1B-7B, Q4_K_M"),
+    "OLMoE-1B-7B shape, AMD EPYC (Zen 4)": ("AVX-512 VNNI, on AMD", "OLMoE-1B-7B, Q4_K_M"),
+    "Qwen3-30B-A3B shape, AMD EPYC (Zen 4)": ("AVX-512 VNNI, on AMD", "Qwen3-30B-A3B, all 48 layers, Q4_K_M"),
+    "Qwen3-30B-A3B shape, 12 of its 48 layers": ("AMX", "Qwen3-30B-A3B, 12 of 48 layers, Q4_K_M"),
+    "DeepSeek-V2-Lite shape, Q4_K_M": ("AMX", "DeepSeek-V2-Lite, Q4_K_M"),
+    "gpt-oss-20b shape, 6 of its 24 layers, MXFP4": ("AMX", "gpt-oss-20b, 6 of 24 layers, MXFP4"),
+}
+# and a heading of docs/quality.md
+README_QUALITY = {
+    "trained MoE, 17M parameters": "The 17M model",
+    "trained MoE, 5M parameters": "The 5M model",
+    "SmolMoE: 135M, split from a dense model, then trained": "SmolMoE, 135M parameters",
+    "split SmolLM2: 135M, split and not trained, the hard case": "Dense models that were split into experts",
+}
 
 
 def _name(path: Path) -> str:
@@ -247,17 +267,47 @@ def test_pages_made_from_docstrings_are_current():
         assert path.read_text(encoding="utf-8") == text, f"{_name(path)}: run python docs/generate.py, and commit it"
 
 
+def test_differences_from_llama_cpp_python_are_named():
+    """Arguments that only our class has, in the table of docs/python.md."""
+    theirs = inspect.signature(llama_cpp.Llama.__init__).parameters
+    ours = [name for name in inspect.signature(allocmoe_edge.Llama.__init__).parameters if name not in theirs]
+    found = [
+        row[2]
+        for row in _rows(DOCS / "python.md", "Differences from llama-cpp-python")
+        if row[0].startswith("arguments")
+    ]
+    assert [re.findall(r"`(\w+)`", cell) for cell in found] == [ours]
+
+
+def _rows(path: Path, heading: str) -> list:
+    """The cells of each row of the tables between a heading and the next, without what separates a table's head."""
+    _, found, rest = f"\n{path.read_text(encoding='utf-8')}".partition(f"# {heading}\n")
+    assert found, f"{_name(path)}: no heading {heading!r}"
+    lines = re.findall(r"^\| *(.*?) *\|$", re.split(r"^#", rest, maxsplit=1, flags=re.M)[0], flags=re.M)
+    return [re.split(r" *\| *", line) for line in lines if not re.fullmatch(r"[-:| ]+", line)]
+
+
+def _speed(heading: str, model: str) -> list:
+    """Of a model in docs/speed.md: times as fast at full and half budget, of prefill and of decode."""
+    rows = _rows(DOCS / "speed.md", heading)
+    at = [row[0] for row in rows].index(f"{model}, prefill")
+    assert rows[at + 1][0] == "decode"
+    return [", ".join(f"{re.search(r'[(]([0-9.]+)[)]', cell)[1]}x" for cell in row[2:4]) for row in rows[at : at + 2]]
+
+
+def _perplexity(heading: str) -> str:
+    """Of a model in docs/quality.md: perplexity at full budget, at half, and at half with uniform k."""
+    rows = [row for row in _rows(DOCS / "quality.md", heading) if len(row) > 2]
+    found = {(row[0], row[1]): row[2] for row in reversed(rows)}  # of the first table
+    return ", ".join(found[row] for row in (("1", "full model"), ("0.5", "ours, token by token"), ("0.5", "uniform k")))
+
+
 def test_readme_figures_are_those_of_the_pages():
-    """The table of gains and costs repeats figures of docs/speed.md and docs/quality.md."""
-    pages = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("speed.md", "quality.md"))
-    rows = re.findall(
-        r"^\| .* shape.*\||^\| (?:trained|dense).*\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M
-    )
-    assert len(rows) >= 3
-    for row in rows:
-        figures = re.findall(r"\d+\.\d\d", "|".join(row.split("|")[2:]))
-        assert figures, row
-        for figure in figures:
-            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", pages), (
-                f"{figure}: on no page, but in README: {row}"
-            )
+    """Every row of the table of gains and costs repeats a named row of a table in docs/speed.md or docs/quality.md."""
+    rows = _rows(ROOT / "README.md", "What it gains, what it costs")[1:]
+    assert [row[0] for row in rows] == [*README_SPEED, *README_QUALITY]
+    for name, prefill, decode, perplexity in rows:
+        if name in README_SPEED:
+            assert [prefill, decode, perplexity] == [*_speed(*README_SPEED[name]), ""], name
+        else:
+            assert [prefill, decode, perplexity] == ["", "", _perplexity(README_QUALITY[name])], name

@@ -7,7 +7,7 @@ import pytest
 PLAIN = 0.05
 
 
-# what so many tokens at once cost on OLMoE's shape, in plain steps (docs/speculative.md)
+# what so many tokens at once cost on OLMoE's shape, in plain steps, by an early measurement; docs/speculative.md has the present one
 OLMOE = {1: 1, 2: 1.5, 3: 1.9, 5: 2.6, 9: 4.8, 17: 6.3}
 
 

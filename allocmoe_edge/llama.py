@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 import difflib
+import functools
 import inspect
 import os
 import sys
@@ -27,7 +28,7 @@ from .checked_llama import (
     check_tokens,
 )
 from .draft import DraftModel
-from .gguf_file import GGUFFile, model_paths
+from .gguf_file import GGUFError, GGUFFile, fingerprint, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget, shown
@@ -187,6 +188,11 @@ class Llama(CheckedLlama):
         if not (prefetch is None or isinstance(prefetch, bool)):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
+        # as they are named now, whatever the working directory is later
+        self._file, plan_path = (
+            os.path.abspath(os.fsdecode(model_path)),
+            plan_path and os.path.abspath(os.fsdecode(plan_path)),
+        )
         self._plan_path, self._prefetch = plan_path, False
         self._asked_cache, self._miss_price = expert_cache, cache_size.price(miss_price)
         self._cache_bytes = 0
@@ -354,7 +360,7 @@ class Llama(CheckedLlama):
         if self._vocab_only:
             return self._stored
         if self._stored_whole is None:
-            found = metadata.read(self.model_path)
+            found = metadata.read(self._file)
             self._stored_whole = found if self._plan_path is None else metadata.read_for(self._plan_path, found)
         return self._stored_whole
 
@@ -471,7 +477,7 @@ class Llama(CheckedLlama):
         return plan
 
     @in_turn
-    def budget_total(self, budget: Budget) -> int:
+    def budget_total(self, budget: Optional[Budget]) -> int:
         """Expert activations per token that a budget is, over all layers; nothing changes.
 
         Args:
@@ -480,7 +486,10 @@ class Llama(CheckedLlama):
         Raises:
             PlanError: as `set_budget`: the model, or its file under the token rule in force, cannot serve it.
         """
-        total, full = self._total(budget, None), sum(self._full_of_experts())
+        full = sum(self._full_of_experts())
+        if budget is None:
+            budget = "full" if self._stored.plan is None else "balanced"
+        total = self._total(budget, None)
         if total == full:
             return total
         if self._beyond_plan is not None:
@@ -1048,10 +1057,28 @@ class Llama(CheckedLlama):
                 )  # none were kept; load_state takes any shape that spreads over them
             state.plan = self._plan_of_tokens if self.n_tokens else self._named_plan()
             state.mixed = state.plan is _MIXED
+            state.computed_as = self._computes_as
             state.left, state.ran = self._left_over(), self._ran()
             return state
         finally:
             self.n_tokens = n_tokens
+
+    @functools.cached_property
+    def _computes_as(self) -> str:
+        """Of models for which it is the same, what one has computed of a text is what the other would compute, under the same plan."""
+        params, lora = self.context_params, self.lora_path
+        options = [
+            getattr(params, name)
+            for name, *_ in params._fields_
+            if name.startswith(("rope_", "yarn_"))
+            or name in ("n_ctx", "type_k", "type_v", "flash_attn_type", "swa_full")
+        ]
+        try:
+            model = fingerprint(self._file, metadata=False)
+            adapter = lora and (os.path.getsize(lora), self.lora_scale)
+        except (OSError, GGUFError):  # no longer there
+            model, adapter = self._file, lora
+        return repr((model, options, adapter))
 
     def _ran(self) -> Optional[np.ndarray]:
         """int16 [n_layer, n_tokens, ...]: which experts the cached tokens have run, as the runtime has it; None without a cache."""
@@ -1104,6 +1131,10 @@ class Llama(CheckedLlama):
         After an error nothing has changed, or nothing is cached.
         """
         self._check_state(state)
+        if getattr(state, "computed_as", self._computes_as) != self._computes_as:
+            raise RuntimeError(
+                "load_state: the state is of another model, or of one that was loaded with other options"
+            )
         self._tokens_change("load_state()")  # what is in force now is what will be
         then, mixed = getattr(state, "plan", self._named_plan()), getattr(state, "mixed", False)
         if mixed or then != self._named_plan():

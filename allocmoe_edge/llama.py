@@ -1075,10 +1075,10 @@ class Llama(CheckedLlama):
         ]
         try:
             model = fingerprint(self._file, metadata=False)
-            adapter = lora and (os.path.getsize(lora), self.lora_scale)
+            adapter = os.path.getsize(lora) if lora else 0
         except (OSError, GGUFError):  # no longer there
-            model, adapter = self._file, lora
-        return repr((model, options, adapter))
+            model, adapter = self._file, 0
+        return repr((model, options, lora and (adapter, self.lora_scale)))
 
     def _ran(self) -> Optional[np.ndarray]:
         """int16 [n_layer, n_tokens, ...]: which experts the cached tokens have run, as the runtime has it; None without a cache."""

@@ -6,6 +6,7 @@ import argparse
 from typing import Optional, Union
 
 from . import expert_cache, speed_target
+from .argument_error import ArgumentError
 from .measure.cores import physical_cores
 
 # the native side's numbers are int32, its seeds uint32 of which the last means a random one
@@ -94,8 +95,8 @@ def add_n_cpu_moe(parser) -> None:
 def _cache_bytes(text: str) -> int:
     try:
         return expert_cache.parse(text)
-    except ValueError as error:  # argparse names the option
-        raise argparse.ArgumentTypeError(str(error).removeprefix("expert_cache: ")) from None
+    except ArgumentError as error:  # argparse names the option
+        raise argparse.ArgumentTypeError(error.why) from None
 
 
 def _miss_price(text: str) -> Union[float, str]:

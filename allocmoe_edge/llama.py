@@ -18,6 +18,7 @@ import numpy as np
 from . import expert_cache as cache_size
 from . import gpu_fit, hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
+from .argument_error import ArgumentError
 from .checked_llama import (
     CheckedLlama,
     GenerationError,
@@ -178,7 +179,7 @@ class Llama(CheckedLlama):
             n_gpu_layers = whole("n_gpu_layers", n_gpu_layers, -1, want="a number of layers, -1 for all, or 'auto'")
         n_cpu_moe = whole("n_cpu_moe", n_cpu_moe, 0, want="a number of layers, 0 or more")
         if n_gpu_layers is None and n_cpu_moe:
-            raise ValueError("n_cpu_moe: beside n_gpu_layers=None, which chooses that, too: wanted 0, or n_gpu_layers")
+            raise ArgumentError("n_cpu_moe", f"found {n_cpu_moe}, want 0 where 'auto' chooses what goes on the GPU")
         if not isinstance(repack, bool):
             raise ValueError(f"repack: found {repack!r}, wanted True or False")
         if not (prefetch is None or isinstance(prefetch, bool)):

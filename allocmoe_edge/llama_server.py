@@ -19,6 +19,7 @@ from typing import List, Optional, Sequence
 from . import __version__, expert_cache, projector
 from . import server_address as address
 from ._native import BUILD_DIR
+from .argument_error import ArgumentError
 from .arguments import add_expert_cache
 from .command import CommandError, load_errors, need_model, run_command
 from .gguf_file import GGUFFile, model_paths, ranks
@@ -270,8 +271,8 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
             n_bytes = expert_cache.choose(
                 model, n_bytes, args.prefetch == "auto" and not on_gpu, _context_size(args.rest)
             )
-        except ValueError as error:
-            raise CommandError(str(error).replace("expert_cache:", "--expert-cache:", 1)) from None
+        except ArgumentError as error:
+            raise CommandError(error.of_command()) from None
         if n_bytes and args.expert_cache is None:
             print(
                 f"allocmoe-server: {n_bytes / 1e9:.1f} GB of memory for the experts, since the file is larger than what is free",

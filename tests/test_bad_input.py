@@ -173,6 +173,18 @@ def test_more_tokens_than_there_is_memory_for(model, capfd):
         assert "want a whole number from 0 to 16777216" in line
 
 
+@pytest.mark.parametrize("command", RUN)
+def test_what_we_refuse_is_not_llama_cpps(command, model, text, capfd):
+    """It was said that llama.cpp could not load the model, and in Python's names."""
+    common = [text if each == "TEXT" else each for each in RUN[command][1]]
+    options = ["--n-cpu-moe", 2, "--n-gpu-layers", "auto"]
+    line = ends_in_a_line(capfd, command, model, *common, *options)
+    assert line == f"{command}: error: --n-cpu-moe: found 2, want 0 where 'auto' chooses what goes on the GPU"
+    if command != "allocmoe-inspect":
+        line = ends_in_a_line(capfd, command, model, *common, "--expert-cache", 1)
+        assert line.startswith(f"{command}: error: --expert-cache: found 1 bytes, want at least ")
+
+
 # --- outputs
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Optional, Union
+from typing import Container, Optional, Union
 
 from . import expert_cache, speed_target
 from .argument_error import ArgumentError
+from .command import CommandError
 from .measure.cores import physical_cores
 
 # the native side's numbers are int32, its seeds uint32 of which the last means a random one
@@ -92,6 +93,12 @@ def add_n_cpu_moe(parser) -> None:
     )  # fmt: skip
 
 
+def check_gpu(args) -> None:
+    """Raises CommandError for a --n-cpu-moe that changes nothing."""
+    if args.n_cpu_moe and args.n_gpu_layers == 0:
+        raise CommandError("--n-cpu-moe: has no effect without --n-gpu-layers: all experts are on the CPU")
+
+
 def _cache_bytes(text: str) -> int:
     try:
         return expert_cache.parse(text)
@@ -120,3 +127,16 @@ def add_expert_cache(parser) -> None:
         help="with an expert cache and estimates: what reading an expert may cost, in times of one at hand; auto for what it "
         "takes on this machine, measured as the model is loaded. Default: 1, any is read",
     )  # fmt: skip
+
+
+def check_miss_price(args, cache_bytes: int, token_rules: Container[str] = ("estimate",)) -> None:
+    """Raises CommandError for a --miss-price that changes nothing.
+
+    Args:
+        cache_bytes: of the expert cache that there is, 0 for none.
+        token_rules: those of the plans that will run.
+    """
+    if args.miss_price != 1 and not cache_bytes:
+        raise CommandError("--miss-price: has no effect without an expert cache: want --expert-cache SIZE, too")
+    if args.miss_price != 1 and "estimate" not in token_rules:
+        raise CommandError("--miss-price: has no effect but under token rule 'estimate', which no plan here has")

@@ -20,7 +20,7 @@ from . import __version__, expert_cache, projector
 from . import server_address as address
 from ._native import BUILD_DIR
 from .argument_error import ArgumentError
-from .arguments import add_expert_cache
+from .arguments import add_expert_cache, check_miss_price
 from .command import CommandError, load_errors, need_model, run_command
 from .gguf_file import GGUFFile, model_paths, ranks
 from .measure import memory
@@ -279,6 +279,7 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
                 file=sys.stderr,
                 flush=True,
             )
+    check_miss_price(args, n_bytes or 0)
     if not n_bytes:
         return []
     price = expert_cache.price(args.miss_price)

@@ -10,7 +10,7 @@ import time
 from typing import Optional, Sequence
 
 from allocmoe_edge import __version__
-from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed, speed
+from allocmoe_edge.arguments import add_gpu, add_threads, check_gpu, context_size, positive, seed, speed
 from allocmoe_edge.command import printable, run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
@@ -221,6 +221,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    check_gpu(args)
     done = pipeline.convert(settings(args))
     paths, plan = done.paths, done.plan
     print(f"wrote {printable(str(paths[0]))}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))

@@ -13,8 +13,9 @@ import numpy as np
 
 from .. import Llama, Plan, PlanError, __version__, output_file, parse_budget
 from .._native import llama_cpp
-from ..arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
+from ..arguments import add_expert_cache, add_gpu, add_threads, check_gpu, check_miss_price, n_tokens, positive, seed
 from ..command import load_errors, need_model, printable, run_command
+from ..measure.perplexity import read_text
 from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES, share_text
 from . import BenchError, machine, measure, report
@@ -124,6 +125,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def bench(args: argparse.Namespace) -> None:
+    check_gpu(args)
     items = [measure.Item("prefill", n) for n in args.prompt if n]
     items += [measure.Item("decode", n, args.gen) for n in args.depth if args.gen]
     if not items:
@@ -138,8 +140,10 @@ def bench(args: argparse.Namespace) -> None:
     n_ctx = max(item.context for item in items)
     text = None
     if args.text:
-        with open(args.text, "rb") as file:
-            text = file.read(_BYTES_PER_TOKEN * n_ctx)
+        try:
+            text = read_text(args.text)[: _BYTES_PER_TOKEN * n_ctx]
+        except ValueError as error:
+            raise BenchError(str(error)) from None
     start = time.perf_counter()
     with load_errors(args.model):
         llm = Llama(
@@ -152,6 +156,7 @@ def bench(args: argparse.Namespace) -> None:
     load_seconds = time.perf_counter() - start
 
     plans = configurations(llm, args.budgets, args.token_rule)
+    check_miss_price(args, llm.expert_cache, [plan.token_rule for plan in plans.values()])
     if args.stock:
         plans = {measure.STOCK: plans["full"], **plans}
     tokens = _tokens(llm, text, n_ctx, args)

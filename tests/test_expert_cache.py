@@ -765,6 +765,10 @@ def test_options_of_the_server(path, monkeypatch, capsys):
     assert options("-c", "99999999") == []
     (_, found, _, _) = options()
     assert found.startswith(f"{key}=int:") and "GB of memory for the experts" in capsys.readouterr().err
+    for variable, value in (("LLAMA_ARG_CTX_SIZE", "99999999"), ("LLAMA_ARG_N_GPU_LAYERS", "99")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            assert options() == []
     assert options("--prefetch", "on") == options("--expert-cache", "0") == []
     for wrong in (["--expert-cache", "much"], ["--miss-price", "0.5"]):
         with pytest.raises(SystemExit):

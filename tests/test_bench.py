@@ -166,12 +166,13 @@ def test_leaves_the_model_as_it_was(testbed_path):
     llm.eval([1, 2, 3])  # from an empty cache
 
 
-def test_plot(testbed_path, tmp_path):
+@pytest.mark.parametrize("suffix, begin", [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")])
+def test_plot(testbed_path, tmp_path, suffix, begin):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "plot.png"
+    path = tmp_path / f"plot.{suffix}"
     args = ["--budgets", "0.5", "--prompt", "8", "--gen", "2", "--repeats", "1", "--plot", str(path)]
     assert cli.main([str(testbed_path), *args]) == 0
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes().startswith(begin)
 
 
 def _rows(reference, other):
@@ -236,9 +237,14 @@ def test_machine_facts():
         (["--prompt", "0", "--gen", "0"], "nothing to measure"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json: no such folder"),
         (["--text", "/no/such/file"], "No such file"),
+        # the one failed after the measurement, as a fault of ours, the other replaced the first file by the second
+        (["--plot", "x.txt"], "x.txt: want a name that ends in .png, .svg or .pdf"),
+        (["--plot", "x"], "x: want a name that ends in .png, .svg or .pdf"),
+        (["--json", "same", "--csv", "./same"], "--json, --csv, --plot: want different files"),
     ],
 )
-def test_errors(testbed_path, capsys, args, message):
+def test_errors(testbed_path, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
     assert cli.main([str(testbed_path), *args]) == 1
     error = capsys.readouterr().err
     assert error.startswith("allocmoe-bench: error: ") and message in error

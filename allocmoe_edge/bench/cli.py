@@ -15,6 +15,7 @@ from .. import Llama, Plan, PlanError, __version__, output_file, parse_budget
 from .._native import llama_cpp
 from ..arguments import add_expert_cache, add_gpu, add_threads, check_gpu, check_miss_price, n_tokens, positive, seed
 from ..command import load_errors, need_model, printable, run_command
+from ..inspect import plot
 from ..measure.perplexity import read_text
 from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES, share_text
@@ -107,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything, every single run included")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against budget (needs matplotlib)")
+    p.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw speed against budget, as .png, .svg or .pdf (needs matplotlib)"
+    )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -133,10 +136,7 @@ def bench(args: argparse.Namespace) -> None:
     need_model(
         args.model, "allocmoe-bench takes a model that the plan is in, as allocmoe-convert writes without --plan-only"
     )
-    for path in filter(None, (args.json, args.csv, args.plot)):
-        output_file.check(path, inputs=[args.model, *([args.text] if args.text else [])])
-    if args.plot:
-        _need_matplotlib()
+    _check_outputs(args)
     n_ctx = max(item.context for item in items)
     text = None
     if args.text:
@@ -253,11 +253,18 @@ def _tokens(llm: Llama, text: Optional[bytes], n: int, args: argparse.Namespace)
     return tokens[:n]
 
 
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuses, before anything is measured, files that could not be written at the end."""
+    inputs = [args.model, *([args.text] if args.text else [])]
+    targets = [path for path in (args.json, args.csv, args.plot) if path]
+    for path in targets:
+        output_file.check(path, inputs)
+    if args.plot:
+        plot.check_target(args.plot, inputs, report.PLOT_SUFFIXES)
+    # a device takes several
+    files = [path.resolve() for path in targets if path.is_file() or not path.exists()]
+    if len({*files}) < len(files):
+        raise BenchError("--json, --csv, --plot: want different files")
 
 
 def _head(head: dict) -> str:

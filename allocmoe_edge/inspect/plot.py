@@ -59,7 +59,9 @@ def check_target(target: Path, inputs: Iterable[Path] = (), suffixes: Sequence[s
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InspectError(f"--plot needs matplotlib ({error}): pip install 'allocmoe-edge[plot]'") from None
+        raise InspectError(
+            f'--plot needs matplotlib ({error}): pip install ".[plot]" in the clone of allocmoe-edge'
+        ) from None
 
 
 def write(report: dict, target: Path) -> None:

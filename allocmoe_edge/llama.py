@@ -55,6 +55,14 @@ _EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 _MIXED, _UNKNOWN = "mixed", "unknown"
 
 
+def _warn(message: str) -> None:
+    """Warns of the line that called this package: Python shows equal warnings of one line of ours once."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 class _Before(NamedTuple):
     """What was in force before a request that has a budget of its own."""
 
@@ -895,16 +903,14 @@ class Llama(CheckedLlama):
         if found == asked or not libllama.allocmoe_has_plan(context_pointer(self)):
             return
         if found != "off":
-            warnings.warn(
+            _warn(
                 f"token rule {asked!r} is off: this model, or the backend that it runs on, has no estimates of skipped "
-                f"experts; token rule {found!r} takes its place",
-                stacklevel=3,
+                f"experts; token rule {found!r} takes its place"
             )
             return
-        warnings.warn(
+        _warn(
             f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
-            "of a token; every token gets its layer's planned number of experts",
-            stacklevel=3,
+            "of a token; every token gets its layer's planned number of experts"
         )
 
     @in_turn
@@ -1106,9 +1112,8 @@ class Llama(CheckedLlama):
         then, mixed = getattr(state, "plan", self._named_plan()), getattr(state, "mixed", False)
         if mixed or then != self._named_plan():
             made = "while the plan changed" if mixed else f"under another plan ({then})"
-            warnings.warn(
-                f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed",
-                stacklevel=2,
+            _warn(
+                f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed"
             )
         try:
             super().load_state(state)

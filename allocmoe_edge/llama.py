@@ -295,7 +295,8 @@ class Llama(CheckedLlama):
             "that the plan in the file was made for: only the full budget (1.0) works, or plans set by hand (set_plan)"
         )
         full = [used if k else 0 for k in stored.full]
-        if budget != "full" and (
+        is_full = isinstance(budget, str) and budget.strip(_BLANKS) == "full"
+        if not is_full and (
             budget is None or _is_name(budget) or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full)
         ):
             raise PlanError(f"{model_path}: {self._beyond_plan}")

@@ -95,7 +95,11 @@ def unpack(archive: Path, cache: Path) -> Path:
                 # the "data" filter refuses names that leave the folder; Pythons without it are still patched ones
                 extra = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 tar.extractall(tmp, **extra)  # noqa: S202 - its hash is the pinned one
-            os.replace(next(Path(tmp).iterdir()), target)
+            try:
+                os.replace(next(Path(tmp).iterdir()), target)
+            except OSError:
+                if not target.is_dir():  # as it is where another build was first
+                    raise
     return target / LLAMA_CPP
 
 

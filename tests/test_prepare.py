@@ -52,6 +52,15 @@ def test_second_run_writes_nothing(env):
     assert {path: path.stat().st_mtime_ns for path in (tree / "src").iterdir()} == before
 
 
+def test_two_first_runs_at_once(env, tmp_path):
+    """The second one to have unpacked ended in an OSError."""
+    command, env = [sys.executable, NATIVE / "prepare.py"], {**os.environ, **env, "ALLOCMOE_CACHE_DIR": str(tmp_path)}
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) for _ in range(2)]
+    (one, one_said), (other, other_said) = (run.communicate() for run in runs)
+    assert one == other and [run.returncode for run in runs] == [0, 0], (one_said + other_said).decode()
+    assert len([*tmp_path.iterdir()]) == 1
+
+
 def test_removed_patch_is_taken_back(env, native):
     tree = Path(prepare(native, **env).stdout.split()[-1])
     patch = sorted((native / "patches").iterdir())[0]

@@ -8,10 +8,13 @@ from pathlib import Path
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import libllama, llama_cpp
 from allocmoe_edge.bench import cli, machine, measure, report
+from allocmoe_edge.inspect import report as inspect_report
 from allocmoe_edge.measure.traffic import WeightTraffic
+from conftest import plan_from_made_up_profile
 import gguf
 from gguf_factory import write_gguf
 import numpy as np
+import odd_models
 import pytest
 
 TINY = ["--prompt", "24", "--depth", "0,16", "--gen", "4", "--repeats", "2"]
@@ -87,16 +90,32 @@ def test_bytes_per_token_of_untied_embeddings(tmp_path):
     writer.add_expert_used_count(2)
     writer.add_vocab_size(10)
     for name, shape in {"token_embd.weight": (10, 32), "output.weight": (10, 32), "blk.0.ffn_up.weight": (8, 32),
-                        "blk.1.ffn_gate_inp.weight": (4, 32), "blk.1.ffn_down_exps.weight": (4, 6, 32)}.items():  # fmt: skip
+                        "blk.1.ffn_gate_inp.weight": (4, 32), "blk.1.ffn_norm_exps.weight": (32,),
+                        "blk.1.ffn_down_exps.weight": (4, 6, 32)}.items():  # fmt: skip
         writer.add_tensor(name, np.zeros(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     traffic = WeightTraffic(path)
-    # one row of embeddings, output, the dense layer, the router; then 3 of 4 experts of 6 rows
-    assert traffic.per_token([0, 3]) == 4 * 32 * (1 + 10 + 8 + 4 + 3 * 6)
-    assert traffic.total == 4 * 32 * (10 + 10 + 8 + 4 + 24)
+    # output, the dense layer, the router, the experts' norm, which is none of theirs; then 3 of 4 experts of 6 rows
+    assert traffic.per_token([0, 3]) == 4 * 32 * (10 + 8 + 4 + 1 + 3 * 6)
+    assert traffic.total == 4 * 32 * (10 + 10 + 8 + 4 + 1 + 24)
+
+
+@pytest.mark.parametrize("write", [odd_models.write_qwen3moe, lambda path: odd_models.write_deepseek4(path, 2), odd_models.write_grovemoe],
+                         ids=["qwen3moe", "deepseek4", "grovemoe"])  # fmt: skip
+def test_bytes_per_token_are_those_of_inspect(tmp_path, capsys, write):
+    """Of layers whose experts are given by the token id they were none, for each page counted by itself."""
+    path = plan_from_made_up_profile(write(tmp_path / "source.gguf"), tmp_path / "model.gguf")
+    assert (
+        cli.main([str(path), "--prompt", "0", "--gen", "2", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    )
+    read = inspect_report.build(path)["plan"]["bytes_per_token"]
+    full, half = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert full["gb_per_token"] * 1e9 == pytest.approx(read["experts_full"] + read["other"], rel=1e-12)
+    assert half["gb_per_token"] * 1e9 == pytest.approx(read["experts"] + read["other"], rel=1e-12)
+    assert half["ratio_of_bytes"] == pytest.approx(1 / read["share"], rel=1e-12)
 
 
 def test_the_file_s_own_plan_is_the_default(planned_path, capsys):

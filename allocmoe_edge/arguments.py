@@ -9,25 +9,24 @@ from . import expert_cache, speed_target
 from .argument_error import ArgumentError
 from .command import CommandError
 from .measure.cores import physical_cores
+from .whole_numbers import MOST_INT32, MOST_THREADS
 
-# the native side's numbers are int32, its seeds uint32 of which the last means a random one
-_MAX_INT, _MAX_SEED = 2**31 - 1, 2**32 - 2
+# the native side's seeds are uint32, of which the last means a random one
+_MAX_SEED = 2**32 - 2
 # of a context: more than any model has, and a mistyped number more is refused before the memory for it is asked for
 _MAX_TOKENS = 2**24
 # above, a file of any size is on the GPU, and llama.cpp's sums stay within int32
 _MAX_LAYERS = 10_000
-# more threads than any machine has; llama.cpp aborts where it cannot make them
-_MAX_THREADS = 512
 
 
 def not_negative(text: str) -> int:
     """A whole number from 0 on, for argparse."""
-    return _within(0, _MAX_INT, text)
+    return _within(0, MOST_INT32, text)
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
-    return _within(1, _MAX_INT, text)
+    return _within(1, MOST_INT32, text)
 
 
 def seed(text: str) -> int:
@@ -65,7 +64,7 @@ def _gpu_layers(text: str) -> Optional[int]:
 
 
 def _threads(text: str) -> int:
-    return _within(1, _MAX_THREADS, text)
+    return _within(1, MOST_THREADS, text)
 
 
 def add_threads(parser) -> None:

@@ -9,7 +9,7 @@ from typing import Iterator, Optional, Union
 import numpy as np
 
 from .argument_error import ArgumentError
-from .gguf_file import GGUFFile, model_paths
+from .gguf_file import EXPERTS, GGUFFile, model_paths
 from .measure import memory
 
 # read by the native side from the overrides that a model is loaded with
@@ -22,7 +22,7 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 _LEFT_FREE = 0.15
 # an expert is read in whole blocks
 _AROUND = 2 * 4096
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(up|down|gate|gate_up)_(ch|)exps\.weight$")
+_EXPERTS = re.compile(EXPERTS + "weight$")
 
 
 def parse(value: Union[int, str]) -> int:

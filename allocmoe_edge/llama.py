@@ -28,7 +28,7 @@ from .checked_llama import (
     check_tokens,
 )
 from .draft import DraftModel
-from .gguf_file import GGUFFile, model_paths
+from .gguf_file import EXPERTS, GGUFFile, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget, shown
@@ -46,9 +46,6 @@ _DENSE = "a dense model: it has no experts to budget"
 _BLANKS = " \t\n\r\f\v"
 
 _PHASES = {"prefill": libllama.ALLOCMOE_PHASE_PREFILL, "decode": libllama.ALLOCMOE_PHASE_DECODE}
-
-# llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h) for one layer
-_EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
 # what _plan_of_tokens and _plan_in_force may be beside a plan
@@ -347,7 +344,7 @@ class Llama(CheckedLlama):
         params.use_extra_bufts = self._repack
         n_layer = min(self._n_cpu_moe, len(self._stored.full or ()))
         if n_layer:
-            patterns = [ffi.new("char[]", _EXPERTS.format(il).encode()) for il in range(n_layer)]
+            patterns = [ffi.new("char[]", EXPERTS.replace(r"(\d+)", str(il)).encode()) for il in range(n_layer)]
             overrides = ffi.new("struct llama_model_tensor_buft_override[]", n_layer + 1)  # a NULL pattern ends it
             for override, pattern in zip(overrides, patterns):
                 override.pattern, override.buft = pattern, libggml_base.ggml_backend_cpu_buffer_type()

@@ -244,7 +244,6 @@ def test_energy_counter(tmp_path):
 
 def test_machine_facts():
     assert machine.read_bandwidth(2) > 0
-    assert machine.peak_memory() > 1 << 20
     assert machine.describe()["cpu"]
 
 

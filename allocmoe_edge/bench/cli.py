@@ -16,6 +16,7 @@ from .._native import llama_cpp
 from ..arguments import add_expert_cache, add_gpu, add_threads, check_gpu, check_miss_price, n_tokens, positive, seed
 from ..command import load_errors, need_model, printable, run_command
 from ..inspect import plot
+from ..measure import memory
 from ..measure.perplexity import read_text
 from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES, share_text
@@ -188,7 +189,7 @@ def bench(args: argparse.Namespace) -> None:
     complaints = report.warnings(found, args.noise_limit)
     after = machine.stolen_time()
     share = (after[0] - stolen[0]) / max(1, after[1] - stolen[1]) if stolen and after else None
-    peak = machine.peak_memory()
+    peak = memory.peak()
     whole = {
         **result_head,
         "peak_memory_bytes": peak,

@@ -40,6 +40,9 @@ _DIVISORS = {
     "rwkv6qwen2": ("wkv.head_size",), "rwkv7": ("wkv.head_size",), "arwkv7": ("wkv.head_size",),
 }  # fmt: skip
 
+# tensors of routed experts: llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h), and the layer
+EXPERTS = r"blk\.(\d+)\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps\."
+
 # types that nothing multiplies by: a model's file may have them, and no matrix of it
 _NO_WEIGHTS = ("F64", "I8", "I16", "I64")
 

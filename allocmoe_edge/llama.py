@@ -19,6 +19,7 @@ import numpy as np
 from . import expert_cache as cache_size
 from . import gpu_fit, hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
+from .argument_error import ArgumentError
 from .checked_llama import (
     CheckedLlama,
     GenerationError,
@@ -28,7 +29,7 @@ from .checked_llama import (
     check_tokens,
 )
 from .draft import DraftModel
-from .gguf_file import GGUFError, GGUFFile, fingerprint, model_paths
+from .gguf_file import EXPERTS, GGUFError, GGUFFile, fingerprint, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget, shown
@@ -47,12 +48,17 @@ _BLANKS = " \t\n\r\f\v"
 
 _PHASES = {"prefill": libllama.ALLOCMOE_PHASE_PREFILL, "decode": libllama.ALLOCMOE_PHASE_DECODE}
 
-# llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h) for one layer
-_EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-
 
 # what _plan_of_tokens and _plan_in_force may be beside a plan
 _MIXED, _UNKNOWN = "mixed", "unknown"
+
+
+def _warn(message: str) -> None:
+    """Warns of the line that called this package: Python shows equal warnings of one line of ours once."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 class _Before(NamedTuple):
@@ -182,7 +188,7 @@ class Llama(CheckedLlama):
             n_gpu_layers = whole("n_gpu_layers", n_gpu_layers, -1, want="a number of layers, -1 for all, or 'auto'")
         n_cpu_moe = whole("n_cpu_moe", n_cpu_moe, 0, want="a number of layers, 0 or more")
         if n_gpu_layers is None and n_cpu_moe:
-            raise ValueError("n_cpu_moe: beside n_gpu_layers=None, which chooses that, too: wanted 0, or n_gpu_layers")
+            raise ArgumentError("n_cpu_moe", f"found {n_cpu_moe}, want 0 where 'auto' chooses what goes on the GPU")
         if not isinstance(repack, bool):
             raise ValueError(f"repack: found {repack!r}, wanted True or False")
         if not (prefetch is None or isinstance(prefetch, bool)):
@@ -295,7 +301,8 @@ class Llama(CheckedLlama):
             "that the plan in the file was made for: only the full budget (1.0) works, or plans set by hand (set_plan)"
         )
         full = [used if k else 0 for k in stored.full]
-        if budget != "full" and (
+        is_full = isinstance(budget, str) and budget.strip(_BLANKS) == "full"
+        if not is_full and (
             budget is None or _is_name(budget) or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full)
         ):
             raise PlanError(f"{model_path}: {self._beyond_plan}")
@@ -346,7 +353,7 @@ class Llama(CheckedLlama):
         params.use_extra_bufts = self._repack
         n_layer = min(self._n_cpu_moe, len(self._stored.full or ()))
         if n_layer:
-            patterns = [ffi.new("char[]", _EXPERTS.format(il).encode()) for il in range(n_layer)]
+            patterns = [ffi.new("char[]", EXPERTS.replace(r"(\d+)", str(il)).encode()) for il in range(n_layer)]
             overrides = ffi.new("struct llama_model_tensor_buft_override[]", n_layer + 1)  # a NULL pattern ends it
             for override, pattern in zip(overrides, patterns):
                 override.pattern, override.buft = pattern, libggml_base.ggml_backend_cpu_buffer_type()
@@ -906,16 +913,14 @@ class Llama(CheckedLlama):
         if found == asked or not libllama.allocmoe_has_plan(context_pointer(self)):
             return
         if found != "off":
-            warnings.warn(
+            _warn(
                 f"token rule {asked!r} is off: this model, or the backend that it runs on, has no estimates of skipped "
-                f"experts; token rule {found!r} takes its place",
-                stacklevel=3,
+                f"experts; token rule {found!r} takes its place"
             )
             return
-        warnings.warn(
+        _warn(
             f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
-            "of a token; every token gets its layer's planned number of experts",
-            stacklevel=3,
+            "of a token; every token gets its layer's planned number of experts"
         )
 
     @in_turn
@@ -1139,9 +1144,8 @@ class Llama(CheckedLlama):
         then, mixed = getattr(state, "plan", self._named_plan()), getattr(state, "mixed", False)
         if mixed or then != self._named_plan():
             made = "while the plan changed" if mixed else f"under another plan ({then})"
-            warnings.warn(
-                f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed",
-                stacklevel=2,
+            _warn(
+                f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed"
             )
         try:
             super().load_state(state)

@@ -9,7 +9,7 @@ import sys
 from typing import Optional, Sequence
 
 from allocmoe_edge import __version__
-from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed, speed
+from allocmoe_edge.arguments import add_gpu, add_threads, check_gpu, context_size, positive, seed, speed
 from allocmoe_edge.command import printable, run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
@@ -223,6 +223,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _convert(before: dict, args: argparse.Namespace) -> None:
     before["output"] = _stamp(args.output)
+    check_gpu(args)
     done = pipeline.convert(settings(args))
     paths, plan = done.paths, done.plan
     print(f"wrote {printable(str(paths[0]))}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))

@@ -6,7 +6,6 @@ import ctypes
 import os
 from pathlib import Path
 import platform
-import sys
 import threading
 import time
 from typing import Optional
@@ -70,21 +69,6 @@ def read_bandwidth(n_threads: int) -> float:
         barrier.wait()
         seconds.append(time.perf_counter() - start)
     return data.nbytes / min(seconds)
-
-
-def peak_memory() -> Optional[int]:
-    """Most memory that this process had resident so far, in bytes, mapped files included; None where unknown."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class EnergyCounter:

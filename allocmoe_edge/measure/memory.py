@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+import sys
 from typing import Iterable, Iterator, Optional
 
 from .control_groups import group_folders
@@ -31,8 +32,15 @@ def is_beyond(files: Iterable[Path]) -> bool:
 
 
 def peak() -> Optional[int]:
-    """Bytes of memory that this process has had at most, file pages included; None but on Linux."""
-    return _read_kilobytes(Path("/proc/self/status"), "VmHWM")
+    """Bytes of memory that this process has had at most, file pages included; None where unknown."""
+    found = _read_kilobytes(Path("/proc/self/status"), "VmHWM")
+    if found is not None:
+        return found
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_meminfo(key: str) -> Optional[int]:

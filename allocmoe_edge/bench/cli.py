@@ -145,6 +145,8 @@ def bench(args: argparse.Namespace) -> None:
             text = read_text(args.text)[: _BYTES_PER_TOKEN * n_ctx]
         except ValueError as error:
             raise BenchError(str(error)) from None
+    bandwidth = machine.read_bandwidth(args.threads)
+    memory.forget_peak()  # which is that measurement's
     start = time.perf_counter()
     with load_errors(args.model):
         llm = Llama(
@@ -162,7 +164,6 @@ def bench(args: argparse.Namespace) -> None:
         plans = {measure.STOCK: plans["full"], **plans}
     tokens = _tokens(llm, text, n_ctx, args)
     traffic = WeightTraffic(args.model)
-    bandwidth = machine.read_bandwidth(args.threads)
     result_head = {
         "allocmoe_edge": __version__,
         "llama_cpp_python": llama_cpp.__version__,

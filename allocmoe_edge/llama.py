@@ -1138,7 +1138,7 @@ class Llama(CheckedLlama):
         self._check_state(state)
         if getattr(state, "computed_as", self._computes_as) != self._computes_as:
             raise RuntimeError(
-                "load_state: the state is of another model, or of one that was loaded with other options"
+                "load_state: the state is of another model, or of a cache that differs (flash_attn, type_k, type_v, n_ctx, rope)"
             )
         self._tokens_change("load_state()")  # what is in force now is what will be
         then, mixed = getattr(state, "plan", self._named_plan()), getattr(state, "mixed", False)

@@ -219,7 +219,7 @@ def report(choice: Choice, max_increase: float = np.inf) -> None:
             say("this plan does worse than uniform k on held-out text; it is written because --token-rule asks for it")
         return
     if choice.profile.estimator is not None:
-        say("estimates do no better here; they stay in the file, for other budgets with token rule estimate")
+        say("estimates do no better here; they stay in the file, for other budgets with token_rule='estimate'")
     if choice.profile.allocation == "uniform":
         say(
             "Alloc-L's plan does not beat uniform k on held-out text, so the uniform plan is written; more calibration text "

@@ -1188,7 +1188,7 @@ class Llama(CheckedLlama):
             ImportError: huggingface_hub is not installed.
             ValueError: no file fits, or files of several models do; the message lists them.
             TypeError: an argument that there is not; nothing is downloaded.
-            OSError, or an error of the HTTP library: the repository is missing, private, or cannot be reached.
+            OSError: or an error of the HTTP library: the repository is missing, private, or cannot be reached.
         """
         _check_names(kwargs)
         return cls(model_path=hub.download(repo_id, filename, additional_files, local_dir, cache_dir), **kwargs)

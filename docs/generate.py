@@ -62,7 +62,7 @@ print(llm.create_completion("The capital of France is", max_tokens=16)["choices"
 | a draft for a model that cannot forget tokens (a recurrent one) | not checked | `ValueError` |
 | `save_state()` | | also holds the plan; logits only with `logits_all=True` |
 | `embed()` | | leaves nothing cached; takes several texts without pooling; a reranker gives its scores alone |
-| `from_pretrained` | `local_dir_use_symlinks` | has no such argument; downloads all files of a split model |
+| `from_pretrained` | `local_dir_use_symlinks` | has no effect; all files of a split model are downloaded |
 | copies (`pickle`, `copy`) | have the arguments | have the budget that was set, too |
 
 `python -m llama_cpp.server` is no part of this: [`allocmoe-server`](server.md) is llama.cpp's own server.

@@ -32,7 +32,6 @@ typedef struct gguf_context gguf_context;
 gguf_context * gguf_init_from_file(const char * fname, struct gguf_init_params params);
 gguf_context * gguf_init_empty(void);
 void         gguf_free(gguf_context * ctx);
-const char * gguf_type_name(int type);
 size_t       gguf_get_data_offset(const gguf_context * ctx);
 int64_t      gguf_get_n_kv(const gguf_context * ctx);
 int64_t      gguf_find_key(const gguf_context * ctx, const char * key);

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from typing import Optional, Union
+from typing import Container, Optional, Union
 
 from . import expert_cache, speed_target
+from .argument_error import ArgumentError
+from .command import CommandError
 from .measure.cores import physical_cores
+from .whole_numbers import MOST_INT32, MOST_THREADS
 
-# the native side's numbers are int32, its seeds uint32 of which the last means a random one
-_MAX_INT, _MAX_SEED = 2**31 - 1, 2**32 - 2
+# the native side's seeds are uint32, of which the last means a random one
+_MAX_SEED = 2**32 - 2
 # of a context: more than any model has, and a mistyped number more is refused before the memory for it is asked for
 _MAX_TOKENS = 2**24
 # above, a file of any size is on the GPU, and llama.cpp's sums stay within int32
 _MAX_LAYERS = 10_000
-# more threads than any machine has; llama.cpp aborts where it cannot make them
-_MAX_THREADS = 512
 
 
 def not_negative(text: str) -> int:
     """A whole number from 0 on, for argparse."""
-    return _within(0, _MAX_INT, text)
+    return _within(0, MOST_INT32, text)
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
-    return _within(1, _MAX_INT, text)
+    return _within(1, MOST_INT32, text)
 
 
 def seed(text: str) -> int:
@@ -63,7 +64,7 @@ def _gpu_layers(text: str) -> Optional[int]:
 
 
 def _threads(text: str) -> int:
-    return _within(1, _MAX_THREADS, text)
+    return _within(1, MOST_THREADS, text)
 
 
 def add_threads(parser) -> None:
@@ -91,11 +92,17 @@ def add_n_cpu_moe(parser) -> None:
     )  # fmt: skip
 
 
+def check_gpu(args) -> None:
+    """Raises CommandError for a --n-cpu-moe that changes nothing."""
+    if args.n_cpu_moe and args.n_gpu_layers == 0:
+        raise CommandError("--n-cpu-moe: has no effect without --n-gpu-layers: all experts are on the CPU")
+
+
 def _cache_bytes(text: str) -> int:
     try:
         return expert_cache.parse(text)
-    except ValueError as error:  # argparse names the option
-        raise argparse.ArgumentTypeError(str(error).removeprefix("expert_cache: ")) from None
+    except ArgumentError as error:  # argparse names the option
+        raise argparse.ArgumentTypeError(error.why) from None
 
 
 def _miss_price(text: str) -> Union[float, str]:
@@ -119,3 +126,16 @@ def add_expert_cache(parser) -> None:
         help="with an expert cache and estimates: what reading an expert may cost, in times of one at hand; auto for what it "
         "takes on this machine, measured as the model is loaded. Default: 1, any is read",
     )  # fmt: skip
+
+
+def check_miss_price(args, cache_bytes: int, token_rules: Container[str] = ("estimate",)) -> None:
+    """Raises CommandError for a --miss-price that changes nothing.
+
+    Args:
+        cache_bytes: of the expert cache that there is, 0 for none.
+        token_rules: those of the plans that will run.
+    """
+    if args.miss_price != 1 and not cache_bytes:
+        raise CommandError("--miss-price: has no effect without an expert cache: want --expert-cache SIZE, too")
+    if args.miss_price != 1 and "estimate" not in token_rules:
+        raise CommandError("--miss-price: has no effect but under token rule 'estimate', which no plan here has")

@@ -20,7 +20,17 @@ import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import __version__, output_file
-from .arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed, speed
+from .arguments import (
+    add_expert_cache,
+    add_gpu,
+    add_threads,
+    check_gpu,
+    check_miss_price,
+    n_tokens,
+    positive,
+    seed,
+    speed,
+)
 from .checked_llama import GenerationError
 from .command import CommandError, is_of_chat_template, load_errors, need_model, printable, reason, run_command
 from .llama import Budget, Llama
@@ -430,6 +440,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    check_gpu(args)
     need_model(args.model, "pass it as --plan, beside the model's own file")
     with load_errors(args.model):
         llm = Llama(
@@ -446,6 +457,7 @@ def _chat(args: argparse.Namespace) -> None:
             miss_price=args.miss_price,
             verbose=False,
         )
+    check_miss_price(args, llm.expert_cache, [llm.plan.token_rule] if llm.plan else [])
     if args.target_tps is not None:
         try:
             llm.set_speed(args.target_tps)

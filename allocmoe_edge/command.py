@@ -10,6 +10,7 @@ import sys
 import traceback
 from typing import Callable, Iterator, Optional, Sequence, Union
 
+from .argument_error import ArgumentError
 from .gguf_file import GGUFError
 from .plan import PlanError, metadata
 
@@ -20,11 +21,13 @@ class CommandError(Exception):
 
 @contextlib.contextmanager
 def load_errors(path: Union[str, os.PathLike]) -> Iterator[None]:
-    """What llama.cpp says while a model is loaded becomes a CommandError that names the file."""
+    """What llama.cpp says while a model is loaded becomes a CommandError that names the file; what we refuse names the option."""
     try:
         yield
     except (GGUFError, PlanError):
         raise
+    except ArgumentError as error:
+        raise CommandError(error.of_command()) from error
     except (ValueError, RuntimeError) as error:
         raise CommandError(f"{path}: llama.cpp cannot load it: {error}") from error
     except Exception as error:

@@ -20,6 +20,9 @@ _LOST, _LOST_TO_TRIALS, _SHORTEST = 0.015, 0.01, 120
 _FURTHER, _DRAFTED, _READ = 0.5, 0.3, 0.5
 # what a median may be off by, in median deviations over the root of the number of values
 _SURE = 2.3
+# what a verification has taken that was measured once may be by so much more than it takes; n times, by an n-th of that. Else a
+# number that was slow by chance would never be tried again
+_BY_CHANCE = 0.06
 # drafting has to be so much faster than plain steps
 _MARGIN = 0.02
 # tokens of the text that is to be written, where none has been; of a prompt that tells how fast prompts are read
@@ -149,17 +152,21 @@ class DraftLength:
         return statistics.median(self._drafting) if self._drafting else _DRAFTED * self.verification_seconds(1)
 
     def verification_seconds(self, n_tokens: int) -> float:
-        """Of so many tokens at once: on a straight line between the numbers that were measured, and beyond them."""
-        times = self._medians
-        if n_tokens in times:
-            return times[n_tokens]
+        """Of so many tokens at once: on a straight line between the numbers that were measured, and beyond them on the one from
+        the first to the last, since those next to each other differ by what is noise."""
         known = self._known
+        if n_tokens in self._medians:
+            return self._seconds(n_tokens)
         if len(known) == 1:
-            return times[known[0]] * (1 + _FURTHER * (n_tokens - 1)) / (1 + _FURTHER * (known[0] - 1))
+            return self._seconds(known[0]) * (1 + _FURTHER * (n_tokens - 1)) / (1 + _FURTHER * (known[0] - 1))
         at = min(max(1, bisect.bisect(known, n_tokens)), len(known) - 1)
-        low, high = known[at - 1], known[at]
-        slope = max(0.0, (times[high] - times[low]) / (high - low))
-        return times[high] + slope * (n_tokens - high)
+        low, high = known[at - 1 if n_tokens < known[-1] else 0], known[at]
+        slope = max(0.0, (self._seconds(high) - self._seconds(low)) / (high - low))
+        return self._seconds(high) + slope * (n_tokens - high)
+
+    def _seconds(self, n_tokens: int) -> float:
+        """Of a number that was measured."""
+        return self._medians[n_tokens] * (1 - (n_tokens > 1) * _BY_CHANCE / len(self._verifying[n_tokens]))
 
     def measured(self) -> Dict[int, float]:
         """Seconds by number of tokens verified at once."""

@@ -8,7 +8,8 @@ from typing import Iterator, Optional, Union
 
 import numpy as np
 
-from .gguf_file import GGUFFile, model_paths
+from .argument_error import ArgumentError
+from .gguf_file import EXPERTS, GGUFFile, model_paths
 from .measure import memory
 
 # read by the native side from the overrides that a model is loaded with
@@ -21,12 +22,12 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**
 _LEFT_FREE = 0.15
 # an expert is read in whole blocks
 _AROUND = 2 * 4096
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(up|down|gate|gate_up)_(ch|)exps\.weight$")
+_EXPERTS = re.compile(EXPERTS + "weight$")
 
 
 def parse(value: Union[int, str]) -> int:
-    """Bytes from a number of them or a string like "6GB", "500 MB", "1.5GiB". Raises ValueError."""
-    wrong = ValueError(f"expert_cache: found {str(value)[:40]!r}, want a size like '6GB', or bytes, or 0 for none")
+    """Bytes from a number of them or a string like "6GB", "500 MB", "1.5GiB". Raises ArgumentError."""
+    wrong = ArgumentError("expert_cache", f"found {str(value)[:40]!r}, want a size like '6GB', or bytes, or 0 for none")
     if isinstance(value, bool):
         raise wrong
     if isinstance(value, str):
@@ -41,11 +42,11 @@ def parse(value: Union[int, str]) -> int:
 
 def price(value: Union[float, str]) -> float:
     """The price of a miss: how many times as long an expert takes that has to be read. 0 for "auto", to have it measured. Raises
-    ValueError."""
+    ArgumentError."""
     if isinstance(value, str) and value == "auto":
         return 0.0
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 1 <= value <= 1e6:
-        raise ValueError(f"miss_price: found {str(value)[:40]!r}, want a number from 1 to 1e6, or 'auto'")
+        raise ArgumentError("miss_price", f"found {str(value)[:40]!r}, want a number from 1 to 1e6, or 'auto'")
     return float(value)
 
 
@@ -66,7 +67,7 @@ def of_experts(path: Union[str, os.PathLike]) -> int:
 def choose(
     path: Union[str, os.PathLike], value: Union[int, str, None], by_default: bool, n_ctx: int = 0, n_ubatch: int = 512
 ) -> int:
-    """Bytes of the cache for a model that is about to be loaded; 0 for none. Raises ValueError, GGUFError.
+    """Bytes of the cache for a model that is about to be loaded; 0 for none. Raises ArgumentError, GGUFError.
 
     Args:
         value: what a user asks for, None where that is nothing.
@@ -80,7 +81,7 @@ def choose(
 
 
 def asked(path: Union[str, os.PathLike], value: Union[int, str, None], free: Optional[int]) -> int:
-    """The size that a user asks for, in bytes; 0 for none. Raises ValueError where it cannot be had.
+    """The size that a user asks for, in bytes; 0 for none. Raises ArgumentError where it cannot be had.
 
     Args:
         free: bytes of memory that can be had, None where unknown.
@@ -89,16 +90,19 @@ def asked(path: Union[str, os.PathLike], value: Union[int, str, None], free: Opt
     if not n_bytes:
         return 0
     if os.name == "nt":
-        raise ValueError("expert_cache: there is none on Windows")
+        raise ArgumentError("expert_cache", "there is none on Windows")
     smallest = least(path)
     if not smallest:
-        raise ValueError(f"expert_cache: {path} has no routed experts")
+        raise ArgumentError("expert_cache", f"{path} has no routed experts")
     if n_bytes < smallest:
-        raise ValueError(
-            f"expert_cache: found {_gigabytes(n_bytes)}, want at least {_gigabytes(smallest)}, one layer's experts"
+        raise ArgumentError(
+            "expert_cache",
+            f"found {_gigabytes(n_bytes)}, want at least {_gigabytes(smallest)}, one layer's experts",
         )
     if free is not None and n_bytes > free:
-        raise ValueError(f"expert_cache: found {_gigabytes(n_bytes)}, and there are {_gigabytes(free)} of memory free")
+        raise ArgumentError(
+            "expert_cache", f"found {_gigabytes(n_bytes)}, and there are {_gigabytes(free)} of memory free"
+        )
     return n_bytes
 
 

@@ -4,6 +4,7 @@ Tensor data is never touched or loaded, so that opening a 40 GB file costs milli
 """
 
 import contextlib
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -39,8 +40,15 @@ _DIVISORS = {
     "rwkv6qwen2": ("wkv.head_size",), "rwkv7": ("wkv.head_size",), "arwkv7": ("wkv.head_size",),
 }  # fmt: skip
 
+# tensors of routed experts: llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h), and the layer
+EXPERTS = r"blk\.(\d+)\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps\."
+
 # types that nothing multiplies by: a model's file may have them, and no matrix of it
 _NO_WEIGHTS = ("F64", "I8", "I16", "I64")
+
+
+# of a file's tensor data, for its fingerprint
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 class GGUFError(ValueError):
@@ -182,6 +190,23 @@ def model_paths(path: Union[str, os.PathLike]) -> list:
     with GGUFFile(path) as file:
         n_split = _n_split(file)
         return split_paths(file.path, n_split) if n_split > 1 else [file.path]
+
+
+def fingerprint(model: Union[str, os.PathLike], *, metadata: bool = True) -> str:
+    """Hash of a model's metadata, or without it, and of samples from its tensor data: quick for any size, blind to name and date."""
+    digest = hashlib.sha256()
+    for path in model_paths(model):
+        with GGUFFile(path) as file:
+            data_offset = file.data_offset
+        size = path.stat().st_size
+        digest.update((size - data_offset).to_bytes(8, "little"))
+        with open(path, "rb") as data:
+            if metadata:
+                digest.update(data.read(data_offset))
+            for start in np.linspace(data_offset, max(data_offset, size - _SAMPLE_BYTES), _SAMPLES).astype(int):
+                data.seek(start)
+                digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def ranks(path: Union[str, os.PathLike]) -> bool:

@@ -7,17 +7,18 @@ import os
 from typing import Any, Tuple
 
 from ._native import ffi, libllama, llama_cpp
+from .argument_error import ArgumentError
 
 # bytes that stay free on each GPU: what llama.cpp's programs leave
 MARGIN = 1 << 30
 
 
 def is_possible() -> bool:
-    """Whether there is a GPU. Raises ValueError where there is one for which this build cannot choose."""
+    """Whether there is a GPU. Raises ArgumentError where there is one for which this build cannot choose."""
     if not llama_cpp.llama_supports_gpu_offload():
         return False
     if not hasattr(libllama, "allocmoe_fit"):
-        raise ValueError("n_gpu_layers: found None, want a number: this build was not made for a GPU")
+        raise ArgumentError("n_gpu_layers", "found 'auto', want a number: this build was not made for a GPU")
     return True
 
 
@@ -34,7 +35,7 @@ def choose(path: str, model_params: Any, context_params: Any) -> Tuple[int, Any]
         The layers whose experts stay in the CPU's memory, in part or all, and what has to outlive the loading.
 
     Raises:
-        ValueError: another argument leaves it no choice, or the model cannot be loaded.
+        ArgumentError: another argument leaves it no choice, or the model cannot be loaded.
     """
     split = ffi.new("float[]", llama_cpp.llama_max_devices())
     n_most = llama_cpp.llama_max_tensor_buft_overrides()
@@ -42,7 +43,8 @@ def choose(path: str, model_params: Any, context_params: Any) -> Tuple[int, Any]
     pointers = (int(ctypes.addressof(params)) for params in (model_params, context_params))
     model, context = (ffi.cast(f"struct llama_{name}_params *", at) for name, at in zip(("model", "context"), pointers))
     if libllama.allocmoe_fit(os.fsencode(path), model, context, split, overrides, MARGIN) < 0:
-        raise ValueError(f"{path}: n_gpu_layers: found None: {ffi.string(libllama.allocmoe_last_error()).decode()}")
+        reason = ffi.string(libllama.allocmoe_last_error()).decode()
+        raise ArgumentError("n_gpu_layers", f"found 'auto': {path}: {reason}")
     n_partial = 0
     while model_params.tensor_buft_overrides and overrides[n_partial].pattern:
         n_partial += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 import difflib
+import functools
 import inspect
 import os
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 from . import expert_cache as cache_size
 from . import gpu_fit, hub, overrides, speed_target
 from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp, set_verbose
+from .argument_error import ArgumentError
 from .checked_llama import (
     CheckedLlama,
     GenerationError,
@@ -27,7 +29,7 @@ from .checked_llama import (
     check_tokens,
 )
 from .draft import DraftModel
-from .gguf_file import GGUFFile, model_paths
+from .gguf_file import EXPERTS, GGUFError, GGUFFile, fingerprint, model_paths
 from .measure import memory
 from .measure.cores import physical_cores
 from .plan import TOKEN_RULES, VALUES, Plan, PlanError, integer_tuple, metadata, parse_budget, shown
@@ -46,12 +48,17 @@ _BLANKS = " \t\n\r\f\v"
 
 _PHASES = {"prefill": libllama.ALLOCMOE_PHASE_PREFILL, "decode": libllama.ALLOCMOE_PHASE_DECODE}
 
-# llama.cpp's LLM_FFN_EXPS_REGEX (common/common.h) for one layer
-_EXPERTS = r"blk\.{}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-
 
 # what _plan_of_tokens and _plan_in_force may be beside a plan
 _MIXED, _UNKNOWN = "mixed", "unknown"
+
+
+def _warn(message: str) -> None:
+    """Warns of the line that called this package: Python shows equal warnings of one line of ours once."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 class _Before(NamedTuple):
@@ -185,12 +192,17 @@ class Llama(CheckedLlama):
             n_gpu_layers = whole("n_gpu_layers", n_gpu_layers, -1, want="a number of layers, -1 for all, or 'auto'")
         n_cpu_moe = whole("n_cpu_moe", n_cpu_moe, 0, want="a number of layers, 0 or more")
         if n_gpu_layers is None and n_cpu_moe:
-            raise ValueError("n_cpu_moe: beside n_gpu_layers=None, which chooses that, too: wanted 0, or n_gpu_layers")
+            raise ArgumentError("n_cpu_moe", f"found {n_cpu_moe}, want 0 where 'auto' chooses what goes on the GPU")
         if not isinstance(repack, bool):
             raise ValueError(f"repack: found {repack!r}, wanted True or False")
         if not (prefetch is None or isinstance(prefetch, bool)):
             raise ValueError(f"prefetch: found {prefetch!r}, wanted True, False or None")
         self._n_cpu_moe, self._repack, self._asked_prefetch = n_cpu_moe, repack, prefetch
+        # as they are named now, whatever the working directory is later
+        self._file, plan_path = (
+            os.path.abspath(os.fsdecode(model_path)),
+            plan_path and os.path.abspath(os.fsdecode(plan_path)),
+        )
         self._plan_path, self._prefetch = plan_path, False
         self._asked_cache, self._miss_price = expert_cache, cache_size.price(miss_price)
         self._cache_bytes = 0
@@ -293,7 +305,8 @@ class Llama(CheckedLlama):
             "that the plan in the file was made for: only the full budget (1.0) works, or plans set by hand (set_plan)"
         )
         full = [used if k else 0 for k in stored.full]
-        if budget != "full" and (
+        is_full = isinstance(budget, str) and budget.strip(_BLANKS) == "full"
+        if not is_full and (
             budget is None or _is_name(budget) or parse_budget(budget, sum(full), sum(k > 0 for k in full)) != sum(full)
         ):
             raise PlanError(f"{model_path}: {self._beyond_plan}")
@@ -344,7 +357,7 @@ class Llama(CheckedLlama):
         params.use_extra_bufts = self._repack
         n_layer = min(self._n_cpu_moe, len(self._stored.full or ()))
         if n_layer:
-            patterns = [ffi.new("char[]", _EXPERTS.format(il).encode()) for il in range(n_layer)]
+            patterns = [ffi.new("char[]", EXPERTS.replace(r"(\d+)", str(il)).encode()) for il in range(n_layer)]
             overrides = ffi.new("struct llama_model_tensor_buft_override[]", n_layer + 1)  # a NULL pattern ends it
             for override, pattern in zip(overrides, patterns):
                 override.pattern, override.buft = pattern, libggml_base.ggml_backend_cpu_buffer_type()
@@ -358,7 +371,7 @@ class Llama(CheckedLlama):
         if self._vocab_only:
             return self._stored
         if self._stored_whole is None:
-            found = metadata.read(self.model_path)
+            found = metadata.read(self._file)
             self._stored_whole = found if self._plan_path is None else metadata.read_for(self._plan_path, found)
         return self._stored_whole
 
@@ -477,7 +490,7 @@ class Llama(CheckedLlama):
         return plan
 
     @in_turn
-    def budget_total(self, budget: Budget) -> int:
+    def budget_total(self, budget: Optional[Budget]) -> int:
         """How many expert activations per token a budget is, over all layers. Nothing changes.
 
         Args:
@@ -486,7 +499,10 @@ class Llama(CheckedLlama):
         Raises:
             PlanError: as `set_budget`: the model, or its file under the token rule in force, cannot serve it.
         """
-        total, full = self._total(budget, None), sum(self._full_of_experts())
+        full = sum(self._full_of_experts())
+        if budget is None:
+            budget = "full" if self._stored.plan is None else "balanced"
+        total = self._total(budget, None)
         if total == full:
             return total
         if self._beyond_plan is not None:
@@ -905,16 +921,14 @@ class Llama(CheckedLlama):
         if found == asked or not libllama.allocmoe_has_plan(context_pointer(self)):
             return
         if found != "off":
-            warnings.warn(
+            _warn(
                 f"token rule {asked!r} is off: this model, or the backend that it runs on, has no estimates of skipped "
-                f"experts; token rule {found!r} takes its place",
-                stacklevel=3,
+                f"experts; token rule {found!r} takes its place"
             )
             return
-        warnings.warn(
+        _warn(
             f"token rule {asked!r} is off: this model, or the backend that it runs on, cannot leave out single experts "
-            "of a token; every token gets its layer's planned number of experts",
-            stacklevel=3,
+            "of a token; every token gets its layer's planned number of experts"
         )
 
     @in_turn
@@ -1068,10 +1082,28 @@ class Llama(CheckedLlama):
                 )  # none were kept; load_state takes any shape that spreads over them
             state.plan = self._plan_of_tokens if self.n_tokens else self._named_plan()
             state.mixed = state.plan is _MIXED
+            state.computed_as = self._computes_as
             state.left, state.ran = self._left_over(), self._ran()
             return state
         finally:
             self.n_tokens = n_tokens
+
+    @functools.cached_property
+    def _computes_as(self) -> str:
+        """Of models for which it is the same, what one has computed of a text is what the other would compute, under the same plan."""
+        params, lora = self.context_params, self.lora_path
+        options = [
+            getattr(params, name)
+            for name, *_ in params._fields_
+            if name.startswith(("rope_", "yarn_"))
+            or name in ("n_ctx", "type_k", "type_v", "flash_attn_type", "swa_full")
+        ]
+        try:
+            model = fingerprint(self._file, metadata=False)
+            adapter = os.path.getsize(lora) if lora else 0
+        except (OSError, GGUFError):  # no longer there
+            model, adapter = self._file, 0
+        return repr((model, options, lora and (adapter, self.lora_scale)))
 
     def _ran(self) -> Optional[np.ndarray]:
         """int16 [n_layer, n_tokens, ...]: which experts the cached tokens have run, as the runtime has it; None without a cache."""
@@ -1124,13 +1156,16 @@ class Llama(CheckedLlama):
         After an error nothing has changed, or nothing is cached.
         """
         self._check_state(state)
+        if getattr(state, "computed_as", self._computes_as) != self._computes_as:
+            raise RuntimeError(
+                "load_state: the state is of another model, or of a cache that differs (flash_attn, type_k, type_v, n_ctx, rope)"
+            )
         self._tokens_change("load_state()")  # what is in force now is what will be
         then, mixed = getattr(state, "plan", self._named_plan()), getattr(state, "mixed", False)
         if mixed or then != self._named_plan():
             made = "while the plan changed" if mixed else f"under another plan ({then})"
-            warnings.warn(
-                f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed",
-                stacklevel=2,
+            _warn(
+                f"this state was saved {made}, in force is {self.plan}: its cached tokens are kept as they were computed"
             )
         try:
             super().load_state(state)

@@ -19,7 +19,8 @@ from typing import List, Optional, Sequence
 from . import __version__, expert_cache, projector
 from . import server_address as address
 from ._native import BUILD_DIR
-from .arguments import add_expert_cache
+from .argument_error import ArgumentError
+from .arguments import add_expert_cache, check_miss_price
 from .command import CommandError, load_errors, need_model, run_command
 from .gguf_file import GGUFFile, model_paths, ranks
 from .measure import memory
@@ -49,6 +50,8 @@ _FETCHED_MODELS = (
     (("-dr", "--docker-repo"), "LLAMA_ARG_DOCKER_REPO"),
     (("-hf", "-hfr", "--hf-repo"), "LLAMA_ARG_HF_REPO"),
 )
+# its option, and the variable
+_CTX_SIZE = ("-c", "--ctx-size"), "LLAMA_ARG_CTX_SIZE"
 # slots where --parallel says nothing: the most that there are; tokens where --batch-size does
 _SLOTS, _BATCH = 4, 2048
 # options, their variables, and the most threads of each: of HTTP's, which compute nothing, a half of what Linux has room for in a
@@ -211,7 +214,7 @@ def _check_ranking(model: str, options: Sequence[str]) -> None:
 
 def _check_context(options: Sequence[str]) -> None:
     """llama-server ends in an assert where it has no place for two tokens. Raises CommandError."""
-    n_ctx = _number(options, ("-c", "--ctx-size"), "LLAMA_ARG_CTX_SIZE")
+    n_ctx = _number(options, *_CTX_SIZE)
     if n_ctx is not None and n_ctx != 0 and n_ctx < 2:
         raise CommandError(f"--ctx-size: found {n_ctx}, want at least 2, or 0 for what the model was trained for")
 
@@ -265,19 +268,20 @@ def _cache_options(model: Optional[str], args: argparse.Namespace) -> List[str]:
     """What llama-server is to be told of an expert cache. Raises CommandError for one that cannot be."""
     n_bytes = args.expert_cache
     if model is not None:
-        on_gpu = {"-ngl", "--gpu-layers", "--n-gpu-layers"} & set(args.rest)
+        on_gpu = _given(args.rest, ("-ngl", "--gpu-layers", "--n-gpu-layers"), "LLAMA_ARG_N_GPU_LAYERS") is not None
         try:
             n_bytes = expert_cache.choose(
                 model, n_bytes, args.prefetch == "auto" and not on_gpu, _context_size(args.rest)
             )
-        except ValueError as error:
-            raise CommandError(str(error).replace("expert_cache:", "--expert-cache:", 1)) from None
+        except ArgumentError as error:
+            raise CommandError(error.of_command()) from None
         if n_bytes and args.expert_cache is None:
             print(
                 f"allocmoe-server: {n_bytes / 1e9:.1f} GB of memory for the experts, since the file is larger than what is free",
                 file=sys.stderr,
                 flush=True,
             )
+    check_miss_price(args, n_bytes or 0)
     if not n_bytes:
         return []
     price = expert_cache.price(args.miss_price)
@@ -373,7 +377,7 @@ def _with_long_help(arguments: Sequence[str]) -> List[str]:
 
 def _context_size(options: Sequence[str]) -> int:
     """Of --ctx-size; 0 for the model's own."""
-    n_ctx = _number(options, ("-c", "--ctx-size")) or 0
+    n_ctx = _number(options, *_CTX_SIZE) or 0
     return n_ctx if 0 < n_ctx < 10**9 else 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .command import CommandError, reason
 from .llama import Llama
+from .plan import shown
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -85,7 +86,19 @@ class AllocmoeLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Tuple[Any, List[int], List[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> List[Tuple[float, bool]]:
-        """For (texts, context, continuation) each: the continuation's log probability, and whether it is the likeliest."""
+        """For (texts, context, continuation) each: the continuation's log probability, and whether it is the likeliest.
+
+        Raises ValueError for a continuation of no tokens, or of more than the context: the harness's own models take neither.
+        """
+        for texts, _, continuation in requests:  # refused before hours have been spent on others
+            if not continuation:
+                raise ValueError(
+                    f"a continuation of no tokens, after {shown(texts and texts[0])}: there is nothing to score"
+                )
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"n_ctx: found {self.max_length}, want at least {len(continuation)}, the tokens of a continuation"
+                )
         found = []
         for texts, context, continuation in requests:
             # the last token predicts nothing that is asked for

@@ -1,7 +1,8 @@
-"""llama-cpp-python's caches of prompts (`LlamaRAMCache`, `LlamaDiskCache`) on a model whose budget changes."""
+"""llama-cpp-python's caches of prompts (`LlamaRAMCache`, `LlamaDiskCache`) on a model whose budget changes, and which other models use."""
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 import weakref
 import zlib
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 
+# of all caches: llama-cpp-python's change while they look for an entry
+_using = threading.RLock()
+
+
 class CacheOfOnePlan(BaseLlamaCache):
-    """A cache that has no entry but those computed under the plan in force, and the price of a miss: text depends on these alone.
+    """A cache that has no entry but those of this model, under the plan in force and the price of a miss: text depends on these alone.
 
     Args:
         cache: what stores them, which several models may share.
@@ -27,18 +32,27 @@ class CacheOfOnePlan(BaseLlamaCache):
 
     def __getitem__(self, tokens: Sequence[int]):
         llm = self._model()
-        state = self._cache[_key(tokens, llm.plan, llm.miss_price)]
+        try:
+            with _using:
+                state = self._cache[_key(tokens, llm.plan, llm)]
+            llm._check_state(state)
+        except KeyError:
+            raise
+        except Exception as error:  # a damaged file, or an entry of another context: computed anew
+            raise KeyError(f"the entry cannot be used: {error}") from None
         if getattr(state, "plan", None) != llm.plan:
             raise KeyError("the entry is of another plan")
         return state
 
     def __setitem__(self, tokens: Sequence[int], state) -> None:
         if not getattr(state, "mixed", False):  # no plan's text
-            self._cache[_key(tokens, getattr(state, "plan", None), self._model().miss_price)] = state
+            with _using:
+                self._cache[_key(tokens, getattr(state, "plan", None), self._model())] = state
 
     def __contains__(self, tokens: Sequence[int]) -> bool:
         llm = self._model()
-        return _key(tokens, llm.plan, llm.miss_price) in self._cache
+        with _using:
+            return _key(tokens, llm.plan, llm) in self._cache
 
     @property
     def cache_size(self) -> int:
@@ -63,9 +77,9 @@ class CacheOfOnePlan(BaseLlamaCache):
         return llm
 
 
-def _key(tokens: Sequence[int], plan: Optional[Plan], miss_price: float) -> Tuple[int, ...]:
-    """What the cache looks for the longest beginning of: tokens, the first of which tells plans and prices apart. An int of its own in
+def _key(tokens: Sequence[int], plan: Optional[Plan], llm: Llama) -> Tuple[int, ...]:
+    """What the cache looks for the longest beginning of: tokens, the first of which tells models, plans and prices apart. An int of its own in
     front would be a beginning that all entries of a plan have in common, and `LlamaDiskCache` removes what it finds."""
     # the same in every process, for caches on disk
-    number = 0 if plan is None and miss_price == 1 else zlib.crc32(repr((plan, miss_price)).encode()) + 1
+    number = zlib.crc32(repr((llm._computes_as, plan, llm.miss_price)).encode()) + 1
     return tuple(int(token) + (0 if i else number << 32) for i, token in enumerate(tokens))

@@ -23,6 +23,7 @@ from allocmoe_edge.bench import machine
 from allocmoe_edge.bench.measure import turns
 from allocmoe_edge.convert import thresholds
 from allocmoe_edge.measure.traffic import WeightTraffic
+from allocmoe_edge.plan.profile import thresholds_at
 import numpy as np
 
 WARMUP = 8  # steps before the clock starts: ggml's CUDA graphs are ready after two
@@ -85,7 +86,7 @@ def plans(llm: Llama, tokens: np.ndarray) -> dict:
     found = {"full": Plan(full, full), "half": half}
     table = thresholds.calibrate(llm, half, tokens[:1, : llm.n_batch].astype(np.int32))
     if table is not None:
-        cut = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, half.expert_used_count)]
+        cut = thresholds_at(table, half.expert_used_count)
         found["half, thresholds"] = Plan(half.expert_used_count, full, token_rule="threshold", threshold=cut)
     llm.set_plan(None)
     return found

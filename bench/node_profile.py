@@ -93,7 +93,7 @@ def weights_read(path: Path, counts) -> dict:
             name = "output.weight" if tied and name == "token_embd.weight" else name
             title = next((title for title, _, pattern in GROUPS if pattern and re.match(pattern, name)), "")
             out[title] += tensor.n_bytes
-    out[GROUPS[0][0]] = float(traffic.experts @ np.asarray(counts, float)) / traffic.n_expert
+    out[GROUPS[0][0]] = traffic.of_experts(counts)
     return out
 
 

@@ -22,6 +22,7 @@ from allocmoe_edge.convert.estimator_fit import N_RELU, N_SIZE, RANK
 from allocmoe_edge.measure.cores import physical_cores
 from allocmoe_edge.measure.traffic import WeightTraffic
 from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator
+from allocmoe_edge.plan.profile import thresholds_at
 import numpy as np
 
 
@@ -32,7 +33,7 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
     if table is None:
         raise BenchError("the model's backend cannot leave out single experts: there is nothing to measure")
     llm.set_plan(plan)  # calibrate left its own
-    cut = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, plan.expert_used_count)]
+    cut = thresholds_at(table, plan.expert_used_count)
     plans = {"off": plan, "threshold": replace(plan, token_rule="threshold", threshold=cut)}
     if item.phase == "prefill":
         plans["batch"] = replace(plan, token_rule="batch")
@@ -42,7 +43,7 @@ def plans_for(llm: Llama, item: measure.Item, plan: Plan, tokens: list) -> dict:
     sizes = thresholds.recorded_values(llm, by_size, window)
     if sizes is not None:
         table = [thresholds.table_row(np.sort(rows)[:, ::-1], plan.k_base) if rows.size else [] for rows in sizes]
-        cut = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, plan.expert_used_count)]
+        cut = thresholds_at(table, plan.expert_used_count)
         plans["estimate"] = replace(by_size, threshold=cut)
     llm.set_plan(plan)
     return plans

@@ -45,7 +45,7 @@ try:
     import transformers
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError as error:
-    sys.exit(f"train_moe.py: {error}; it needs torch and transformers: pip install 'allocmoe-edge[hf]'")
+    sys.exit(f"train_moe.py: {error}; it needs torch and transformers: pip install '.[hf]' in this clone")
 from tqdm import tqdm
 
 AUX_LOSS = 0.01  # weight of the load-balancing loss, as OLMoE was trained

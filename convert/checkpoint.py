@@ -11,29 +11,11 @@ from typing import Any, Callable, Dict, Optional, Union
 import zipfile
 import zlib
 
-from allocmoe_edge.gguf_file import GGUFFile, model_paths
+from allocmoe_edge.gguf_file import fingerprint
 import numpy as np
 
 from . import ConvertError
 from .progress import say
-
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
-
-
-def fingerprint(model: Path) -> str:
-    """Hash of a model's metadata and of samples from its tensor data: quick for any size, blind to name and date."""
-    digest = hashlib.sha256()
-    for path in model_paths(model):
-        with GGUFFile(path) as file:
-            data_offset = file.data_offset
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with open(path, "rb") as data:
-            digest.update(data.read(data_offset))
-            for start in np.linspace(data_offset, max(data_offset, size - _SAMPLE_BYTES), _SAMPLES).astype(int):
-                data.seek(start)
-                digest.update(data.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 class Checkpoint:

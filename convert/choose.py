@@ -154,8 +154,10 @@ def choose(
     )
     # what else the profile says is for other rules
     chosen = replace(candidates[ranked(others)[0]][0], held_out=held_out)
-    estimator = candidates[best][0].estimator if best in _ESTIMATES else None
-    chosen = replace(chosen, token_rule="estimate" if estimator else chosen.token_rule, estimator=estimator)
+    # estimates that another rule is ahead of stay in the file, for who asks for them at another budget
+    by_estimate = best in _ESTIMATES
+    estimator = candidates[best][0].estimator if by_estimate else profile.estimator
+    chosen = replace(chosen, token_rule="estimate" if by_estimate else chosen.token_rule, estimator=estimator)
     return Choice(chosen, candidates[best][1], measured, further, int(rest.size) if further else 0)
 
 
@@ -215,7 +217,10 @@ def report(choice: Choice, max_increase: float = np.inf) -> None:
     if choice.plan.token_rule == "estimate":
         if held_out.kl_plan > held_out.kl_uniform:
             say("this plan does worse than uniform k on held-out text; it is written because --token-rule asks for it")
-    elif choice.profile.allocation == "uniform":
+        return
+    if choice.profile.estimator is not None:
+        say("estimates do no better here; they stay in the file, for other budgets with token_rule='estimate'")
+    if choice.profile.allocation == "uniform":
         alloc_l, uniform = (
             min(score.kl for name, score in choice.scores.items() if name.startswith(of))
             for of in ("alloc-l", "uniform")

@@ -6,11 +6,10 @@ import argparse
 import functools
 from pathlib import Path
 import sys
-import time
 from typing import Optional, Sequence
 
 from allocmoe_edge import __version__
-from allocmoe_edge.arguments import add_gpu, add_threads, context_size, positive, seed, speed
+from allocmoe_edge.arguments import add_gpu, add_threads, check_gpu, context_size, positive, seed, speed
 from allocmoe_edge.command import printable, run_command
 from allocmoe_edge.plan import TOKEN_RULES
 
@@ -216,10 +215,15 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    return run_command(parser(), _convert, argv, interrupted=functools.partial(_left_behind, time.time()))
+    before: dict = {}
+    return run_command(
+        parser(), functools.partial(_convert, before), argv, interrupted=functools.partial(_left_behind, before)
+    )
 
 
-def _convert(args: argparse.Namespace) -> None:
+def _convert(before: dict, args: argparse.Namespace) -> None:
+    before["output"] = _stamp(args.output)
+    check_gpu(args)
     done = pipeline.convert(settings(args))
     paths, plan = done.paths, done.plan
     print(f"wrote {printable(str(paths[0]))}" + (f" and {len(paths) - 1} more" if paths[1:] else ""))
@@ -232,10 +236,19 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"  experts per layer: {' '.join(map(str, plan.expert_used_count))}")
 
 
-def _left_behind(started: float, args: argparse.Namespace) -> str:
-    """started: seconds, as the system counts those of files."""
+def _stamp(path: Path) -> Optional[tuple]:
+    """What tells that a file has been replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _left_behind(before: dict, args: argparse.Namespace) -> str:
     kept = checkpoint_path(args.output)
-    if args.output.exists() and args.output.stat().st_mtime >= started - 1:  # which file systems may round down
+    now = _stamp(args.output)
+    if now is not None and now != before.get("output", now):
         checkpoint.remove(kept)
         return f"{args.output} was written"
     if not kept.exists():

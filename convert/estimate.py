@@ -18,7 +18,7 @@ from typing import Callable, Dict, List, Optional
 from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge.measure.perplexity import evaluate
 from allocmoe_edge.measure.recording import recording
-from allocmoe_edge.plan.estimator import ARRAYS, Estimator
+from allocmoe_edge.plan.estimator import ARRAYS, Estimator, as_it_runs
 from allocmoe_edge.plan.profile import Profile
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -43,7 +43,7 @@ from .estimator_fit import (
 )
 from .input_file import InputFile
 from .progress import progress_bar
-from .regression import PENALTY, MissingSums, SizeSums, as_it_runs, positive_directions
+from .regression import PENALTY, MissingSums, SizeSums, positive_directions
 
 # of a matrix whose products are too small for several threads, and take little memory
 _FEW_ROWS = 1024

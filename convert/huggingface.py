@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from importlib.util import find_spec
 import json
 import math
@@ -22,6 +23,8 @@ _BYTES = {"f32": 4, "f16": 2, "bf16": 2, "auto": 2, "q8_0": 34 / 32}
 _NEEDED = ("torch", "transformers", "huggingface_hub", "yaml", "sentencepiece")
 # what a conversion reads. No *.py: upstream runs a tokenizer's own code, and none is fetched unasked
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md"]
+# of a model that has no others: upstream unpickles nothing but weights from them
+_WEIGHTS, _OLD_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 _TOKENIZERS = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
 
 
@@ -40,7 +43,7 @@ def check_installed() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise ConvertError(
-            f'converting Hugging Face models needs {", ".join(missing)}: pip install "allocmoe-edge[hf]"'
+            f'converting Hugging Face models needs {", ".join(missing)}: pip install ".[hf]" in the clone of allocmoe-edge'
         )
 
 
@@ -55,15 +58,22 @@ def download(repository: str) -> Path:
 
     if not sys.stderr.isatty():
         utils.disable_progress_bars()
+    patterns = _PATTERNS
     try:
         check_config(Path(huggingface_hub.hf_hub_download(repository, "config.json")), repository)
         try:
-            files = huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS, dry_run=True)
+            files = huggingface_hub.snapshot_download(
+                repository, allow_patterns=[*_PATTERNS, _OLD_WEIGHTS], dry_run=True
+            )
+            if any(fnmatch(file.filename, _WEIGHTS) for file in files):
+                files = [file for file in files if not fnmatch(file.filename, _OLD_WEIGHTS)]
+            else:
+                patterns = [*_PATTERNS, _OLD_WEIGHTS]
             size = sum(file.file_size for file in files if file.will_download)
             output.check_space(Path(constants.HF_HUB_CACHE), size, f"the download of {repository}")
         except errors.DryRunError:
             pass  # no network: what is in the cache will do, or the next line says what is missing
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except errors.GatedRepoError:
         raise ConvertError(
             f"{repository}: a gated repository: ask for access on {constants.ENDPOINT}/{repository}, then log in "
@@ -144,12 +154,12 @@ def check_folder(folder: Path) -> int:
         if missing:
             raise ConvertError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]}, ...")
         return sum(_safetensors_size(folder / name) for name in names)
-    weights = sorted(folder.glob("model*.safetensors"))
+    weights = sorted(folder.glob(_WEIGHTS))
     if weights:
         return sum(map(_safetensors_size, weights))
-    weights = sorted(folder.glob("pytorch_model*.bin"))
+    weights = sorted(folder.glob(_OLD_WEIGHTS))
     if not weights:
-        raise ConvertError(f"{folder}: the weights are missing: no model*.safetensors, no pytorch_model*.bin")
+        raise ConvertError(f"{folder}: the weights are missing: no {_WEIGHTS}, no {_OLD_WEIGHTS}")
     return sum(path.stat().st_size for path in weights) // 2
 
 

@@ -7,6 +7,7 @@ from typing import Optional
 
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.command import load_errors
+from allocmoe_edge.gguf_file import fingerprint
 from allocmoe_edge.measure import memory
 from allocmoe_edge.plan.estimator import Estimator
 from allocmoe_edge.plan.profile import Profile
@@ -59,7 +60,12 @@ def convert(settings: Settings) -> Written:
             if settings.calib is None:  # how much a text has is known when it has been read
                 task = _with_room(task)
             progress.expect(stages.expected(task))
+            model = fingerprint(gguf.path)
             choice = measure(task, progress)
+            if fingerprint(gguf.path) != model:
+                raise ConvertError(
+                    f"{settings.model}: has been replaced or written to since the conversion began; nothing was written"
+                )
             profile, plan = choice.profile, choice.plan
         else:
             profile, plan = replan(task)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import List
 
-import gguf
+from allocmoe_edge.plan.estimator import as_it_runs
 import numpy as np
 
 # of the mean of the inputs' squares, and of the squares of the weights that are skipped
@@ -30,15 +30,6 @@ _EPOCHS, _BATCH, _RATE, PENALTY = 10, 128, 2e-3, 1e-3
 _ITERATIONS, _ITERATIONS_OF_RANK = 3, 10
 # rows up to which a whole decomposition takes next to no time
 _WHOLE = 1024
-
-
-def as_it_runs(down: np.ndarray) -> np.ndarray:
-    """float32 of the same shape, [..., n_embd]: directions rounded as the runtime multiplies by them, to Q4_0 where n_embd is a
-    multiple of its block of 32, else to float16. What is fitted on products with them should be fitted on the rounded ones."""
-    if down.shape[-1] % 32 or not down.size:
-        return down.astype(np.float16).astype(np.float32)
-    kind = gguf.GGMLQuantizationType.Q4_0
-    return gguf.dequantize(gguf.quantize(np.ascontiguousarray(down, np.float32), kind), kind)
 
 
 def main_vectors(matrix: np.ndarray, n: int, iterations: int) -> np.ndarray:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Gets the pinned upstream source, verifies it, unpacks it into a cache, applies our patches and adds our shaders.
+"""Gets the pinned upstream source, verifies it, unpacks it into build/upstream, applies our patches and adds our shaders.
 
 CMake runs this at configure time and reads the last line it prints: the folder of llama.cpp. By hand:
 
     python native/prepare.py
 
 The archive comes from pip (`pip download`, with the user's own pip configuration) unless
-ALLOCMOE_UPSTREAM_ARCHIVE names a local copy. ALLOCMOE_CACHE_DIR moves the cache, which by default is
-allocmoe-edge in XDG_CACHE_HOME or ~/.cache.
+ALLOCMOE_UPSTREAM_ARCHIVE names a local copy, and is kept in allocmoe-edge in XDG_CACHE_HOME or ~/.cache. Where
+ALLOCMOE_CACHE_DIR names a folder, it is kept and unpacked there.
 
 Running it again is cheap and safe: every file that a patch touches is computed anew from the archive and
 written only if it differs, so that an edited patch rebuilds just what it changes.
@@ -36,10 +36,15 @@ SHADERS = "ggml/src/ggml-vulkan/vulkan-shaders"
 
 
 def cache_dir() -> Path:
-    """Folder for the archive and the unpacked source, outside the source tree."""
+    """Folder for the archive, outside the source tree."""
     if "ALLOCMOE_CACHE_DIR" in os.environ:
         return Path(os.environ["ALLOCMOE_CACHE_DIR"]).expanduser().resolve()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "allocmoe-edge"
+
+
+def trees_dir() -> Path:
+    """Folder for the unpacked source. Of this checkout alone: another one may have other patches, and build meanwhile."""
+    return cache_dir() if "ALLOCMOE_CACHE_DIR" in os.environ else NATIVE.parent / "build" / "upstream"
 
 
 def sha256(path: Path) -> str:
@@ -86,16 +91,21 @@ def obtain_archive(cache: Path) -> Path:
     return archive
 
 
-def unpack(archive: Path, cache: Path) -> Path:
+def unpack(archive: Path, trees: Path) -> Path:
     """Unpacks llama.cpp and its licence-bearing neighbours once; returns the folder of llama.cpp."""
-    target = cache / f"{PIN['name']}-{PIN['version']}-{PIN['sha256'][:12]}"
+    target = trees / f"{PIN['name']}-{PIN['version']}-{PIN['sha256'][:12]}"
     if not target.is_dir():
-        with tempfile.TemporaryDirectory(dir=cache) as tmp:
+        trees.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=trees) as tmp:
             with tarfile.open(archive) as tar:
                 # the "data" filter refuses names that leave the folder; Pythons without it are still patched ones
                 extra = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 tar.extractall(tmp, **extra)  # noqa: S202 - its hash is the pinned one
-            os.replace(next(Path(tmp).iterdir()), target)
+            try:
+                os.replace(next(Path(tmp).iterdir()), target)
+            except OSError:
+                if not target.is_dir():  # as it is where another build was first
+                    raise
     return target / LLAMA_CPP
 
 
@@ -154,7 +164,7 @@ def main() -> None:
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     archive = obtain_archive(cache)
-    llama_cpp = unpack(archive, cache)
+    llama_cpp = unpack(archive, trees_dir())
     apply_patches(archive, llama_cpp)
     add_shaders(llama_cpp)
     print(llama_cpp.as_posix())

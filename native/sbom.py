@@ -82,5 +82,5 @@ def bill(llama_cpp: Path) -> dict:
 if __name__ == "__main__":
     cache = prepare.cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    json.dump(bill(prepare.unpack(prepare.obtain_archive(cache), cache)), sys.stdout, indent=2)
+    json.dump(bill(prepare.unpack(prepare.obtain_archive(cache), prepare.trees_dir())), sys.stdout, indent=2)
     print()

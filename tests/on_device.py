@@ -440,12 +440,13 @@ def load(path, **kwargs):
 def plans(tiny):
     """Token rules by name, half budget of 4 experts in 4 layers, thresholds calibrated on the tokens."""
     from allocmoe_edge.convert import thresholds
+    from allocmoe_edge.plan.profile import thresholds_at
 
     llm = load(tiny.gguf_path)
     full = llm.plan.expert_used_count_full
     half = [k // 2 for k in full]
     table = thresholds.calibrate(llm, Plan(half, full, token_rule="batch"), np.array([TOKENS], np.int32))
-    cut = [float(row[k - 1]) for row, k in zip(table, half)]
+    cut = thresholds_at(table, half)
     llm.close()
     return {
         "full": Plan(full, full),

@@ -173,6 +173,59 @@ def test_more_tokens_than_there_is_memory_for(model, capfd):
         assert "want a whole number from 0 to 16777216" in line
 
 
+@pytest.mark.parametrize("command", RUN)
+def test_what_we_refuse_is_not_llama_cpps(command, model, text, capfd):
+    """It was said that llama.cpp could not load the model, and in Python's names."""
+    common = [text if each == "TEXT" else each for each in RUN[command][1]]
+    options = ["--n-cpu-moe", 2, "--n-gpu-layers", "auto"]
+    line = ends_in_a_line(capfd, command, model, *common, *options)
+    assert line == f"{command}: error: --n-cpu-moe: found 2, want 0 where 'auto' chooses what goes on the GPU"
+    if command != "allocmoe-inspect":
+        line = ends_in_a_line(capfd, command, model, *common, "--expert-cache", 1)
+        assert line.startswith(f"{command}: error: --expert-cache: found 1 bytes, want at least ")
+
+
+@pytest.mark.parametrize(
+    "command, options, message",
+    [
+        *(
+            ("allocmoe-inspect", [option, value], f"{option}: has no effect without --measure-curve or --routing")
+            for option, value in (
+                ("--tokens", 64), ("--ctx-size", 64), ("--threads", 7), ("--n-gpu-layers", 1), ("--n-cpu-moe", 1),
+            )
+        ),
+        ("allocmoe-inspect", ["--budgets", "0.5"], "--budgets: has no effect without --measure-curve"),
+        ("allocmoe-inspect", ["--routing", "TEXT", "--budgets", "0.5"], "--budgets: has no effect without --measure-curve"),
+        *(
+            (command, [*RUN[command][1], "--n-cpu-moe", 1], "--n-cpu-moe: has no effect without --n-gpu-layers: all experts")
+            for command in RUN
+        ),
+        *(
+            (command, [*RUN[command][1], "--miss-price", price, *more], message)
+            for command in ("allocmoe-chat", "allocmoe-bench")
+            for price, more, message in (
+                (4, [], "--miss-price: has no effect without an expert cache"),
+                ("auto", ["--expert-cache", 0], "--miss-price: has no effect without an expert cache"),
+                (4, ["--expert-cache", "10MB"], "--miss-price: has no effect but under token rule 'estimate'"),
+            )
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_without_effect(command, options, message, model, text, capfd):
+    """They were accepted, and nothing said that they change nothing."""
+    line = ends_in_a_line(capfd, command, model, *(text if each == "TEXT" else each for each in options))
+    assert line.startswith(f"{command}: error: {message}"), line
+
+
+def test_a_text_that_is_none(model, tmp_path, capfd):
+    """allocmoe-bench measured on it, for its speed is that of any other tokens, and wrote its name into the results."""
+    binary = tmp_path / "text.txt"
+    binary.write_bytes(b"\xff\xfe" + bytes(range(256)) * 100)
+    options = RUN["allocmoe-bench"][1]
+    assert "not UTF-8 text" in ends_in_a_line(capfd, "allocmoe-bench", model, *options, "--text", binary)
+
+
 # --- outputs
 
 

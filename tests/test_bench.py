@@ -8,10 +8,13 @@ from pathlib import Path
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge._native import libllama, llama_cpp
 from allocmoe_edge.bench import cli, machine, measure, report
+from allocmoe_edge.inspect import report as inspect_report
 from allocmoe_edge.measure.traffic import WeightTraffic
+from conftest import plan_from_made_up_profile
 import gguf
 from gguf_factory import write_gguf
 import numpy as np
+import odd_models
 import pytest
 
 TINY = ["--prompt", "24", "--depth", "0,16", "--gen", "4", "--repeats", "2"]
@@ -87,16 +90,32 @@ def test_bytes_per_token_of_untied_embeddings(tmp_path):
     writer.add_expert_used_count(2)
     writer.add_vocab_size(10)
     for name, shape in {"token_embd.weight": (10, 32), "output.weight": (10, 32), "blk.0.ffn_up.weight": (8, 32),
-                        "blk.1.ffn_gate_inp.weight": (4, 32), "blk.1.ffn_down_exps.weight": (4, 6, 32)}.items():  # fmt: skip
+                        "blk.1.ffn_gate_inp.weight": (4, 32), "blk.1.ffn_norm_exps.weight": (32,),
+                        "blk.1.ffn_down_exps.weight": (4, 6, 32)}.items():  # fmt: skip
         writer.add_tensor(name, np.zeros(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     traffic = WeightTraffic(path)
-    # one row of embeddings, output, the dense layer, the router; then 3 of 4 experts of 6 rows
-    assert traffic.per_token([0, 3]) == 4 * 32 * (1 + 10 + 8 + 4 + 3 * 6)
-    assert traffic.total == 4 * 32 * (10 + 10 + 8 + 4 + 24)
+    # output, the dense layer, the router, the experts' norm, which is none of theirs; then 3 of 4 experts of 6 rows
+    assert traffic.per_token([0, 3]) == 4 * 32 * (10 + 8 + 4 + 1 + 3 * 6)
+    assert traffic.total == 4 * 32 * (10 + 10 + 8 + 4 + 1 + 24)
+
+
+@pytest.mark.parametrize("write", [odd_models.write_qwen3moe, lambda path: odd_models.write_deepseek4(path, 2), odd_models.write_grovemoe],
+                         ids=["qwen3moe", "deepseek4", "grovemoe"])  # fmt: skip
+def test_bytes_per_token_are_those_of_inspect(tmp_path, capsys, write):
+    """Of layers whose experts are given by the token id they were none, for each page counted by itself."""
+    path = plan_from_made_up_profile(write(tmp_path / "source.gguf"), tmp_path / "model.gguf")
+    assert (
+        cli.main([str(path), "--prompt", "0", "--gen", "2", "--repeats", "1", "--json", str(tmp_path / "b.json")]) == 0
+    )
+    read = inspect_report.build(path)["plan"]["bytes_per_token"]
+    full, half = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert full["gb_per_token"] * 1e9 == pytest.approx(read["experts_full"] + read["other"], rel=1e-12)
+    assert half["gb_per_token"] * 1e9 == pytest.approx(read["experts"] + read["other"], rel=1e-12)
+    assert half["ratio_of_bytes"] == pytest.approx(1 / read["share"], rel=1e-12)
 
 
 def test_the_file_s_own_plan_is_the_default(planned_path, capsys):
@@ -166,12 +185,13 @@ def test_leaves_the_model_as_it_was(testbed_path):
     llm.eval([1, 2, 3])  # from an empty cache
 
 
-def test_plot(testbed_path, tmp_path):
+@pytest.mark.parametrize("suffix, begin", [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")])
+def test_plot(testbed_path, tmp_path, suffix, begin):
     pytest.importorskip("matplotlib")
-    path = tmp_path / "plot.png"
+    path = tmp_path / f"plot.{suffix}"
     args = ["--budgets", "0.5", "--prompt", "8", "--gen", "2", "--repeats", "1", "--plot", str(path)]
     assert cli.main([str(testbed_path), *args]) == 0
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes().startswith(begin)
 
 
 def _rows(reference, other):
@@ -224,7 +244,6 @@ def test_energy_counter(tmp_path):
 
 def test_machine_facts():
     assert machine.read_bandwidth(2) > 0
-    assert machine.peak_memory() > 1 << 20
     assert machine.describe()["cpu"]
 
 
@@ -236,9 +255,14 @@ def test_machine_facts():
         (["--prompt", "0", "--gen", "0"], "nothing to measure"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder/x.json: no such folder"),
         (["--text", "/no/such/file"], "No such file"),
+        # the one failed after the measurement, as a fault of ours, the other replaced the first file by the second
+        (["--plot", "x.txt"], "x.txt: want a name that ends in .png, .svg or .pdf"),
+        (["--plot", "x"], "x: want a name that ends in .png, .svg or .pdf"),
+        (["--json", "same", "--csv", "./same"], "--json, --csv, --plot: want different files"),
     ],
 )
-def test_errors(testbed_path, capsys, args, message):
+def test_errors(testbed_path, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
     assert cli.main([str(testbed_path), *args]) == 1
     error = capsys.readouterr().err
     assert error.startswith("allocmoe-bench: error: ") and message in error

@@ -183,6 +183,10 @@ def test_raised_expert_count(planned):
         assert libllama.allocmoe_set_budget(context, total, -1, -1) == libllama.ALLOCMOE_OK
     assert np.array_equal(logits(llm), full)
     llm.close()
+    for budget in ("full", " full\n", " 100 % "):  # the one with blanks around the name was refused
+        Llama(str(planned), kv_overrides={"olmoe.expert_used_count": 6}, budget=budget, **SIZES).close()
+    with pytest.raises(PlanError, match="only the full budget"):
+        Llama(str(planned), kv_overrides={"olmoe.expert_used_count": 6}, budget="balanced", **SIZES)
 
 
 def test_lowered_expert_count(planned):

@@ -3,7 +3,8 @@
 import resource
 
 from allocmoe_edge.convert import ConvertError
-from allocmoe_edge.convert.checkpoint import Checkpoint, fingerprint
+from allocmoe_edge.convert.checkpoint import Checkpoint
+from allocmoe_edge.gguf_file import fingerprint
 from gguf_factory import write_gguf
 import numpy as np
 import pytest

@@ -608,6 +608,58 @@ def test_max_ppl_increase_looks_at_plans_of_its_rule(tiny, tmp_path, rule):
     assert float(found) == pytest.approx(100 * (held_out.plan / held_out.full - 1), abs=0.1)
 
 
+def test_a_model_that_is_replaced_meanwhile(tiny, tmp_path, monkeypatch, capsys):
+    """The output had the new tensors and the plan of the old ones."""
+    model = tmp_path / "m.gguf"
+    model.write_bytes(Path(tiny.gguf_path).read_bytes())
+    measure = pipeline.measure
+
+    def replaced(*args):
+        choice = measure(*args)
+        with GGUFFile(model) as file:
+            begin = file.data_offset
+        data = bytearray(model.read_bytes())
+        data[begin] ^= 1
+        (tmp_path / "new.gguf").write_bytes(data)
+        os.replace(tmp_path / "new.gguf", model)
+        return choice
+
+    monkeypatch.setattr(pipeline, "measure", replaced)
+    assert cli.main([str(model), *map(str, TEXT), "--token-rule", "off", "-o", str(tmp_path / "o.gguf")]) == 1
+    assert "m.gguf: has been replaced or written to since the conversion began" in capsys.readouterr().err
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_interrupted_after_an_output_that_was_just_written(tiny, tmp_path, monkeypatch, capsys):
+    """Of the run before: it was said to be this one's, whose measurements were removed."""
+    out = tmp_path / "o.gguf"
+    out.write_bytes(b"of the run before")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "measure", stop)
+    assert cli.main([str(tiny.gguf_path), *map(str, TEXT), "--force", "-o", str(out)]) == 130
+    assert "no output was written" in capsys.readouterr().err and out.read_bytes() == b"of the run before"
+
+
+def test_estimates_stay_where_another_rule_is_ahead(tiny, tmp_path, monkeypatch):
+    """For other budgets of the file, which had none."""
+    scores = choose.scores
+
+    def worse(*args):
+        found = scores(*args)
+        return {name: score._replace(kl=score.kl + 9 * name.startswith("token rule")) for name, score in found.items()}
+
+    monkeypatch.setattr(choose, "scores", worse)
+    assert cli.main([str(tiny.gguf_path), *map(str, TEXT), "-o", str(tmp_path / "o.gguf")]) == 0
+    found = metadata.read(tmp_path / "o.gguf")
+    assert found.plan.token_rule != "estimate" and found.profile.estimator is not None
+    llm = Llama(tmp_path / "o.gguf", n_ctx=64, verbose=False)
+    assert llm.set_budget(0.5, token_rule="estimate").token_rule == "estimate"
+    llm.close()
+
+
 def test_max_ppl_increase_without_a_plan_within_it(capsys):
     """Not even full budget, where estimates take experts out: said."""
     calibration = metadata.Calibration("made up", 1, "0" * 64)

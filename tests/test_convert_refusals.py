@@ -78,6 +78,10 @@ def test_numbers_out_of_range(tiny_planned, out, refused, option, value):
     refused(tiny_planned, f"{option}={value}", "-o", out / "m.gguf", expect=f"argument {option}: ", code=2)
 
 
+def test_experts_on_the_cpu_without_a_gpu(tiny_planned, out, refused):
+    refused(tiny_planned, "--n-cpu-moe", "1", "-o", out / "m.gguf", expect="has no effect without --n-gpu-layers")
+
+
 def test_per_cent_without_their_sign(tiny_planned, out, refused):
     """3 was 300%, and nothing said so."""
     options = ["--max-ppl-increase", "3", "-o", out / "m.gguf"]

@@ -7,8 +7,8 @@ import pytest
 PLAIN = 0.05
 
 
-# what so many tokens at once cost on OLMoE's shape, in plain steps, by an early measurement; docs/speculative.md has the present one
-OLMOE = {1: 1, 2: 1.5, 3: 1.9, 5: 2.6, 9: 4.8, 17: 6.3}
+# what so many tokens at once cost on OLMoE's shape, in plain steps: docs/speculative.md
+OLMOE = {1: 1, 2: 1.5, 3: 2.1, 5: 2.9, 9: 4.2, 17: 5.9}
 
 
 class Machine:
@@ -113,6 +113,12 @@ def test_nearly_as_fast_as_the_best(acceptance, more, draft):
     assert Machine(acceptance, more, draft).write(2000) - 1 > 0.7 * best - 0.03
     # in texts that short half a hundred tokens may pass until a draft that costs something is known
     assert write(12, 100, acceptance, more, draft)[0] - 1 > 0.45 * best - 0.02
+
+
+def test_a_number_that_was_slow_by_chance_is_tried_again():
+    """One of two tokens was, and then no more than one was drafted where sixteen are best: a quarter of their gain."""
+    gains = [Machine(0.95, OLMOE, 0.0, seed=seed).write(2000) - 1 for seed in range(6)]
+    assert min(gains) > 0.6 * (Machine(0.95, OLMOE, 0.0).best() - 1)
 
 
 def test_follows_what_changes():
@@ -251,4 +257,7 @@ def test_costs_between_and_beyond_those_measured():
         for wrong in (0.0, 9.0):  # a median
             length.verified(n, seconds)
             length.verified(n, seconds + wrong)
-    assert [length.verification_seconds(n) for n in (1, 2, 3, 4, 5, 9)] == [1.0, 1.5, 2.0, 2.25, 2.5, 3.5]
+    # of four values each, which may be by 1.5% too long by chance; beyond them as from 1 to 5
+    five = 0.985 * 2.5
+    wanted = [1.0, (1 + 0.985 * 2) / 2, 0.985 * 2, 0.985 * 2.25, five, five + (five - 1)]
+    assert [length.verification_seconds(n) for n in (1, 2, 3, 4, 5, 9)] == pytest.approx(wanted)

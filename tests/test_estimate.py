@@ -351,7 +351,13 @@ def test_thresholds_take_the_place_of_estimates(built, tmp_path):
     plan = profile.plan(0.5, model.full)
     assert plan.token_rule == "estimate"
     metadata.write_side_file(tmp_path / "plan.gguf", model, plan, profile)
-    with pytest.warns(UserWarning, match="token rule 'threshold' takes its place"):
+    with pytest.warns(UserWarning, match="token rule 'threshold' takes its place") as warned:
         llm = Llama(str(built["llama4"].gguf_path), plan_path=str(tmp_path / "plan.gguf"), n_ctx=64, verbose=False)
     assert llm.plan == profile.plan(plan.budget_total, model.full, "threshold")
+    with pytest.warns(UserWarning) as set_later:
+        llm.set_budget(0.5)
+    with pytest.warns(UserWarning) as set_at_once:
+        Llama(llm.model_path, budget=0.5, plan_path=str(tmp_path / "plan.gguf"), n_ctx=64, verbose=False).close()
+    # of the line that calls us, whatever is between
+    assert {each[0].filename for each in (warned, set_later, set_at_once)} == {__file__}
     llm.close()

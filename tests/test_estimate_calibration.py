@@ -10,6 +10,7 @@ from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.measure.perplexity import Reference, bos_token, windows
 from allocmoe_edge.measure.recording import LayerRecord, recording
 from allocmoe_edge.plan import metadata
+from allocmoe_edge.plan.estimator import as_it_runs
 from gguf_factory import reduced
 import numpy as np
 import pytest
@@ -293,7 +294,7 @@ def test_recorded_sizes_are_the_estimators(llm, text, calibrated):
 
 
 def test_directions_are_fitted_as_they_run(calibrated):
-    np.testing.assert_allclose(regression.as_it_runs(calibrated.down), calibrated.down, rtol=1e-3)
+    np.testing.assert_allclose(as_it_runs(calibrated.down), calibrated.down, rtol=1e-3)
 
 
 def test_recorded_missing_is_what_the_rule_skips(llm, text, calibrated):

@@ -5,7 +5,16 @@ from dataclasses import fields, replace
 from allocmoe_edge import Plan, PlanError
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.plan import metadata
-from allocmoe_edge.plan.estimator import N_QUANTILES, Estimator, _rounded, from_stored, n_words, stored, to_blocks
+from allocmoe_edge.plan.estimator import (
+    N_QUANTILES,
+    Estimator,
+    _rounded,
+    as_it_runs,
+    from_stored,
+    n_words,
+    stored,
+    to_blocks,
+)
 import gguf
 from gguf_factory import plan_keys, write_gguf
 from hypothesis import given, settings
@@ -78,6 +87,17 @@ def test_numbers_are_as_they_run_and_cannot_be_changed():
         assert np.array_equal(gguf.dequantize(to_blocks(array), kind), array)
     with pytest.raises(ValueError):
         found.down[0] = 1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+def test_rounding_is_that_of_gguf(scale):
+    """Bit for bit; what is no multiple of a block is float16."""
+    rows = (scale * np.random.default_rng(0).standard_normal((3, 5, 96))).astype(np.float32)
+    rows[0, 0, :32] = 0
+    kind = gguf.GGMLQuantizationType.Q4_0
+    assert np.array_equal(as_it_runs(rows), gguf.dequantize(gguf.quantize(rows, kind), kind))
+    assert np.array_equal(as_it_runs(rows[..., :95]), rows[..., :95].astype(np.float16).astype(np.float32))
+    assert as_it_runs(rows[:, :0]).shape == (3, 0, 96)
 
 
 @pytest.mark.parametrize("n_embd, rank, n_down", [(32, 2, 3), (64, 33, 40), (24, 5, 9), (32, 0, 1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
+import io
 import os
 from pathlib import Path
 import pickle
@@ -776,6 +777,14 @@ def test_by_default_where_the_file_is_larger_than_the_memory(path, expected, mon
         llm.close()
 
 
+@pytest.mark.parametrize("budget", [[], ["--budget", "full"], ["--budget", "0.3"]], ids=str)
+def test_price_of_a_chat(planned, monkeypatch, capsys, budget):
+    """Taken at any budget of a file with estimates, also the full one."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    options = ["--no-repack", "--expert-cache", str(size_for(planned, 5)), "--miss-price", "4", *budget]
+    assert chat.main([str(planned), *options]) == 0, capsys.readouterr().err
+
+
 def test_options_of_the_server(path, monkeypatch, capsys):
     """They become overrides that llama-server takes, and the library reads."""
 
@@ -788,7 +797,10 @@ def test_options_of_the_server(path, monkeypatch, capsys):
     assert options("--expert-cache", "6MB", "--miss-price", "4") == wanted
     assert options("--expert-cache", "6MB", "--miss-price", "auto")[2:] == ["--override-kv", f"{price}=float:0.0"]
     assert options("--expert-cache", "6MB")[2:] == ["--override-kv", f"{price}=float:1.0"]
-    assert options() == options("--expert-cache", "0") == options("--miss-price", "4") == []
+    assert options() == options("--expert-cache", "0") == []
+    for without in ([], ["--expert-cache", "0"]):
+        with pytest.raises(CommandError, match="^--miss-price: has no effect without an expert cache"):
+            options("--miss-price", "4", *without)
     with pytest.raises(CommandError, match="^--expert-cache: found .* want at least"):
         options("--expert-cache", "1kB")
     monkeypatch.setattr(memory, "available", lambda: int(path.stat().st_size * 0.9))
@@ -796,6 +808,10 @@ def test_options_of_the_server(path, monkeypatch, capsys):
     assert options("-c", "99999999") == []
     (_, found, _, _) = options()
     assert found.startswith(f"{key}=int:") and "GB of memory for the experts" in capsys.readouterr().err
+    for variable, value in (("LLAMA_ARG_CTX_SIZE", "99999999"), ("LLAMA_ARG_N_GPU_LAYERS", "99")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            assert options() == []
     assert options("--prefetch", "on") == options("--expert-cache", "0") == []
     for wrong in (["--expert-cache", "much"], ["--miss-price", "0.5"]):
         with pytest.raises(SystemExit):

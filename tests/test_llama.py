@@ -477,8 +477,9 @@ def test_state_of_another_plan_says_so(llm):
     llm.eval([1, 2, 3])
     state = llm.save_state()
     llm.set_budget(0.2)
-    with pytest.warns(UserWarning, match="180 of 360.*72 of 360"):
+    with pytest.warns(UserWarning, match="180 of 360.*72 of 360") as warned:
         llm.load_state(pickle.loads(pickle.dumps(state)))
+    assert warned[0].filename == __file__  # it was of a line of ours: one line for all callers, shown once
 
 
 def test_pickling_keeps_the_plan(llm):

@@ -102,6 +102,20 @@ def test_scores(model):
     assert cut == same
 
 
+def test_continuations_that_cannot_be_scored(model):
+    """Of no tokens, and of more than the context: they ended in errors of numpy's. One that fills the context can be."""
+    from allocmoe_edge.lm_eval import AllocmoeLM
+
+    lm = AllocmoeLM(str(model), n_ctx=256)
+    good = (None, [40, 41], list(range(60, 100)))
+    with pytest.raises(ValueError, match="^a continuation of no tokens, after 'Q: ': there is nothing to score"):
+        lm._loglikelihood_tokens([good, (("Q: ", ""), [40, 41], [])])
+    with pytest.raises(ValueError, match="^n_ctx: found 256, want at least 257, the tokens of a continuation"):
+        lm._loglikelihood_tokens([good, (None, [40, 41], [60] * 257)])
+    assert lm.llm.n_tokens == 0
+    assert len(lm._loglikelihood_tokens([(None, [40, 41], [60] * 256)])) == 1
+
+
 def test_answers_that_leave_no_room_for_the_prompt(model):
     """An error before anything is generated, as of the harness's own models; at a context's length the prompt was not cut off,
     and beyond that its beginning was missing, both without a word."""

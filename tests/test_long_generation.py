@@ -11,6 +11,7 @@ import itertools
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert import thresholds
 from allocmoe_edge.measure.perplexity import bos_token, windows
+from allocmoe_edge.plan.profile import thresholds_at
 import fuzz_gguf
 import llama_cpp
 import numpy as np
@@ -70,7 +71,7 @@ def test_no_collapse(testbed_path, n_tokens):
     full = llm.plan.expert_used_count_full
     half = Plan.uniform(full, sum(full) // 2)
     table = thresholds.calibrate(llm, half, windows(tokens, 512, bos_token(llm))[:2])
-    threshold = [float(row[k - 1]) for row, k in zip(table, half.expert_used_count)]
+    threshold = thresholds_at(table, half.expert_used_count)
     plans = {"full": None, "off": half, "threshold": replace(half, token_rule="threshold", threshold=threshold)}
     shares = {}
     for name, plan in plans.items():

@@ -63,8 +63,9 @@ def test_grovemoe_has_no_token_rules(grovemoe, rule):
     expected = logits(grovemoe)
     grovemoe.set_plan(None)
     threshold = [0.2] * N_LAYER if rule == "threshold" else None
-    with pytest.warns(UserWarning, match=f"token rule '{rule}' is off"):
+    with pytest.warns(UserWarning, match=f"token rule '{rule}' is off") as warned:
         grovemoe.set_plan(Plan(counts, full, token_rule=rule, threshold=threshold))
+    assert warned[0].filename == __file__
     assert grovemoe.plan == Plan(counts, full)
     assert np.array_equal(logits(grovemoe), expected)
 

@@ -25,10 +25,10 @@ def archive() -> Path:
     """The pinned archive: where the build keeps it, fetched by pip if it is not there any more."""
     if "ALLOCMOE_UPSTREAM_ARCHIVE" in os.environ:
         return Path(os.environ["ALLOCMOE_UPSTREAM_ARCHIVE"])
-    done = prepare(NATIVE)
-    assert done.returncode == 0, done.stderr
-    cache = Path(done.stdout.split()[-1]).parents[2]
-    return cache / f"{PIN['name'].replace('-', '_')}-{PIN['version']}.tar.gz"
+    assert prepare(NATIVE).returncode == 0
+    code = "import prepare; print(prepare.obtain_archive(prepare.cache_dir()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=NATIVE, check=True)
+    return Path(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,28 @@ def test_second_run_writes_nothing(env):
     before = {path: path.stat().st_mtime_ns for path in (tree / "src").iterdir()}
     assert prepare(NATIVE, **env).stdout == first.stdout
     assert {path: path.stat().st_mtime_ns for path in (tree / "src").iterdir()} == before
+
+
+def test_two_first_runs_at_once(env, tmp_path):
+    """The second one to have unpacked ended in an OSError."""
+    command, env = [sys.executable, NATIVE / "prepare.py"], {**os.environ, **env, "ALLOCMOE_CACHE_DIR": str(tmp_path)}
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) for _ in range(2)]
+    (one, one_said), (other, other_said) = (run.communicate() for run in runs)
+    assert one == other and [run.returncode for run in runs] == [0, 0], (one_said + other_said).decode()
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_checkouts_have_trees_of_their_own(env, native, tmp_path):
+    """They shared one, which each patched anew under the other's build."""
+    for path in (native / "patches").iterdir():
+        path.unlink()
+    names = {name: value for name, value in os.environ.items() if name != "ALLOCMOE_CACHE_DIR"}
+    names |= {"ALLOCMOE_UPSTREAM_ARCHIVE": env["ALLOCMOE_UPSTREAM_ARCHIVE"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, native / "prepare.py"], capture_output=True, text=True, env=names)
+    tree = Path(done.stdout.split()[-1])
+    assert tree.is_relative_to(native.parent / "build" / "upstream"), done.stderr
+    assert "allocmoe" not in (tree / "src" / "llama-model.h").read_text()
+    assert not [*(tmp_path / "cache" / "allocmoe-edge").iterdir()]  # the archive was given
 
 
 def test_removed_patch_is_taken_back(env, native):

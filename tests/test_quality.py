@@ -13,6 +13,7 @@ from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge.convert import cli, thresholds
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.plan import metadata
+from gguf_factory import random_estimator
 import numpy as np
 import pytest
 
@@ -138,6 +139,15 @@ def test_batch_rule_is_top_k_token_by_token(llm, single, text, checkpoint):
     kl = {c: metrics.summary(cells[metrics.candidate_name(c)])["kl"] for c in candidates}
     assert kl[batch, True] == kl[off, True]
     assert abs(kl[batch, False] / kl[batch, True] - 1) > 0.01
+
+
+def test_names_of_plans_with_estimators():
+    """They were those of the plan alone: another estimator's cells were taken for its own."""
+    one, same, other = (random_estimator(4, 8, 64, 6, 4, seed) for seed in (1, 1, 2))
+    plan = Plan((2,) * 4, FULL, "estimate", threshold=(0.0,) * 4)
+    plans = [plan, *(replace(plan, estimator=each) for each in (one, same, other, replace(one, n_relu=2)))]
+    names = [metrics.candidate_name((each, False)) for each in plans]
+    assert names[1] == names[2] and len({*names}) == 4
 
 
 def test_measured_cells_are_not_measured_again(llm, single, text, checkpoint, monkeypatch):

@@ -416,6 +416,72 @@ def test_state_of_which_more_is_left_over_than_can_be(llm, number):
     assert text(llm) == expected
 
 
+def test_a_cache_of_other_models(llm, path, tmp_path):
+    """Another model's entries, and those of another context, are none: the one's were taken, and the others ended the completion."""
+    expected = text(llm)
+    folder = str(tmp_path / "cache")
+    with open(path, "rb") as file:
+        weights = bytearray(file.read())
+    for i in range(len(weights) - 40_000, len(weights), 100):
+        weights[i] ^= 1  # of single weights the last bits
+    (tmp_path / "other.gguf").write_bytes(weights)
+    for model, n_ctx, more in (
+        (tmp_path / "other.gguf", 512, {}),
+        (path, 768, {}),
+        (path, 512, dict(rope_freq_base=500.0)),
+        (path, 512, dict(type_k=llama_cpp.GGML_TYPE_Q8_0, type_v=llama_cpp.GGML_TYPE_Q8_0)),
+    ):
+        other = Llama(model, n_ctx=n_ctx, seed=1, verbose=False, **more)
+        own = text(other)
+        for each, wanted in ((llm, expected), (other, own), (llm, expected)):
+            each.set_cache(llama_cpp.LlamaDiskCache(folder))
+            each.clear_cache()
+            assert text(each) == wanted
+        state = other.save_state()
+        with pytest.raises((RuntimeError, ValueError), match="load_state: "):
+            llm.load_state(state)
+        other.close()
+    for file in Path(folder).rglob("*.val"):
+        file.write_bytes(b"damaged")
+    llm.clear_cache()
+    assert text(llm) == expected
+    llm.set_cache(None)
+
+
+def test_a_cache_that_several_threads_use(path):
+    llms = [Llama(path, n_ctx=256, seed=1, verbose=False) for _ in range(3)]
+    cache, failed = llama_cpp.LlamaRAMCache(), []
+
+    def work(llm, name):
+        try:
+            for i in range(25):
+                llm(f"{name} {i % 5}", max_tokens=1)
+        except Exception as error:  # kept for the test's thread
+            failed.append(error)
+
+    for llm in llms:
+        llm.set_cache(cache)
+    threads = [threading.Thread(target=work, args=(llm, name)) for llm, name in zip(llms, "abc")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for llm in llms:
+        llm.close()
+
+
+def test_from_another_folder(path, tmp_path, monkeypatch):
+    """Names that are relative are those of the folder in which the model was loaded."""
+    monkeypatch.chdir(Path(path).parent)
+    llm = Llama(Path(path).name, n_ctx=64, verbose=False)
+    monkeypatch.chdir(tmp_path)
+    assert llm.stored.profile is not None
+    llm.load_state(llm.save_state())
+    assert llm.budget_total(None) == PLANNED and llm.budget_total("full") == FULL
+    llm.close()
+
+
 def test_the_cache_that_was_set(llm):
     """`llm.cache` can be used as the one that was set; an assignment to it was lost, and a copy never ended."""
     own = llama_cpp.LlamaRAMCache()

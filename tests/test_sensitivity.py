@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from allocmoe_edge import Llama, Plan
+from allocmoe_edge._native import context_pointer, ffi, libllama
 from allocmoe_edge.convert import sensitivity
 from allocmoe_edge.convert.checkpoint import Checkpoint
 from allocmoe_edge.measure.perplexity import Reference, perplexity
-from allocmoe_edge.measure.recording import kept_output
 from allocmoe_edge.plan import metadata
 import numpy as np
 import pytest
@@ -40,6 +40,14 @@ def divergence(llm, text, counts) -> float:
         p, q = log_p(FULL, window), log_p(counts, window)
         values.append((np.exp(p) * (p - q)).sum(axis=1).mean())
     return float(np.mean(values))
+
+
+def kept_output(llm: Llama, il: int) -> np.ndarray:
+    """float32 [n_tokens, n_embd]: layer il's output in the last micro-batch that kept it, [0, n_embd] where none did."""
+    context = context_pointer(llm)
+    output = np.empty(libllama.allocmoe_get_kept_output(context, il, ffi.NULL, 0), np.float32)
+    libllama.allocmoe_get_kept_output(context, il, ffi.from_buffer("float *", output), output.size)
+    return output.reshape(-1, llm.n_embd())
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,25 @@ def test_repository(tiny, tiny_planned, out, tmp_path):
     assert (Path(done.stdout.strip()) / "model.safetensors").is_file(), done.stderr
 
 
+def test_weights_of_before_safetensors(folder, tiny, out, tmp_path):
+    """Fetched where there are no others; it was said that there are none."""
+    from safetensors.torch import load_file
+    import torch
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    code = "import sys; from allocmoe_edge.convert import huggingface; print(huggingface.download(sys.argv[1]))"
+    for name, other in (("model.safetensors", "pytorch_model.bin"), ("pytorch_model.bin", "model.safetensors")):
+        with serve(folder, "org/name") as (endpoint, _):
+            command, env = [sys.executable, "-c", code, "org/name"], hub_env(endpoint, tmp_path / name)
+            done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        fetched = Path(done.stdout.strip())
+        assert (fetched / name).is_file() and not (fetched / other).exists(), done.stderr
+        (folder / "model.safetensors").unlink(missing_ok=True)
+    size = huggingface.converted_size(huggingface.check_folder(fetched), "f32")
+    huggingface.convert(fetched, out / "m.gguf", "f32", size, "gpt-2", "Tiny")
+    assert tensor_hashes(out / "m.gguf") == tensor_hashes(tiny.gguf_path)
+
+
 def test_dense_repository_is_not_downloaded(folder, out, tmp_path):
     edit_config(folder, num_experts=0, num_local_experts=0, moe_intermediate_size=None)
     with serve(folder, "org/dense") as (endpoint, asked):
@@ -238,7 +257,7 @@ def test_code_of_the_model_is_not_run(folder, out, tmp_path):
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_extra_is_not_installed(folder, out, capsys, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)  # what Python itself takes as "cannot be imported"
-    refused_here(capsys, folder, "-o", out / "m.gguf", expect='pip install "allocmoe-edge[hf]"')
+    refused_here(capsys, folder, "-o", out / "m.gguf", expect='pip install ".[hf]" in the clone')
 
 
 def test_options_are_checked_first(folder, tiny_planned, out, tmp_path, capsys):

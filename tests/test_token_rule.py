@@ -8,6 +8,7 @@ from allocmoe_edge import Llama, Plan, PlanError
 from allocmoe_edge.convert import thresholds
 from allocmoe_edge.measure.perplexity import bos_token, windows
 from allocmoe_edge.plan import VALUES
+from allocmoe_edge.plan.profile import thresholds_at
 from native_testing import ffi, libllama
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def planned(llm, text):
     """Half budget in the middle layers, with thresholds calibrated on the text's first part."""
     plan = Plan([12] + [6] * 28 + [1], llm.plan.expert_used_count_full, token_rule="batch")
     table = thresholds.calibrate(llm, plan, windows(text, 256, bos_token(llm))[:2])
-    threshold = [float(row[k - 1]) for row, k in zip(table, plan.expert_used_count)]
+    threshold = thresholds_at(table, plan.expert_used_count)
     return {
         "off": replace(plan, token_rule="off"),
         "batch": plan,

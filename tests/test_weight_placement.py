@@ -102,7 +102,7 @@ def test_without_a_gpu_all_that_fits_is_nothing(testbed_path, capfd):
 
 
 def test_what_fits_is_chosen_whole(testbed_path):
-    with pytest.raises(ValueError, match="n_cpu_moe: beside n_gpu_layers=None"):
+    with pytest.raises(ValueError, match="^n_cpu_moe: found 3, want 0 where 'auto' chooses"):
         Llama(str(testbed_path), n_gpu_layers=None, n_cpu_moe=3, **SIZES)
     assert parser().parse_args(["m.gguf", "--n-gpu-layers", "auto"]).n_gpu_layers is None
 

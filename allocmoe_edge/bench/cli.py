@@ -13,8 +13,11 @@ import numpy as np
 
 from .. import Llama, Plan, PlanError, __version__, output_file, parse_budget
 from .._native import llama_cpp
-from ..arguments import add_expert_cache, add_gpu, add_threads, n_tokens, positive, seed
+from ..arguments import add_expert_cache, add_gpu, add_threads, check_gpu, check_miss_price, n_tokens, positive, seed
 from ..command import load_errors, need_model, printable, run_command
+from ..inspect import plot
+from ..measure import memory
+from ..measure.perplexity import read_text
 from ..measure.traffic import WeightTraffic
 from ..plan import TOKEN_RULES, share_text
 from . import BenchError, machine, measure, report
@@ -106,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything, every single run included")
     p.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw speed against budget (needs matplotlib)")
+    p.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw speed against budget, as .png, .svg or .pdf (needs matplotlib)"
+    )
     p.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     return p
 
@@ -124,6 +129,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def bench(args: argparse.Namespace) -> None:
+    check_gpu(args)
     items = [measure.Item("prefill", n) for n in args.prompt if n]
     items += [measure.Item("decode", n, args.gen) for n in args.depth if args.gen]
     if not items:
@@ -131,15 +137,16 @@ def bench(args: argparse.Namespace) -> None:
     need_model(
         args.model, "allocmoe-bench takes a model that the plan is in, as allocmoe-convert writes without --plan-only"
     )
-    for path in filter(None, (args.json, args.csv, args.plot)):
-        output_file.check(path, inputs=[args.model, *([args.text] if args.text else [])])
-    if args.plot:
-        _need_matplotlib()
+    _check_outputs(args)
     n_ctx = max(item.context for item in items)
     text = None
     if args.text:
-        with open(args.text, "rb") as file:
-            text = file.read(_BYTES_PER_TOKEN * n_ctx)
+        try:
+            text = read_text(args.text)[: _BYTES_PER_TOKEN * n_ctx]
+        except ValueError as error:
+            raise BenchError(str(error)) from None
+    bandwidth = machine.read_bandwidth(args.threads)
+    memory.forget_peak()  # which is that measurement's
     start = time.perf_counter()
     with load_errors(args.model):
         llm = Llama(
@@ -152,11 +159,11 @@ def bench(args: argparse.Namespace) -> None:
     load_seconds = time.perf_counter() - start
 
     plans = configurations(llm, args.budgets, args.token_rule)
+    check_miss_price(args, llm.expert_cache, [plan.token_rule for plan in plans.values()])
     if args.stock:
         plans = {measure.STOCK: plans["full"], **plans}
     tokens = _tokens(llm, text, n_ctx, args)
     traffic = WeightTraffic(args.model)
-    bandwidth = machine.read_bandwidth(args.threads)
     result_head = {
         "allocmoe_edge": __version__,
         "llama_cpp_python": llama_cpp.__version__,
@@ -183,7 +190,7 @@ def bench(args: argparse.Namespace) -> None:
     complaints = report.warnings(found, args.noise_limit)
     after = machine.stolen_time()
     share = (after[0] - stolen[0]) / max(1, after[1] - stolen[1]) if stolen and after else None
-    peak = machine.peak_memory()
+    peak = memory.peak()
     whole = {
         **result_head,
         "peak_memory_bytes": peak,
@@ -248,11 +255,18 @@ def _tokens(llm: Llama, text: Optional[bytes], n: int, args: argparse.Namespace)
     return tokens[:n]
 
 
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BenchError("--plot needs matplotlib: pip install matplotlib") from None
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuses, before anything is measured, files that could not be written at the end."""
+    inputs = [args.model, *([args.text] if args.text else [])]
+    targets = [path for path in (args.json, args.csv, args.plot) if path]
+    for path in targets:
+        output_file.check(path, inputs)
+    if args.plot:
+        plot.check_target(args.plot, inputs, report.PLOT_SUFFIXES)
+    # a device takes several
+    files = [path.resolve() for path in targets if path.is_file() or not path.exists()]
+    if len({*files}) < len(files):
+        raise BenchError("--json, --csv, --plot: want different files")
 
 
 def _head(head: dict) -> str:

@@ -6,14 +6,13 @@ import ctypes
 import os
 from pathlib import Path
 import platform
-import sys
 import threading
 import time
 from typing import Optional
 
 import numpy as np
 
-from ..measure.memory import read_meminfo
+from ..measure.memory import available, read_meminfo
 
 _BANDWIDTH_BYTES = 1 << 30
 _BANDWIDTH_PASSES = 8
@@ -43,12 +42,12 @@ def describe() -> dict:
 def read_bandwidth(n_threads: int) -> float:
     """Bytes per second that n_threads threads read from memory together: the best of 8 passes.
 
-    Each thread compares two halves of its part of 1 GiB (a quarter of the free memory if that is less), far more than
+    Each thread compares two halves of its part of 1 GiB (a quarter of the memory that is left if that is less), far more than
     caches hold, with the C library's memcmp: vectorised, nothing but reads, and without Python's global lock.
     """
     memcmp = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
     memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    size = min(_BANDWIDTH_BYTES, (read_meminfo("MemAvailable") or 4 * _BANDWIDTH_BYTES) // 4)
+    size = min(_BANDWIDTH_BYTES, (available() or 4 * _BANDWIDTH_BYTES) // 4)
     half = size // n_threads // 2
     data = np.ones(2 * half * n_threads, np.uint8)  # written, so that it is memory and not a page of zeros
     barrier = threading.Barrier(n_threads + 1)
@@ -70,21 +69,6 @@ def read_bandwidth(n_threads: int) -> float:
         barrier.wait()
         seconds.append(time.perf_counter() - start)
     return data.nbytes / min(seconds)
-
-
-def peak_memory() -> Optional[int]:
-    """Most memory that this process had resident so far, in bytes, mapped files included; None where unknown."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class EnergyCounter:

@@ -170,9 +170,12 @@ def write_csv(path: Path, all_rows: List[dict]) -> None:
     output_file.write(path, text.getvalue().encode())
 
 
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
 def write_plot(path: Path, all_rows: List[dict], title: str) -> None:
     """Speed against budget: a line for every prompt length and depth, quartiles as bars, and for decode what the bytes
-    allow. Needs matplotlib."""
+    allow. The path ends in one of PLOT_SUFFIXES. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure, reference = Figure(figsize=(10, 4), layout="constrained"), all_rows[0]["plan"]
@@ -193,7 +196,7 @@ def write_plot(path: Path, all_rows: List[dict], title: str) -> None:
             axes.legend()
     figure.suptitle(title)
     data = io.BytesIO()
-    figure.savefig(data, format=path.suffix.lstrip(".") or "png")
+    figure.savefig(data, format=path.suffix.lower()[1:])
     output_file.write(path, data.getvalue())
 
 

@@ -10,9 +10,9 @@ import sys
 from typing import Optional, Sequence
 
 from .. import __version__
-from ..arguments import add_gpu, add_threads, context_size, positive
+from ..arguments import add_gpu, add_threads, check_gpu, context_size, positive
 from ..command import run_command
-from . import report, text
+from . import InspectError, report, text
 
 _DESCRIPTION = """\
 Shows what a GGUF file holds: the model, the plan for its expert activations, what the plan saves and what it was made
@@ -71,8 +71,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return run_command(parser(), lambda args: print(inspect(args), end="", flush=True), argv)
 
 
+def _check_measurements(args: argparse.Namespace) -> None:
+    """Refuses options of measurements that are not made."""
+    if args.budgets and not args.measure_curve:
+        raise InspectError("--budgets: has no effect without --measure-curve")
+    if not (args.measure_curve or args.routing):
+        for name in ("tokens", "ctx_size", "threads", "n_gpu_layers", "n_cpu_moe"):
+            if getattr(args, name) != parser().get_default(name):
+                option = f"--{name.replace('_', '-')}"
+                raise InspectError(f"{option}: has no effect without --measure-curve or --routing")
+    check_gpu(args)
+
+
 def inspect(args: argparse.Namespace) -> str:
     """Does what the arguments say; returns what is to be printed."""
+    _check_measurements(args)
     if args.plot:
         from . import plot
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .. import Llama, Plan, parse_budget
 from ..command import load_errors
-from ..measure.perplexity import bos_token, negative_log_likelihood, read_tokens, windows
+from ..measure.perplexity import bos_token, perplexity, read_tokens, windows
 from . import InspectError, routing
 
 _SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)
@@ -87,17 +87,17 @@ def measured_curve(llm: Llama, token_windows: np.ndarray, totals: list, full: tu
     points, n_runs = [], 2 * len(totals) * len(token_windows)
     with tqdm(total=n_runs, desc="perplexity", unit="window", disable=None, leave=False) as bar:
 
-        def perplexity(plan: Plan) -> float:
+        def under(plan: Plan) -> float:
             llm.set_plan(plan)
-            return float(np.exp(negative_log_likelihood(llm, token_windows, progress=bar.update).mean()))
+            return perplexity(llm, token_windows, progress=bar.update)
 
         for total in totals:
             uniform = Plan.uniform(full, total)
-            point = {"budget_total": total, "budget": total / sum(full), "plan": None, "uniform": perplexity(uniform)}
+            point = {"budget_total": total, "budget": total / sum(full), "plan": None, "uniform": under(uniform)}
             if profile is not None:
                 plan = profile.plan(total, full)
                 # at full budget there is nothing to choose, and a profile may say uniform
-                point["plan"] = point["uniform"] if total == sum(full) or plan == uniform else perplexity(plan)
+                point["plan"] = point["uniform"] if total == sum(full) or plan == uniform else under(plan)
             points.append(point)
     return points
 

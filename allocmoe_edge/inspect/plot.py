@@ -6,7 +6,7 @@ import html
 import io
 from pathlib import Path
 import re
-from typing import Iterable
+from typing import Iterable, Sequence
 import warnings
 
 import numpy as np
@@ -47,19 +47,21 @@ _PAGE = """\
 """
 
 
-def check_target(target: Path, inputs: Iterable[Path] = ()) -> None:
+def check_target(target: Path, inputs: Iterable[Path] = (), suffixes: Sequence[str] = _SUFFIXES) -> None:
     """Refuses, before any work is done, a plot that could not be written at the end.
 
     Raises:
         CommandError: an unknown suffix, a file that cannot be written, or matplotlib is not installed.
     """
-    if target.suffix.lower() not in _SUFFIXES:
-        raise InspectError(f"{target}: want a name that ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+    if target.suffix.lower() not in suffixes:
+        raise InspectError(f"{target}: want a name that ends in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     output_file.check(target, inputs)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InspectError(f"--plot needs matplotlib ({error}): pip install 'allocmoe-edge[plot]'") from None
+        raise InspectError(
+            f'--plot needs matplotlib ({error}): pip install ".[plot]" in the clone of allocmoe-edge'
+        ) from None
 
 
 def write(report: dict, target: Path) -> None:

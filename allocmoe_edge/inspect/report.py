@@ -10,17 +10,15 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ..gguf_file import GGUFError, GGUFFile, model_paths
+from ..gguf_file import EXPERTS, GGUFError, GGUFFile, model_paths
+from ..measure.traffic import WeightTraffic
 from ..plan import Plan, metadata
 
 # version of the dict's keys: raised when one changes its meaning or goes
 FORMAT = 1
 _CURVE_POINTS = 25
 
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:gate|up|down|gate_up)_(?:ch)?exps\.")
-_BLOCK = re.compile(r"blk\.(\d+)\.")
-# a token takes one row of these: kilobytes, left out of what is read
-_ROW_LOOKUP = re.compile(r"(?:token_embd|per_layer_token_embd|position_embd|token_types)\.weight|.*_tid2eid\.weight")
+_EXPERTS = re.compile(EXPERTS)
 
 
 def build(path, curve: bool = True) -> dict:
@@ -63,7 +61,7 @@ def build(path, curve: bool = True) -> dict:
                 with GGUFFile(shard) as other:
                     tensors += other.tensors
             model = _model(file, tensors, stored.full)
-            read = _bytes_read(file, tensors, model)
+            read = WeightTraffic(path)
     plan, profile = stored.plan, stored.profile
     held_out = profile and profile.held_out
     return {
@@ -112,38 +110,10 @@ def _model(file: GGUFFile, tensors: list, full: Optional[tuple]) -> dict:
     }
 
 
-def _bytes_read(file: GGUFFile, tensors: list, model: dict) -> dict:
-    """What a decoded token reads: {"expert": bytes of one expert per layer, "other": bytes that every token reads}.
-
-    Layers that llama.cpp keeps for multi-token prediction are not run, so they count nothing. Experts that are given
-    by the token id are read whatever the plan, so they count as other.
-    """
-    arch, full = model["architecture"], model["experts_per_token"]
-    n_run = (model["layers"] or 0) - (_checked(file, f"{arch}.nextn_predict_layers", int) or 0)
-    own = file.get(f"{arch}.expert_used_count", 0)
-    tied = not any(tensor.name == "output.weight" for tensor in tensors)
-    expert, other = [0] * len(full), 0
-    for tensor in tensors:
-        block, experts = _BLOCK.match(tensor.name), _EXPERTS.match(tensor.name)
-        il = int(block[1]) if block else -1
-        if block and il >= n_run:
-            continue
-        if experts and il < len(full):
-            one = tensor.n_bytes // model["experts"]
-            if full[il]:
-                expert[il] += one
-            else:
-                other += one * int(own[il] if isinstance(own, np.ndarray) else own)
-        elif not _ROW_LOOKUP.fullmatch(tensor.name) or (tied and tensor.name == "token_embd.weight"):
-            other += tensor.n_bytes
-    return {"expert": expert, "other": other}
-
-
-def bytes_per_token(read: dict, planned, full) -> dict:
+def bytes_per_token(read: WeightTraffic, planned, full) -> dict:
     """Bytes of weights that one decoded token reads, under a plan and at full budget.
 
     Args:
-        read: {"expert": bytes of one routed expert per layer, "other": bytes that every token reads}.
         planned, full: k_l and K_l, length block_count.
 
     Returns:
@@ -151,9 +121,7 @@ def bytes_per_token(read: dict, planned, full) -> dict:
         both sides: where memory bandwidth is the limit, no plan makes a token faster than this share of its time at
         full budget. The KV cache is not counted. Shares are None where nothing is read at full budget.
     """
-    spent = sum(size * k for size, k in zip(read["expert"], planned))
-    whole = sum(size * k for size, k in zip(read["expert"], full))
-    other = read["other"]
+    spent, whole, other = read.of_experts(planned), read.of_experts(full), read.fixed
     return {
         "experts": spent,
         "experts_full": whole,
@@ -163,7 +131,7 @@ def bytes_per_token(read: dict, planned, full) -> dict:
     }
 
 
-def _plan(plan: Plan, profile: Optional[metadata.Profile], read: Optional[dict]) -> dict:
+def _plan(plan: Plan, profile: Optional[metadata.Profile], read: Optional[WeightTraffic]) -> dict:
     counts, full = plan.expert_used_count, plan.expert_used_count_full
     cost = None
     if profile is not None and any(c != 1 for c in profile.cost):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+import sys
 from typing import Iterable, Iterator, Optional
 
 from .control_groups import group_folders
@@ -31,8 +33,21 @@ def is_beyond(files: Iterable[Path]) -> bool:
 
 
 def peak() -> Optional[int]:
-    """Bytes of memory that this process has had at most, file pages included; None but on Linux."""
-    return _read_kilobytes(Path("/proc/self/status"), "VmHWM")
+    """Bytes of memory that this process has had at most, file pages included; None where unknown."""
+    found = _read_kilobytes(Path("/proc/self/status"), "VmHWM")
+    if found is not None:
+        return found
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """From now on `peak` says what the process has had at most since; without effect but on Linux."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def read_meminfo(key: str) -> Optional[int]:

@@ -96,9 +96,9 @@ def evaluate(llm, token_windows: np.ndarray, progress: Optional[Callable[[], obj
     llm.clear_cache()
 
 
-def perplexity(llm, token_windows: np.ndarray) -> float:
+def perplexity(llm, token_windows: np.ndarray, progress: Optional[Callable[[], object]] = None) -> float:
     """exp of the mean negative log-likelihood over all scored tokens of the windows."""
-    return float(np.exp(negative_log_likelihood(llm, token_windows).mean()))
+    return float(np.exp(negative_log_likelihood(llm, token_windows, progress).mean()))
 
 
 def bos_token(llm) -> Optional[int]:

@@ -140,11 +140,3 @@ def start_at(llm: Llama, plan: Plan, il: int) -> None:
     """Sets a plan under which `llm` runs layers from `il` on alone, over the text whose outputs have been kept, on what the
     layer before gave then. A whole run where nothing fits is kept."""
     llm.apply_plan(plan, start_layer=il)
-
-
-def kept_output(llm: Llama, il: int) -> np.ndarray:
-    """float32 [n_tokens, n_embd]: layer il's output in the last micro-batch that kept it, [0, n_embd] where none did."""
-    context = context_pointer(llm)
-    output = np.empty(libllama.allocmoe_get_kept_output(context, il, ffi.NULL, 0), np.float32)
-    libllama.allocmoe_get_kept_output(context, il, ffi.from_buffer("float *", output), output.size)
-    return output.reshape(-1, llm.n_embd())

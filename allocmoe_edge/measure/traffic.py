@@ -2,57 +2,65 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 import re
-from typing import Sequence
+from typing import Sequence, Union
 
 import numpy as np
 
-from ..gguf_file import GGUFFile, split_paths
+from ..gguf_file import EXPERTS, GGUFFile, expert_used_count_full, model_paths
+
+_EXPERTS = re.compile(EXPERTS)
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+# a token takes one row of these: kilobytes, left out of what is read
+_ROW_LOOKUP = re.compile(r"(?:token_embd|per_layer_token_embd|position_embd|token_types)\.weight|.*_tid2eid\.weight")
 
 
 class WeightTraffic:
     """A model's weights by what decides whether a token reads them.
 
-    fixed: bytes that every token reads: all but experts and embeddings, and one row of the embeddings. Where the
-        output matrix is the embeddings' own (tied), all of them.
-    experts: bytes of all experts of each layer, float64, length block_count. n_expert of them share the bytes evenly.
+    total: bytes of all.
+    expert: bytes of one routed expert of each layer, length block_count; 0 where a plan has none to count.
+    fixed: bytes that every token reads: all but those, tables of which it takes a row, and layers that are not run (for
+        multi-token prediction). The output matrix, also where it is a table of embeddings. Experts that are given by the
+        token id, as many as the model uses.
 
     Weights only: the key-value cache, which grows with depth, comes on top.
 
     Raises:
-        GGUFError: as `GGUFFile`.
+        GGUFError: as `GGUFFile`, and for a model of keys that contradict each other.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Union[str, os.PathLike]):
         with GGUFFile(path) as file:
-            arch = file.need("general.architecture")
-            self.n_expert = file.need(f"{arch}.expert_count")
-            n_layer = file.need(f"{arch}.block_count")
-            # layers that only speculative decoding evaluates
-            n_layer_used = n_layer - file.get(f"{arch}.nextn_predict_layers", 0)
-            n_vocab = file.get(f"{arch}.vocab_size") or len(file.get("tokenizer.ggml.tokens", ())) or 1
-            tensors = list(file.tensors)
-            n_split = file.get("split.count", 0)
-        if n_split > 1:
-            for shard in split_paths(Path(path), n_split)[1:]:
-                with GGUFFile(shard) as file:
-                    tensors += file.tensors
+            arch, full = file.need("general.architecture"), expert_used_count_full(file) or ()
+            n_expert, own = file.get(f"{arch}.expert_count", 0), file.get(f"{arch}.expert_used_count", 0)
+            n_run = file.get(f"{arch}.block_count", 0) - file.get(f"{arch}.nextn_predict_layers", 0)
+        tensors = []
+        for part in model_paths(path):
+            with GGUFFile(part) as file:
+                tensors += file.tensors
         self.total = sum(tensor.n_bytes for tensor in tensors)
-        self.experts = np.zeros(n_layer)
-        self.fixed = 0.0
+        self.expert, self.fixed = [0] * len(full), 0
         tied = not any(tensor.name == "output.weight" for tensor in tensors)
         for tensor in tensors:
-            block = re.match(r"blk\.(\d+)\.", tensor.name)
-            if block and int(block[1]) >= n_layer_used:
+            block = _BLOCK.match(tensor.name)
+            il = int(block[1]) if block else -1
+            if block and il >= n_run:
                 continue
-            if block and "_exps." in tensor.name:
-                self.experts[int(block[1])] += tensor.n_bytes
-            elif tensor.name == "token_embd.weight" and not tied:
-                self.fixed += tensor.n_bytes / n_vocab
-            else:
+            if il < len(full) and _EXPERTS.match(tensor.name):
+                one = tensor.n_bytes // n_expert
+                if full[il]:
+                    self.expert[il] += one
+                else:
+                    self.fixed += one * int(own[il] if isinstance(own, np.ndarray) else own)
+            elif not _ROW_LOOKUP.fullmatch(tensor.name) or (tied and tensor.name == "token_embd.weight"):
                 self.fixed += tensor.n_bytes
 
+    def of_experts(self, activations: Sequence[float]) -> float:
+        """Bytes of the experts that a token activates, so many in each layer."""
+        return sum(size * k for size, k in zip(self.expert, activations))
+
     def per_token(self, activations: Sequence[float]) -> float:
-        """Bytes read for a token that activates so many experts in each layer."""
-        return self.fixed + float(self.experts @ np.asarray(activations, float)) / self.n_expert
+        """Bytes read for such a token."""
+        return float(self.fixed + self.of_experts(activations))

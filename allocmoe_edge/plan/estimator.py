@@ -217,9 +217,17 @@ def _rounded(means: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -
     return counts.tolist()
 
 
+def as_it_runs(down: np.ndarray) -> np.ndarray:
+    """float32 of the same shape, [..., n_embd]: directions rounded as the runtime multiplies by them, to Q4_0 where n_embd is a
+    multiple of its block of 32, else to float16. What is fitted on products with them should be fitted on the rounded ones."""
+    if not down.size or not _in_blocks(down.shape[-1]):
+        return down.astype(np.float16).astype(np.float32)
+    return from_blocks(to_blocks(down), down.shape[-1])
+
+
 def _as_it_runs(name: str, array: np.ndarray, half: np.ndarray) -> np.ndarray:
-    if name == "down" and _in_blocks(array.shape[2]):
-        return from_blocks(to_blocks(array), array.shape[2])
+    if name == "down":
+        return as_it_runs(array)
     if name == "up" and array.shape[1]:
         return from_blocks(to_blocks(_columns(array)), array.shape[1]).swapaxes(1, 2)
     return half

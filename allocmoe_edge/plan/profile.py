@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import Optional, Sequence
 
 import numpy as np
 
@@ -29,6 +29,11 @@ class HeldOut:
     plan: float
     kl_uniform: float
     kl_plan: float
+
+
+def thresholds_at(table: Sequence, counts: Sequence[int]) -> tuple:
+    """Each layer's threshold at its count, of a table as a `Profile` has it; 0 where it has no experts, which nothing reads."""
+    return tuple(float(row[k - 1]) if k else 0.0 for row, k in zip(table, counts))
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,7 @@ class Profile:
                 raise PlanError(
                     "token_rule 'threshold' needs a threshold table, and the file has none: convert it again"
                 )
-            # layers without experts have no row, and nothing reads their entry
-            rows = zip(self.threshold_table, plan.expert_used_count)
-            threshold = tuple(float(row[k - 1]) if k else 0.0 for row, k in rows)
+            threshold = thresholds_at(self.threshold_table, plan.expert_used_count)
         return replace(
             plan, token_rule=token_rule, k_base=self.k_base, threshold=threshold, strict=strict or False, value="score"
         )

@@ -19,6 +19,7 @@ from allocmoe_edge.convert.source import Source
 from allocmoe_edge.convert.task import plan_task
 from allocmoe_edge.plan import metadata
 from allocmoe_edge.plan.planner import allocate
+from allocmoe_edge.plan.profile import thresholds_at
 import lexi
 import numpy as np
 
@@ -104,7 +105,7 @@ def _threshold(layers: Callable[[Setting, int], Plan]) -> Callable[[Setting, int
         table = thresholds.calibrate(setting.llm, counts, setting.calib)
         if table is None:
             raise PlanError("token rules need a model whose experts are on the CPU alone")
-        threshold = [float(row[k - 1]) if k else 0.0 for row, k in zip(table, counts.expert_used_count)]
+        threshold = thresholds_at(table, counts.expert_used_count)
         return replace(counts, token_rule="threshold", threshold=threshold)
 
     return plan

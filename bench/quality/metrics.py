@@ -8,6 +8,7 @@ from typing import Callable, Dict, Iterable, List, Optional, Tuple
 from allocmoe_edge import Llama, Plan
 from allocmoe_edge.convert.checkpoint import Checkpoint, window_name
 from allocmoe_edge.measure.perplexity import Reference
+from allocmoe_edge.plan.estimator import ARRAYS
 import numpy as np
 from tqdm import tqdm
 
@@ -18,7 +19,12 @@ Candidate = Tuple[Plan, bool]
 def candidate_name(candidate: Candidate) -> str:
     """Hash of all that decides what a candidate computes."""
     plan, single = candidate
-    return hashlib.sha256(f"{plan!r} {single}".encode()).hexdigest()[:16]
+    found = hashlib.sha256(f"{plan!r} {single}".encode())
+    if plan.estimator is not None:  # no part of a plan's repr
+        found.update(str(plan.estimator.n_relu).encode())
+        for name in ARRAYS:
+            found.update(getattr(plan.estimator, name).tobytes())
+    return found.hexdigest()[:16]
 
 
 def measure(

@@ -33,37 +33,40 @@ _NONE = np.zeros(0, np.intc)
 
 
 class DraftModel(LlamaDraftModel):
-    """Proposes the tokens that come next, for `Llama(draft_model=...)`: a smaller model, the same one at a lower budget, or a
-    proposer like `llama_cpp.llama_speculative.LlamaPromptLookupDecoding`.
+    """Proposes the tokens that come next (speculative decoding), for `Llama(draft_model=...)`. It is a smaller model, the same
+    one at a lower budget, or a proposer like `llama_cpp.llama_speculative.LlamaPromptLookupDecoding`.
 
-    The model evaluates the proposed tokens in one batch and samples at each place as it would without them; the first one
-    that it samples differently ends the step. So the text is that of plain decoding at the same plan, up to the rounding of
-    a batch: equal under greedy decoding and at equal seeds. How many tokens are proposed follows what drafting and
-    verifying cost and how many are accepted, and is none where that does not pay: then a proposed token is only compared,
-    now and then, with the one that is written anyway.
+    The model evaluates the proposed tokens in one batch. At each place it samples as it would without them, and the first
+    token that it samples differently ends the step. So the text is that of plain decoding at the same plan, up to the
+    rounding of a batch: equal under greedy decoding and at equal seeds.
+
+    How many tokens are proposed follows from what drafting and verifying cost, and from how many are accepted. If it does
+    not pay none are proposed. Now and then one is then only compared with the token that is written anyway.
 
     Of a chat with pictures the draft sees the text alone.
 
-    It belongs to one `Llama`, from which it gets its context size, and which closes it, or gets another one:
-    `llm.draft_model = DraftModel(...)`, None for none.
+    It belongs to one `Llama`, from which it gets its context size. That `Llama` closes it, when it is closed itself or
+    gets another one: `llm.draft_model = DraftModel(...)`, None for none.
 
     Args:
         model: the draft's GGUF file, with the vocabulary of the model; or any LlamaDraftModel.
         n_draft: tokens to propose each time; None to let that follow from what is measured.
         most: with n_draft=None, tokens to propose at most.
-        verification_budget: of the experts that any of the tokens of one verification would run in a layer, the share that
-            runs, above 0 and below 1: those of the largest estimated value for all of the tokens; estimates stand in for the
-            others. The text is then no longer that of plain decoding. None for all. Needs a plan under token rule
-            "estimate", on the CPU, when the model is loaded; under another one, set later, there is no limit. Layers that run
-            all experts of a token have no estimates, and no limit.
-        **kwargs: of a file: as in `Llama`, for instance n_gpu_layers, n_threads, budget.
+        verification_budget: run fewer experts when several tokens are verified together. Of the experts that any of
+            them would run in a layer, this share runs, above 0 and below 1: those of the largest estimated value for
+            all of the tokens. Estimates stand in for the others, so the text is no longer that of plain decoding. None
+            for all. Needs a plan under token rule "estimate", on the CPU, when the model is loaded; under another
+            rule, set later, there is no limit. Layers that run all experts of a token have no estimates, and no limit.
+        **kwargs: for a file: as in `Llama`, for instance n_gpu_layers, n_threads, budget.
 
     Raises:
-        ValueError: n_draft or most is no number from 1 on, verification_budget no share. What `Llama(draft_model=...)` raises
-            for it: ValueError where the vocabularies differ, where model or draft cannot forget tokens (recurrent ones), or
-            where it belongs to another `Llama`; PlanError where a verification_budget cannot be had; and what `Llama` raises for the file.
-        TypeError: model is neither a file nor a LlamaDraftModel, or is a `DraftModel`; arguments of a `Llama` for a draft that has none.
-        A generation raises ValueError where a LlamaDraftModel proposes what is no token.
+        ValueError: n_draft or most is no number from 1 on, verification_budget no share.
+        TypeError: model is neither a file nor a LlamaDraftModel, or is a `DraftModel`; arguments of a `Llama` for a
+            draft that has none.
+
+    `Llama(draft_model=...)` raises a ValueError if the vocabularies differ, if model or draft cannot forget tokens
+    (recurrent ones), or if it belongs to another `Llama`; a PlanError if a verification_budget cannot be had; and what
+    `Llama` raises for the file. A completion raises a ValueError if a LlamaDraftModel proposes what is no token.
     """
 
     def __init__(
@@ -290,11 +293,16 @@ class DraftModel(LlamaDraftModel):
             reset: start counting anew afterwards; what is known of costs and acceptance stays.
 
         Returns:
-            `steps`, evaluations of the model after its prompts; `tokens` that they have yielded and `tokens_per_step`;
-            `proposed` and `accepted` tokens, and `acceptance`, their quotient; `lengths`, how often so many were proposed, by
-            number; tokens that were only `compared`, and those that `agreed`; `seconds` by part: "reading" (the draft reads text), "drafting", "verification" and "plain", the
-            evaluations without a draft. And medians of late: `seconds_of_draft`, for one token, and
-            `seconds_of_verification` by the number of tokens evaluated at once, 1 being plain decoding.
+            a dict:
+
+            - `steps`, evaluations of the model after its prompts, the `tokens` that they have yielded, and `tokens_per_step`.
+            - `proposed` and `accepted` tokens, and `acceptance`, accepted over proposed.
+            - `lengths`: by number of tokens, how often so many were proposed.
+            - `compared`, tokens that were only compared, and `agreed`, those of them that were right.
+            - `seconds` by part: "reading" (the draft reads text), "drafting", "verification", and "plain" for evaluations
+              without a draft.
+            - medians of the last ones: `seconds_of_draft` for one token, and `seconds_of_verification` by the number of
+              tokens evaluated at once, 1 being plain decoding.
         """
         self._settle_plain()
         counts = self._counts

@@ -69,9 +69,9 @@ class _Before(NamedTuple):
 
 
 class Llama(CheckedLlama):
-    """A language model from a GGUF file; everything that `llama_cpp.Llama` takes and does, and a budget.
+    """A language model from a GGUF file: everything that `llama_cpp.Llama` takes and does, and a budget.
 
-    Any model will do: one without experts, or loaded with vocab_only, has no budget to set, and all the rest.
+    Any model will do. One without experts, or loaded with vocab_only, has no budget to set, and all the rest.
 
     What may be called while a completion is being read (a stream, or `generate`):
 
@@ -79,16 +79,21 @@ class Llama(CheckedLlama):
       computed. The next completion computes its prompt anew.
     - `save_state`, `expert_stats`, `tokenize` and the like change nothing.
     - `reset`, `load_state`, `eval`, `embed`, `close` and another completion end it: they do what they do, and reading on
-      raises a `GenerationError`. From a callback of the completion (a logits processor, a stopping criterion) they are
-          refused with that error. What such a callback raises ends the completion, and is raised by it.
+      raises a `GenerationError`.
 
-    Several threads may share one: a call waits until that of another thread has ended, a completion that is not
-    streamed as a whole. A stream is a call for each part of it, so all that is said above holds between its parts for
-    other threads, too. Only `tokenize` and `detokenize` do not wait. Two `Llama` objects, even of one file, have separate
-    plans and run at the same time.
+    A callback of the completion (a logits processor, a stopping criterion) may not call the last ones: there they raise a
+    `GenerationError`. Any error of a callback ends the completion, which raises it. A signal handler must not call them
+    either. It may run in the middle of a step, where nothing refuses the call, and the text then goes on as another one
+    without an error.
 
-    The child of a fork may use it, as a copy of its own, unless a thread other than the one that forked was at work with it, or
-    there is a GPU: then it raises a `RuntimeError`, and the child has to load its own.
+    Several threads may share one `Llama`. A call waits until the call of another thread has ended, and a completion that
+    is not streamed is one call. A stream is a call for each of its parts: between them other threads may call what they
+    like, with the effects above. Only `tokenize` and `detokenize` do not wait. Two `Llama` objects, even of one file, have
+    separate plans and run at the same time. Two whose logits processors call each other, each in a thread of its own, may
+    wait for each other for ever.
+
+    The child of a fork may use it, as a copy of its own. It may not if there is a GPU, or if another thread than the one
+    that forked was at work with it: then it raises a `RuntimeError`, and the child has to load its own.
 
     Args:
         model_path: GGUF file, a str or a Path; the first one if the model is split.
@@ -96,54 +101,53 @@ class Llama(CheckedLlama):
             (0, 1] or a string like "50%" is a share of the model's own activations, an int is a total of
             expert activations per token. "full" is the model as it was trained, "balanced" the budget of the plan in the
             file, "fast" two thirds of that. All but the full budget need a file that allocmoe-convert made.
-        token_rule: how a layer's activations are shared among the tokens, "estimate", "threshold", "batch" or "off" (see
-            `Plan`); None for the rule in the file. Any but "off" needs a file that allocmoe-convert made.
+        token_rule: how a layer's activations are shared among the tokens: "estimate", "threshold", "batch" or "off"
+            (see `Plan`). None for the rule in the file. Any but "off" needs a file that allocmoe-convert made.
         plan_path: a file written by `allocmoe-convert --plan-only`, whose plan and sensitivities are used instead of
             the model file's.
-        n_cpu_moe: with n_gpu_layers, keep the routed experts of the first so many layers in the CPU's memory, as
-            llama.cpp's --n-cpu-moe does; what is above the model's number of layers means all. The rest of those layers
-            goes where n_gpu_layers says.
-        n_gpu_layers: layers on the GPU, counted from the last; -1 for all. None or "auto" for as much as fits into what is free
-            on the GPUs beside 1 GiB, with experts in the CPU's memory before whole layers, as llama.cpp's programs choose it
-            (--fit); one line on stderr says what that is. Without a GPU it is 0: a number says so in one line, None nothing.
-        repack: let llama.cpp rearrange weights for the CPU, in memory of its own beside the file's pages: prefill is faster.
-            Without, a model needs no more memory than its file, and runs even where that is larger than the memory.
-        prefetch: where experts stay in the file's pages (see repack), ask the system for those that a layer has chosen all
-            at once, before the first of them is used, and read nothing around them: reading waits for the disk as little
-            as it can. None: if the file is larger than the memory that is available when it is loaded (or the limit of a
-            control group, if that is less) and there is no expert_cache; for a model that stays in memory it only costs
-            time. Without effect where no experts are in a mapped file, and on Windows.
-        expert_cache: for a model larger than memory: hold so much of its routed experts in memory ("6GB", or bytes) and
-            read the others from the file when a layer's router has chosen them; those used last are kept. The output is
-            the same, bit for bit, as that of a model in memory with repack=False, but for what miss_price leaves out.
-            An expert that cannot be read ends the evaluation with a `GenerationError`. None: a cache is made only if
-            the file is larger than the free memory and neither n_gpu_layers nor prefetch is given; it takes what the
-            other weights and the context leave. 0 for none. Not on Windows.
-        miss_price: with an expert cache and token rule "estimate", what it may cost to read an expert: how many times
-            the time of one at hand, 1 to 1e6. An expert that is not at hand runs for a generated token only if its
-            estimated output is at least sqrt(miss_price) times the threshold; otherwise its estimate is used. The
-            threshold is that of the budget in force, or of the plan in the file if that is higher. At full budget all
-            that is at hand runs, and of the rest what is worth it. At 1 the output is that without a cache. At hand for
-            a token is what the tokens before it in its own text have run last, as many experts as the cache holds of a
-            layer. So equal text gives equal output if it is read in the same pieces, also after `load_state` and from
-            the `cache`. The same call twice does not read in the same pieces: a prompt is computed without the price,
-            and the second call computes its last token alone, with it; `clear_cache` makes them equal. "auto": what it
-            takes on this machine, measured as the model is loaded and rounded to a power of two; give the number that
-            `miss_price` then has for the same output on another machine, or under another load. If it is above 1 and
-            the rule is "estimate", what a draft model proposes is passed over.
-        **kwargs: see `llama_cpp.Llama`. flash_attn is on by default where no layer is on a GPU and the cache is not of float32.
-            n_threads and n_threads_batch are by default the physical cores that this process may use. An override of the
-            experts per token (kv_overrides) lowers a plan to it; above what the plan in the file
-            was made for, only the full budget works, and plans by hand.
+        n_gpu_layers: layers on the GPU, counted from the last; -1 for all. None or "auto" for as much as fits into
+            what is free on the GPUs, less 1 GiB. Experts then go to the CPU's memory before whole layers do, as
+            llama.cpp's programs choose it (--fit), and one line on stderr says what was chosen. Without a GPU it is 0:
+            a number says so in one line, None says nothing.
+        n_cpu_moe: with n_gpu_layers: the routed experts of the first so many layers stay in the CPU's memory, as with
+            llama.cpp's --n-cpu-moe. A number above the model's layers means all. The rest of those layers goes where
+            n_gpu_layers says.
+        repack: let llama.cpp rearrange weights for the CPU, in memory of its own beside the file's pages. Prefill is
+            faster so. With False a model needs no more memory than its file, and runs even if that is larger than the
+            memory.
+        expert_cache: for a model larger than memory: memory for its routed experts ("6GB", or bytes). The others are
+            read from the file when a layer's router has chosen them, and those used last are kept. The output is the
+            same, bit for bit, as that of a model in memory with repack=False, but for what miss_price leaves out. An
+            expert that cannot be read ends the evaluation with a `GenerationError`. 0 for no cache. None for one only
+            if the file is larger than the free memory and neither n_gpu_layers nor prefetch is given: it takes what
+            the other weights and the context leave. Not on Windows.
+        miss_price: with an expert cache and token rule "estimate": how many times the time of an expert in the cache
+            it may cost to read one, 1 to 1e6. A generated token reads an expert only if its estimated output is at
+            least sqrt(miss_price) times the threshold: that of the budget in force, or of the plan in the file if that
+            is higher. Otherwise the estimate is used. At 1 the output is that without a cache. "auto" is what reading
+            takes on this machine, measured as the model is loaded and rounded to a power of two. The attribute
+            `miss_price` then has the number; give it for the same output on another machine, or under another load. If
+            it is above 1 and the rule is "estimate", what a draft model proposes is passed over. Why the same call
+            twice may then give two texts: `docs/speed.md`, "A price for reading".
+        prefetch: for a model that stays in the file's pages (no expert_cache, repack=False): ask the system for all
+            experts that a layer has chosen before the first of them is used, and for nothing around them. None for
+            True only if there is no expert_cache and the file is larger than the available memory (or the limit of a
+            control group, if that is less), for with a model that fits it only costs time. Without effect where no
+            experts are in a mapped file, and on Windows.
+        **kwargs: see `llama_cpp.Llama`. flash_attn is on by default if no layer is on a GPU and the cache is not of
+            float32. n_threads and n_threads_batch are by default the physical cores that this process may use. An
+            override of the experts per token (kv_overrides) lowers a plan to it. If it is above what the plan in the
+            file was made for, only the full budget works, and plans by hand.
 
     Raises:
         GGUFError: the file is missing, not GGUF, damaged or truncated.
         PlanError: its plan does not fit the model, the budget cannot be met, an override does not fit the model, or a
             budget, a rule or a plan is given for a model without experts.
-        ValueError: n_gpu_layers is none of these, n_cpu_moe not a number of layers, or one beside n_gpu_layers=None, repack no
-            bool, prefetch neither that nor None, expert_cache no size, more than the memory or less than one layer's experts,
-            miss_price no number from 1 on, or anything that `llama_cpp.Llama` refuses.
-        TypeError: an argument that there is not; `llama_cpp.Llama` takes any name and says nothing.
+        ValueError: n_gpu_layers is none of these. n_cpu_moe is no number of layers, or is given beside
+            n_gpu_layers=None. repack is no bool, prefetch neither that nor None. expert_cache is no size, more than
+            the memory, or less than one layer's experts. miss_price is no number from 1 on. And all that
+            `llama_cpp.Llama` refuses.
+        TypeError: an argument that does not exist. (`llama_cpp.Llama` takes any name and says nothing.)
     """
 
     # the plan that the cached tokens were computed under, and what a strict one had left over when it went out of force
@@ -319,7 +323,7 @@ class Llama(CheckedLlama):
 
     @property
     def miss_price(self) -> float:
-        """What it may cost to read an expert (see the argument of that name), 1 where there is no expert cache. Setting it takes
+        """What it may cost to read an expert (see the argument of that name); 1 if there is no expert cache. Setting it takes
         effect as `set_budget` does."""
         return self._miss_price if self._cache_bytes else 1.0
 
@@ -399,22 +403,24 @@ class Llama(CheckedLlama):
     def set_budget(
         self, budget: Optional[Budget] = None, *, token_rule: Optional[str] = None, strict: Optional[bool] = None
     ) -> Plan:
-        """Changes the budget of the live model; takes effect with the next token.
+        """Changes the budget of the loaded model, from the next token on.
 
-        The cached prompt is dropped where the plan changes, so that what follows depends on the new plan only; while a
+        If the plan changes, the cached prompt is forgotten, so that what follows depends on the new plan only. While a
         completion is being read it is kept until that ends.
 
         Args:
             budget, token_rule: as in the constructor; None goes back to what the file says.
-            strict: hold every layer's running mean at its plan, see `Plan`; None for True under "estimate" alone.
+            strict: hold every layer's running mean at its plan, see `Plan`. None for True under "estimate" and False under
+                other rules.
 
         Returns:
             The plan now in force.
 
         Raises:
             PlanError: a model without experts, a budget out of range, an unknown rule, `strict` under another rule than
-                "threshold" or "estimate", or a file without what is needed: a profile for any budget but the full one, for any
-                rule but "off" and for `strict`, thresholds for "threshold", an estimator for "estimate".
+                "threshold" or "estimate", or a file that lacks what this needs. Any budget but the full one, any rule but
+                "off", and `strict` need a file that allocmoe-convert made. "threshold" also needs thresholds in it, and
+                "estimate" estimates.
         """
         total = self._total(budget, token_rule)
         if self._beyond_plan is not None and (
@@ -435,10 +441,10 @@ class Llama(CheckedLlama):
     def set_speed(self, tokens_per_second: float, *, token_rule: Optional[str] = None) -> Plan:
         """Sets the largest budget, to a 32nd of the full one, at which this machine generates so many tokens per second.
 
-        Measured, for some seconds: the model writes short texts at up to eight budgets, and with an expert cache what it has to
-        read for them, at the `miss_price` in force, is part of the time. Another load of the machine gives another budget: the
-        plan that is returned can be kept (`set_plan`). What is cached is forgotten, `expert_stats` starts anew, and a completion
-        that is being read ends.
+        It measures for some seconds: the model writes short texts at up to eight budgets. With an expert cache the time for
+        reading experts counts, at the `miss_price` in force. If the machine does other work the result is another budget. Keep
+        the plan that is returned, and `set_plan` sets it again. What is cached is forgotten, `expert_stats` starts anew, and a
+        completion that is being read ends.
 
         Args:
             token_rule: as in `set_budget`.
@@ -485,7 +491,7 @@ class Llama(CheckedLlama):
 
     @in_turn
     def budget_total(self, budget: Optional[Budget]) -> int:
-        """Expert activations per token that a budget is, over all layers; nothing changes.
+        """How many expert activations per token a budget is, over all layers. Nothing changes.
 
         Args:
             budget: as in the constructor.
@@ -542,7 +548,8 @@ class Llama(CheckedLlama):
         """Sets the experts per token of each layer directly.
 
         Args:
-            plan: a Plan, or block_count ints, 0 for layers without routed experts; None for the model's own counts.
+            plan: a `Plan`, or a number for each layer, 0 for layers without routed experts. None for the model's own
+                counts.
 
         Raises:
             PlanError: the plan does not fit the model.
@@ -600,12 +607,12 @@ class Llama(CheckedLlama):
 
     @in_turn
     def create_completion(self, *args, budget: Optional[Budget] = None, **kwargs):
-        """As in `llama_cpp.Llama`, at a budget of its own.
+        """As in `llama_cpp.Llama`, and `budget` is a budget for this completion alone.
 
-        Prompt and answer are computed at that budget, under the token rule in force; then what was in force before is so
-        again, also after an error, and after a stream that is closed, dropped, or ended by another call. While a stream
-        is being read its budget is the one in force: one that is set meanwhile takes its place, and stays. A prompt that
-        begins like the cached text goes on from it where that was computed at the same budget.
+        Prompt and answer are computed at that budget, under the token rule in force. Then the budget from before is in force
+        again, also after an error, and after a stream that is closed, dropped, or ended by another call. A budget that is set
+        while the stream is being read takes its place, and stays. A prompt that begins like the cached text goes on from it if
+        that was computed at the same budget.
 
         Args:
             budget: as in the constructor; None for what is in force.
@@ -694,7 +701,7 @@ class Llama(CheckedLlama):
 
     @in_turn
     def second_context(self, budget: Budget, n_threads: Optional[int] = None) -> SecondContext:
-        """For drafts: another context of this model, at a budget of its own and under the token rule of the file.
+        """For draft models: another context of this model, at a budget of its own and under the token rule of the file.
 
         Another thread may compute with it while one computes with this `Llama`, unless there is an expert cache.
 
@@ -722,7 +729,7 @@ class Llama(CheckedLlama):
 
     @property
     def draft_model(self) -> Optional[LlamaDraftModel]:
-        """What proposes tokens; None for nothing. One that is set later is opened then, and the one before it closed.
+        """What proposes tokens, see `DraftModel`; None for nothing. Setting it opens the new one and closes the one before.
 
         Raises:
             TypeError: it is neither a LlamaDraftModel nor another callable, or it is a class.
@@ -878,7 +885,7 @@ class Llama(CheckedLlama):
     def decode(self, tokens: Sequence[int], n_past: int = 0, logits_all: bool = False) -> np.ndarray:
         """For measurements: evaluates tokens after the n_past ones that are cached, in one batch.
 
-        Other than `eval` it keeps neither tokens nor logits: what is generated next computes its prompt anew.
+        Unlike `eval` it keeps neither tokens nor logits: what is generated next computes its prompt anew.
 
         Args:
             tokens: at most n_batch token ids.
@@ -892,7 +899,8 @@ class Llama(CheckedLlama):
         Raises:
             GenerationError: an expert cannot be read (see expert_cache).
             RuntimeError: llama.cpp cannot evaluate them, for instance beyond the context's size.
-            ValueError: a token that the vocabulary does not have, none or more than n_batch of them, or an n_past beyond the context.
+            ValueError: a token that the vocabulary does not have, none or more than n_batch of them, or an n_past beyond
+                the context.
         """
         n_past = whole("n_past", n_past, 0, self.n_ctx() - 1)
         if not 0 < len(tokens) <= self.n_batch:
@@ -927,17 +935,23 @@ class Llama(CheckedLlama):
     def expert_stats(self, reset: bool = False) -> Dict[str, Dict[str, Any]]:
         """Expert activations so far, for prompt ("prefill") and generated ("decode") tokens apart.
 
+        `llm.expert_stats()["decode"]["mean"].sum()` is what a generated token has spent, over all layers.
+
         Args:
             reset: start counting anew afterwards.
 
         Returns:
-            {"prefill": stats, "decode": stats}, where stats has int64 arrays of length block_count: `activations`,
-            and `tokens` that reached the layer's router (the last layer sees only tokens whose logits are
-            needed); and `mean`, float64, activations per token, 0 where no token came by. With an expert cache also, int64
-            arrays: `hits`, experts that were in memory when they were chosen, `misses`, those that were not, and
-            `bytes_read` for them; of tokens that are evaluated together each expert counts once. And `absent`, activations
-            that miss_price has left out. And floats: `miss_price`; `miss_ms` and `hit_ms`, what was measured when the model was
-            loaded, milliseconds of an expert that has to be read and of one at hand, 0 where the price was given.
+            {"prefill": stats, "decode": stats}. Each stats has arrays with a number for each layer: `activations` (int64),
+            `tokens` that reached the layer's router (int64; the last layer sees only tokens whose logits are needed), and
+            `mean`, activations per token (float64, 0 if no token came by).
+
+        With an expert cache each stats also has:
+
+        - `hits`, experts that were in memory when they were chosen, `misses`, those that were not, and `bytes_read` for them:
+          int64 arrays. Of tokens that are evaluated together each expert counts once.
+        - `absent`, activations that miss_price has left out, an int64 array.
+        - `miss_price`, and the times that were measured as the model was loaded: `miss_ms` for an expert that has to be read,
+          `hit_ms` for one in memory, in milliseconds. Both are 0 if the price was given as a number.
         """
         stats = {}
         for phase, number in _PHASES.items():
@@ -1021,7 +1035,13 @@ class Llama(CheckedLlama):
 
     @contextlib.contextmanager
     def limited_union(self, share: Optional[float]) -> Iterator[None]:
-        """Tokens that are evaluated together inside run this share of their experts together, see `DraftModel`; None for all.
+        """A context manager, for measurements: `with llm.limited_union(0.5):` limits the experts of what is evaluated inside.
+
+        Of the experts that any of the tokens of one evaluation would run in a layer, this share runs. It is what `DraftModel`
+        does with its verification_budget.
+
+        Args:
+            share: above 0 and up to 1; None for no limit.
 
         Raises:
             ValueError: share is none, above 0 and up to 1.
@@ -1040,10 +1060,10 @@ class Llama(CheckedLlama):
 
     @property
     def verifies(self) -> bool:
-        """Whether tokens that are evaluated together are computed as one after the other, but for rounding.
+        """Whether several tokens at once are computed as one after the other, but for rounding, so that a draft can be verified.
 
-        Not under token rule "batch", where they share their experts, nor under "estimate" with a miss_price, which is for single
-        tokens: what a draft model proposes is passed over there.
+        Not under token rule "batch", where they share their experts. Nor under "estimate" with a miss_price, which only single
+        tokens have: what a draft model proposes is passed over there.
         """
         rule = libllama.allocmoe_get_token_rule(context_pointer(self))
         priced = rule == libllama.ALLOCMOE_RULE_ESTIMATE and self.miss_price > 1
@@ -1051,8 +1071,8 @@ class Llama(CheckedLlama):
 
     @in_turn
     def save_state(self):
-        """As in `llama_cpp.Llama`; the state remembers the plan that it was made with, what that has left over, and which
-        experts have run."""
+        """As in `llama_cpp.Llama`. The state also holds the plan that it was made with, what a strict plan has left over, and,
+        with an expert cache, which experts have run."""
         n_tokens, self.n_tokens = self.n_tokens, self._n_read()
         try:
             state = super().save_state()
@@ -1189,7 +1209,7 @@ class Llama(CheckedLlama):
 
     @property
     def cache(self):
-        """The cache of prompts, see `set_cache` of `llama_cpp.Llama`: entries of another plan than the one in force are none."""
+        """The cache of prompts, see `set_cache` of `llama_cpp.Llama`. Entries of another plan than the one in force are not used."""
         return self._prompt_cache
 
     @cache.setter
@@ -1207,12 +1227,13 @@ class Llama(CheckedLlama):
         local_dir_use_symlinks: Union[bool, str] = "auto",
         **kwargs,
     ) -> Llama:
-        """A model from a repository of the Hugging Face hub, downloaded as far as it is not there. Needs huggingface_hub.
+        """A model from a repository of the Hugging Face hub. What is not on this machine yet is downloaded. Needs the package
+        huggingface_hub.
 
         Args:
             repo_id: "org/name".
-            filename: the GGUF file in it, or a pattern ("*Q4_K_M.gguf") that one model fits; of a split model, whose
-                other files come along, the first or all.
+            filename: the GGUF file in it, or a pattern that only one model fits ("*Q4_K_M.gguf"). Of a split model the
+                first file, or a pattern for all: the other files are downloaded too.
             additional_files: names or patterns of more files to download.
             local_dir: where the files go, in place of the hub's cache.
             cache_dir: another cache than the default.
@@ -1222,8 +1243,9 @@ class Llama(CheckedLlama):
         Raises:
             ImportError: huggingface_hub is not installed.
             ValueError: no file fits, or files of several models do; the message lists them.
-            TypeError: an argument that there is not; nothing is downloaded.
-            OSError, or an error of the HTTP library: the repository is missing, private, or cannot be reached.
+            TypeError: an argument that does not exist; nothing is downloaded.
+            OSError: the repository is missing, private, or cannot be reached. It may be an error of the HTTP library
+                instead.
         """
         _check_names(kwargs)
         return cls(model_path=hub.download(repo_id, filename, additional_files, local_dir, cache_dir), **kwargs)

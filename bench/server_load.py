@@ -39,8 +39,12 @@ def serving(model: Path, slots: int, threads: int, *options: str) -> Iterator[Tu
     command += ["-np", str(slots), "-c", str(512 * slots), "-t", str(threads), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
-        if not any("ready at" in line for line in process.stderr):
-            raise SystemExit("the server did not start")
+        line = ""
+        for line in process.stderr:
+            if "ready at" in line:
+                break
+        else:
+            raise SystemExit(f"the server did not start: {line.strip() or 'it said nothing'}")
         # its log is read, so that it never waits for a reader
         threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
         yield f"http://127.0.0.1:{port}", process

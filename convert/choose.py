@@ -221,9 +221,16 @@ def report(choice: Choice, max_increase: float = np.inf) -> None:
     if choice.profile.estimator is not None:
         say("estimates do no better here; they stay in the file, for other budgets with token_rule='estimate'")
     if choice.profile.allocation == "uniform":
+        alloc_l, uniform = (
+            min(score.kl for name, score in choice.scores.items() if name.startswith(of))
+            for of in ("alloc-l", "uniform")
+        )
+        why = f"divergence decides, and is {alloc_l:.4f} by Alloc-L's plan and {uniform:.4f} by uniform k"
+        if alloc_l < uniform:
+            why = "Alloc-L's plan does not keep to the limit of perplexity"
         say(
-            "Alloc-L's plan does not beat uniform k on held-out text, so the uniform plan is written; more calibration text "
-            "(--calib, --calib-tokens) gives a better profile"
+            f"{why}: the uniform plan is written. On {held_out.n_tokens} tokens a small difference may be chance; more "
+            "calibration text (--calib, --calib-tokens) tells more"
         )
 
 

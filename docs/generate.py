@@ -17,6 +17,53 @@ from allocmoe_edge.plan import metadata
 
 DOCS = Path(__file__).resolve().parent
 
+# what users of llama-cpp-python need comes first; a name that is not here follows the others of its class
+_ORDER = (
+    "Llama",
+    "Llama.create_completion",
+    "Llama.create_chat_completion",
+    "Llama.from_pretrained",
+    "Llama.set_budget",
+    "Llama.budget_total",
+    "Llama.set_speed",
+    "Llama.expert_stats",
+    "Llama.plan",
+    "Llama.set_plan",
+    "Llama.expert_used_count_full",
+    "Llama.clear_cache",
+    "Llama.save_state",
+    "Llama.load_state",
+    "Llama.cache",
+    "Llama.draft_model",
+    "Llama.draft_stats",
+    "Llama.expert_cache",
+    "Llama.miss_price",
+    "Llama.prefetch",
+    "DraftModel",
+    "Plan",
+    "GGUFError",
+    "PlanError",
+    "GenerationError",
+)
+# under the heading at the end
+_LAST = (
+    "allocate",
+    "parse_budget",
+    "Llama.stored",
+    "Llama.apply_plan",
+    "Llama.decode",
+    "Llama.rewind",
+    "Llama.second_context",
+    "Llama.limited_union",
+    "Llama.verifies",
+    "Llama.model_params",
+)
+_FOR_MEASURING = """\
+## For plans and measurements of your own
+
+What the converter, the benchmark and draft models are made of. A program that runs models needs none of it.
+"""
+
 _PYTHON = """\
 # Python API
 
@@ -31,6 +78,9 @@ from allocmoe_edge import Llama
 llm = Llama(model_path="model-half.gguf", n_ctx=4096, verbose=False)
 print(llm.create_completion("The capital of France is", max_tokens=16)["choices"][0]["text"])
 ```
+
+Below, [`Llama`](#llama) comes first, with the methods that most programs call. What only [plans and measurements of
+your own](#for-plans-and-measurements-of-your-own) need stands at the end.
 
 ## Differences from llama-cpp-python
 
@@ -62,7 +112,7 @@ print(llm.create_completion("The capital of France is", max_tokens=16)["choices"
 | a draft for a model that cannot forget tokens (a recurrent one) | not checked | `ValueError` |
 | `save_state()` | | also holds the plan; logits only with `logits_all=True` |
 | `embed()` | | leaves nothing cached; takes several texts without pooling; a reranker gives its scores alone |
-| `from_pretrained` | `local_dir_use_symlinks` | has no such argument; downloads all files of a split model |
+| `from_pretrained` | `local_dir_use_symlinks` | has no effect; all files of a split model are downloaded |
 | copies (`pickle`, `copy`) | have the arguments | have the budget that was set, too |
 
 `python -m llama_cpp.server` is no part of this: [`allocmoe-server`](server.md) is llama.cpp's own server.
@@ -79,11 +129,25 @@ keys. Terms are explained in [how it works](how-it-works.md#terms). To see what 
 
 
 def python_page() -> str:
-    """docs/python.md: every name of allocmoe_edge.__all__, the classes first."""
-    names = sorted(allocmoe_edge.__all__, key=lambda name: (not inspect.isclass(getattr(allocmoe_edge, name)), name))
-    # the class that people come for
-    names.sort(key=lambda name: name != "Llama")
-    return "\n".join([_PYTHON, *(_entry(name, getattr(allocmoe_edge, name)) for name in names)])
+    """docs/python.md: every name of allocmoe_edge.__all__, and of each class what it has, in _ORDER."""
+    sections: dict = {}
+    for name in allocmoe_edge.__all__:
+        sections.update(_sections(name, getattr(allocmoe_edge, name)))
+    unknown = {*_ORDER, *_LAST} - set(sections)
+    if unknown:
+        raise SystemExit(f"not public, or without a docstring: {', '.join(sorted(unknown))}")
+
+    def place(name: str) -> tuple:
+        whole, _, member = name.partition(".")
+        return _rank(whole), bool(member), _rank(name)
+
+    first = sorted(set(sections) - set(_LAST), key=lambda name: (place(name), list(sections).index(name)))
+    last = [re.sub("^## ", "### ", sections[name]) for name in _LAST]
+    return "\n".join([_PYTHON, *(sections[name] for name in first), _FOR_MEASURING, *last])
+
+
+def _rank(name: str) -> int:
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
 def file_format_page() -> str:
@@ -92,22 +156,24 @@ def file_format_page() -> str:
     return f"{_FILE_FORMAT}{title}\n{text}\n"
 
 
-def _entry(name: str, thing) -> str:
+def _sections(name: str, thing) -> dict:
+    """What the page says of a name, and of a class's members ("Llama.plan"), by name."""
     if not inspect.isclass(thing):
-        return _section("##", f"{name}{_signature(thing)}", thing)
+        return {name: _section("##", f"{name}{_signature(thing)}", thing)}
     if issubclass(thing, Exception):
-        return _section("##", f"{name}({thing.__bases__[0].__name__})", thing)
-    parts = [_section("##", f"{name}{_signature(thing.__init__, thing)}", thing)]
+        return {name: _section("##", f"{name}({thing.__bases__[0].__name__})", thing)}
+    found = {name: _section("##", f"{name}{_signature(thing.__init__, thing)}", thing)}
     for member, value in vars(thing).items():
         if member.startswith("_"):
             continue
+        key = f"{name}.{member}"
         if isinstance(value, property):
-            parts.append(_section("###", f"{name}.{member}", value))
+            found[key] = _section("###", key, value)
         elif isinstance(value, classmethod):
-            parts.append(_section("###", f"{name}.{member}{_signature(value.__func__)}", value.__func__))
+            found[key] = _section("###", f"{key}{_signature(value.__func__)}", value.__func__)
         elif inspect.isfunction(value):
-            parts.append(_section("###", f"{name}.{member}{_signature(value)}", value))
-    return "\n".join(part for part in parts if part)
+            found[key] = _section("###", f"{key}{_signature(value)}", value)
+    return {key: section for key, section in found.items() if section}
 
 
 def _section(level: str, title: str, thing) -> str:

@@ -97,3 +97,10 @@ def test_texts_as_tokens(dense_path, tmp_path, monkeypatch):
     assert text_tokens.main() == 0
     ids = np.load(tmp_path / "how-it-works.npy")
     assert ids.dtype == np.uint16 and 1000 < len(ids) < len(TEXT.read_bytes())
+
+
+def test_server_load_says_why_the_server_did_not_start(tmp_path):
+    """Only that it did not, as where it is not built."""
+    command = [sys.executable, ROOT / "bench" / "server_load.py", tmp_path / "missing.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "did not start: allocmoe-server: error: " in done.stderr

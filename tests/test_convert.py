@@ -672,6 +672,27 @@ def test_max_ppl_increase_without_a_plan_within_it(capsys):
     assert "limit" not in capsys.readouterr().err
 
 
+def test_what_decides_for_uniform_k_is_said(capsys):
+    """Only that Alloc-L's plan does not beat it, below a table where it had the better perplexity."""
+    calibration = metadata.Calibration("made up", 1, "0" * 64)
+    held_out = metadata.HeldOut(1024, 25.0, 28.0, 28.0, 0.071, 0.071)
+    profile = metadata.Profile((np.linspace(2, 1, 4),) * 4, (1.0,) * 4, calibration, "uniform", held_out=held_out)
+    scores = {
+        "full": choose.Score(25.0, 0.0, 16.0, 0.0),
+        "alloc-l, token rule off": choose.Score(27.1, 0.0724, 8.0, 0.01),
+        "alloc-l, token rule threshold": choose.Score(27.2, 0.0725, 8.0, 0.01),
+        "uniform, token rule off": choose.Score(28.0, 0.0710, 8.0, 0.01),
+    }
+    choose.report(choose.Choice(profile, profile.plan(8, (4,) * 4), scores, {}, 0))
+    printed = capsys.readouterr().err
+    assert "divergence decides, and is 0.0724 by Alloc-L's plan and 0.0710 by uniform k" in printed
+    assert "On 1024 tokens a small difference may be chance" in printed
+    # the limit goes before the divergence
+    scores["alloc-l, token rule off"] = choose.Score(30.0, 0.0700, 8.0, 0.01)
+    choose.report(choose.Choice(profile, profile.plan(8, (4,) * 4), scores, {}, 0), 0.15)
+    assert "Alloc-L's plan does not keep to the limit of perplexity: the uniform plan" in capsys.readouterr().err
+
+
 def test_max_ppl_increase_leaves_k_base(tiny, tmp_path):
     """No budget below what every token keeps is looked at, however much may be lost: it was 4."""
     options = *TEXT, "--token-rule", "threshold", "--k-base", "2", "--max-ppl-increase", "1000000%"

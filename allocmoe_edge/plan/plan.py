@@ -63,30 +63,33 @@ def integer_tuple(name, values):
 class Plan:
     """Planned experts per token for every layer of one model.
 
-    expert_used_count: k_l, one integer per layer (length block_count), 1 <= k_l <= K_l; 0 where
+    Below, K_l is the model's own number of experts per token in layer l, and k_l the planned one.
+
+    expert_used_count: the k_l, one integer per layer (length block_count), 1 <= k_l <= K_l; 0 if
         the layer has no routed experts. Any integer sequence or 1-D integer array is accepted
         and kept as a tuple of ints.
-    expert_used_count_full: the model's own K_l, same length, 0 for such layers.
+    expert_used_count_full: the K_l, same length, 0 for such layers.
     token_rule: how a layer shares its k_l among the tokens (Alloc-T). "off": every token gets its
-        top k_l. "batch": every token keeps its top k_base, and the best-scored other candidates
-        of the whole micro-batch are activated, k_l times its tokens in all. "threshold": every
-        token keeps its top k_base and every other candidate (up to rank K_l) whose routing score
-        is at least the layer's threshold; k_l is then the mean over text like the calibration's.
-        "estimate": the same by estimated size in place of score, which can leave out any rank, and
-        an estimate of what is left out takes its place (see `estimator.py`).
+        top k_l. "batch": every token keeps its top k_base. Of the other candidates of the whole
+        micro-batch those of the best scores run, so that it is k_l times its tokens in all.
+        "threshold": every token keeps its top k_base, and each other candidate (up to rank K_l)
+        whose routing score is at least the layer's threshold. k_l is then the mean over text like
+        the calibration's. "estimate": the same by the estimated size of an expert's output in place
+        of the score. This can leave out any rank, and an estimate of what is left out takes its
+        place (see `estimator.py`).
     k_base: experts that every token keeps under any rule but "off". Under "batch" and "threshold" a
-        layer with k_l <= k_base is plain top-k_l; under "estimate" k_l has no say, only the threshold.
+        layer with k_l <= k_base is plain top-k_l. Under "estimate" only the threshold decides, not k_l.
     threshold: one float per layer, for "threshold" and "estimate"; unused in layers without routed experts.
-    strict: for "threshold": activations are capped so that no layer's running mean rises above k_l. For "estimate": each
-        layer's threshold moves, slowly, so that its running mean stays near k_l on any text. What a token gets then
-        depends on the tokens before it in its text, in either case not on how they were cut into batches nor on what else
-        the context has read. The last layer, which runs only for the tokens whose output is wanted, keeps its threshold,
-        and a cap of k_l.
+    strict: for "threshold": no layer's running mean rises above k_l, for activations beyond it are cut. For "estimate":
+        each layer's threshold moves, slowly, so that its running mean stays near k_l on any text. In either case what a
+        token gets depends on the tokens before it in its text. It does not depend on how they were cut into batches, nor
+        on what else the context has read. The last layer runs only for the tokens whose output is wanted. It keeps its
+        threshold, and never runs more than k_l.
     value: what "batch" and "threshold" go by, from the scores that the router ranks a token's experts by. "score": the
         score itself. "relative": divided by the token's best score, as in ik_llama.cpp's -ser and NAEE. "remaining":
         1 - the sum of the scores of better ranks, as in Dynamic-MoE's top-p. The last two are for scores that are
         probabilities (softmax or sigmoid of the router logits).
-    estimator: what "estimate" goes by; None for the one in the model's file. Not part of a comparison of plans.
+    estimator: what "estimate" goes by; None for the one in the model's file. Two plans that differ only here are equal.
 
     Raises PlanError, naming the layer, the value found and the value wanted.
     """
@@ -280,7 +283,7 @@ def parse_budget(budget, budget_full, n_moe_layers):
 
     budget: a float f in (0, 1] is a share of the model's own activations, B = floor(f *
         budget_full + 0.5), as are a Fraction and a Decimal; an int is B itself. As a string: "0.5" and "50%" are shares,
-        digits alone are B. 1 is the full model, as 1.0, where no single activation will do: with several such layers.
+        digits alone are B. 1 is the full model, as 1.0, but with a single layer of routed experts it is one activation.
     budget_full: sum of K_l. n_moe_layers: layers with routed experts; each needs one activation.
 
     Returns an int from n_moe_layers to budget_full. Raises PlanError with the allowed range.

@@ -43,7 +43,7 @@ def check_installed() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise ConvertError(
-            f'converting Hugging Face models needs {", ".join(missing)}: pip install ".[hf]" in the clone of allocmoe-edge'
+            f'converting Hugging Face models needs {", ".join(missing)}: pip install "allocmoe-edge[hf]"'
         )
 
 

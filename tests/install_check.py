@@ -72,15 +72,13 @@ def check_python_of_the_readme() -> None:
 
 def check_missing_extras_are_named() -> None:
     assert "ALLOCMOE_SERVER=1 pip install ." in refused("allocmoe-server", "model-half.gguf")
-    assert 'pip install ".[plot]" in the clone' in refused("allocmoe-inspect", "model-half.gguf", "--plot", "plan.html")
+    assert 'pip install "allocmoe-edge[plot]"' in refused("allocmoe-inspect", "model-half.gguf", "--plot", "plan.html")
     folder = Path("folder")  # one that a converter would read: what is wrong with a folder is said before
     folder.mkdir()
     (folder / "config.json").write_text('{"num_experts": 8}')
     (folder / "tokenizer.json").write_text("{}")
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    assert 'pip install ".[hf]" in the clone' in refused(
-        "allocmoe-convert", "folder", "--budget", "0.5", "-o", "x.gguf"
-    )
+    assert 'pip install "allocmoe-edge[hf]"' in refused("allocmoe-convert", "folder", "--budget", "0.5", "-o", "x.gguf")
 
 
 def main() -> int:

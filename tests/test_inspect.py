@@ -391,7 +391,7 @@ def test_matplotlib_is_missing(planned_path, tmp_path, capfd, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, err = inspect(capfd, planned_path, "--plot", tmp_path / "p.png")
-    assert (code, out) == (1, "") and 'pip install ".[plot]" in the clone' in err
+    assert (code, out) == (1, "") and 'pip install "allocmoe-edge[plot]"' in err
     assert not os.listdir(tmp_path)
     assert inspect(capfd, planned_path)[0] == 0  # all the rest works without
 

@@ -257,7 +257,7 @@ def test_code_of_the_model_is_not_run(folder, out, tmp_path):
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_extra_is_not_installed(folder, out, capsys, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)  # what Python itself takes as "cannot be imported"
-    refused_here(capsys, folder, "-o", out / "m.gguf", expect='pip install ".[hf]" in the clone')
+    refused_here(capsys, folder, "-o", out / "m.gguf", expect='pip install "allocmoe-edge[hf]"')
 
 
 def test_options_are_checked_first(folder, tiny_planned, out, tmp_path, capsys):

@@ -59,9 +59,7 @@ def check_target(target: Path, inputs: Iterable[Path] = (), suffixes: Sequence[s
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InspectError(
-            f'--plot needs matplotlib ({error}): pip install ".[plot]" in the clone of allocmoe-edge'
-        ) from None
+        raise InspectError(f'--plot needs matplotlib ({error}): pip install "allocmoe-edge[plot]"') from None
 
 
 def write(report: dict, target: Path) -> None:

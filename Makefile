@@ -57,7 +57,8 @@ $(VENV)/.installed-server: $(SOURCES) $(VENV)/.llama-cpp-python
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
 test-server: $(VENV)/.installed-server
-	$(VENV)/bin/pytest -n 2 --dist worksteal --max-worker-restart 0 $(wildcard tests/test_*server*.py) tests/test_paths.py $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n 2 --dist worksteal --max-worker-restart 0 $(wildcard tests/test_*server*.py) \
+		tests/test_paths.py tests/test_bench_programs.py $(PYTEST_ARGS)
 
 VULKAN         := build/vulkan
 VULKAN_MODULE  := build/vulkan-module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Container, Optional, Union
 
 from . import expert_cache, speed_target
@@ -135,7 +136,12 @@ def check_miss_price(args, cache_bytes: int, token_rules: Container[str] = ("est
         cache_bytes: of the expert cache that there is, 0 for none.
         token_rules: those of the plans that will run.
     """
-    if args.miss_price != 1 and not cache_bytes:
+    if args.miss_price != 1 and not cache_bytes and args.expert_cache is not None:
         raise CommandError("--miss-price: has no effect without an expert cache: want --expert-cache SIZE, too")
-    if args.miss_price != 1 and "estimate" not in token_rules:
+    if args.miss_price != 1 and not cache_bytes:
+        print(
+            "--miss-price has no effect here: there is no expert cache, which a file gets by itself that is larger than the memory",
+            file=sys.stderr,
+        )
+    elif args.miss_price != 1 and "estimate" not in token_rules:
         raise CommandError("--miss-price: has no effect but under token rule 'estimate', which no plan here has")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 import difflib
-import functools
 import inspect
 import os
 import sys
@@ -269,6 +268,8 @@ class Llama(CheckedLlama):
             print(f"allocmoe: {self.model_path}: {gpu_fit.reason_for_none()}: all on the CPU", file=sys.stderr)
         self._prefetch = prefetch and libllama.allocmoe_set_prefetch(context_pointer(self), True) > 0
         self._cache_bytes = n_bytes
+        # of the files that were loaded, and not of what is there later
+        self._computes_as = self._identity(kwargs.get("kv_overrides"))
         if n_bytes:
             self._miss_price = self._measured_price()[0]
         if self._beyond_plan is not None:
@@ -501,7 +502,7 @@ class Llama(CheckedLlama):
         """
         full = sum(self._full_of_experts())
         if budget is None:
-            budget = "full" if self._stored.plan is None else "balanced"
+            return self._total_of_file(full)
         total = self._total(budget, None)
         if total == full:
             return total
@@ -516,6 +517,15 @@ class Llama(CheckedLlama):
                 f"token rule {rule}"
             )
         return total
+
+    def _total_of_file(self, full: int) -> int:
+        own = self._stored.plan
+        if own is None or self._beyond_plan is not None:
+            return full
+        try:
+            return self._total("balanced", None)
+        except PlanError:  # a plan alone
+            return own.budget_total
 
     def _total(self, budget: Optional[Budget], token_rule: Optional[str]) -> int:
         """Expert activations per token that a budget is. Raises PlanError."""
@@ -1088,22 +1098,20 @@ class Llama(CheckedLlama):
         finally:
             self.n_tokens = n_tokens
 
-    @functools.cached_property
-    def _computes_as(self) -> str:
+    def _identity(self, kv_overrides: Optional[dict]) -> str:
         """Of models for which it is the same, what one has computed of a text is what the other would compute, under the same plan."""
-        params, lora = self.context_params, self.lora_path
+        params = self.context_params
         options = [
             getattr(params, name)
             for name, *_ in params._fields_
             if name.startswith(("rope_", "yarn_"))
             or name in ("n_ctx", "type_k", "type_v", "flash_attn_type", "swa_full")
         ]
-        try:
-            model = fingerprint(self._file, metadata=False)
-            adapter = os.path.getsize(lora) if lora else 0
-        except (OSError, GGUFError):  # no longer there
-            model, adapter = self._file, 0
-        return repr((model, options, lora and (adapter, self.lora_scale)))
+        given = sorted(
+            (key, repr(value)) for key, value in (kv_overrides or {}).items() if not key.startswith("allocmoe.")
+        )
+        adapter = self.lora_path and (_weights(self.lora_path), self.lora_scale)
+        return repr((_weights(self._file), options, given, adapter))
 
     def _ran(self) -> Optional[np.ndarray]:
         """int16 [n_layer, n_tokens, ...]: which experts the cached tokens have run, as the runtime has it; None without a cache."""
@@ -1214,6 +1222,8 @@ class Llama(CheckedLlama):
 
     @cache.setter
     def cache(self, cache) -> None:
+        if isinstance(cache, CacheOfOnePlan):
+            cache = cache.inner
         self._prompt_cache = None if cache is None else CacheOfOnePlan(cache, self)
 
     @classmethod
@@ -1247,7 +1257,8 @@ class Llama(CheckedLlama):
             OSError: the repository is missing, private, or cannot be reached. It may be an error of the HTTP library
                 instead.
         """
-        _check_names(kwargs)
+        if cls.__init__ is Llama.__init__:
+            _check_names(kwargs)
         return cls(model_path=hub.download(repo_id, filename, additional_files, local_dir, cache_dir), **kwargs)
 
     @in_turn
@@ -1295,6 +1306,19 @@ class Llama(CheckedLlama):
 def _is_name(budget: Optional[Budget]) -> bool:
     """Whether a budget is written as a word, which the library knows or refuses."""
     return isinstance(budget, str) and budget.strip(_BLANKS).isalpha()
+
+
+def _weights(path: str) -> str:
+    """What tells the model, or adapter, in a file from others: its data, and what its architecture computes with."""
+    try:
+        with GGUFFile(path) as file:
+            arch = str(file.get("general.architecture"))
+            numbers = [
+                (key, repr(file.get(key))) for key in sorted(file.keys()) if key.startswith((arch + ".", "adapter."))
+            ]
+        return repr((fingerprint(path, metadata=False), arch, numbers))
+    except (OSError, GGUFError):  # no longer there
+        return os.path.abspath(path)
 
 
 def _number_of(token_rule: Optional[str]) -> int:

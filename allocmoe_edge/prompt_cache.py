@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 import weakref
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 
 # of all caches: llama-cpp-python's change while they look for an entry
 _using = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _using
+    _using = threading.RLock()  # the other one may be held by a thread that the child does not have
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class CacheOfOnePlan(BaseLlamaCache):
@@ -53,6 +63,11 @@ class CacheOfOnePlan(BaseLlamaCache):
         llm = self._model()
         with _using:
             return _key(tokens, llm.plan, llm) in self._cache
+
+    @property
+    def inner(self) -> Any:
+        """What stores them."""
+        return self._cache
 
     @property
     def cache_size(self) -> int:

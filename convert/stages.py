@@ -44,7 +44,8 @@ def expected(task: Task) -> List[Tuple[str, float]]:
     n_plans = n_allocated * (1 + (settings.token_rule is None)) + task.tries_estimates * choose.N_ESTIMATES
     check = ("held-out check", n_held * (1 + _HALF * n_plans))
     if settings.max_ppl_increase is not None:
-        found += [check] * (sum(full) - task.least).bit_length()
+        step = [("thresholds", _HALF * n_profile)] * n_allocated if settings.token_rule == "threshold" else []
+        found += [*step, check] * (sum(full) - task.least).bit_length()
     if settings.token_rule in (None, "threshold"):
         found += [("thresholds", _HALF * n_profile)] * n_allocated
     found += [check]

@@ -72,8 +72,8 @@ int64_t allocmoe_total_of(const allocmoe_model & file, const llama_model & model
     for_each_row(file, own, plan.token_rule, [&](size_t row, int64_t spends) {
         const bool same = cut_off(&table.expert_used_count[row * n_layer]) == counts &&
                           (!estimate || std::equal(plan.threshold.begin(), plan.threshold.end(), table.threshold.begin() + row * n_layer));
-        if (total < 0 && same) {
-            total = spends;
+        if (same) {
+            total = spends; // of several the largest, which its plan stays within
         }
     });
     return total < 0 ? sum_of(counts) : total;

@@ -292,7 +292,7 @@ std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & l
             throw allocmoe_error(format("allocmoe.budget_total: want a whole number of expert activations per token, 1 to %lld", (long long) full));
         }
         const int64_t i = gguf_find_key(loader.metadata, "allocmoe.budget_total");
-        if (i < 0 || value.val_i64 != gguf_get_val_u32(loader.metadata, i)) {
+        if (file->n_rows > 0 || i < 0 || value.val_i64 != gguf_get_val_u32(loader.metadata, i)) {
             file->asked_total = value.val_i64;
         }
     }

@@ -10,6 +10,7 @@ from allocmoe_edge import chat
 from allocmoe_edge.bench import cli as bench
 from allocmoe_edge.gguf_file import GGUFFile
 from allocmoe_edge.inspect import cli as inspect
+from allocmoe_edge.measure.cores import physical_cores
 from gguf_factory import plan_keys, split_gguf, write_gguf
 import numpy as np
 import other_models
@@ -191,7 +192,7 @@ def test_what_we_refuse_is_not_llama_cpps(command, model, text, capfd):
         *(
             ("allocmoe-inspect", [option, value], f"{option}: has no effect without --measure-curve or --routing")
             for option, value in (
-                ("--tokens", 64), ("--ctx-size", 64), ("--threads", 7), ("--n-gpu-layers", 1), ("--n-cpu-moe", 1),
+                ("--tokens", 64), ("--ctx-size", 64), ("--threads", physical_cores() + 1), ("--n-gpu-layers", 1), ("--n-cpu-moe", 1),
             )
         ),
         ("allocmoe-inspect", ["--budgets", "0.5"], "--budgets: has no effect without --measure-curve"),

@@ -148,6 +148,24 @@ def test_budgets_of_a_file_that_counts_milliseconds(source, tmp_path, rule):
     llm.close()
 
 
+def test_totals_with_the_same_plan(source, tmp_path):
+    """Where one layer costs much more than the others, several have: a server's budget of 8 was 6."""
+    profile = made_profile(cost=(1.0, 1.0, 1.0, 20.0), cost_unit="ms", k_base=1)
+    path = written(source, tmp_path / "m.gguf", profile)
+    llm, total, rows = Llama(str(path), **SIZES), ffi.new("int64_t *"), set()
+    for asked in range(N_LAYER, N_LAYER * K + 1):
+        plan = llm.set_budget(asked)
+        assert libllama.allocmoe_get_total(context_pointer(llm), total) == 0
+        assert total[0] >= asked and llm.set_budget(total[0]) == plan
+        rows.add(total[0])
+    assert len(rows) < N_LAYER * (K - 1) + 1
+    for asked in (8, 10):
+        other = Llama(str(path), kv_overrides={"allocmoe.budget_total": asked}, **SIZES)
+        assert other.plan == llm.set_budget(asked)
+        other.close()
+    llm.close()
+
+
 def test_errors_are_sentences(llm):
     def message(*arguments) -> str:
         assert libllama.allocmoe_set_budget(context_pointer(llm), *arguments) == libllama.ALLOCMOE_ERR_BUDGET

@@ -1,5 +1,6 @@
 """How much memory is left: the system's figure, and what control groups allow."""
 
+import os
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ def test_peak_memory():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after, forgotten = map(int, done.stdout.split())
     assert 10 << 20 < before < 1 << 30 and 200 << 20 < after - before < 300 << 20
-    assert forgotten < before + (50 << 20)
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert forgotten < before + (50 << 20)
 
 
 def test_peak_memory_without_proc(monkeypatch):

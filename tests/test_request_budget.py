@@ -429,6 +429,7 @@ def test_a_cache_of_other_models(llm, path, tmp_path):
         (tmp_path / "other.gguf", 512, {}),
         (path, 768, {}),
         (path, 512, dict(rope_freq_base=500.0)),
+        (path, 512, dict(kv_overrides={"qwen3moe.attention.layer_norm_rms_epsilon": 0.5})),
         (path, 512, dict(type_k=llama_cpp.GGML_TYPE_Q8_0, type_v=llama_cpp.GGML_TYPE_Q8_0)),
     ):
         other = Llama(model, n_ctx=n_ctx, seed=1, verbose=False, **more)
@@ -444,6 +445,29 @@ def test_a_cache_of_other_models(llm, path, tmp_path):
     for file in Path(folder).rglob("*.val"):
         file.write_bytes(b"damaged")
     llm.clear_cache()
+    assert text(llm) == expected
+    llm.set_cache(None)
+
+
+def test_the_models_file_may_go(path, tmp_path):
+    """What a state is of is known from when the model was loaded."""
+    file = tmp_path / "m.gguf"
+    file.write_bytes(Path(path).read_bytes())
+    first, second = (Llama(file, n_ctx=64, seed=1, verbose=False) for _ in range(2))
+    file.unlink()
+    first.eval([5, 6, 7])
+    second.load_state(first.save_state())
+    assert second.n_tokens == 3
+    first.close(), second.close()
+
+
+def test_a_cache_of_another_models_cache(llm, path):
+    other = Llama(path, n_ctx=512, seed=1, verbose=False)
+    other.set_cache(llama_cpp.LlamaRAMCache())
+    expected = text(other)
+    llm.set_cache(other.cache)
+    other.close()
+    del other
     assert text(llm) == expected
     llm.set_cache(None)
 

@@ -47,7 +47,8 @@ def read_bandwidth(n_threads: int) -> float:
     """
     memcmp = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
     memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    size = min(_BANDWIDTH_BYTES, (available() or 4 * _BANDWIDTH_BYTES) // 4)
+    free = available()
+    size = _BANDWIDTH_BYTES if free is None else min(_BANDWIDTH_BYTES, max(free // 4, n_threads << 20))
     half = size // n_threads // 2
     data = np.ones(2 * half * n_threads, np.uint8)  # written, so that it is memory and not a page of zeros
     barrier = threading.Barrier(n_threads + 1)

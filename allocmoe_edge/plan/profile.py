@@ -95,7 +95,7 @@ class Profile:
         )
 
     def _total_of(self, plan: Plan) -> int:
-        """The total for which a plan was made: what it spends, but where a budget counts milliseconds."""
+        """The total for which a plan was made: what it spends, but where a budget counts milliseconds, and the largest of several."""
         full = plan.expert_used_count_full
         if plan.token_rule == "estimate" and self.estimator is not None:
             counts, threshold = self.estimate_table(full)
@@ -104,7 +104,7 @@ class Profile:
         else:
             same = (self.plan_table(full) == plan.expert_used_count).all(axis=1)
         rows = np.flatnonzero(same)
-        return sum(k > 0 for k in full) + int(rows[0]) if len(rows) else plan.budget_total
+        return sum(k > 0 for k in full) + int(rows[-1]) if len(rows) else plan.budget_total
 
     def plan_table(self, full: tuple) -> np.ndarray:
         """The counts of every total under the rules other than "estimate": int64 [n_totals, n_layer], as `allocate_totals`."""

@@ -47,8 +47,6 @@ _REALS = (
 _POOLING_TYPES = range(-1, 5)
 # llama.cpp makes every context a multiple of so many tokens
 _CONTEXT_UNIT = 256
-# GBNF of a request: llama.cpp's parser calls itself at each "(", and runs out of stack some 20 times as deep
-_MAX_NESTING = 1000
 
 
 class GenerationError(RuntimeError):
@@ -503,12 +501,6 @@ class CheckedLlama(llama_cpp.Llama):
     def check_grammar(self, grammar: Union[str, llama_cpp.LlamaGrammar]) -> None:
         """Raises ValueError for a grammar (GBNF, or `LlamaGrammar`) that llama.cpp cannot use."""
         text, root = (grammar, "root") if isinstance(grammar, str) else (grammar._grammar, grammar._root)
-        depth = deepest = 0
-        for character in text:
-            depth += (character == "(") - (character == ")")
-            deepest = max(deepest, depth)
-        if deepest > _MAX_NESTING:
-            raise ValueError(f"grammar: {deepest} parentheses inside each other, want at most {_MAX_NESTING}")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), root.encode())
         if not sampler:

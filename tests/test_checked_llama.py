@@ -91,9 +91,22 @@ def test_model_as_an_adapter(path):
         Llama(path, **SIZES, lora_path=path)
 
 
+DOUBLED = "root ::= a0\n" + "".join(f"a{i} ::= (a{i + 1} a{i + 1})?\n" for i in range(40)) + 'a40 ::= "x"?\n'
+CHAIN = "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1}\n" for i in range(50_000)) + 'a50000 ::= "x"\n'
+
+
 @pytest.mark.parametrize(
-    "grammar", ["not a grammar", "root ::= root", 'x ::= "a"', "root ::= " + "(" * 100_000], ids=lambda text: text[:12]
-)
+    "grammar",
+    [
+        "not a grammar", "root ::= root", 'x ::= "a"', "root ::= " + "(" * 100_000,
+        # llama.cpp would take all memory, or not come to an end
+        'root ::= "a"{3,1}', 'root ::= ("a" | b){0,500}{0,3}{2,0}\nb ::= "b"', 'root ::= "' + "x" * 10_000 + '"{1000}' * 2,
+        'root ::= b root "z" | "x"\nb ::= c\nc ::= "y"?\n', 'root ::= b{0,500}\nb ::= "a"{0,500}\n', DOUBLED,
+        "root ::= " + " | ".join(f'"{i}"' for i in range(20_000)),
+        CHAIN,  # or out of stack
+    ],
+    ids=lambda text: f"{text[:40]!r}",
+)  # fmt: skip
 def test_bad_grammar(llm, grammar):
     for call in (lambda **kwargs: llm(PROMPT, max_tokens=4, **kwargs), llm.sample):
         llm.eval([1, 2, 3])
@@ -107,6 +120,17 @@ def test_grammar_that_no_token_meets(real):
     grammar = LlamaGrammar.from_string("root ::= [^\\x00-\\U0010FFFF]")
     with pytest.raises(ValueError, match="grammar: it allows none of the model's tokens"):
         real(PROMPT, max_tokens=4, grammar=grammar)
+
+
+def test_large_grammars_that_are_none_too_large(llm):
+    """Schemas of many values, of long texts and of many members are in use."""
+    for grammar in (
+        "root ::= " + " | ".join(f'"x{i}"' for i in range(5000)),
+        "root ::= " + "[a-z]{0,2000} " * 20,
+        "root ::= " + "a? " * 500 + '\na ::= "," [a-z]+ "=" [0-9]{1,16}',
+        "root ::= " + "(" * 300 + '"x"' + ")" * 300,
+    ):
+        llm.check_grammar(grammar)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 from typing import Any, Callable, ContextManager, Generator, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+import warnings
 
 import numpy as np
 
 from . import projector
-from ._native import ffi, libggml_base, libllama, llama_cpp
+from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp
 from .gguf_file import GGUFFile, ranks
 from .plan import shown
 from .threads_and_forks import in_turn, keep_over_forks, turns
@@ -143,6 +144,7 @@ class CheckedLlama(llama_cpp.Llama):
     """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
 
     n_tokens: int
+    n_batch: int
     input_ids: Any
     _logits_all: bool
     lora_path: Optional[str]
@@ -170,6 +172,9 @@ class CheckedLlama(llama_cpp.Llama):
         for name in ("lora_path", "lora_base"):
             if kwargs.get(name) is not None:
                 kwargs[name] = _FileName(os.fsdecode(kwargs[name]))
+                if os.path.exists(kwargs[name]) and not os.path.isfile(kwargs[name]):  # a pipe would be waited for
+                    raise ValueError(f"{name}: {kwargs[name]} is no file")
+        n_ctx = kwargs.get("n_ctx", 0)
         # else llama-cpp-python keeps tokens for fewer places than the context has, and fails where a text goes beyond
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
         self._pictures = []
@@ -187,6 +192,12 @@ class CheckedLlama(llama_cpp.Llama):
             if self._logits_all:
                 self.scores = np.ndarray((self.n_ctx(), self.n_vocab()), np.single)
         self.model_path = os.fsdecode(model_path)
+        if n_ctx > self.n_ctx():
+            warnings.warn(
+                f"n_ctx: found {n_ctx}, and {self.model_path} has learned {self.n_ctx()} positions: so long is the context",
+                stacklevel=3,
+            )
+        self.n_batch = min(self.n_batch, self.n_ctx())  # by which embed() cuts texts off
         self.lora_path, self.lora_base = (path and str(path) for path in (self.lora_path, self.lora_base))
         # with a draft model llama-cpp-python computes and keeps the logits of prompts, too, and has no place for those of texts
         # longer than a batch
@@ -205,6 +216,15 @@ class CheckedLlama(llama_cpp.Llama):
         except ValueError:
             self.close()
             raise
+
+    def n_ctx(self) -> int:
+        """Tokens that a text may have: of a model that has learned its positions one by one (BERT, GPT-2), no more than those."""
+        n_ctx = super().n_ctx()
+        return min(n_ctx, libllama.allocmoe_n_positions(context_pointer(self)) or n_ctx)
+
+    def _need_weights(self, call: str) -> None:
+        if self.model_params.vocab_only:
+            raise RuntimeError(f"{call}: {self.model_path} was loaded with vocab_only, without weights to compute with")
 
     def _check_forgets(self, draft_model: Any) -> None:
         if draft_model is not None and not self.forgets:
@@ -564,6 +584,9 @@ class CheckedLlama(llama_cpp.Llama):
                 for name in names:  # others hold the same object: a tokenizer, a chat handler
                     setattr(freed, name, gone)
                 setattr(self, owner, gone)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "n_ctx": self.n_ctx()}
 
     def forked(self) -> None:
         """Called in the child after a fork: a model that cannot be used there says so."""

@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import os
 from pathlib import Path
 import pickle
 import struct
+import warnings
 import weakref
 
 from allocmoe_edge import DraftModel, GenerationError, Llama
@@ -548,6 +550,40 @@ def test_the_models_own_context(tmp_path, logits_all):
     assert len(llm.scores) == 512
     list(itertools.islice(llm.generate([1] * 310, temp=0.0), 3))
     assert llm.n_tokens == 312 and (llm.input_ids[:310] == 1).all()
+
+
+def test_text_beyond_the_positions_that_a_model_has_learned(tmp_path):
+    """llama.cpp would end the process."""
+    path = other_models.write_gpt2(tmp_path / "gpt2.gguf")
+    with pytest.warns(UserWarning, match="n_ctx: found 1024, and .*gpt2.gguf has learned 256 positions"):
+        llm = Llama(path, **{**SIZES, "n_ctx": 1024})
+    assert llm.n_ctx() == 256
+    done = llm(PROMPT, max_tokens=600, temperature=0.0)
+    assert done["usage"]["total_tokens"] == 257 and done["choices"][0]["finish_reason"] == "length"
+    with pytest.raises(ValueError, match="exceed context window"):
+        llm([1] * 300)
+    llm.reset()
+    with pytest.raises(RuntimeError, match="llama_decode returned -1"):
+        llm.eval([1] * 300)
+    llm.reset()
+    assert len(list(itertools.islice(llm.generate([1] * 200, temp=0.0), 100))) == 57
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy = pickle.loads(pickle.dumps(llm))
+        assert copy.n_ctx() == Llama(path, n_threads=1, verbose=False).n_ctx() == 256
+
+
+def test_embedding_of_a_text_beyond_the_learned_positions(tmp_path):
+    """It is cut off, as one beyond n_batch is."""
+    path = other_models.write_bert(tmp_path / "bert.gguf")
+    with pytest.warns(UserWarning, match="has learned 256 positions"):
+        llm = Llama(path, **{**SIZES, "n_ctx": 1024}, embedding=True)
+    text = "hello world a different prompt " * 80
+    found, n = llm.embed(text, return_count=True)
+    assert n == 256 and np.isfinite(found).all()
+    assert np.shape(llm.embed([text, "a", text])) == (3, 64)
+    with pytest.raises(ValueError, match="exceed batch size of 256"):
+        llm.embed(text, truncate=False)
 
 
 @pytest.mark.parametrize("n_past", [-1, 256, 10**20, 1.5])

@@ -32,7 +32,7 @@ _NO_CACHE_TYPES = tuple(
 # what ctypes would cut to 32 bits
 _NUMBERS = {
     "seed": (-1, 2**32 - 1),
-    "split_mode": (0, MOST_INT32),
+    "split_mode": (0, llama_cpp.LLAMA_SPLIT_MODE_TENSOR),
     "main_gpu": (-1, MOST_INT32),
     "rope_scaling_type": (-1, MOST_INT32),
     "attention_type": (-1, MOST_INT32),
@@ -40,10 +40,11 @@ _NUMBERS = {
     "last_n_tokens_size": (-1, MOST_INT32),
 }
 _OPTIONAL = ("rope_scaling_type", "seed")
-_REALS = (
-    *("rope_freq_base", "rope_freq_scale", "lora_scale"),
-    *(f"yarn_{name}" for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")),
-)
+# and the least that they may be
+_REALS = {
+    **{"rope_freq_base": 0.0, "rope_freq_scale": 0.0, "lora_scale": -math.inf},
+    **{f"yarn_{name}": -math.inf for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")},
+}
 # enum llama_pooling_type
 _POOLING_TYPES = range(-1, 5)
 # llama.cpp makes every context a multiple of so many tokens
@@ -359,6 +360,8 @@ class CheckedLlama(llama_cpp.Llama):
     def _create_completion(self, *args: Any, **kwargs: Any):
         call = _COMPLETE.bind(self, *args, **kwargs)
         options = call.arguments
+        if options.get("seed") is not None:
+            whole("seed", options["seed"], *_NUMBERS["seed"])
         if options.get("logit_bias") is not None:
             _check_bias(options["logit_bias"], self.n_vocab())
             if options.get("logits_processor") is not None:
@@ -398,6 +401,7 @@ class CheckedLlama(llama_cpp.Llama):
             ValueError: a token that the vocabulary does not have.
         """
         check_tokens(tokens, self._n_vocab)
+        self._need_weights("eval")
         if not self.goes_on:
             raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
         if self._inside != "a step":
@@ -469,6 +473,12 @@ class CheckedLlama(llama_cpp.Llama):
         self._tokens_change("load_state()")
         super().load_state(state)
         self._pictures, self._end_of_text = [], self.n_tokens
+
+    def set_seed(self, seed: int) -> None:
+        """As in `llama_cpp.Llama`; -1 for a random one. Raises ValueError for what is no seed."""
+        if self._inside is None:  # llama-cpp-python draws one for a completion, of which 2**32 is
+            whole("seed", seed, *_NUMBERS["seed"])
+        super().set_seed(seed)
 
     @in_turn
     def sample(self, *args: Any, **kwargs: Any) -> int:
@@ -543,6 +553,7 @@ class CheckedLlama(llama_cpp.Llama):
         Raises:
             ValueError: a text without a token.
         """
+        self._need_weights("embed")
         self._tokens_change("embed()")
         texts = [input] if isinstance(input, str) else list(input)
         for text in texts:
@@ -653,11 +664,14 @@ def check_arguments(kwargs: dict) -> None:
     for name, (least, most) in _NUMBERS.items():
         if name in kwargs and not (kwargs[name] is None and name in _OPTIONAL):
             whole(name, kwargs[name], least, most)
-    for name in _REALS:
+    for name, lowest in _REALS.items():
         try:
-            float(kwargs.get(name, 0.0))
+            fits = math.isfinite(kwargs.get(name, 0.0)) and kwargs.get(name, 0.0) >= lowest
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{name}: found {shown(kwargs[name])}, want a number") from None
+            fits = False
+        if not fits:
+            want = "a number" if lowest < 0 else f"a number from {lowest:g} on"
+            raise ValueError(f"{name}: found {shown(kwargs[name])}, want {want}")
     for name in ("type_k", "type_v"):
         value = kwargs.get(name)
         if value is None:
@@ -677,7 +691,8 @@ def check_arguments(kwargs: dict) -> None:
 
 
 def check_pooling(path: Union[str, os.PathLike], kwargs: dict) -> None:
-    """Refuses scores (LLAMA_POOLING_TYPE_RANK) of a model that makes none: they would be what a buffer held. Raises ValueError."""
+    """Refuses scores (LLAMA_POOLING_TYPE_RANK) of a model that makes none: they would be what a buffer held; and a mean over tokens
+    where a micro-batch has no place for a token of each text. Raises ValueError."""
     if not kwargs.get("embedding"):
         return
     pooling = kwargs.get("pooling_type", llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED)
@@ -686,6 +701,13 @@ def check_pooling(path: Union[str, os.PathLike], kwargs: dict) -> None:
             pooling = file.get(f"{file.get('general.architecture')}.pooling_type")
     if pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK and not ranks(path):
         raise ValueError(f"pooling_type: found {pooling}, scores, and {path} is no reranker: it has no tensors cls.*")
+    n_batch = min(kwargs.get("n_batch", 512), kwargs.get("n_ctx", 512) or MOST_INT32)
+    n_texts = min(n_batch, llama_cpp.llama_max_parallel_sequences())
+    if pooling == llama_cpp.LLAMA_POOLING_TYPE_MEAN and kwargs.get("n_ubatch", 512) < n_texts:
+        raise ValueError(
+            f"n_ubatch: found {kwargs['n_ubatch']}, want at least {n_texts} for means over tokens (pooling_type), of so many texts "
+            f"at once; or an n_batch of {kwargs['n_ubatch']}"
+        )
 
 
 def check_cache_types(path: Union[str, os.PathLike], kwargs: dict) -> None:

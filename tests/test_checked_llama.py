@@ -79,7 +79,8 @@ def test_arguments_that_there_are_not(path):
         dict(type_k=99), dict(type_v=-1), dict(type_v="f16"), dict(numa=None), dict(numa=2.0), dict(numa=99),
         dict(seed=2**40), dict(seed=1.5), dict(main_gpu=2**40), dict(split_mode=None), dict(yarn_orig_ctx="x"),
         dict(last_n_tokens_size=2**31), dict(rope_scaling_type=float("nan")), dict(rope_freq_base=10**400), dict(lora_scale="1x"),
-        dict(kv_overrides=""), dict(kv_overrides=5), dict(kv_overrides=[], vocab_only=True), dict(lora_path="/no/such/adapter"),
+        dict(rope_freq_base=float("nan")), dict(rope_freq_base=-1), dict(rope_freq_scale=-0.5), dict(yarn_ext_factor=float("inf")),
+        dict(split_mode=9), dict(kv_overrides=""), dict(kv_overrides=5), dict(kv_overrides=[], vocab_only=True), dict(lora_path="/no/such/adapter"),
     ],
     ids=lambda arguments: str(arguments)[:40],
 )  # fmt: skip
@@ -145,6 +146,27 @@ def test_grammar_does_what_it_does_in_llama_cpp_python(path, llm, temperature):
         assert found == stock(prompt, **options)["choices"][0]["text"] and found.endswith("!")
 
 
+@pytest.mark.parametrize("seed", [2**32, -2, 1.5, "x"], ids=str)
+def test_seed_that_is_none(llm, seed):
+    for call in (
+        lambda: llm(PROMPT, max_tokens=1, seed=seed),
+        lambda: llm(PROMPT, max_tokens=1, seed=seed, stream=True),
+        lambda: llm.create_chat_completion([], seed=seed),
+        lambda: llm.set_seed(seed),
+    ):
+        with pytest.raises(ValueError, match="^seed: found "):
+            call()
+    llm(PROMPT, max_tokens=1, seed=2**32 - 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipe_as_an_adapter(path, tmp_path):
+    """It would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="lora_path: .*pipe is no file"):
+        Llama(path, **SIZES, lora_path=tmp_path / "pipe")
+
+
 def test_nothing_to_go_on_from(llm):
     for prompt in ("", []):
         with pytest.raises(ValueError, match="the prompt has no tokens"):
@@ -183,6 +205,22 @@ def test_scores_of_no_reranker_are_refused(path):
     with pytest.raises(ValueError, match="is no reranker: it has no tensors cls"):
         Llama(path, **SIZES, embedding=True, pooling_type=4)
     Llama(path, **SIZES, pooling_type=4).close()  # nobody asks for any
+
+
+def test_micro_batch_without_a_place_for_each_text(tmp_path):
+    """llama.cpp said no more than which assert had failed."""
+    bert = other_models.write_bert(tmp_path / "bert.gguf")
+    with pytest.raises(ValueError, match="n_ubatch: found 16, want at least 256 for means over tokens"):
+        Llama(bert, **SIZES, embedding=True, n_ubatch=16)
+    assert len(Llama(bert, **SIZES, embedding=True, n_ubatch=16, n_batch=16).embed("hello world")) == 64
+
+
+def test_vocabulary_alone_computes_nothing(path):
+    llm = Llama(path, **SIZES, vocab_only=True, embedding=True)
+    for call in (llm.embed, llm.create_embedding, llm, lambda text: llm.eval([1]), lambda text: llm.decode([1])):
+        with pytest.raises(RuntimeError, match="was loaded with vocab_only, without weights to compute with"):
+            call("a")
+    assert llm.tokenize(b"a")
 
 
 @pytest.mark.parametrize("pooling", ["NONE", "MEAN", "LAST"])

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+import warnings
 
 from . import __version__, output_file
 from .arguments import (
@@ -442,7 +443,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 def _chat(args: argparse.Namespace) -> None:
     check_gpu(args)
     need_model(args.model, "pass it as --plan, beside the model's own file")
-    with load_errors(args.model):
+    with load_errors(args.model), warnings.catch_warnings():
+        # of a context that the model is too short for, as it may be by default; /stats says how long it is
+        warnings.filterwarnings("ignore", "n_ctx: found")
         llm = Llama(
             args.model,
             budget=args.budget,

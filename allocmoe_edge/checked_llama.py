@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 from typing import Any, Callable, ContextManager, Generator, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+import warnings
 
 import numpy as np
 
 from . import projector
-from ._native import ffi, libggml_base, libllama, llama_cpp
+from ._native import context_pointer, ffi, libggml_base, libllama, llama_cpp
 from .gguf_file import GGUFFile, ranks
 from .plan import shown
 from .threads_and_forks import in_turn, keep_over_forks, turns
@@ -31,7 +32,7 @@ _NO_CACHE_TYPES = tuple(
 # what ctypes would cut to 32 bits
 _NUMBERS = {
     "seed": (-1, 2**32 - 1),
-    "split_mode": (0, MOST_INT32),
+    "split_mode": (0, llama_cpp.LLAMA_SPLIT_MODE_TENSOR),
     "main_gpu": (-1, MOST_INT32),
     "rope_scaling_type": (-1, MOST_INT32),
     "attention_type": (-1, MOST_INT32),
@@ -39,16 +40,15 @@ _NUMBERS = {
     "last_n_tokens_size": (-1, MOST_INT32),
 }
 _OPTIONAL = ("rope_scaling_type", "seed")
-_REALS = (
-    *("rope_freq_base", "rope_freq_scale", "lora_scale"),
-    *(f"yarn_{name}" for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")),
-)
+# and the least that they may be
+_REALS = {
+    **{"rope_freq_base": 0.0, "rope_freq_scale": 0.0, "lora_scale": -math.inf},
+    **{f"yarn_{name}": -math.inf for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")},
+}
 # enum llama_pooling_type
 _POOLING_TYPES = range(-1, 5)
 # llama.cpp makes every context a multiple of so many tokens
 _CONTEXT_UNIT = 256
-# GBNF of a request: llama.cpp's parser calls itself at each "(", and runs out of stack some 20 times as deep
-_MAX_NESTING = 1000
 
 
 class GenerationError(RuntimeError):
@@ -145,6 +145,7 @@ class CheckedLlama(llama_cpp.Llama):
     """`llama_cpp.Llama`, checked. See `allocmoe_edge.Llama` for what may be called while a completion is being read."""
 
     n_tokens: int
+    n_batch: int
     input_ids: Any
     _logits_all: bool
     lora_path: Optional[str]
@@ -172,6 +173,9 @@ class CheckedLlama(llama_cpp.Llama):
         for name in ("lora_path", "lora_base"):
             if kwargs.get(name) is not None:
                 kwargs[name] = _FileName(os.fsdecode(kwargs[name]))
+                if os.path.exists(kwargs[name]) and not os.path.isfile(kwargs[name]):  # a pipe would be waited for
+                    raise ValueError(f"{name}: {kwargs[name]} is no file")
+        n_ctx = kwargs.get("n_ctx", 0)
         # else llama-cpp-python keeps tokens for fewer places than the context has, and fails where a text goes beyond
         kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // _CONTEXT_UNIT) * _CONTEXT_UNIT
         self._pictures = []
@@ -189,6 +193,12 @@ class CheckedLlama(llama_cpp.Llama):
             if self._logits_all:
                 self.scores = np.ndarray((self.n_ctx(), self.n_vocab()), np.single)
         self.model_path = os.fsdecode(model_path)
+        if n_ctx > self.n_ctx():
+            warnings.warn(
+                f"n_ctx: found {n_ctx}, and {self.model_path} has learned {self.n_ctx()} positions: so long is the context",
+                stacklevel=3,
+            )
+        self.n_batch = min(self.n_batch, self.n_ctx())  # by which embed() cuts texts off
         self.lora_path, self.lora_base = (path and str(path) for path in (self.lora_path, self.lora_base))
         # with a draft model llama-cpp-python computes and keeps the logits of prompts, too, and has no place for those of texts
         # longer than a batch
@@ -207,6 +217,15 @@ class CheckedLlama(llama_cpp.Llama):
         except ValueError:
             self.close()
             raise
+
+    def n_ctx(self) -> int:
+        """Tokens that a text may have: of a model that has learned its positions one by one (BERT, GPT-2), no more than those."""
+        n_ctx = super().n_ctx()
+        return min(n_ctx, libllama.allocmoe_n_positions(context_pointer(self)) or n_ctx)
+
+    def _need_weights(self, call: str) -> None:
+        if self.model_params.vocab_only:
+            raise RuntimeError(f"{call}: {self.model_path} was loaded with vocab_only, without weights to compute with")
 
     def _check_forgets(self, draft_model: Any) -> None:
         if draft_model is not None and not self.forgets:
@@ -341,6 +360,8 @@ class CheckedLlama(llama_cpp.Llama):
     def _create_completion(self, *args: Any, **kwargs: Any):
         call = _COMPLETE.bind(self, *args, **kwargs)
         options = call.arguments
+        if options.get("seed") is not None:
+            whole("seed", options["seed"], *_NUMBERS["seed"])
         if options.get("logit_bias") is not None:
             _check_bias(options["logit_bias"], self.n_vocab())
             if options.get("logits_processor") is not None:
@@ -380,6 +401,7 @@ class CheckedLlama(llama_cpp.Llama):
             ValueError: a token that the vocabulary does not have.
         """
         check_tokens(tokens, self._n_vocab)
+        self._need_weights("eval")
         if not self.goes_on:
             raise RuntimeError("eval: this model has no memory of tokens before; embed() is what it is for")
         if self._inside != "a step":
@@ -452,6 +474,12 @@ class CheckedLlama(llama_cpp.Llama):
         super().load_state(state)
         self._pictures, self._end_of_text = [], self.n_tokens
 
+    def set_seed(self, seed: int) -> None:
+        """As in `llama_cpp.Llama`; -1 for a random one. Raises ValueError for what is no seed."""
+        if self._inside is None:  # llama-cpp-python draws one for a completion, of which 2**32 is
+            whole("seed", seed, *_NUMBERS["seed"])
+        super().set_seed(seed)
+
     @in_turn
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """As in `llama_cpp.Llama`.
@@ -503,12 +531,6 @@ class CheckedLlama(llama_cpp.Llama):
     def check_grammar(self, grammar: Union[str, llama_cpp.LlamaGrammar]) -> None:
         """Raises ValueError for a grammar (GBNF, or `LlamaGrammar`) that llama.cpp cannot use."""
         text, root = (grammar, "root") if isinstance(grammar, str) else (grammar._grammar, grammar._root)
-        depth = deepest = 0
-        for character in text:
-            depth += (character == "(") - (character == ")")
-            deepest = max(deepest, depth)
-        if deepest > _MAX_NESTING:
-            raise ValueError(f"grammar: {deepest} parentheses inside each other, want at most {_MAX_NESTING}")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode(), root.encode())
         if not sampler:
@@ -531,6 +553,7 @@ class CheckedLlama(llama_cpp.Llama):
         Raises:
             ValueError: a text without a token.
         """
+        self._need_weights("embed")
         self._tokens_change("embed()")
         texts = [input] if isinstance(input, str) else list(input)
         for text in texts:
@@ -572,6 +595,9 @@ class CheckedLlama(llama_cpp.Llama):
                 for name in names:  # others hold the same object: a tokenizer, a chat handler
                     setattr(freed, name, gone)
                 setattr(self, owner, gone)
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "n_ctx": self.n_ctx()}
 
     def forked(self) -> None:
         """Called in the child after a fork: a model that cannot be used there says so."""
@@ -638,11 +664,14 @@ def check_arguments(kwargs: dict) -> None:
     for name, (least, most) in _NUMBERS.items():
         if name in kwargs and not (kwargs[name] is None and name in _OPTIONAL):
             whole(name, kwargs[name], least, most)
-    for name in _REALS:
+    for name, lowest in _REALS.items():
         try:
-            float(kwargs.get(name, 0.0))
+            fits = math.isfinite(kwargs.get(name, 0.0)) and kwargs.get(name, 0.0) >= lowest
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{name}: found {shown(kwargs[name])}, want a number") from None
+            fits = False
+        if not fits:
+            want = "a number" if lowest < 0 else f"a number from {lowest:g} on"
+            raise ValueError(f"{name}: found {shown(kwargs[name])}, want {want}")
     for name in ("type_k", "type_v"):
         value = kwargs.get(name)
         if value is None:
@@ -662,7 +691,8 @@ def check_arguments(kwargs: dict) -> None:
 
 
 def check_pooling(path: Union[str, os.PathLike], kwargs: dict) -> None:
-    """Refuses scores (LLAMA_POOLING_TYPE_RANK) of a model that makes none: they would be what a buffer held. Raises ValueError."""
+    """Refuses scores (LLAMA_POOLING_TYPE_RANK) of a model that makes none: they would be what a buffer held; and a mean over tokens
+    where a micro-batch has no place for a token of each text. Raises ValueError."""
     if not kwargs.get("embedding"):
         return
     pooling = kwargs.get("pooling_type", llama_cpp.LLAMA_POOLING_TYPE_UNSPECIFIED)
@@ -671,6 +701,13 @@ def check_pooling(path: Union[str, os.PathLike], kwargs: dict) -> None:
             pooling = file.get(f"{file.get('general.architecture')}.pooling_type")
     if pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK and not ranks(path):
         raise ValueError(f"pooling_type: found {pooling}, scores, and {path} is no reranker: it has no tensors cls.*")
+    n_batch = min(kwargs.get("n_batch", 512), kwargs.get("n_ctx", 512) or MOST_INT32)
+    n_texts = min(n_batch, llama_cpp.llama_max_parallel_sequences())
+    if pooling == llama_cpp.LLAMA_POOLING_TYPE_MEAN and kwargs.get("n_ubatch", 512) < n_texts:
+        raise ValueError(
+            f"n_ubatch: found {kwargs['n_ubatch']}, want at least {n_texts} for means over tokens (pooling_type), of so many texts "
+            f"at once; or an n_batch of {kwargs['n_ubatch']}"
+        )
 
 
 def check_cache_types(path: Union[str, os.PathLike], kwargs: dict) -> None:

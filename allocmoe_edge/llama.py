@@ -912,6 +912,7 @@ class Llama(CheckedLlama):
             ValueError: a token that the vocabulary does not have, none or more than n_batch of them, or an n_past beyond
                 the context.
         """
+        self._need_weights("decode")
         n_past = whole("n_past", n_past, 0, self.n_ctx() - 1)
         if not 0 < len(tokens) <= self.n_batch:
             raise ValueError(f"tokens: found {len(tokens)}, want 1 to {self.n_batch} (n_batch)")

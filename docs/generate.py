@@ -95,6 +95,7 @@ your own](#for-plans-and-measurements-of-your-own) need stands at the end.
 | `n_threads`, `n_threads_batch` | half of the processors, all of them | the physical cores that the process may use |
 | `n_gpu_layers` | a number | also None or `"auto"`: as many as fit. A number without a GPU says so in a line |
 | `model_path` | a str | also a `Path` |
+| `n_ctx` above the positions that a model has learned (BERT, GPT-2) | ends the process where a text gets there | is no more than those, with a warning |
 | a file larger than the memory | is mapped | gets an expert cache, unless `n_gpu_layers` or `prefetch` is given |
 | a file that is missing or damaged | `ValueError` | `GGUFError`, a `ValueError` that names file and reason |
 | numbers at full budget | llama.cpp's | the same but for the rounding of sums |

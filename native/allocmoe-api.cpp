@@ -47,6 +47,11 @@ int32_t allocmoe_n_layer(const llama_context * ctx) {
     return allocmoe_access::model(ctx).hparams.n_layer_all;
 }
 
+int32_t allocmoe_n_positions(const llama_context * ctx) {
+    const auto * learned = allocmoe_access::model(ctx).pos_embd;
+    return learned ? (int32_t) learned->ne[1] : 0;
+}
+
 //
 // what is in force
 //

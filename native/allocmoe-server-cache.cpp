@@ -4,10 +4,12 @@
 
 #include "allocmoe.h"
 
-#include "log.h"
+#include "llama.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
+#include <system_error>
 
 bool allocmoe_server_reusable(const allocmoe_origin & origin, const allocmoe_request & request) {
     return request.any_cache || origin.total == request.total;
@@ -75,21 +77,40 @@ static std::string beside(const std::string & path) {
     return path + ".budget";
 }
 
-void allocmoe_server_write(llama_context * ctx, int32_t seq_id, int32_t n_tokens, const allocmoe_origin & origin, const std::string & path) {
-    if (!allocmoe_served::now()->obstacle.empty()) {
-        return;
-    }
+// Whether it could be written in full.
+static bool write(llama_context * ctx, int32_t seq_id, int32_t n_tokens, const allocmoe_origin & origin, const std::string & path) {
     allocmoe_origin copy = origin;
     allocmoe_server_take(ctx, seq_id, n_tokens, copy);
     allocmoe_slot_header header = { {}, copy.total, (int64_t) copy.left.size() };
     std::copy_n(SLOT_MAGIC, sizeof(SLOT_MAGIC), header.magic);
-    std::ofstream file(beside(path), std::ios::binary);
+    std::ofstream file(path, std::ios::binary);
     file.write((const char *) &header, sizeof(header));
     file.write((const char *) copy.left.data(), copy.left.size() * sizeof(float));
     file.write((const char *) copy.ran.data(), copy.ran.size() * sizeof(int16_t));
-    if (!file.flush()) {
-        LOG_WRN("allocmoe: %s: cannot write it; at another time this slot's text counts as computed at an unknown budget\n", beside(path).c_str());
+    return (bool) file.flush();
+}
+
+size_t allocmoe_server_save(llama_context * ctx, const char * path, int32_t seq_id, const llama_token * tokens, size_t n, int32_t n_tokens, const allocmoe_origin & origin) {
+    namespace fs           = std::filesystem;
+    const bool has_budget  = allocmoe_served::now()->obstacle.empty();
+    const std::string part = std::string(path) + ".part";
+    size_t n_bytes         = llama_state_seq_save_file(ctx, part.c_str(), seq_id, tokens, n);
+    std::error_code error; // of a name that is not there, too
+    // what llama.cpp's stream still held when it was closed is not in what it returns
+    if (fs::file_size(part, error) != n_bytes || (has_budget && !write(ctx, seq_id, n_tokens, origin, beside(part)))) {
+        n_bytes = 0;
     }
+    if (n_bytes > 0) {
+        fs::remove(beside(path), error); // between the two the text counts as computed at an unknown budget
+        fs::rename(part, path, error);
+        n_bytes = error ? 0 : n_bytes;
+    }
+    if (n_bytes > 0 && has_budget) {
+        fs::rename(beside(part), beside(path), error);
+    }
+    fs::remove(part, error);
+    fs::remove(beside(part), error);
+    return n_bytes;
 }
 
 void allocmoe_server_read(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin, const std::string & path) {

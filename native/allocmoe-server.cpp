@@ -211,6 +211,14 @@ void allocmoe_server_ended(int status) {
     }
 }
 
+bool allocmoe_server_load(const std::function<bool()> & load) {
+    try {
+        return load();
+    } catch (const std::exception & error) {
+        return refuse_to_start(error.what());
+    }
+}
+
 bool allocmoe_server_init(llama_context * ctx) {
     auto model     = std::make_shared<allocmoe_served>();
     model->n_layer = allocmoe_n_layer(ctx);

@@ -5,6 +5,7 @@
 #include "json.h"
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -75,6 +76,9 @@ struct allocmoe_run {
 void allocmoe_server_listen();
 void allocmoe_server_ended(int status);
 
+// What `load` returns; false where it throws, with the reason in the log.
+bool allocmoe_server_load(const std::function<bool()> & load);
+
 // Puts the server's own budget in force. False, with the reason in the log, where that cannot be.
 bool allocmoe_server_init(llama_context * ctx);
 
@@ -111,12 +115,13 @@ void allocmoe_server_count(llama_context * ctx, const Tokens & tokens, int32_t o
 }
 
 // What a strict rule has left over, and which experts have run, go with a sequence's memory: out of the context, into it, to
-// another sequence, to other positions, to a file beside the one that the server writes.
+// another sequence, to other positions, to a file beside the one with that memory.
 void allocmoe_server_take(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin);
 void allocmoe_server_put(llama_context * ctx, int32_t seq_id, allocmoe_origin & origin);
 void allocmoe_server_copy(llama_context * ctx, int32_t from, int32_t to, int32_t n_tokens);
 void allocmoe_server_shift(llama_context * ctx, int32_t seq_id, int32_t first, int32_t last, int32_t by);
-void allocmoe_server_write(llama_context * ctx, int32_t seq_id, int32_t n_tokens, const allocmoe_origin & origin, const std::string & path);
+// Writes both files, as llama_state_seq_save_file does the one; where that fails, those of before stay as they were.
+size_t allocmoe_server_save(llama_context * ctx, const char * path, int32_t seq_id, const int32_t * tokens, size_t n, int32_t n_tokens, const allocmoe_origin & origin);
 void allocmoe_server_read(llama_context * ctx, int32_t seq_id, int32_t n_tokens, allocmoe_origin & origin, const std::string & path);
 
 // What /props says, null for a model without experts.

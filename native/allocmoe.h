@@ -188,6 +188,9 @@ LLAMA_API int32_t allocmoe_ran_size(const struct llama_context * ctx);
 // Why the last decode failed, where that was the expert cache; "" where it was not.
 LLAMA_API const char * allocmoe_expert_cache_error(const struct llama_context * ctx);
 
+// How many positions the model has learned one by one (BERT, GPT-2): a decode beyond them fails. 0 where it computes any.
+LLAMA_API int32_t allocmoe_n_positions(const struct llama_context * ctx);
+
 // In builds for GPUs only. The largest part of a model that fits the free memory of the GPUs, with `margin` bytes left over on
 // each, by llama.cpp's own choice for its programs: into n_gpu_layers, tensor_split and tensor_buft_overrides of model_params
 // (struct llama_model_params), for a context of these context_params (struct llama_context_params). The last two point to

@@ -1,6 +1,6 @@
 """Tiny random models that have nothing for a budget to do, or not what most have: dense, embedding, recurrent, hybrid.
 
-Written as float32 GGUF files after llama.cpp's loaders (src/models/llama.cpp, bert.cpp, mamba.cpp, jamba.cpp). Text is bytes: one
+Written as float32 GGUF files after llama.cpp's loaders (src/models/llama.cpp, bert.cpp, gpt2.cpp, mamba.cpp, jamba.cpp). Text is bytes: one
 token each, and an end of text; the embedding model has words.
 """
 
@@ -131,6 +131,26 @@ def write_bert(path: Path, ranks: bool = False) -> Path:
         w.zeros(f"blk.{il}.ffn_up.bias", N_FF)
         w.matrix(f"blk.{il}.ffn_down.weight", N_EMBD, N_FF)
         for name in ("attn_output_norm", "layer_output_norm"):
+            w.ones(f"blk.{il}.{name}.weight", N_EMBD)
+            w.zeros(f"blk.{il}.{name}.bias", N_EMBD)
+    w.finish()
+    return path
+
+
+def write_gpt2(path: Path) -> Path:
+    """gpt2: positions are learned one by one, N_CTX of them."""
+    w = _Writer(path, "gpt2")
+    w.byte_vocabulary()
+    w.add_layer_norm_eps(1e-5)
+    w.matrix("position_embd.weight", N_CTX, N_EMBD)
+    w.zeros("output_norm.bias", N_EMBD)
+    for il in range(N_LAYER):
+        for name, n_in, n_out in (
+            ("attn_qkv", N_EMBD, 3 * N_EMBD), ("attn_output", N_EMBD, N_EMBD), ("ffn_up", N_EMBD, N_FF), ("ffn_down", N_FF, N_EMBD),
+        ):  # fmt: skip
+            w.matrix(f"blk.{il}.{name}.weight", n_out, n_in)
+            w.zeros(f"blk.{il}.{name}.bias", n_out)
+        for name in ("attn_norm", "ffn_norm"):
             w.ones(f"blk.{il}.{name}.weight", N_EMBD)
             w.zeros(f"blk.{il}.{name}.bias", N_EMBD)
     w.finish()

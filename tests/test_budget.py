@@ -422,5 +422,8 @@ def test_plan_of_another_quantisation_of_the_model(source, tmp_path):
     other = with_another_router(source, tmp_path / "other.gguf", 0)
     with pytest.raises(PlanError, match="again.gguf: was made for another model"):
         metadata.read_for(again, metadata.read(other))
+    changed(again, "model.name", lambda value: "")
+    with pytest.raises(PlanError, match="again.gguf: was made for another model than"):
+        metadata.read_for(again, metadata.read(other))
     changed(again, "model.routers", lambda value: None)
     assert metadata.read_for(again, metadata.read(other)).plan.budget_total == 9

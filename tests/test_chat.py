@@ -297,6 +297,12 @@ def test_reply_to_the_end_of_the_context(model):
     assert "the context is full" in done.stdout and "255 of 256 tokens of context" in done.stdout
 
 
+def test_text_beyond_the_positions_that_a_model_has_learned(tmp_path):
+    """The process ended there, and the chat with it; by default the context is larger."""
+    done = piped("Hello\n/stats\n", other_models.write_gpt2(tmp_path / "gpt2.gguf"))
+    assert done.returncode == 0 and "256 tokens of context used" in done.stdout and not done.stderr, done.stderr
+
+
 def test_models_without_a_choice(tmp_path):
     dense = other_models.write_dense(tmp_path / "dense.gguf")
     done = piped("Hello\n/budget\n/stats\n/budget 0.5\n", dense, "--max-tokens", 4)

@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import os
 from pathlib import Path
 import pickle
 import struct
+import warnings
 import weakref
 
 from allocmoe_edge import DraftModel, GenerationError, Llama
@@ -77,7 +79,8 @@ def test_arguments_that_there_are_not(path):
         dict(type_k=99), dict(type_v=-1), dict(type_v="f16"), dict(numa=None), dict(numa=2.0), dict(numa=99),
         dict(seed=2**40), dict(seed=1.5), dict(main_gpu=2**40), dict(split_mode=None), dict(yarn_orig_ctx="x"),
         dict(last_n_tokens_size=2**31), dict(rope_scaling_type=float("nan")), dict(rope_freq_base=10**400), dict(lora_scale="1x"),
-        dict(kv_overrides=""), dict(kv_overrides=5), dict(kv_overrides=[], vocab_only=True), dict(lora_path="/no/such/adapter"),
+        dict(rope_freq_base=float("nan")), dict(rope_freq_base=-1), dict(rope_freq_scale=-0.5), dict(yarn_ext_factor=float("inf")),
+        dict(split_mode=9), dict(kv_overrides=""), dict(kv_overrides=5), dict(kv_overrides=[], vocab_only=True), dict(lora_path="/no/such/adapter"),
     ],
     ids=lambda arguments: str(arguments)[:40],
 )  # fmt: skip
@@ -91,9 +94,22 @@ def test_model_as_an_adapter(path):
         Llama(path, **SIZES, lora_path=path)
 
 
+DOUBLED = "root ::= a0\n" + "".join(f"a{i} ::= (a{i + 1} a{i + 1})?\n" for i in range(40)) + 'a40 ::= "x"?\n'
+CHAIN = "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1}\n" for i in range(50_000)) + 'a50000 ::= "x"\n'
+
+
 @pytest.mark.parametrize(
-    "grammar", ["not a grammar", "root ::= root", 'x ::= "a"', "root ::= " + "(" * 100_000], ids=lambda text: text[:12]
-)
+    "grammar",
+    [
+        "not a grammar", "root ::= root", 'x ::= "a"', "root ::= " + "(" * 100_000,
+        # llama.cpp would take all memory, or not come to an end
+        'root ::= "a"{3,1}', 'root ::= ("a" | b){0,500}{0,3}{2,0}\nb ::= "b"', 'root ::= "' + "x" * 10_000 + '"{1000}' * 2,
+        'root ::= b root "z" | "x"\nb ::= c\nc ::= "y"?\n', 'root ::= b{0,500}\nb ::= "a"{0,500}\n', DOUBLED,
+        "root ::= " + " | ".join(f'"{i}"' for i in range(20_000)),
+        CHAIN,  # or out of stack
+    ],
+    ids=lambda text: f"{text[:40]!r}",
+)  # fmt: skip
 def test_bad_grammar(llm, grammar):
     for call in (lambda **kwargs: llm(PROMPT, max_tokens=4, **kwargs), llm.sample):
         llm.eval([1, 2, 3])
@@ -109,6 +125,72 @@ def test_grammar_that_no_token_meets(real):
         real(PROMPT, max_tokens=4, grammar=grammar)
 
 
+def test_large_grammars_that_are_none_too_large(llm):
+    """Schemas of many values, of long texts and of many members are in use."""
+    for grammar in (
+        "root ::= " + " | ".join(f'"x{i}"' for i in range(5000)),
+        "root ::= " + "[a-z]{0,2000} " * 20,
+        "root ::= " + "a? " * 500 + '\na ::= "," [a-z]+ "=" [0-9]{1,16}',
+        "root ::= " + "(" * 300 + '"x"' + ")" * 300,
+    ):
+        llm.check_grammar(grammar)
+
+
+def taken(llm, grammar: str, read=()) -> set:
+    """The tokens that a grammar takes after some others."""
+    vocab = llama_cpp.llama_model_get_vocab(llm.model)
+    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
+    for token in read:
+        llama_cpp.llama_sampler_accept(sampler, token)
+    tokens = llama_cpp._internals.LlamaTokenDataArray(n_vocab=llm.n_vocab())
+    tokens.copy_logits(np.zeros(llm.n_vocab(), np.single))
+    llama_cpp.llama_sampler_apply(sampler, tokens.candidates)
+    llama_cpp.llama_sampler_free(sampler)
+    found = tokens.candidates.data[: llm.n_vocab()]
+    return {one.id for one in found if np.isfinite(one.logit) and not llama_cpp.llama_vocab_is_eog(vocab, one.id)}
+
+
+# each with the texts of each of its parts
+GRAMMARS = {
+    'root ::= "a"? "a"? "ab"? " "? " "? " the"?': [("", "a")] * 2 + [("", "ab")] + [("", " ")] * 2 + [("", " the")],
+    'root ::= ("a" | "aa" | "é" [ê-ì]?) [ -a]{0,1} "e"': [
+        ("a", "aa", "é", *("é" + x for x in "êëì")),
+        ("", *map(chr, range(32, 98))),
+        "e",
+    ],
+    'root ::= x{1,3} "é"\nx ::= "a"? y\ny ::= "in" | "in" "g"? | "i"': [
+        ("", "a"),
+        ("in", "ing", "i"),
+        *[("", *map("".join, itertools.product(("", "a"), ("in", "ing", "i"))))] * 2,
+        "é",
+    ],
+}
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_tokens_that_a_grammar_takes(path, real, grammar):
+    """Those that one of its texts goes on with, be it in the midst of a letter."""
+    texts = {"".join(parts).encode() for parts in itertools.product(*GRAMMARS[grammar])}
+    for llm in (Llama(path, **SIZES), real):
+        pieces = {token: llm.detokenize([token]) for token in range(llm.n_vocab())}
+        read, text = [], b""
+        for step in range(4):
+            rests = {rest[len(text) :] for rest in texts if rest.startswith(text)}
+            begins = {rest[:n] for rest in rests for n in range(1, len(rest) + 1)}
+            wanted = {token for token, piece in pieces.items() if piece in begins}
+            assert taken(llm, grammar, read) == wanted
+            if not wanted:
+                break
+            read.append(sorted(wanted, key=lambda token: (len(pieces[token]), token))[(7 * step + 3) % len(wanted)])
+            text += pieces[read[-1]]
+
+
+def test_many_optional_parts_that_take_the_same_letters(real):
+    """Every way through them was looked at by itself: 10**18 of them for a token of some spaces."""
+    text = real(PROMPT, max_tokens=4, grammar=LlamaGrammar.from_string("root ::= " + '" "? ' * 150 + '"a"'))
+    assert set(text["choices"][0]["text"]) <= {" ", "a"}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_grammar_does_what_it_does_in_llama_cpp_python(path, llm, temperature):
     grammar = LlamaGrammar.from_string('root ::= ("red" | "blue" | [a-f]{3,9}) "!"')
@@ -117,6 +199,27 @@ def test_grammar_does_what_it_does_in_llama_cpp_python(path, llm, temperature):
     for prompt in (PROMPT, "ab", "xyz"):
         found = llm(prompt, **options)["choices"][0]["text"]
         assert found == stock(prompt, **options)["choices"][0]["text"] and found.endswith("!")
+
+
+@pytest.mark.parametrize("seed", [2**32, -2, 1.5, "x"], ids=str)
+def test_seed_that_is_none(llm, seed):
+    for call in (
+        lambda: llm(PROMPT, max_tokens=1, seed=seed),
+        lambda: llm(PROMPT, max_tokens=1, seed=seed, stream=True),
+        lambda: llm.create_chat_completion([], seed=seed),
+        lambda: llm.set_seed(seed),
+    ):
+        with pytest.raises(ValueError, match="^seed: found "):
+            call()
+    llm(PROMPT, max_tokens=1, seed=2**32 - 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipe_as_an_adapter(path, tmp_path):
+    """It would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="lora_path: .*pipe is no file"):
+        Llama(path, **SIZES, lora_path=tmp_path / "pipe")
 
 
 def test_nothing_to_go_on_from(llm):
@@ -157,6 +260,22 @@ def test_scores_of_no_reranker_are_refused(path):
     with pytest.raises(ValueError, match="is no reranker: it has no tensors cls"):
         Llama(path, **SIZES, embedding=True, pooling_type=4)
     Llama(path, **SIZES, pooling_type=4).close()  # nobody asks for any
+
+
+def test_micro_batch_without_a_place_for_each_text(tmp_path):
+    """llama.cpp said no more than which assert had failed."""
+    bert = other_models.write_bert(tmp_path / "bert.gguf")
+    with pytest.raises(ValueError, match="n_ubatch: found 16, want at least 256 for means over tokens"):
+        Llama(bert, **SIZES, embedding=True, n_ubatch=16)
+    assert len(Llama(bert, **SIZES, embedding=True, n_ubatch=16, n_batch=16).embed("hello world")) == 64
+
+
+def test_vocabulary_alone_computes_nothing(path):
+    llm = Llama(path, **SIZES, vocab_only=True, embedding=True)
+    for call in (llm.embed, llm.create_embedding, llm, lambda text: llm.eval([1]), lambda text: llm.decode([1])):
+        with pytest.raises(RuntimeError, match="was loaded with vocab_only, without weights to compute with"):
+            call("a")
+    assert llm.tokenize(b"a")
 
 
 @pytest.mark.parametrize("pooling", ["NONE", "MEAN", "LAST"])
@@ -524,6 +643,40 @@ def test_the_models_own_context(tmp_path, logits_all):
     assert len(llm.scores) == 512
     list(itertools.islice(llm.generate([1] * 310, temp=0.0), 3))
     assert llm.n_tokens == 312 and (llm.input_ids[:310] == 1).all()
+
+
+def test_text_beyond_the_positions_that_a_model_has_learned(tmp_path):
+    """llama.cpp would end the process."""
+    path = other_models.write_gpt2(tmp_path / "gpt2.gguf")
+    with pytest.warns(UserWarning, match="n_ctx: found 1024, and .*gpt2.gguf has learned 256 positions"):
+        llm = Llama(path, **{**SIZES, "n_ctx": 1024})
+    assert llm.n_ctx() == 256
+    done = llm(PROMPT, max_tokens=600, temperature=0.0)
+    assert done["usage"]["total_tokens"] == 257 and done["choices"][0]["finish_reason"] == "length"
+    with pytest.raises(ValueError, match="exceed context window"):
+        llm([1] * 300)
+    llm.reset()
+    with pytest.raises(RuntimeError, match="llama_decode returned -1"):
+        llm.eval([1] * 300)
+    llm.reset()
+    assert len(list(itertools.islice(llm.generate([1] * 200, temp=0.0), 100))) == 57
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy = pickle.loads(pickle.dumps(llm))
+        assert copy.n_ctx() == Llama(path, n_threads=1, verbose=False).n_ctx() == 256
+
+
+def test_embedding_of_a_text_beyond_the_learned_positions(tmp_path):
+    """It is cut off, as one beyond n_batch is."""
+    path = other_models.write_bert(tmp_path / "bert.gguf")
+    with pytest.warns(UserWarning, match="has learned 256 positions"):
+        llm = Llama(path, **{**SIZES, "n_ctx": 1024}, embedding=True)
+    text = "hello world a different prompt " * 80
+    found, n = llm.embed(text, return_count=True)
+    assert n == 256 and np.isfinite(found).all()
+    assert np.shape(llm.embed([text, "a", text])) == (3, 64)
+    with pytest.raises(ValueError, match="exceed batch size of 256"):
+        llm.embed(text, truncate=False)
 
 
 @pytest.mark.parametrize("n_past", [-1, 256, 10**20, 1.5])

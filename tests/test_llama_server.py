@@ -283,6 +283,34 @@ def test_text_from_the_hosts_memory_goes_on_the_same(planned, tmp_path):
         )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit to the size of another process's files")
+def test_slot_that_cannot_be_saved(planned_path, tmp_path):
+    """As on a full disk: what has been saved by that name before is as it was, and nothing else is left."""
+    import resource
+
+    with serving(tmp_path, planned_path, "-c", "1024", "-np", "1", "--slot-save-path", tmp_path) as (url, _, process):
+
+        def post(action: str) -> int:
+            return httpx.post(f"{url}/slots/0?action={action}", json={"filename": "a.bin"}).status_code
+
+        def files() -> dict:
+            return {path.name: path.read_bytes() for path in tmp_path.glob("a.bin*")}
+
+        answer(url, prompt=PROMPT, budget=100, n_predict=1)
+        assert post("save") == 200
+        saved = files()
+        assert {*saved} == {"a.bin", "a.bin.budget"}
+        answer(url, prompt=20 * PROMPT, budget=200, n_predict=1)
+        room, most = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2 * len(saved["a.bin"]), most))
+        assert post("save") == 500 and files() == saved
+        assert post("restore") == 200
+        assert cached(answer(url, prompt=PROMPT + " lies", budget=100)) > 3
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, most))
+        answer(url, prompt=20 * PROMPT, budget=200, n_predict=1)
+        assert post("save") == 200 and {*files()} == {*saved} and files() != saved
+
+
 def test_what_has_run_goes_with_a_text(testbed_path, tmp_path):
     """With a price of misses: a chat goes on the same that has been in the host's memory, or in a file, meanwhile."""
     path = plan_under_rule(testbed_path, tmp_path / "planned.gguf", "estimate")
@@ -491,6 +519,9 @@ def test_what_keeps_it_from_starting(planned_path, testbed_path, tmp_path):
             ([planned_path, "-c", -1], "--ctx-size: found -1, want at least 2, or 0"),
             ([planned_path, "--reranking"], f"--reranking: {planned_path} is no reranker"),
             ([planned_path, "--pooling", "rank"], f"--reranking: {planned_path} is no reranker"),
+            ([planned_path, "-c", "512", "--grammar", "x"], "failed to parse grammar"),
+            # without end, before
+            ([planned_path, "-c", "512", "--grammar", 'root ::= "a"{3,1}'], "failed to parse grammar"),
         ]:
             # an unspecific port where it is not the point
             free = [] if "--port" in options or "--host" in options else ["--port", 0]

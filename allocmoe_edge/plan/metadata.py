@@ -233,9 +233,10 @@ def read_for(path, model: ModelPlan, *, estimator: bool = True) -> ModelPlan:
         )
     own = found.routers if found.side_file else routers_hash(path)
     if own and model.path is not None and own != routers_hash(model.path):
+        named = f" ({found.name})" if found.name else ""
         raise PlanError(
-            f"{path}: was made for another model ({found.name}) than {model.path}: of the same shape, with other weights in "
-            "its routers; convert this one"
+            f"{path}: was made for another model{named} than {model.path}: of the same shape, with other weights in its "
+            "routers; convert this one"
         )
     return replace(model, plan=found.plan, profile=found.profile)
 

@@ -1,4 +1,4 @@
-// What is refused since llama.cpp would not come to an end with it, or end the process.
+// What is refused since llama.cpp would take all memory with it, or end the process.
 #include "allocmoe-limits.h"
 
 #include "llama-grammar.h"
@@ -20,9 +20,6 @@
 static constexpr int MAX_NESTING = 1000, MAX_DEPTH = 5000;
 // elements that repetitions make; a string of 2,000 letters makes 8,000
 static constexpr uint64_t MAX_ELEMENTS = 1000 * 1000;
-// stacks that llama.cpp goes through from a place in a grammar to the next letter, and from all that it may be to the one after
-// it; each is looked up among the others
-static constexpr double MAX_CHOICES = 10000, MAX_AFTER = 100000;
 
 void allocmoe_check_nesting(const char * grammar) {
     int depth = 0;
@@ -96,142 +93,57 @@ static std::vector<bool> find_empty(const std::vector<rule> & rules) {
     return empty;
 }
 
-namespace {
-
-// What may come from a place in a rule on, or from a rule's begin.
-struct choices {
-    double n      = 1; // stacks that are gone through to the next letter
-    double after  = 0; // from each such letter to the one after it, in sum
-    double last   = 0; // such letters after which the rule may end
-    bool is_empty = true;
-
-    void add(const choices & alternative) {
-        n += alternative.n;
-        after += alternative.after;
-        last += alternative.last;
+// The rules that a rule's alternatives may begin with, a letter or a token not before them.
+template <class F>
+static void each_first(const rule & rule, const std::vector<bool> & empty, F && f) {
+    bool first = true;
+    for (const auto & element : rule) {
+        if (ends(element)) {
+            first = true;
+        } else if (first) {
+            const bool is_rule = element.type == LLAMA_GRETYPE_RULE_REF;
+            if (is_rule) {
+                f(element.value);
+            }
+            first = is_rule && empty[element.value];
+        }
     }
-};
+}
 
-// Of each rule what it may begin with, and how deep rules are inside each other there. Without a function that calls itself: a
-// grammar may have any number of rules.
-struct rule_sizes {
+// Without a function that calls itself, as llama.cpp's search for left recursion is: a grammar may have any number of rules.
+void allocmoe_check_rules(const std::vector<rule> & rules) {
     enum {
         UNKNOWN,
         IN_PROGRESS,
         KNOWN
     };
-    const std::vector<rule> & rules;
-    const std::vector<bool> empty;
-    std::vector<int> state;
-    std::vector<size_t> order; // those that a rule begins with before it
-    std::vector<choices> begins;
-    std::vector<int> depth;
-
-    explicit rule_sizes(const std::vector<rule> & rules) : rules(rules), empty(find_empty(rules)), state(rules.size(), UNKNOWN), begins(rules.size()), depth(rules.size(), 1) {
-        for (size_t i = 0; i < rules.size(); ++i) {
-            find(i);
-        }
-        // first the stacks to a letter, then, of all rules, what comes after it
-        for (int pass = 0; pass < 2; ++pass) {
-            for (const size_t of : order) {
-                choices found;
-                each_place(of, [&](const choices & place, bool is_begin) {
-                    if (is_begin) {
-                        found.add(place);
-                    }
-                });
-                begins[of] = found;
-            }
-        }
-    }
-
-    // Calls f for each rule that is entered without a letter before it.
-    template <class F>
-    void each_first(size_t of, F && f) const {
-        bool first = true;
-        for (const auto & element : rules[of]) {
-            if (ends(element)) {
-                first = true;
-            } else if (first) {
-                const bool is_rule = element.type == LLAMA_GRETYPE_RULE_REF;
-                if (is_rule) {
-                    f(element.value);
-                }
-                first = is_rule && empty[element.value];
-            }
-        }
-    }
-
-    void find(size_t begin) {
+    const auto empty = find_empty(rules);
+    std::vector<int> state(rules.size(), UNKNOWN), depth(rules.size(), 1);
+    for (size_t begin = 0; begin < rules.size(); ++begin) {
         std::vector<size_t> stack = { begin };
         while (!stack.empty()) {
             const size_t of = stack.back();
             if (state[of] == UNKNOWN) {
                 state[of] = IN_PROGRESS;
-                each_first(of, [&](size_t rule) {
-                    if (state[rule] == IN_PROGRESS) {
+                each_first(rules[of], empty, [&](size_t next) {
+                    if (state[next] == IN_PROGRESS) {
                         throw std::runtime_error("a rule begins with itself (left recursion)");
                     }
-                    if (state[rule] == UNKNOWN) {
-                        stack.push_back(rule);
+                    if (state[next] == UNKNOWN) {
+                        stack.push_back(next);
                     }
                 });
                 continue;
             }
             stack.pop_back();
-            if (state[of] == KNOWN) {
-                continue;
-            }
-            state[of] = KNOWN;
-            each_first(of, [&](size_t rule) { depth[of] = std::max(depth[of], 1 + depth[rule]); });
-            order.push_back(of);
-        }
-    }
-
-    // Calls f with what may come from each place of a rule on, and whether the rule may begin there.
-    template <class F>
-    void each_place(size_t of, F && f) const {
-        choices behind;
-        for (size_t i = rules[of].size(); i-- > 0;) {
-            const auto & element = rules[of][i];
-            const bool is_begin  = i == 0 || ends(rules[of][i - 1]);
-            if (element.type == LLAMA_GRETYPE_CHAR_ALT || element.type == LLAMA_GRETYPE_CHAR_RNG_UPPER) {
-                continue; // of one letter with what stands before
-            }
-            choices here;
-            if (element.type == LLAMA_GRETYPE_RULE_REF) {
-                here = begins[element.value];
-                here.after += here.last * behind.n;
-                here.last *= behind.is_empty;
-                here.is_empty = empty[element.value] && behind.is_empty;
-                if (empty[element.value]) {
-                    here.add(behind);
+            if (state[of] == IN_PROGRESS) {
+                state[of] = KNOWN;
+                each_first(rules[of], empty, [&](size_t next) { depth[of] = std::max(depth[of], 1 + depth[next]); });
+                if (depth[of] > MAX_DEPTH) {
+                    throw std::runtime_error(format("more than %d rules begin with each other", MAX_DEPTH));
                 }
-            } else if (!ends(element)) {
-                here = { 1, behind.n, behind.is_empty ? 1.0 : 0.0, false };
             }
-            behind = here;
-            f(here, is_begin);
         }
-    }
-};
-
-} // namespace
-
-static void check(const choices & found) {
-    if (found.n > MAX_CHOICES || found.after > MAX_AFTER) {
-        throw std::runtime_error(format("too many ways to go on from one place: %.0f, and %.0f after the next letter", found.n, found.after));
-    }
-}
-
-void allocmoe_check_rules(const std::vector<rule> & rules) {
-    const rule_sizes sizes(rules);
-    for (size_t i = 0; i < rules.size(); ++i) {
-        if (sizes.depth[i] > MAX_DEPTH) {
-            throw std::runtime_error(format("more than %d rules begin with each other", MAX_DEPTH));
-        }
-        check(sizes.begins[i]);
-        sizes.each_place(i, [](const choices & place, bool) { check(place); });
     }
 }
 

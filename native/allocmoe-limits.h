@@ -1,4 +1,4 @@
-// What patched files of llama.cpp ask before they compute what would end the process, or keep it busy without end.
+// What patched files of llama.cpp ask before they compute what would take all memory, or end the process.
 #pragma once
 
 #include <cstddef>

@@ -205,7 +205,6 @@ def test_what_we_refuse_is_not_llama_cpps(command, model, text, capfd):
             (command, [*RUN[command][1], "--miss-price", price, *more], message)
             for command in ("allocmoe-chat", "allocmoe-bench")
             for price, more, message in (
-                (4, [], "--miss-price: has no effect without an expert cache"),
                 ("auto", ["--expert-cache", 0], "--miss-price: has no effect without an expert cache"),
                 (4, ["--expert-cache", "10MB"], "--miss-price: has no effect but under token rule 'estimate'"),
             )
@@ -217,6 +216,12 @@ def test_options_without_effect(command, options, message, model, text, capfd):
     """They were accepted, and nothing said that they change nothing."""
     line = ends_in_a_line(capfd, command, model, *(text if each == "TEXT" else each for each in options))
     assert line.startswith(f"{command}: error: {message}"), line
+
+
+def test_miss_price_where_the_memory_decides(model, capfd):
+    """By itself a file gets an expert cache where it is larger than the memory: what works there is no error elsewhere."""
+    assert bench.main([str(model), *map(str, RUN["allocmoe-bench"][1]), "--miss-price", "4"]) == 0
+    assert "--miss-price has no effect here: there is no expert cache" in capfd.readouterr().err
 
 
 def test_a_text_that_is_none(model, tmp_path, capfd):

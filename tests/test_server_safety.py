@@ -218,6 +218,7 @@ def rude(port: int, number: int) -> None:
                 "prompt": "abc " * (number % 3),
                 "n_predict": 400 if number % 4 == 1 else 4,
                 "stream": number % 4 == 1,
+                "temperature": 0.0,  # else it may write bytes that are no UTF-8, which is an error
             }
             connection.request("POST", "/completion", json.dumps(body), HEADERS)
             response = connection.getresponse()

@@ -174,9 +174,9 @@ format: $(LINT)/ruff
 	$(LINT)/ruff format .
 	$(LINT)/clang-format -i $(NATIVE_CODE)
 
-# what .clang-tidy names. Without the server, whose own headers are another few minutes.
+# what .clang-tidy names. Without the server, whose own headers are another few minutes, and without what only builds for GPUs have.
 TIDY       := build/tidy
-TIDY_FILES := $(filter-out native/allocmoe-server%,$(wildcard native/allocmoe-*.cpp))
+TIDY_FILES := $(filter-out native/allocmoe-server% native/allocmoe-fit.cpp,$(wildcard native/allocmoe-*.cpp))
 $(LINT)/clang-tidy: $(LINT)/ruff
 	$(LINT)/pip install --quiet --disable-pip-version-check 'clang-tidy==23.*'
 	@touch $@

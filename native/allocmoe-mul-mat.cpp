@@ -631,12 +631,12 @@ static kernel find_kernel(ggml_type type, int n_rows, int step) {
 } // namespace allocmoe
 
 #if defined(__x86_64__) && defined(__GNUC__)
-static bool is_amd() {
+static bool is_amd() noexcept {
     __builtin_cpu_init();
     return __builtin_cpu_is("amd");
 }
 #else
-static bool is_amd() { return false; }
+static bool is_amd() noexcept { return false; }
 #endif
 
 bool allocmoe_cpu_kernels = true;

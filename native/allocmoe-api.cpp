@@ -19,7 +19,6 @@
 #include <cstdio>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -121,8 +120,7 @@ int32_t allocmoe_get_total(const llama_context * ctx, int64_t * total) {
         const auto & model = allocmoe_access::model(ctx);
         const auto * file  = allocmoe_access::state(ctx).file.get();
         const auto * plan  = allocmoe_access::settings(ctx).plan.get();
-        const auto counts  = allocmoe_effective_plan(model, plan);
-        *total             = plan && file ? allocmoe_total_of(*file, model, *plan) : std::accumulate(counts.begin(), counts.end(), (int64_t) 0);
+        *total             = plan && file ? allocmoe_total_of(*file, model, *plan) : allocmoe_sum_of(allocmoe_effective_plan(model, plan));
         return (int32_t) ALLOCMOE_OK;
     });
 }
@@ -140,11 +138,8 @@ int32_t allocmoe_set_budget_seq(llama_context * ctx, int32_t seq_id, int64_t tot
         } else {
             if (!settings.plan) {
                 // the other sequences go on with all of the model's experts
-                int64_t full = 0;
-                for (int32_t k : allocmoe_effective_plan(model, nullptr)) {
-                    full += k;
-                }
-                settings.plan = allocmoe_runnable(allocmoe_plan_budget(state.file.get(), model, full, -1, -1), state, model);
+                const int64_t full = allocmoe_sum_of(allocmoe_effective_plan(model, nullptr));
+                settings.plan      = allocmoe_runnable(allocmoe_plan_budget(state.file.get(), model, full, -1, -1), state, model);
             }
             if (!settings.plan) {
                 throw allocmoe_error("a budget of its own for a sequence needs the plans that allocmoe-convert stores in the file");

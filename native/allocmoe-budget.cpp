@@ -7,11 +7,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <numeric>
-
-static int64_t sum_of(const std::vector<int32_t> & k) {
-    return std::accumulate(k.begin(), k.end(), (int64_t) 0);
-}
 
 bool allocmoe_raised_above_plan(const allocmoe_model & file, const llama_model & model) {
     const auto own = allocmoe_effective_plan(model, nullptr);
@@ -28,7 +23,7 @@ bool allocmoe_raised_above_plan(const allocmoe_model & file, const llama_model &
     const auto k   = *std::max_element(own.begin(), own.end());
     throw allocmoe_error(format(
         "%s.expert_used_count is overridden with %d, and the file's plans are for %d: only the full budget, %lld activations per token, can be served",
-        llm_arch_name(model.arch), k, *std::max_element(file.full.begin(), file.full.end()), (long long) sum_of(own)));
+        llm_arch_name(model.arch), k, *std::max_element(file.full.begin(), file.full.end()), (long long) allocmoe_sum_of(own)));
 }
 
 // (row, what it spends) for every row that the rule can serve. Where the model's own counts are below those that the plans were
@@ -38,7 +33,7 @@ static void for_each_row(const allocmoe_model & file, const std::vector<int32_t>
     const bool estimate  = rule == ALLOCMOE_RULE_ESTIMATE;
     const size_t n_layer = file.full.size();
     const auto & counts  = estimate ? file.estimate.expert_used_count : file.counts.expert_used_count;
-    const int64_t least  = sum_of(file.full) - (int64_t) (file.n_rows - 1);
+    const int64_t least  = allocmoe_sum_of(file.full) - (int64_t) (file.n_rows - 1);
     for (size_t row = 0; row < file.n_rows; ++row) {
         if (estimate && !allocmoe_served(&file.estimate.threshold[row * n_layer], n_layer)) {
             continue;
@@ -66,7 +61,7 @@ int64_t allocmoe_total_of(const allocmoe_model & file, const llama_model & model
     };
     const auto counts = cut_off(plan.expert_used_count.data());
     if (estimate && file.estimate.threshold.empty()) {
-        return sum_of(counts); // estimates that are not the file's
+        return allocmoe_sum_of(counts); // estimates that are not the file's
     }
     int64_t total = -1;
     for_each_row(file, own, plan.token_rule, [&](size_t row, int64_t spends) {
@@ -76,12 +71,12 @@ int64_t allocmoe_total_of(const allocmoe_model & file, const llama_model & model
             total = spends; // of several the largest, which its plan stays within
         }
     });
-    return total < 0 ? sum_of(counts) : total;
+    return total < 0 ? allocmoe_sum_of(counts) : total;
 }
 
 allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model & model, int32_t token_rule) {
     const auto own = allocmoe_effective_plan(model, nullptr);
-    if (sum_of(own) == 0) {
+    if (allocmoe_sum_of(own) == 0) {
         throw allocmoe_error("a dense model: it has no experts to budget");
     }
     if (!file || file->n_rows == 0) {
@@ -90,7 +85,7 @@ allocmoe_budgets allocmoe_range(const allocmoe_model * file, const llama_model &
     if (allocmoe_raised_above_plan(*file, model)) {
         fail_overridden(*file, model);
     }
-    allocmoe_budgets range = { sum_of(own), allocmoe_total_of(*file, model, file->plan), sum_of(own) };
+    allocmoe_budgets range = { allocmoe_sum_of(own), allocmoe_total_of(*file, model, file->plan), allocmoe_sum_of(own) };
     for_each_row(*file, own, token_rule, [&](size_t, int64_t spends) { range.least = std::min(range.least, spends); });
     return range;
 }
@@ -99,7 +94,7 @@ int64_t allocmoe_preset_total(const std::string & name, const allocmoe_model * f
     if (name != "fast" && name != "balanced" && name != "full") {
         throw allocmoe_error(format("budget: found \"%s\", want a number, or \"fast\", \"balanced\" or \"full\"", name.substr(0, 60).c_str()));
     }
-    const int64_t full = sum_of(allocmoe_effective_plan(model, nullptr));
+    const int64_t full = allocmoe_sum_of(allocmoe_effective_plan(model, nullptr));
     if (name == "full" && full > 0) {
         return full; // which any file serves
     }
@@ -111,7 +106,7 @@ int64_t allocmoe_preset_total(const std::string & name, const allocmoe_model * f
 static size_t best_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total, int64_t & low) {
     size_t best   = file.n_rows;
     int64_t found = -1;
-    low           = sum_of(own);
+    low           = allocmoe_sum_of(own);
     for_each_row(file, own, rule, [&](size_t row, int64_t spends) {
         low = std::min(low, spends);
         if (spends <= total && spends > found) {
@@ -125,9 +120,9 @@ static size_t best_row(const allocmoe_model & file, const std::vector<int32_t> &
 static size_t find_row(const allocmoe_model & file, const std::vector<int32_t> & own, int32_t rule, int64_t total) {
     int64_t low       = 0;
     const size_t best = best_row(file, own, rule, total, low);
-    if (best == file.n_rows || total > sum_of(own)) {
+    if (best == file.n_rows || total > allocmoe_sum_of(own)) {
         throw allocmoe_error(format("budget: found %lld activations per token, want %lld to %lld under token rule %s",
-            (long long) total, (long long) low, (long long) sum_of(own), allocmoe_token_rule_names[rule]));
+            (long long) total, (long long) low, (long long) allocmoe_sum_of(own), allocmoe_token_rule_names[rule]));
     }
     return best;
 }
@@ -174,7 +169,7 @@ static std::unique_ptr<allocmoe_plan> full_or_fail(const allocmoe_model * file, 
         plan->threshold.clear();
         return plan;
     }
-    if (total == ALLOCMOE_TOTAL_OF_FILE || total == sum_of(own)) {
+    if (total == ALLOCMOE_TOTAL_OF_FILE || total == allocmoe_sum_of(own)) {
         return nullptr;
     }
     throw allocmoe_error(format("a budget of %lld needs the plans that allocmoe-convert stores in the file; convert it first", (long long) total));
@@ -182,7 +177,7 @@ static std::unique_ptr<allocmoe_plan> full_or_fail(const allocmoe_model * file, 
 
 std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file, const llama_model & model, int64_t total, int32_t token_rule, int32_t strict) {
     const auto own = allocmoe_effective_plan(model, nullptr);
-    if (sum_of(own) == 0) {
+    if (allocmoe_sum_of(own) == 0) {
         throw allocmoe_error("a dense model: it has no experts to budget");
     }
     if (token_rule < -1 || token_rule > ALLOCMOE_RULE_ESTIMATE || strict < -1 || strict > 1) {
@@ -199,7 +194,7 @@ std::unique_ptr<allocmoe_plan> allocmoe_plan_budget(const allocmoe_model * file,
         return full_or_fail(file, model, total, token_rule, strict);
     }
     if (allocmoe_raised_above_plan(*file, model)) {
-        if ((total != ALLOCMOE_TOTAL_OF_FILE && total != sum_of(own)) || token_rule > ALLOCMOE_RULE_OFF || strict == 1) {
+        if ((total != ALLOCMOE_TOTAL_OF_FILE && total != allocmoe_sum_of(own)) || token_rule > ALLOCMOE_RULE_OFF || strict == 1) {
             fail_overridden(*file, model);
         }
         return nullptr;

@@ -183,13 +183,8 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     if (!state->file) {
         return;
     }
-    const auto own = allocmoe_effective_plan(model, nullptr);
-    int64_t full   = 0;
-    int64_t n_moe  = 0;
-    for (int32_t k : own) {
-        full += k;
-        n_moe += k > 0;
-    }
+    const auto own     = allocmoe_effective_plan(model, nullptr);
+    const int64_t full = allocmoe_sum_of(own), n_moe = std::count_if(own.begin(), own.end(), [](int32_t k) { return k > 0; });
     if (full == 0) {
         return;
     }
@@ -199,10 +194,7 @@ void allocmoe_init_context(llama_cparams & cparams, const llama_model & model) {
     }
     settings->plan = allocmoe_runnable(allocmoe_plan_budget(state->file.get(), model, asked, -1, -1), *state, model);
 
-    int64_t total = 0;
-    for (int32_t k : allocmoe_effective_plan(model, settings->plan.get())) {
-        total += k;
-    }
+    const int64_t total = allocmoe_sum_of(allocmoe_effective_plan(model, settings->plan.get()));
     LLAMA_LOG_INFO("allocmoe: budget %.2f: %lld of %lld expert activations per token, mean %.1f of %.1f, token rule %s\n",
         (double) total / full, (long long) total, (long long) full, (double) total / n_moe, (double) full / n_moe,
         allocmoe_token_rule_names[settings->plan ? settings->plan->token_rule : ALLOCMOE_RULE_OFF]);

@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 namespace {
 
@@ -114,7 +113,7 @@ static void read_plan(const keys & keys, const llama_hparams & hparams, allocmoe
                                                plan.expert_used_count[il], il, file.full[il]));
         }
     }
-    const int64_t total = std::accumulate(plan.expert_used_count.begin(), plan.expert_used_count.end(), (int64_t) 0);
+    const int64_t total = allocmoe_sum_of(plan.expert_used_count);
     if (keys.has("budget_total") && keys.number("budget_total", 0, UINT32_MAX) != total) {
         keys.fail("budget_total", format("is not the sum of allocmoe.expert_used_count, %lld", (long long) total));
     }
@@ -287,7 +286,7 @@ std::shared_ptr<const allocmoe_model> allocmoe_load_model(llama_model_loader & l
     const auto asked = loader.kv_overrides.find("allocmoe.budget_total");
     if (file && asked != loader.kv_overrides.end()) {
         const auto & value = asked->second;
-        const int64_t full = std::accumulate(file->full.begin(), file->full.end(), (int64_t) 0);
+        const int64_t full = allocmoe_sum_of(file->full);
         if (value.tag != LLAMA_KV_OVERRIDE_TYPE_INT || value.val_i64 < 1 || value.val_i64 > full) {
             throw allocmoe_error(format("allocmoe.budget_total: want a whole number of expert activations per token, 1 to %lld", (long long) full));
         }

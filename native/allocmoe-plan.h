@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 struct llama_hparams;
@@ -60,6 +61,11 @@ bool allocmoe_by_threshold(int32_t token_rule);
 
 // The experts per token of every layer under a plan, [block_count]: null for the model's own; 0 where the plan has no say.
 std::vector<int32_t> allocmoe_effective_plan(const llama_model & model, const allocmoe_plan * plan);
+
+// Activations per token of all layers' experts per token.
+inline int64_t allocmoe_sum_of(const std::vector<int32_t> & expert_used_count) {
+    return std::accumulate(expert_used_count.begin(), expert_used_count.end(), (int64_t) 0);
+}
 
 // Whether an entry is below 0 or above the model's number of experts.
 bool allocmoe_out_of_range(const llama_hparams & hparams, const std::vector<int32_t> & expert_used_count);

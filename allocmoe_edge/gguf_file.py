@@ -193,11 +193,18 @@ def model_paths(path: Union[str, os.PathLike]) -> list:
 
 
 def fingerprint(model: Union[str, os.PathLike], *, metadata: bool = True) -> str:
-    """Hash of a model's metadata, or without it, and of samples from its tensor data: quick for any size, blind to name and date."""
+    """Hash of a model's or adapter's metadata, and of samples from its tensor data: quick for any size, blind to name and date.
+
+    metadata: False for no more of it than what its architecture computes with.
+    """
     digest = hashlib.sha256()
     for path in model_paths(model):
         with GGUFFile(path) as file:
             data_offset = file.data_offset
+            if not metadata:
+                arch = str(file.get("general.architecture"))
+                names = sorted(key for key in file.keys() if key.startswith((arch + ".", "adapter.")))
+                digest.update(repr([arch, *((key, file.get(key)) for key in names)]).encode())
         size = path.stat().st_size
         digest.update((size - data_offset).to_bytes(8, "little"))
         with open(path, "rb") as data:

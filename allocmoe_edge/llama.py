@@ -1312,12 +1312,7 @@ def _is_name(budget: Optional[Budget]) -> bool:
 def _weights(path: str) -> str:
     """What tells the model, or adapter, in a file from others: its data, and what its architecture computes with."""
     try:
-        with GGUFFile(path) as file:
-            arch = str(file.get("general.architecture"))
-            numbers = [
-                (key, repr(file.get(key))) for key in sorted(file.keys()) if key.startswith((arch + ".", "adapter."))
-            ]
-        return repr((fingerprint(path, metadata=False), arch, numbers))
+        return fingerprint(path, metadata=False)
     except (OSError, GGUFError):  # no longer there
         return os.path.abspath(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 import weakref
@@ -11,22 +10,23 @@ import zlib
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from .plan import Plan
+from .threads_and_forks import keep_over_forks
 
 if TYPE_CHECKING:
     from .llama import Llama
 
 
 # of all caches: llama-cpp-python's change while they look for an entry
-_using = threading.RLock()
+class _Turn:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def forked(self) -> None:
+        self.lock = threading.RLock()  # the other one may be held by a thread that the child does not have
 
 
-def _after_fork() -> None:
-    global _using
-    _using = threading.RLock()  # the other one may be held by a thread that the child does not have
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_turn = _Turn()
+keep_over_forks(_turn)
 
 
 class CacheOfOnePlan(BaseLlamaCache):
@@ -43,7 +43,7 @@ class CacheOfOnePlan(BaseLlamaCache):
     def __getitem__(self, tokens: Sequence[int]):
         llm = self._model()
         try:
-            with _using:
+            with _turn.lock:
                 state = self._cache[_key(tokens, llm.plan, llm)]
             llm._check_state(state)
         except KeyError:
@@ -56,12 +56,12 @@ class CacheOfOnePlan(BaseLlamaCache):
 
     def __setitem__(self, tokens: Sequence[int], state) -> None:
         if not getattr(state, "mixed", False):  # no plan's text
-            with _using:
+            with _turn.lock:
                 self._cache[_key(tokens, getattr(state, "plan", None), self._model())] = state
 
     def __contains__(self, tokens: Sequence[int]) -> bool:
         llm = self._model()
-        with _using:
+        with _turn.lock:
             return _key(tokens, llm.plan, llm) in self._cache
 
     @property

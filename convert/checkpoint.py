@@ -38,7 +38,8 @@ class Checkpoint:
         self._arrays: Dict[str, str] = {}  # names of files
         self.restarted = False  # there was one, of another model
         self._complete = True  # its last line, that is
-        header = {"allocmoe_profile": 1, "model": fingerprint(model)}
+        self.model = fingerprint(model)
+        header = {"allocmoe_profile": 1, "model": self.model}
         try:
             if path.exists():
                 self._read(path.read_text(encoding="utf-8", errors="replace").split("\n"), header)

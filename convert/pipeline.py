@@ -60,12 +60,7 @@ def convert(settings: Settings) -> Written:
             if settings.calib is None:  # how much a text has is known when it has been read
                 task = _with_room(task)
             progress.expect(stages.expected(task))
-            model = fingerprint(gguf.path)
             choice = measure(task, progress)
-            if fingerprint(gguf.path) != model:
-                raise ConvertError(
-                    f"{settings.model}: has been replaced or written to since the conversion began; nothing was written"
-                )
             profile, plan = choice.profile, choice.plan
         else:
             profile, plan = replan(task)
@@ -106,7 +101,12 @@ def measure(task: Task, progress: Optional[Conversion] = None) -> choose.Choice:
             llm.set_plan(None)
             if progress is not None:
                 progress.expect(stages.expected(task))
-            return _measured(task, llm, tokens, results)
+            choice = _measured(task, llm, tokens, results)
+            if fingerprint(task.source.path) != results.model:
+                raise ConvertError(
+                    f"{settings.model}: has been replaced or written to since the conversion began; nothing was written"
+                )
+            return choice
         except CalibrationError as error:
             raise ConvertError(_why_not_finite(task, error)) from error
         finally:

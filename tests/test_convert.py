@@ -612,10 +612,10 @@ def test_a_model_that_is_replaced_meanwhile(tiny, tmp_path, monkeypatch, capsys)
     """The output had the new tensors and the plan of the old ones."""
     model = tmp_path / "m.gguf"
     model.write_bytes(Path(tiny.gguf_path).read_bytes())
-    measure = pipeline.measure
+    measured = pipeline._measured
 
     def replaced(*args):
-        choice = measure(*args)
+        choice = measured(*args)
         with GGUFFile(model) as file:
             begin = file.data_offset
         data = bytearray(model.read_bytes())
@@ -624,7 +624,7 @@ def test_a_model_that_is_replaced_meanwhile(tiny, tmp_path, monkeypatch, capsys)
         os.replace(tmp_path / "new.gguf", model)
         return choice
 
-    monkeypatch.setattr(pipeline, "measure", replaced)
+    monkeypatch.setattr(pipeline, "_measured", replaced)
     assert cli.main([str(model), *map(str, TEXT), "--token-rule", "off", "-o", str(tmp_path / "o.gguf")]) == 1
     assert "m.gguf: has been replaced or written to since the conversion began" in capsys.readouterr().err
     assert not (tmp_path / "o.gguf").exists()

@@ -76,8 +76,9 @@ def _check_measurements(args: argparse.Namespace) -> None:
     if args.budgets and not args.measure_curve:
         raise InspectError("--budgets: has no effect without --measure-curve")
     if not (args.measure_curve or args.routing):
+        defaults = parser()
         for name in ("tokens", "ctx_size", "threads", "n_gpu_layers", "n_cpu_moe"):
-            if getattr(args, name) != parser().get_default(name):
+            if getattr(args, name) != defaults.get_default(name):
                 option = f"--{name.replace('_', '-')}"
                 raise InspectError(f"{option}: has no effect without --measure-curve or --routing")
     check_gpu(args)
